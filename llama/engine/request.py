@@ -126,3 +126,73 @@ class SamplingParams:
         if not isinstance(self.logit_bias, Mapping):
             raise ValueError(f"logit_bias must map token ids to numbers in [-100, 100], got {self.logit_bias!r}")
         return {_integer("logit_bias id", t, 0): _number(f"logit_bias[{t}]", b, -100, 100) for t, b in self.logit_bias.items()}
+
+
+@dataclass(slots=True)
+class RequestMetrics:
+    """When things happened to one request, in seconds of `time.monotonic()`."""
+
+    queued: float
+    first_token: float | None = None
+    finished: float | None = None
+
+    @property
+    def time_to_first_token(self) -> float | None:
+        """Seconds from being queued to the first token."""
+        return None if self.first_token is None else self.first_token - self.queued
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Tokens that a request cost; `completion_tokens` counts all of its completions."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int = 0
+
+    @property
+    def total_tokens(self) -> int:
+        return self.prompt_tokens + self.completion_tokens
+
+
+@dataclass(slots=True)
+class CompletionOutput:
+    """One completion: `text` is cut before a stop string, `token_ids` are all tokens up to the one that ended it."""
+
+    index: int
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None  # the stop string or the id of stop_token_ids; None for the model's own end
+    logprobs: list[dict[int, "Logprob"]] | None = None
+    cumulative_logprob: float | None = None
+    tool_calls: list[Any] = field(default_factory=list)
+    seed: int | None = None  # the one used, also where none was asked for
+
+
+@dataclass(slots=True)
+class RequestOutput:
+    """A request with all of its completions, in the order of their index."""
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    outputs: list[CompletionOutput]
+    metrics: RequestMetrics
+    prompt_logprobs: list[dict[int, "Logprob"] | None] | None = None
+    num_cached_tokens: int = 0
+    finished: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """What is new in one completion of a streamed request; `usage` comes with the last piece of the request."""
+
+    index: int
+    text: str
+    token_ids: list[int]
+    logprobs: list[dict[int, "Logprob"]] | None = None
+    finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None
+    tool_calls: list[Any] = field(default_factory=list)
+    usage: Usage | None = None
