@@ -1,0 +1,122 @@
+"""What the sampling ops take and give back: plain tensors and integers, no requests and no seeds.
+
+SamplerRows says how each row of logits becomes a token; SamplerState is the memory that penalties need, one slot per
+sequence, kept on the device and updated by `sample` itself; Sampled and Logprobs are the answers.
+Bit masks are packed little end first: token t is bit t % 32 of word t // 32.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+LOGPROBS_OFF, LOGPROBS_RAW, LOGPROBS_PROCESSED = 0, 1, 2
+
+
+@dataclass(frozen=True, slots=True)
+class SamplerRows:
+    """How each row of logits [rows, vocab] becomes a token. Float tensors are float32, or float64 for float64 logits.
+
+    The flags are what the host knows of the tensors' content; they let an op skip work without reading the device. A
+    flag may be set without need, never missing where it is needed.
+    """
+
+    slots: torch.Tensor  # [rows] int32, penalty state of the row; -1 = the row has no penalty (and is not counted)
+    keys: torch.Tensor  # [rows, 2] int32, bit patterns of the two noise key words mixed from (seed, position)
+    temperature: torch.Tensor  # [rows] 0 = greedy
+    top_p: torch.Tensor  # [rows] 1 = off
+    top_k: torch.Tensor  # [rows] int32, 0 = off
+    min_p: torch.Tensor  # [rows] 0 = off
+    repetition_penalty: torch.Tensor  # [rows] 1 = off
+    frequency_penalty: torch.Tensor  # [rows] 0 = off
+    presence_penalty: torch.Tensor  # [rows] 0 = off
+    logprobs_modes: torch.Tensor  # [rows] int8, LOGPROBS_OFF, LOGPROBS_RAW or LOGPROBS_PROCESSED
+
+    # Sparse additions to the logits, by row: row r owns entries bias_starts[r] : bias_starts[r + 1], ids unique within
+    # a row. -inf forbids a token. All three are None where no row has any.
+    bias_starts: torch.Tensor | None = None  # [rows + 1] int32
+    bias_ids: torch.Tensor | None = None  # [entries] int32
+    bias_values: torch.Tensor | None = None  # [entries]
+
+    mask: torch.Tensor | None = (
+        None  # [rows, ceil(vocab / 32)] int32, bit set = allowed; rows without a grammar: all set
+    )
+
+    num_logprobs: int = -1  # the most top entries that a row wants beside its own token; -1 = no row wants logprobs
+    any_penalty: bool = False  # some slot is >= 0
+    any_filter: bool = False  # some sampled row has top_k, top_p or min_p on
+    all_greedy: bool = False  # every temperature is 0
+    any_processed: bool = False  # some row is LOGPROBS_PROCESSED
+
+    def __len__(self) -> int:
+        return self.slots.shape[0]
+
+
+@dataclass(frozen=True, slots=True)
+class Logprobs:
+    """Log-probabilities of one token per row and of the row's most probable tokens, ties by lower id first."""
+
+    logprob: torch.Tensor  # [rows]
+    rank: torch.Tensor  # [rows] int64, 1 + number of tokens with a strictly greater logit
+    top_ids: torch.Tensor  # [rows, k] int64
+    top_logprobs: torch.Tensor  # [rows, k] descending
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """One token per row. A bad row (see `sample`) holds token 0 and means nothing."""
+
+    token_ids: torch.Tensor  # [rows] int64
+    is_bad: torch.Tensor  # [rows] bool
+    logprobs: Logprobs | None  # None where rows.num_logprobs is -1; rows of LOGPROBS_OFF hold zeros
+
+
+class SamplerState:
+    """Which tokens each slot's prompt holds and how often each token has been generated in it.
+
+    4 bytes per token of the vocabulary and slot (and a bit), so it is made when the first request with a penalty comes.
+    Slots are independent; their owner resets a slot before a new sequence uses it.
+    """
+
+    def __init__(self, num_slots: int, vocab_size: int, device: torch.device | str = "cpu") -> None:
+        self.vocab_size = vocab_size
+        self.prompt_mask = torch.zeros(num_slots, -(-vocab_size // 32), dtype=torch.int32, device=device)
+        self.counts = torch.zeros(num_slots, vocab_size, dtype=torch.int32, device=device)
+
+    def reset(self, slot: int, prompt_token_ids: Sequence[int] | torch.Tensor) -> None:
+        """Starts a sequence in `slot`: its prompt seen, nothing generated."""
+        self.prompt_mask[slot] = pack_mask(self._present(prompt_token_ids))
+        self.counts[slot] = 0
+
+    def fork(self, source: int, target: int) -> None:
+        """Makes `target` a copy of `source`."""
+        self.prompt_mask[target] = self.prompt_mask[source]
+        self.counts[target] = self.counts[source]
+
+    def rebuild(
+        self, slot: int, prompt_token_ids: Sequence[int] | torch.Tensor, output_token_ids: Sequence[int] | torch.Tensor
+    ) -> None:
+        """Puts back what a sequence had in its slot before it lost it: its prompt, and the tokens generated so far."""
+        self.reset(slot, prompt_token_ids)
+        ids = self._ids(output_token_ids)
+        self.counts[slot].index_add_(0, ids, torch.ones_like(ids, dtype=torch.int32))
+
+    def _ids(self, token_ids: Sequence[int] | torch.Tensor) -> torch.Tensor:
+        return torch.as_tensor(token_ids, dtype=torch.int64, device=self.counts.device)
+
+    def _present(self, token_ids: Sequence[int] | torch.Tensor) -> torch.Tensor:
+        present = torch.zeros(self.vocab_size, dtype=torch.bool, device=self.counts.device)
+        return present.index_fill_(0, self._ids(token_ids), True)
+
+
+def pack_mask(bits: torch.Tensor) -> torch.Tensor:
+    """bool [..., n] -> int32 [..., ceil(n / 32)], the last word padded with zeros."""
+    padded = torch.nn.functional.pad(bits, (0, -bits.shape[-1] % 32))
+    places = torch.arange(32, device=bits.device)
+    return (padded.unflatten(-1, (-1, 32)).long() << places).sum(-1).to(torch.int32)
+
+
+def unpack_mask(words: torch.Tensor, size: int) -> torch.Tensor:
+    """int32 [..., ceil(size / 32)] -> bool [..., size]."""
+    places = torch.arange(32, dtype=torch.int32, device=words.device)
+    return ((words.unsqueeze(-1) >> places) & 1).flatten(-2)[..., :size].bool()
