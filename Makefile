@@ -1,0 +1,53 @@
+# Every target works alone on a fresh clone with only python3 (>= 3.11), make and the package registry.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+DEMO_MODEL := checkpoints/smollm2-135m-instruct
+META_TOKENIZER := .cache/meta-llama3-tokenizer
+PYTEST := $(BIN)/python -m pytest
+
+.PHONY: setup demo demo-model test test-slow test-kernels lint bench
+
+setup: $(READY)
+
+# pip itself is left as the venv brings it. Without build isolation the pinned hatchling builds the editable install.
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed: make PYTHON=...")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt hatchling
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation \
+		--editable '.[server,structured,tools,dev]'
+	touch $@
+
+# The demo model, and Meta's tokenizer that tests compare with: after this everything runs offline.
+demo-model: $(DEMO_MODEL) $(META_TOKENIZER)
+
+$(DEMO_MODEL): | $(READY)
+	$(BIN)/python tools/fetch_demo_model.py --output $@
+
+$(META_TOKENIZER): | $(READY)
+	$(BIN)/python tools/fetch_meta_tokenizer.py --output $@
+
+demo: $(DEMO_MODEL)
+	$(BIN)/llama generate $(DEMO_MODEL) "What is the capital of France?" --chat --temperature 0
+
+test: demo-model $(READY)
+	$(PYTEST)
+
+test-slow: demo-model $(READY)
+	$(PYTEST) -m slow
+
+# The Triton kernels in the interpreter; elsewhere they run on a GPU alone.
+test-kernels: $(READY)
+	TRITON_INTERPRET=1 $(PYTEST) tests/ops
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(DEMO_MODEL) $(READY)
+	$(BIN)/python benchmarks/latency.py --model $(DEMO_MODEL)
+	$(BIN)/python benchmarks/throughput.py --model $(DEMO_MODEL)

@@ -1,0 +1,45 @@
+"""What all tests share: few threads, no network, and the fixtures of real files that `make demo-model` fetches."""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+# The hub is never asked: every file that a test reads is made by the test or fetched by `make demo-model`.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Two OpenMP threads on a busy machine of two cores spin against each other; tiny tensors gain nothing from them.
+torch.set_num_threads(1)
+
+
+def _fetched(relative: str) -> Path:
+    path = REPOSITORY / relative
+    if not path.is_dir():
+        pytest.fail(f"{relative} is missing: run make demo-model", pytrace=False)
+    return path
+
+
+@pytest.fixture(scope="session")
+def demo_model_path() -> Path:
+    """SmolLM2-135M-Instruct in bf16, Hugging Face layout."""
+    return _fetched("checkpoints/smollm2-135m-instruct")
+
+
+@pytest.fixture(scope="session")
+def meta_tokenizer_path() -> Path:
+    """Folder with the package `llama_models`: Meta's Tokenizer class and its tokenizer.model."""
+    return _fetched(".cache/meta-llama3-tokenizer")
+
+
+@pytest.fixture(scope="session")
+def meta_tokenizer(meta_tokenizer_path):
+    """Meta's own Tokenizer, the oracle for everything that converts or encodes Llama 3 text."""
+    sys.path.insert(0, str(meta_tokenizer_path))
+    try:
+        from llama_models.llama3.tokenizer import Tokenizer
+    finally:
+        sys.path.remove(str(meta_tokenizer_path))
+    return Tokenizer(meta_tokenizer_path / "llama_models" / "llama3" / "tokenizer.model")

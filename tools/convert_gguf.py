@@ -1,0 +1,254 @@
+#!/usr/bin/env python3
+"""Convert a GGUF file of Llama architecture to a Hugging Face folder: config, safetensors, tokenizer, chat template.
+
+    python tools/convert_gguf.py --input model.gguf --output DIR [--dtype bfloat16]
+
+Quantised tensors are expanded one by one, so memory holds one shard. Whatever the file says that a Llama model
+does not have (experts, biases, another RoPE scaling, another tokenizer) is refused by name, never dropped.
+"""
+
+import argparse
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import torch
+from bpe_tokenizer import (
+    build_tokenizer,
+    gpt2_pre_tokenizer,
+    llama3_pre_tokenizer,
+    smollm_pre_tokenizer,
+    write_tokenizer,
+)
+from gguf.quants import dequantize
+from hf_folder import (
+    DTYPES,
+    MAX_SHARD_BYTES,
+    llama3_rope_scaling,
+    llama_config,
+    new_folder,
+    unpermute_rope,
+    write_json,
+    write_weights,
+)
+from tokenizers import Tokenizer
+
+PRE_TOKENIZERS = {
+    "smollm": smollm_pre_tokenizer,
+    "llama-bpe": llama3_pre_tokenizer,
+    "llama3": llama3_pre_tokenizer,
+    "llama-v3": llama3_pre_tokenizer,
+    "gpt-2": gpt2_pre_tokenizer,
+}
+# Of these llama.cpp adds BOS, and keeps whole a word that is in the vocabulary, unless the file says otherwise.
+LLAMA3_NAMES = ("llama-bpe", "llama3", "llama-v3")
+
+ROOT_TENSORS = {
+    "token_embd.weight": "model.embed_tokens.weight",
+    "output_norm.weight": "model.norm.weight",
+    "output.weight": "lm_head.weight",
+}
+LAYER_TENSORS = {
+    "attn_norm.weight": "input_layernorm.weight",
+    "attn_q.weight": "self_attn.q_proj.weight",
+    "attn_k.weight": "self_attn.k_proj.weight",
+    "attn_v.weight": "self_attn.v_proj.weight",
+    "attn_output.weight": "self_attn.o_proj.weight",
+    "ffn_norm.weight": "post_attention_layernorm.weight",
+    "ffn_gate.weight": "mlp.gate_proj.weight",
+    "ffn_up.weight": "mlp.up_proj.weight",
+    "ffn_down.weight": "mlp.down_proj.weight",
+}
+# Frequency factors of the scaled RoPE; they say the same as rope_scaling in config.json.
+ROPE_FACTORS = "rope_freqs.weight"
+
+
+class GGUFFile:
+    """Metadata by key, and tensors by name."""
+
+    def __init__(self, path: Path) -> None:
+        with path.open("rb") as file:
+            if file.read(4) != b"GGUF":
+                raise ValueError(f"{path} is not a GGUF file")
+        reader = gguf.GGUFReader(path)
+        self._fields = reader.fields
+        self.tensors = {tensor.name: tensor for tensor in reader.tensors}
+        architecture = self.get("general.architecture")
+        if architecture != "llama":
+            raise ValueError(f"{path}: architecture {architecture!r}; only 'llama' can be converted")
+
+    def get(self, key: str, default: Any = None) -> Any:
+        field = self._fields.get(key)
+        return default if field is None else field.contents()
+
+    def require(self, key: str) -> Any:
+        if key not in self._fields:
+            raise ValueError(f"the file has no {key}")
+        return self.get(key)
+
+    def array(self, name: str) -> np.ndarray:
+        """A tensor expanded to float32, shape as in PyTorch (rows first)."""
+        tensor = self.tensors[name]
+        values = dequantize(tensor.data, tensor.tensor_type)
+        values = values.reshape(tuple(reversed(tensor.shape.tolist())))
+        return np.require(values, dtype=np.float32, requirements=["C", "W"])  # F32 data is a read-only map
+
+
+def shortest(value: float) -> float:
+    """The float whose repr is that of the float32 stored: 1e-05, not 9.999999747378752e-06."""
+    return float(str(np.float32(value)))
+
+
+def rope_scaling(file: GGUFFile, head_dim: int, theta: float) -> dict[str, Any] | None:
+    kind = file.get("llama.rope.scaling.type", "none")
+    if kind != "none":
+        raise ValueError(f"RoPE scaling {kind!r} is not Llama 3.1's")
+    if ROPE_FACTORS not in file.tensors:
+        return None
+    found = file.array(ROPE_FACTORS)
+    scaling = llama3_rope_scaling(shortest(float(found.max())))
+    expected = llama3_rope_factors(head_dim, theta, scaling)
+    if found.shape != expected.shape or not np.allclose(found, expected, rtol=1e-3):
+        raise ValueError(f"{ROPE_FACTORS} holds other factors than Llama 3's scaling by {scaling['factor']}")
+    return scaling
+
+
+def llama3_rope_factors(head_dim: int, theta: float, scaling: dict[str, Any]) -> np.ndarray:
+    """What each frequency is divided by. [head_dim / 2]  Formula: Meta's apply_scaling (llama-models, model.py)."""
+    frequencies = theta ** (-np.arange(0, head_dim, 2) / head_dim)
+    low, high, factor = scaling["low_freq_factor"], scaling["high_freq_factor"], scaling["factor"]
+    turns = scaling["original_max_position_embeddings"] * frequencies / (2 * np.pi)  # within the original context
+    smooth = np.clip((turns - low) / (high - low), 0, 1)
+    return (1 / ((1 - smooth) / factor + smooth)).astype(np.float32)
+
+
+def eos_token_ids(file: GGUFFile) -> list[int]:
+    """The file's end-of-text, -turn and -message ids, and those that Llama 3's names for them have."""
+    ids = [file.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
+    tokens = file.require("tokenizer.ggml.tokens")
+    ids += [tokens.index(name) for name in ("<|end_of_text|>", "<|eom_id|>", "<|eot_id|>") if name in tokens]
+    return list(dict.fromkeys(i for i in ids if i is not None))
+
+
+def read_config(file: GGUFFile, dtype: str) -> dict[str, Any]:
+    if experts := file.get("llama.expert_count", 0):
+        raise ValueError(f"a mixture of {experts} experts is not a Llama model")
+    hidden_size = file.require("llama.embedding_length")
+    num_heads = file.require("llama.attention.head_count")
+    head_dim = file.get("llama.attention.key_length", hidden_size // num_heads)
+    for key in ("llama.rope.dimension_count", "llama.attention.value_length"):
+        if file.get(key, head_dim) != head_dim:
+            raise ValueError(f"{key} is {file.get(key)}, but a head has {head_dim} dimensions")
+    theta = shortest(file.get("llama.rope.freq_base", 10000.0))
+    return llama_config(
+        vocab_size=int(file.tensors["token_embd.weight"].shape[1]),
+        hidden_size=hidden_size,
+        intermediate_size=file.require("llama.feed_forward_length"),
+        num_hidden_layers=file.require("llama.block_count"),
+        num_attention_heads=num_heads,
+        num_key_value_heads=file.get("llama.attention.head_count_kv", num_heads),
+        head_dim=head_dim,
+        max_position_embeddings=file.require("llama.context_length"),
+        rms_norm_eps=shortest(file.require("llama.attention.layer_norm_rms_epsilon")),
+        rope_theta=theta,
+        rope_scaling=rope_scaling(file, head_dim, theta),
+        tie_word_embeddings="output.weight" not in file.tensors,
+        bos_token_id=file.get("tokenizer.ggml.bos_token_id"),
+        eos_token_ids=eos_token_ids(file),
+        dtype=dtype,
+    )
+
+
+def hf_tensor_names(file: GGUFFile) -> dict[str, str]:
+    """GGUF name -> Hugging Face name, in the file's order; a tensor without a counterpart is an error."""
+    names, unknown = {}, []
+    for name in file.tensors:
+        layer = re.fullmatch(r"blk\.(\d+)\.(.+)", name)
+        if name in ROOT_TENSORS:
+            names[name] = ROOT_TENSORS[name]
+        elif layer and layer[2] in LAYER_TENSORS:
+            names[name] = f"model.layers.{layer[1]}.{LAYER_TENSORS[layer[2]]}"
+        elif name != ROPE_FACTORS:
+            unknown.append(name)
+    if unknown:
+        raise ValueError(f"tensors that a Llama model does not have: {', '.join(unknown[:10])}")
+    return names
+
+
+def read_weights(file: GGUFFile, config: dict[str, Any], dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
+    for name, hf_name in hf_tensor_names(file).items():
+        weight = torch.from_numpy(file.array(name))
+        if name.endswith("attn_q.weight"):
+            weight = unpermute_rope(weight, config["num_attention_heads"])
+        elif name.endswith("attn_k.weight"):
+            weight = unpermute_rope(weight, config["num_key_value_heads"])
+        yield hf_name, weight.to(dtype)
+
+
+def read_tokenizer(file: GGUFFile) -> Tokenizer:
+    kind, pre = file.require("tokenizer.ggml.model"), file.get("tokenizer.ggml.pre", "default")
+    if kind != "gpt2" or pre not in PRE_TOKENIZERS:
+        known = ", ".join(PRE_TOKENIZERS)
+        raise ValueError(
+            f"tokenizer {kind!r} with pre-tokenizer {pre!r}; known are byte-level BPEs ('gpt2') of: {known}"
+        )
+    tokens = file.require("tokenizer.ggml.tokens")
+    types = file.get("tokenizer.ggml.token_type", [gguf.TokenType.NORMAL] * len(tokens))
+    bos_id = file.get("tokenizer.ggml.bos_token_id")
+    adds_bos = file.get("tokenizer.ggml.add_bos_token", pre in LLAMA3_NAMES)
+    if adds_bos and bos_id is None:
+        raise ValueError("the file asks for a BOS token before each text but names none")
+    return build_tokenizer(
+        {token: i for i, token in enumerate(tokens)},
+        [tuple(merge.split(" ", 1)) for merge in file.require("tokenizer.ggml.merges")],
+        PRE_TOKENIZERS[pre](),
+        special_tokens=[token for token, t in zip(tokens, types, strict=True) if t == gguf.TokenType.CONTROL],
+        user_tokens=[token for token, t in zip(tokens, types, strict=True) if t == gguf.TokenType.USER_DEFINED],
+        bos_token=tokens[bos_id] if adds_bos else None,
+        ignore_merges=pre in LLAMA3_NAMES,
+    )
+
+
+def convert(source: Path, output: Path, dtype: str = "bfloat16", max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
+    file = GGUFFile(source)
+    config = read_config(file, dtype)
+    tokenizer = read_tokenizer(file)
+    tokens = file.require("tokenizer.ggml.tokens")
+    names = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
+    ids = {name: file.get(f"tokenizer.ggml.{key}_token_id") for name, key in names.items()}
+    with new_folder(output) as folder:
+        write_json(folder / "config.json", config)
+        write_json(folder / "generation_config.json", generation_config(config, ids["pad_token"]))
+        write_tokenizer(
+            folder,
+            tokenizer,
+            model_max_length=config["max_position_embeddings"],
+            special={name: None if i is None else tokens[i] for name, i in ids.items()},
+            chat_template=file.get("tokenizer.chat_template"),
+        )
+        write_weights(folder, read_weights(file, config, DTYPES[dtype]), max_shard_bytes)
+
+
+def generation_config(config: dict[str, Any], pad_token_id: int | None) -> dict[str, Any]:
+    ids = {"bos_token_id": config["bos_token_id"], "eos_token_id": config["eos_token_id"], "pad_token_id": pad_token_id}
+    return {name: value for name, value in ids.items() if value is not None}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--input", type=Path, required=True, metavar="FILE", help="the .gguf file")
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="the folder to make; must not exist")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the weights written")
+    options = parser.parse_args(arguments)
+    try:
+        convert(options.input, options.output, options.dtype)
+    except (ValueError, OSError) as error:
+        sys.exit(f"convert_gguf: {error}")
+
+
+if __name__ == "__main__":
+    main()

