@@ -1,0 +1,165 @@
+"""The ops that the model is made of. Each checks its tensors and then takes the Triton kernel (CUDA tensors, or every
+tensor under TRITON_INTERPRET=1) or its plain PyTorch twin in `kernels.reference`. Triton is imported on first use.
+
+Nothing here knows a model, a request or a configuration: tensors, integers and floats only.
+"""
+
+import os
+
+from torch import Tensor, float32, int32, int64
+
+from kernels import reference
+from kernels.types import Logprobs, Sampled, SamplerRows, SamplerState
+
+# Triton itself reads this once, when it is imported: a process is interpreted or it is not.
+_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _on_triton(x: Tensor) -> bool:
+    return _INTERPRETED or x.is_cuda
+
+
+def _refuse(op: str, **tensors: Tensor) -> ValueError:
+    told = ", ".join(f"{name} {str(t.dtype)[6:]} {list(t.shape)}" for name, t in tensors.items())
+    return ValueError(f"{op}: shapes or dtypes do not fit together: {told}")
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension, x [tokens, hidden].
+
+    Statistics in float32 (float64 for float64); the normed value is rounded to x.dtype before the weight multiplies it,
+    as Hugging Face's Llama does.
+    """
+    if x.dim() != 2 or x.shape[1:] != weight.shape or x.dtype != weight.dtype:
+        raise _refuse("rms_norm", x=x, weight=weight)
+    if _on_triton(x):
+        from kernels import norm
+
+        return norm.rms_norm(x, weight, eps)
+    return reference.rms_norm(x, weight, eps)
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """-> (rms_norm(summed), summed) with summed = x + residual in x.dtype: the residual stream's next value."""
+    if x.dim() != 2 or x.shape[1:] != weight.shape or x.shape != residual.shape:
+        raise _refuse("add_rms_norm", x=x, residual=residual, weight=weight)
+    if not x.dtype == residual.dtype == weight.dtype:
+        raise _refuse("add_rms_norm", x=x, residual=residual, weight=weight)
+    if _on_triton(x):
+        from kernels import norm
+
+        return norm.add_rms_norm(x, residual, weight, eps)
+    return reference.add_rms_norm(x, residual, weight, eps)
+
+
+def rope_and_store(
+    q: Tensor, k: Tensor, v: Tensor, cos_sin: Tensor, slots: Tensor, k_cache: Tensor, v_cache: Tensor
+) -> Tensor:
+    """Rotate q and k, write k and v into the cache, -> rotated q [tokens, heads, head_dim].
+
+    q [tokens, heads, head_dim], k and v [tokens, kv_heads, head_dim] may be strided views with a contiguous last
+    dimension; none of them is modified. cos_sin [tokens, head_dim] float32 holds cosines, then sines, of each token's
+    position. The rotation pairs dimension i with i + head_dim / 2 and computes in at least float32. slots [tokens]
+    int64 are flat places in the caches [num_blocks, block_size, kv_heads, head_dim]; -1 = the token is not stored.
+    """
+    tokens, _, head_dim = q.shape
+    if k.shape != v.shape or k.shape[0] != tokens or k.shape[2] != head_dim or k.shape[1:] != k_cache.shape[2:]:
+        raise _refuse("rope_and_store", q=q, k=k, v=v, k_cache=k_cache)
+    if k_cache.shape != v_cache.shape or slots.shape[0] != tokens or cos_sin.shape != (tokens, head_dim):
+        raise _refuse("rope_and_store", q=q, cos_sin=cos_sin, slots=slots, k_cache=k_cache, v_cache=v_cache)
+    if cos_sin.dtype != float32 or slots.dtype != int64 or q.dtype != k_cache.dtype:
+        raise _refuse("rope_and_store", q=q, cos_sin=cos_sin, slots=slots, k_cache=k_cache)
+    if _on_triton(q):
+        from kernels import rope
+
+        return rope.rope_and_store(q, k, v, cos_sin, slots, k_cache, v_cache)
+    return reference.rope_and_store(q, k, v, cos_sin, slots, k_cache, v_cache)
+
+
+def paged_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_tables: Tensor,
+    query_starts: Tensor,
+    context_lens: Tensor,
+    *,
+    num_decodes: int,
+    max_query_len: int,
+    max_context_len: int,
+    scale: float,
+) -> Tensor:
+    """Causal attention of flat, ragged queries over paged K and V -> [tokens, heads, head_dim].
+
+    q [tokens, heads, head_dim]; sequence s owns tokens query_starts[s] : query_starts[s + 1] (int32 [seqs + 1]), the
+    last of its context_lens[s] (int32 [seqs]) tokens, whose K and V lie in the blocks block_tables[s] (int32
+    [seqs, max_blocks]) of the caches [num_blocks, block_size, kv_heads, head_dim]. Query j of n sees the first
+    context - n + j + 1 keys. The first `num_decodes` sequences have one query each. Softmax in at least float32.
+    Nothing past a sequence's context can change the result, NaN included.
+    """
+    if k_cache.shape != v_cache.shape or q.shape[2] != k_cache.shape[3] or q.shape[1] % k_cache.shape[2]:
+        raise _refuse("paged_attention", q=q, k_cache=k_cache, v_cache=v_cache)
+    if not block_tables.shape[0] == context_lens.shape[0] == query_starts.shape[0] - 1 or q.dtype != k_cache.dtype:
+        raise _refuse("paged_attention", q=q, k_cache=k_cache, block_tables=block_tables, context_lens=context_lens)
+    if not block_tables.dtype == query_starts.dtype == context_lens.dtype == int32:
+        raise _refuse(
+            "paged_attention", block_tables=block_tables, query_starts=query_starts, context_lens=context_lens
+        )
+    if _on_triton(q):
+        from kernels import attention
+    else:
+        from kernels.reference import attention
+    return attention.paged_attention(
+        q,
+        k_cache,
+        v_cache,
+        block_tables,
+        query_starts,
+        context_lens,
+        num_decodes=num_decodes,
+        max_query_len=max_query_len,
+        max_context_len=max_context_len,
+        scale=scale,
+    )
+
+
+def silu_mul(gate_up: Tensor) -> Tensor:
+    """silu(gate) * up for gate_up [tokens, 2 * size], the gate first -> [tokens, size]."""
+    if gate_up.dim() != 2 or gate_up.shape[1] % 2:
+        raise _refuse("silu_mul", gate_up=gate_up)
+    if _on_triton(gate_up):
+        from kernels import activation
+
+        return activation.silu_mul(gate_up)
+    return reference.silu_mul(gate_up)
+
+
+def sample(logits: Tensor, rows: SamplerRows, state: SamplerState | None = None) -> Sampled:
+    """Draw one token per row of logits [rows, vocab]; count it in `state` where the row has a slot.
+
+    The order of the rules and their formulas are told in `kernels.reference.sampling`. `state` may be None where no row
+    has a penalty. A row with a NaN or without one finite logit is marked bad.
+    """
+    if logits.dim() != 2 or logits.shape[0] != len(rows):
+        raise _refuse("sample", logits=logits, slots=rows.slots)
+    if _on_triton(logits):
+        from kernels import sampling
+    else:
+        from kernels.reference import sampling
+    return sampling.sample(logits, rows, state)
+
+
+def token_logprobs(logits: Tensor, token_ids: Tensor, num_top: int) -> Logprobs:
+    """Log-probabilities of token_ids [rows] int64 and of the num_top best tokens under logits [rows, vocab].
+
+    log-softmax in float32 (float64 for float64). The rank is 1 + the number of tokens with a strictly greater logit.
+    """
+    if logits.dim() != 2 or token_ids.shape != logits.shape[:1]:
+        raise _refuse("token_logprobs", logits=logits, token_ids=token_ids)
+    if not 0 <= num_top <= logits.shape[1]:
+        raise ValueError(f"token_logprobs: num_top must be in [0, {logits.shape[1]}], got {num_top}")
+    if _on_triton(logits):
+        from kernels import sampling
+    else:
+        from kernels.reference import sampling
+    return sampling.token_logprobs(logits, token_ids, num_top)

@@ -23,4 +23,4 @@ class Batch:
     max_query_len: int
     max_context_len: int  # an upper bound; grids must not depend on it
     logit_rows: torch.Tensor | None = None  # [rows] int64, tokens whose logits are wanted (repeats allowed); None = all
-    adapter_slots: torch.Tensor | None = None  # [tokens] int32, LoRA slot of each token, 0 = none; None = no adapter at all
+    adapter_slots: torch.Tensor | None = None  # [tokens] int32, LoRA slot of each token, 0 = none; None = no adapter

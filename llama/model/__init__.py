@@ -1,0 +1,1 @@
+"""The network: what Llama 3.1 is, and its weights. Read transformer.py first."""

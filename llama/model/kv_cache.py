@@ -1,0 +1,40 @@
+"""The paged K/V tensors of all layers, and how many bytes a block costs. Which block is whose is BlockPool's matter."""
+
+from collections.abc import Sequence
+
+import torch
+
+from llama.model.config import ModelConfig
+
+
+class KVCache:
+    """`k[layer]` and `v[layer]` are [num_blocks, block_size, kv_heads, head_dim], views of one allocation."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        num_blocks: int,
+        block_size: int,
+        *,
+        dtype: torch.dtype,
+        device: torch.device | str,
+    ) -> None:
+        if num_blocks < 1 or block_size < 1:
+            raise ValueError(f"num_blocks and block_size must be at least 1, got {num_blocks} and {block_size}")
+        self.num_blocks = num_blocks
+        self.block_size = block_size
+        shape = (num_blocks, block_size, config.num_key_value_heads, config.head_dim)
+        self.data = torch.zeros(config.num_hidden_layers, 2, *shape, dtype=dtype, device=device)
+        self.k = [layer[0] for layer in self.data]
+        self.v = [layer[1] for layer in self.data]
+
+    @staticmethod
+    def bytes_per_block(config: ModelConfig, block_size: int, dtype: torch.dtype) -> int:
+        return config.kv_values_per_token * block_size * dtype.itemsize
+
+    def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
+        """Copy whole blocks (source, target) in every layer; sources are read before any target is written."""
+        if not pairs:
+            return
+        sources, targets = torch.tensor(pairs, device=self.data.device).unbind(1)
+        self.data.index_copy_(2, targets, self.data.index_select(2, sources))

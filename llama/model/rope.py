@@ -1,0 +1,38 @@
+"""Rotary position embedding: inverse frequencies with Llama 3.1's scaling, and cos/sin of positions.
+
+Everything here is float32, whatever the model's dtype, and the order of operations is transformers', so that both agree
+to the last bit. The rotation itself is `kernels.rope_and_store`, in the half-split layout.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from llama.model.config import ModelConfig
+
+
+def inverse_frequencies(config: ModelConfig, device: torch.device | str | None = None) -> Tensor:
+    """[head_dim / 2] float32: theta^(-2i / head_dim), low frequencies stretched as Llama 3.1 does.
+
+    With wavelength w and original context C: w < C / high_freq_factor stays, w > C / low_freq_factor is divided by
+    `factor`, between them the two are blended linearly in C / w (Meta's llama-models, `apply_scaling`).
+    """
+    dims = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=device)
+    inverse = 1.0 / (config.rope_theta ** (dims / config.head_dim))
+    scaling = config.rope_scaling
+    if scaling is None:
+        return inverse
+    context, low, high = scaling.original_max_position_embeddings, scaling.low_freq_factor, scaling.high_freq_factor
+    wavelengths = 2 * math.pi / inverse
+    blend = (context / wavelengths - low) / (high - low)
+    stretched = inverse / scaling.factor
+    blended = (1 - blend) * inverse / scaling.factor + blend * inverse
+    scaled = torch.where(wavelengths > context / low, stretched, blended)
+    return torch.where(wavelengths < context / high, inverse, scaled)
+
+
+def cos_sin(positions: Tensor, inverse: Tensor) -> Tensor:
+    """[tokens] positions -> [tokens, head_dim] float32: cosines in the first half, sines in the second."""
+    angles = positions.to(torch.float32)[:, None] * inverse
+    return torch.cat((angles.cos(), angles.sin()), dim=-1)

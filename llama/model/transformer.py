@@ -1,0 +1,191 @@
+"""Llama 3.1, from a config to logits. Start reading here.
+
+Tokens of all sequences lie flat in one dimension: [tokens, ...]; `Batch` says who is who and `KVCache` holds the past.
+The model knows neither requests nor CUDA graphs nor quantisation: those live in engine/ and in Linear. The residual
+stream is in the model's dtype; norms, rotary embedding and softmax compute in at least float32.
+"""
+
+import torch
+from torch import Tensor, nn
+
+import kernels
+from llama.model.batch import Batch
+from llama.model.config import ModelConfig
+from llama.model.kv_cache import KVCache
+from llama.model.linear import Linear
+from llama.model.rope import cos_sin, inverse_frequencies
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight, after adding x to the residual stream where there is one."""
+
+    def __init__(self, size: int, eps: float, *, device: torch.device | str, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.empty(size, device=device, dtype=dtype), requires_grad=False)
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """-> (normed, the new residual), both [tokens, hidden]."""
+        if residual is None:
+            return kernels.rms_norm(x, self.weight, self.eps), x
+        return kernels.add_rms_norm(x, residual, self.weight, self.eps)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention over the paged cache, with rotary positions."""
+
+    def __init__(self, config: ModelConfig, *, device: torch.device | str, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.head_dim = config.head_dim
+        self.num_heads = config.num_attention_heads
+        self.num_kv_heads = config.num_key_value_heads
+        self.scale = config.head_dim**-0.5
+        heads = self.num_heads + 2 * self.num_kv_heads
+        self.qkv_proj = Linear(config.hidden_size, heads * self.head_dim, device=device, dtype=dtype)
+        self.o_proj = Linear(self.num_heads * self.head_dim, config.hidden_size, device=device, dtype=dtype)
+
+    def forward(self, x: Tensor, batch: Batch, cos_sin: Tensor, k_cache: Tensor, v_cache: Tensor) -> Tensor:
+        heads = self.qkv_proj(x).view(x.shape[0], -1, self.head_dim)  # [tokens, heads + 2 kv_heads, head_dim]
+        q, k, v = heads.split((self.num_heads, self.num_kv_heads, self.num_kv_heads), dim=1)
+        q = kernels.rope_and_store(q, k, v, cos_sin, batch.slots, k_cache, v_cache)
+        mixed = kernels.paged_attention(
+            q,
+            k_cache,
+            v_cache,
+            batch.block_tables,
+            batch.query_starts,
+            batch.context_lens,
+            num_decodes=batch.num_decodes,
+            max_query_len=batch.max_query_len,
+            max_context_len=batch.max_context_len,
+            scale=self.scale,
+        )
+        return self.o_proj(mixed.view(x.shape[0], -1))
+
+
+class MLP(nn.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x)), gate and up in one matmul."""
+
+    def __init__(self, config: ModelConfig, *, device: torch.device | str, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.gate_up_proj = Linear(config.hidden_size, 2 * config.intermediate_size, device=device, dtype=dtype)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size, device=device, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(kernels.silu_mul(self.gate_up_proj(x)))
+
+
+class Block(nn.Module):
+    """One decoder layer. Its output is the pair (MLP's output, residual); their sum is the layer's hidden state."""
+
+    def __init__(self, config: ModelConfig, *, device: torch.device | str, dtype: torch.dtype) -> None:
+        super().__init__()
+        norm = {"size": config.hidden_size, "eps": config.rms_norm_eps, "device": device, "dtype": dtype}
+        self.input_layernorm = RMSNorm(**norm)
+        self.self_attn = Attention(config, device=device, dtype=dtype)
+        self.post_attention_layernorm = RMSNorm(**norm)
+        self.mlp = MLP(config, device=device, dtype=dtype)
+
+    def forward(
+        self, x: Tensor, residual: Tensor | None, batch: Batch, cos_sin: Tensor, k_cache: Tensor, v_cache: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        x, residual = self.input_layernorm(x, residual)
+        x = self.self_attn(x, batch, cos_sin, k_cache, v_cache)
+        x, residual = self.post_attention_layernorm(x, residual)
+        return self.mlp(x), residual
+
+
+class Transformer(nn.Module):
+    """A Llama. `Transformer(config, ...)` has random weights, `from_pretrained` those of a checkpoint.
+
+    Parameters are named as Hugging Face names them, but for the fused `qkv_proj` and `gate_up_proj`. They want no
+    gradient: this is inference. Forward hooks fire on every module.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        sizes = (config.vocab_size, config.hidden_size)
+        self.embed_tokens = nn.Embedding(*sizes, _weight=torch.empty(sizes, device=device, dtype=dtype))
+        self.layers = nn.ModuleList(Block(config, device=device, dtype=dtype) for _ in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, device=device, dtype=dtype)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size, device=device, dtype=dtype)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.embed_tokens.weight
+        self.requires_grad_(False)
+        self.register_buffer("inv_freq", inverse_frequencies(config, device), persistent=False)
+        if self.device.type != "meta":
+            self._fill_randomly(seed)
+
+    @property
+    def device(self) -> torch.device:
+        return self.embed_tokens.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.embed_tokens.weight.dtype
+
+    def forward(self, batch: Batch, kv: KVCache) -> Tensor:
+        """-> logits [rows, vocab] in the model's dtype, of the tokens `batch.logit_rows` (None = all)."""
+        hidden = self.hidden(batch, kv)
+        return self.lm_head(hidden if batch.logit_rows is None else hidden.index_select(0, batch.logit_rows))
+
+    def hidden(self, batch: Batch, kv: KVCache) -> Tensor:
+        """-> [tokens, hidden] after the last norm, of every token; `lm_head` makes logits of it."""
+        rotation = cos_sin(batch.positions, self.inv_freq)
+        x, residual = self.embed_tokens(batch.token_ids), None
+        for layer, k_cache, v_cache in zip(self.layers, kv.k, kv.v, strict=True):
+            x, residual = layer(x, residual, batch, rotation, k_cache, v_cache)
+        return self.norm(x, residual)[0]
+
+    def logits(self, token_ids: Tensor) -> Tensor:
+        """[batch, seq] token ids -> [batch, seq, vocab] logits, float32 (float64 for a float64 model).
+
+        The research entry: no engine, no sampling; the same forward over a cache made for this one call.
+        """
+        if token_ids.dim() != 2 or token_ids.dtype != torch.int64:
+            raise ValueError(f"token_ids must be int64 [batch, seq], got {token_ids.dtype} {list(token_ids.shape)}")
+        if token_ids.numel() and not 0 <= int(token_ids.min()) <= int(token_ids.max()) < self.config.vocab_size:
+            raise ValueError(f"token ids must be in [0, {self.config.vocab_size})")
+        rows, length = token_ids.shape
+        wide = torch.float64 if self.dtype == torch.float64 else torch.float32
+        if not token_ids.numel():
+            return torch.empty(rows, length, self.config.vocab_size, dtype=wide, device=self.device)
+        block_size = 16
+        blocks = -(-length // block_size)
+        kv = KVCache(self.config, rows * blocks, block_size, dtype=self.dtype, device=self.device)
+        row = torch.arange(rows, device=self.device)
+        positions = torch.arange(length, device=self.device)
+        batch = Batch(
+            token_ids=token_ids.to(self.device).flatten(),
+            positions=positions.repeat(rows),
+            slots=(row[:, None] * (blocks * block_size) + positions).flatten(),
+            query_starts=torch.arange(0, rows * length + 1, length, dtype=torch.int32, device=self.device),
+            context_lens=torch.full((rows,), length, dtype=torch.int32, device=self.device),
+            block_tables=torch.arange(rows * blocks, dtype=torch.int32, device=self.device).view(rows, blocks),
+            num_decodes=rows if length == 1 else 0,
+            max_query_len=length,
+            max_context_len=length,
+        )
+        return self(batch, kv).view(rows, length, -1).to(wide)
+
+    def _fill_randomly(self, seed: int) -> None:
+        generator = torch.Generator(self.device).manual_seed(seed)
+        for name, parameter in self.named_parameters():
+            if name.endswith("norm.weight"):
+                parameter.fill_(1.0)
+            else:
+                parameter.normal_(0.0, 0.02, generator=generator)
+
+    def _apply(self, fn, recurse: bool = True) -> "Transformer":
+        # A cast must not round the rotary frequencies, and to_empty() must not lose them.
+        super()._apply(fn, recurse)
+        self.inv_freq = inverse_frequencies(self.config, self.device)
+        return self
