@@ -7,7 +7,10 @@ import math
 from collections.abc import Mapping, Sequence as SequenceOf
 from dataclasses import dataclass, field, fields
 from enum import StrEnum
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
 
 MAX_SEED = 2**63 - 1
 MAX_LOGPROBS = 20
@@ -125,7 +128,96 @@ class SamplingParams:
             return None
         if not isinstance(self.logit_bias, Mapping):
             raise ValueError(f"logit_bias must map token ids to numbers in [-100, 100], got {self.logit_bias!r}")
-        return {_integer("logit_bias id", t, 0): _number(f"logit_bias[{t}]", b, -100, 100) for t, b in self.logit_bias.items()}
+        return {
+            _integer("logit_bias id", t, 0): _number(f"logit_bias[{t}]", b, -100, 100)
+            for t, b in self.logit_bias.items()
+        }
+
+
+class Logprob(NamedTuple):
+    """A token's log-probability and its rank: 1 + the number of tokens that are strictly more probable."""
+
+    logprob: float
+    rank: int
+    decoded_token: str | None = None
+
+
+class TokenOutput(NamedTuple):
+    """What one step adds to one completion; the token that ended it (end of text, stop id) is in `token_ids`."""
+
+    request_id: str
+    index: int
+    token_ids: list[int]
+    logprobs: list[dict[int, Logprob]] | None = None
+    finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None  # the id of stop_token_ids that ended it; None for the model's own end
+    prompt_logprobs: list[dict[int, Logprob] | None] | None = None  # with the first output of index 0 only
+    num_cached_tokens: int = 0
+
+
+class Adapter(NamedTuple):
+    """A LoRA adapter as the engine sees it: its slot in the stacked weights (0 = none) and a digest of its content."""
+
+    slot: int = 0
+    digest: bytes = b""
+
+
+class TokenMatcher(Protocol):
+    """A grammar at work on one completion; it follows the generated tokens alone."""
+
+    def fill_mask(self, words: NDArray[np.int32]) -> None:
+        """Write the allowed next tokens: token t is bit t % 32 of words[t // 32]."""
+
+    def advance(self, token_id: int) -> None:
+        """Take an allowed token."""
+
+    def rollback(self, num_tokens: int) -> None:
+        """Take back the last tokens."""
+
+    def fork(self) -> "TokenMatcher":
+        """A matcher of its own in the same state."""
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """One completion of a request on its way through the engine. The scheduler alone changes it.
+
+    It waits (row -1), runs (it owns a row and its blocks), and may be sent back to wait; in the end it is finished.
+    """
+
+    request_id: str
+    index: int
+    arrival: int  # requests are served in this order
+    params: SamplingParams
+    seed: int
+    prompt: NDArray[np.int32]  # shared by all completions of the request
+    limit: int  # the most tokens, prompt included
+    adapter: Adapter = Adapter()
+    matcher: TokenMatcher | None = None
+    followers: "list[Sequence]" = field(default_factory=list)  # they fork from this one once its prompt is computed
+
+    output_token_ids: list[int] = field(default_factory=list)
+    prompt_logprobs: list[dict[int, Logprob] | None] | None = None  # gathered so far; None once handed out or not asked
+    num_cached_tokens: int = 0
+    row: int = -1
+    ready_after: int = -1  # the step whose result must be known before the sequence may run again
+    finished: bool = False
+
+    @property
+    def order(self) -> tuple[int, int]:
+        return (self.arrival, self.index)
+
+    @property
+    def token_ids(self) -> NDArray[np.int32]:
+        """All tokens known so far."""
+        if not self.output_token_ids:
+            return self.prompt
+        return np.concatenate([self.prompt, np.array(self.output_token_ids, np.int32)])
+
+    @property
+    def wants_prompt_logprobs(self) -> bool:
+        """Some of the prompt's log-probabilities are still to be computed."""
+        return self.prompt_logprobs is not None and len(self.prompt_logprobs) < len(self.prompt)
 
 
 @dataclass(slots=True)
