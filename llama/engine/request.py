@@ -4,8 +4,9 @@ Sequence is the only mutable state of a request, and the scheduler owns it. Ever
 """
 
 import math
-from collections.abc import Mapping, Sequence as SequenceOf
-from dataclasses import dataclass, field, fields
+from collections.abc import Mapping
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -142,8 +143,12 @@ class Logprob(NamedTuple):
     decoded_token: str | None = None
 
 
-class TokenOutput(NamedTuple):
-    """What one step adds to one completion; the token that ended it (end of text, stop id) is in `token_ids`."""
+@dataclass(slots=True)
+class TokenOutput:
+    """What one step adds to one completion; the token that ended it (end of text, stop id) is in `token_ids`.
+
+    Not frozen: hundreds are made in every step, and a frozen dataclass costs four times as much to make.
+    """
 
     request_id: str
     index: int
@@ -160,6 +165,9 @@ class Adapter(NamedTuple):
 
     slot: int = 0
     digest: bytes = b""
+
+
+NO_ADAPTER = Adapter()
 
 
 class TokenMatcher(Protocol):
@@ -192,7 +200,7 @@ class Sequence:
     seed: int
     prompt: NDArray[np.int32]  # shared by all completions of the request
     limit: int  # the most tokens, prompt included
-    adapter: Adapter = Adapter()
+    adapter: Adapter = NO_ADAPTER
     matcher: TokenMatcher | None = None
     followers: "list[Sequence]" = field(default_factory=list)  # they fork from this one once its prompt is computed
 
