@@ -264,7 +264,7 @@ class CompletionOutput:
     token_ids: list[int] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None  # the stop string or the id of stop_token_ids; None for the model's own end
-    logprobs: list[dict[int, "Logprob"]] | None = None
+    logprobs: list[dict[int, Logprob]] | None = None
     cumulative_logprob: float | None = None
     tool_calls: list[Any] = field(default_factory=list)
     seed: int | None = None  # the one used, also where none was asked for
@@ -279,20 +279,23 @@ class RequestOutput:
     prompt_token_ids: list[int]
     outputs: list[CompletionOutput]
     metrics: RequestMetrics
-    prompt_logprobs: list[dict[int, "Logprob"] | None] | None = None
+    prompt_logprobs: list[dict[int, Logprob] | None] | None = None
     num_cached_tokens: int = 0
     finished: bool = False
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Piece:
-    """What is new in one completion of a streamed request; `usage` comes with the last piece of the request."""
+    """What is new in one completion of a streamed request; `usage` comes with the last piece of the request.
+
+    Not frozen, as TokenOutput is not: a step makes one for each running completion.
+    """
 
     index: int
     text: str
     token_ids: list[int]
-    logprobs: list[dict[int, "Logprob"]] | None = None
+    logprobs: list[dict[int, Logprob]] | None = None
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
-    tool_calls: list[Any] = field(default_factory=list)
+    tool_calls: SequenceOf[Any] = ()
     usage: Usage | None = None
