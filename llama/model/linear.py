@@ -17,5 +17,9 @@ class Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:  # [tokens, in_features] -> [tokens, out_features]
         return F.linear(x, self.weight)
 
+    def dense_weight(self) -> Tensor:
+        """[out_features, in_features] in the model's dtype."""
+        return self.weight
+
     def extra_repr(self) -> str:
         return f"{self.in_features} -> {self.out_features}"

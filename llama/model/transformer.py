@@ -5,10 +5,13 @@ The model knows neither requests nor CUDA graphs nor quantisation: those live in
 stream is in the model's dtype; norms, rotary embedding and softmax compute in at least float32.
 """
 
+from pathlib import Path
+
 import torch
 from torch import Tensor, nn
 
 import kernels
+from llama.model import checkpoint
 from llama.model.batch import Batch
 from llama.model.config import ModelConfig
 from llama.model.kv_cache import KVCache
@@ -96,7 +99,8 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """A Llama. `Transformer(config, ...)` has random weights, `from_pretrained` those of a checkpoint.
+    """A Llama. `Transformer(config, ...)` has random weights (`seed=None` leaves them unset), `from_pretrained` those
+    of a checkpoint.
 
     Parameters are named as Hugging Face names them, but for the fused `qkv_proj` and `gate_up_proj`. They want no
     gradient: this is inference. Forward hooks fire on every module.
@@ -108,7 +112,7 @@ class Transformer(nn.Module):
         *,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
-        seed: int = 0,
+        seed: int | None = 0,
     ) -> None:
         super().__init__()
         self.config = config
@@ -121,8 +125,24 @@ class Transformer(nn.Module):
             self.lm_head.weight = self.embed_tokens.weight
         self.requires_grad_(False)
         self.register_buffer("inv_freq", inverse_frequencies(config, device), persistent=False)
-        if self.device.type != "meta":
+        if seed is not None and self.device.type != "meta":
             self._fill_randomly(seed)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype | str = "auto",
+        check_weights: bool = False,
+    ) -> "Transformer":
+        """Load a Hugging Face folder, strictly. `dtype` "auto" is the checkpoint's; see `checkpoint.from_pretrained`."""
+        return checkpoint.from_pretrained(cls, path, device=device, dtype=dtype, check_weights=check_weights)
+
+    def save_pretrained(self, path: str | Path) -> None:
+        """Write a folder that this and transformers load: all of it or nothing. `path` must be new or empty."""
+        checkpoint.save_pretrained(self, path)
 
     @property
     def device(self) -> torch.device:
@@ -185,7 +205,9 @@ class Transformer(nn.Module):
                 parameter.normal_(0.0, 0.02, generator=generator)
 
     def _apply(self, fn, recurse: bool = True) -> "Transformer":
-        # A cast must not round the rotary frequencies, and to_empty() must not lose them.
+        # A cast must not round the rotary frequencies, to_empty() must not lose them, a move must not untie the head.
         super()._apply(fn, recurse)
         self.inv_freq = inverse_frequencies(self.config, self.device)
+        if self.config.tie_word_embeddings:
+            self.lm_head.weight = self.embed_tokens.weight
         return self

@@ -1,0 +1,157 @@
+"""From a Hugging Face folder to a Transformer: every file and name checked first, then one pass over the data."""
+
+import json
+from collections.abc import Iterable
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from tqdm import tqdm
+
+from llama.model.checkpoint.layout import Entry, layout
+from llama.model.checkpoint.shards import CheckpointError, StoredTensor, read_header, read_into
+from llama.model.config import DTYPES, ModelConfig
+
+if TYPE_CHECKING:
+    from llama.model.transformer import Transformer
+
+_INDEX = "model.safetensors.index.json"
+_SINGLE = "model.safetensors"
+
+
+def from_pretrained(
+    model_class: "type[Transformer]",
+    path: str | Path,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | str = "auto",
+    check_weights: bool = False,
+) -> "Transformer":
+    """Load config.json and the safetensors of `path`. Strict: nothing missing, nothing left over, shapes as configured.
+
+    `dtype` "auto" is what config.json says, else what the embedding is stored in. `check_weights` looks for NaN and
+    infinities. Raises ConfigError or CheckpointError, one line each, before any weight is read where that can be.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: there is no such folder")
+    config = ModelConfig.from_pretrained(folder)
+    stored = find_tensors(folder)
+    entries = list(layout(config))
+    _check(folder, config, entries, stored)
+    model = model_class(config, device=device, dtype=_resolve(dtype, config, stored), seed=None)
+    _stream(model, entries, stored)
+    if config.tie_word_embeddings and "lm_head.weight" in stored:
+        _check_tied_head(model, stored["lm_head.weight"])
+    if check_weights:
+        _check_finite(model, entries)
+    return model
+
+
+def find_tensors(folder: Path) -> dict[str, StoredTensor]:
+    """Name -> place, over all shards of a folder."""
+    if (folder / _SINGLE).exists():
+        return {tensor.name: tensor for tensor in read_header(folder / _SINGLE)}
+    if (folder / _INDEX).exists():
+        return _from_index(folder / _INDEX)
+    for pattern, tool in (("*.pth", "tools/convert_meta.py"), ("*.bin", None), ("*.gguf", "tools/convert_gguf.py")):
+        if found := sorted(folder.glob(pattern)):
+            how = f"convert it with {tool}" if tool else "save it again as safetensors"
+            raise CheckpointError(f"{found[0]}: only safetensors are loaded; {how}")
+    raise CheckpointError(f"{folder}: has neither {_SINGLE} nor {_INDEX}")
+
+
+def _from_index(path: Path) -> dict[str, StoredTensor]:
+    try:
+        weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        items = list(weight_map.items())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise CheckpointError(f'{path}: is not a JSON object with a "weight_map"') from None
+    shards: dict[str, set[str]] = {}
+    for name, shard in items:
+        if not isinstance(shard, str) or Path(shard).name != shard or not shard.endswith(".safetensors"):
+            raise CheckpointError(f"{path}: {name} is said to lie in {shard!r}, which is no safetensors file's name")
+        shards.setdefault(shard, set()).add(name)
+    absent = [shard for shard in sorted(shards) if not (path.parent / shard).exists()]
+    if absent:
+        raise CheckpointError(f"{path.parent}: {_INDEX} names shards that are missing: {_some(absent)}")
+    found: dict[str, StoredTensor] = {}
+    for shard in sorted(shards):
+        for tensor in read_header(path.parent / shard):
+            if tensor.name in found:
+                raise CheckpointError(f"{tensor.path}: {tensor.name} lies in {found[tensor.name].path.name} as well")
+            found[tensor.name] = tensor
+        if lacking := shards[shard].difference(found):
+            raise CheckpointError(f"{path.parent / shard}: lacks {_some(lacking)}, which {_INDEX} says it holds")
+    return found
+
+
+def _check(folder: Path, config: ModelConfig, entries: list[Entry], stored: dict[str, StoredTensor]) -> None:
+    names = {entry.name for entry in entries}
+    if missing := [entry.name for entry in entries if entry.name not in stored]:
+        raise CheckpointError(f"{folder}: missing tensors: {_some(missing)}")
+    # Old checkpoints carry the rotary frequencies, which follow from config.json; a tied head may be stored as a copy.
+    extra = [name for name in stored if name not in names and not name.endswith(".rotary_emb.inv_freq")]
+    if config.tie_word_embeddings and "lm_head.weight" in extra:
+        extra.remove("lm_head.weight")
+    if extra:
+        raise CheckpointError(f"{folder}: tensors that no part of the model takes: {_some(extra)}")
+    for entry in entries:
+        tensor = stored[entry.name]
+        _ = tensor.dtype  # refuses integers and the like
+        if tensor.shape != entry.shape:
+            raise CheckpointError(
+                f"{tensor.path}: {entry.name} should be {list(entry.shape)} by config.json ({entry.keys}), "
+                f"found {list(tensor.shape)}"
+            )
+
+
+def _some(names: Iterable[str]) -> str:
+    names = sorted(names)
+    return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
+
+
+def _resolve(dtype: torch.dtype | str, config: ModelConfig, stored: dict[str, StoredTensor]) -> torch.dtype:
+    if isinstance(dtype, torch.dtype):
+        dtype = str(dtype).removeprefix("torch.")
+    if dtype == "auto":
+        return getattr(torch, config.dtype) if config.dtype else stored["model.embed_tokens.weight"].dtype
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype must be one of auto, {', '.join(DTYPES)}, got {dtype!r}")
+    return getattr(torch, dtype)
+
+
+def _stream(model: "Transformer", entries: list[Entry], stored: dict[str, StoredTensor]) -> None:
+    """In file order, so that a disk reads ahead."""
+    order = sorted(entries, key=lambda entry: (stored[entry.name].path, stored[entry.name].offset))
+    total = sum(stored[entry.name].nbytes for entry in entries)
+    with tqdm(total=total, desc="Loading weights", unit="B", unit_scale=True, disable=None, leave=False) as bar:
+        for path, shard in groupby(order, key=lambda entry: stored[entry.name].path):
+            with open(path, "rb", buffering=0) as file:
+                for entry in shard:
+                    read_into(file, stored[entry.name], target(model, entry))
+                    bar.update(stored[entry.name].nbytes)
+
+
+def target(model: "Transformer", entry: Entry) -> torch.Tensor:
+    """The rows of our parameter that are the entry's tensor."""
+    return model.get_submodule(entry.module).weight.detach().narrow(0, entry.start, entry.shape[0])
+
+
+def _check_tied_head(model: "Transformer", head: StoredTensor) -> None:
+    embedding = model.embed_tokens.weight.detach()
+    copy = torch.empty_like(embedding) if head.shape == tuple(embedding.shape) else None
+    if copy is not None:
+        with open(head.path, "rb", buffering=0) as file:
+            read_into(file, head, copy)
+    if copy is None or not torch.equal(copy, embedding):
+        raise CheckpointError(
+            f"{head.path}: lm_head.weight differs from the embedding, but config.json says tie_word_embeddings"
+        )
+
+
+def _check_finite(model: "Transformer", entries: list[Entry]) -> None:
+    for entry in entries:
+        if not bool(target(model, entry).isfinite().all()):
+            raise CheckpointError(f"{entry.name} holds NaN or infinite weights")

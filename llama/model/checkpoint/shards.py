@@ -1,0 +1,175 @@
+"""The safetensors format: headers checked before a byte of data is touched, data read straight into its destination.
+
+A file is 8 bytes of header length, a JSON header of names to dtype, shape and byte range, and the data. Reading is plain
+`readinto`: no mapping whose pages would count twice, and a file that shrinks under us is an error, not a signal.
+"""
+
+import json
+import math
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
+_CODES = {dtype: code for code, dtype in DTYPES.items()}
+_MAX_HEADER = 100_000_000  # the format's own limit
+_STAGE_BYTES = 16 << 20
+
+_FOREIGN = (
+    (b"version https://git-lfs", "is a Git LFS pointer, not the file itself; fetch it with `git lfs pull`"),
+    (b"<!DOCTYPE", "is an HTML page, not a safetensors file; was the download redirected to a login page?"),
+    (b"<!doctype", "is an HTML page, not a safetensors file; was the download redirected to a login page?"),
+    (b"<html", "is an HTML page, not a safetensors file; was the download redirected to a login page?"),
+    (b"GGUF", "is a GGUF file; convert it with tools/convert_gguf.py"),
+    (b"PK\x03\x04", "is a PyTorch pickle, which can run code; convert it with tools/convert_meta.py"),
+    (b"\x80\x02", "is a pickle, which can run code; convert it with tools/convert_meta.py"),
+)
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that is missing, damaged, or does not fit its config.json."""
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """Where a tensor lies: `offset` and `nbytes` in the file."""
+
+    path: Path
+    name: str
+    code: str
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Raises CheckpointError for what is not a float that we compute with."""
+        if self.code not in DTYPES:
+            raise CheckpointError(
+                f"{self.path}: {self.name} is stored as {self.code}; weights must be one of {', '.join(DTYPES)}"
+            )
+        return DTYPES[self.code]
+
+
+def read_header(path: Path) -> list[StoredTensor]:
+    """Every tensor of a safetensors file, in file order. Raises CheckpointError for anything malformed or truncated."""
+    try:
+        with path.open("rb", buffering=0) as file:
+            size = path.stat().st_size
+            start = file.read(64)
+            for magic, what in _FOREIGN:
+                if start.startswith(magic):
+                    raise CheckpointError(f"{path}: {what}")
+            length = int.from_bytes(start[:8], "little")
+            if len(start) < 8 or not 2 <= length <= _MAX_HEADER:
+                raise CheckpointError(f"{path}: is not a safetensors file")
+            if 8 + length > size:
+                raise CheckpointError(f"{path}: is truncated: {size} bytes, the header alone needs {8 + length}")
+            file.seek(8)
+            text = file.read(length)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: there is no such file") from None
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
+    try:
+        header = json.loads(text.decode("utf-8"), object_pairs_hook=_unique)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+    except (ValueError, RecursionError):
+        raise CheckpointError(f"{path}: its safetensors header is not JSON") from None
+    if not isinstance(header, dict):
+        raise CheckpointError(f"{path}: its safetensors header is not a JSON object")
+    tensors = [_stored(path, 8 + length, name, e) for name, e in header.items() if name != "__metadata__"]
+    tensors.sort(key=lambda tensor: (tensor.offset, tensor.nbytes))
+    end = 8 + length
+    for tensor in tensors:
+        if tensor.offset != end:
+            raise CheckpointError(f"{path}: {tensor.name} overlaps another tensor or leaves a hole before it")
+        end += tensor.nbytes
+    if end != size:
+        what = "is truncated" if end > size else "has bytes after its last tensor"
+        raise CheckpointError(f"{path}: {what}: {size} bytes, its header describes {end}")
+    return tensors
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise CheckpointError(f"its header names {twice} twice")
+    return result
+
+
+_ITEM_SIZES = {"BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "I16": 2, "U16": 2, "F16": 2, "BF16": 2}
+_ITEM_SIZES |= {"I32": 4, "U32": 4, "F32": 4, "I64": 8, "U64": 8, "F64": 8}
+
+
+def _stored(path: Path, data_start: int, name: str, entry: Any) -> StoredTensor:
+    def is_count(value: Any) -> bool:
+        return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 63
+
+    try:
+        code, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
+        if not (isinstance(code, str) and isinstance(shape, list) and all(map(is_count, (*shape, begin, end)))):
+            raise TypeError
+    except (KeyError, TypeError, ValueError):
+        raise CheckpointError(f"{path}: the header's entry of {name} is malformed") from None
+    expected = math.prod(shape) * _ITEM_SIZES.get(code, 0)
+    if code in _ITEM_SIZES and end - begin != expected:
+        raise CheckpointError(f"{path}: {name} {code} {shape} needs {expected} bytes, its range has {end - begin}")
+    return StoredTensor(path, name, code, tuple(shape), data_start + begin, end - begin)
+
+
+def read_into(file: BinaryIO, stored: StoredTensor, target: Tensor) -> None:
+    """Fill a contiguous `target` of the stored shape, on any device and in any float dtype, from an open file."""
+    file.seek(stored.offset)
+    flat = target.view(-1)
+    if target.device.type == "cpu" and target.dtype == stored.dtype:
+        _read_exactly(file, stored, flat)
+        return
+    step = _STAGE_BYTES // stored.dtype.itemsize
+    stage = torch.empty(min(step, flat.numel()), dtype=stored.dtype)
+    for begin in range(0, flat.numel(), step):
+        part = stage[: min(step, flat.numel() - begin)]
+        _read_exactly(file, stored, part)
+        flat[begin : begin + part.numel()].copy_(part)
+
+
+def _read_exactly(file: BinaryIO, stored: StoredTensor, flat: Tensor) -> None:
+    rest = memoryview(flat.view(torch.uint8).numpy())
+    while rest:
+        count = file.readinto(rest)  # Linux reads at most 2 GiB at once
+        if not count:
+            raise CheckpointError(f"{stored.path}: ends inside {stored.name}; did the file change while it was read?")
+        rest = rest[count:]
+
+
+def write(
+    path: Path, names: Sequence[tuple[str, tuple[int, ...]]], dtype: torch.dtype, tensors: Iterable[Tensor]
+) -> None:
+    """Write a safetensors file of `names` (name, shape), all of one dtype; the tensors are taken one at a time."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, shape in names:
+        begin, end = end, end + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": _CODES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the data starts on a multiple of 8
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little"))
+        file.write(text)
+        for tensor in tensors:
+            file.write(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        file.flush()
+        os.fsync(file.fileno())
