@@ -1,0 +1,272 @@
+"""The checkpoint's tokenizer over Hugging Face's `tokenizers`.
+
+Two instances share one vocabulary: one reads special-token text as control tokens, the other leaves it text; no flag is
+ever toggled, so any number of threads may encode. What the `decoder` of tokenizer.json means is worked out in
+pieces.py; `clean_up_tokenization_spaces` is not applied, for it changes text that byte-level models mean literally.
+"""
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Self
+
+import tokenizers
+
+from llama.text.tokenizer.files import read_json, read_text
+from llama.text.tokenizer.incremental import IncrementalDecoder
+from llama.text.tokenizer.pieces import PieceDecoder, piece_decoder
+
+_PROBE = "a"
+
+
+class Tokenizer:
+    """Encodes text as the checkpoint does and decodes ids. Holds no state that a call could change."""
+
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        *,
+        config: Mapping[str, Any] | None = None,
+        eos_token_ids: Iterable[int] = (),
+        bos_token_id: int | None = None,
+    ) -> None:
+        """`config` is tokenizer_config.json; the ids are those that the model's own files name."""
+        backend.no_truncation()
+        backend.no_padding()
+        self.template_tokens = _named_tokens(config or {})
+        self._parsing, self._plain = _two_instances(backend, self.template_tokens.values())
+        added = self._parsing.get_added_tokens_decoder()
+        self.special_tokens: dict[str, int] = {t.content: i for i, t in added.items() if t.special}
+        self.special_ids = frozenset(self.special_tokens.values())
+        self.piece_decoder: PieceDecoder = piece_decoder(_state(self._parsing.decoder))
+        self.bos_token_id = self._id_of("bos_token", bos_token_id)
+        eos = self._id_of("eos_token", None)
+        self.eos_token_ids = frozenset(eos_token_ids) | ({eos} if eos is not None else set())
+        self._prefix, self._suffix = self._affixes(config or {}, eos)
+        self._bytes: dict[int, bytes] = {}
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path) -> Self:
+        """Reads tokenizer.json, tokenizer_config.json and the BOS and EOS ids of (generation_)config.json.
+
+        Raises FileNotFoundError or ValueError, in one line that names the file.
+        """
+        folder = Path(path)
+        file = folder / "tokenizer.json"
+        text = read_text(file)
+        try:
+            backend = tokenizers.Tokenizer.from_str(text)
+        except Exception as error:  # tokenizers raises a bare Exception for whatever its parser finds
+            raise ValueError(f"{file} is not a usable tokenizer: {_one_line(error)}") from None
+        config = read_json(folder / "special_tokens_map.json") | read_json(folder / "tokenizer_config.json")
+        eos, bos = _model_ids(folder)
+        try:
+            return cls(backend, config=config, eos_token_ids=eos, bos_token_id=bos)
+        except ValueError as error:
+            raise ValueError(f"{file}: {error}") from None
+
+    # Text to ids
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Special-token text is parsed. BOS is added where the checkpoint's tokenizer adds it, never a second time."""
+        ids = self._encode(self._parsing, text)
+        if not add_special_tokens:
+            return ids
+        prefix = () if ids[: len(self._prefix)] == list(self._prefix) else self._prefix
+        return [*prefix, *ids, *self._suffix]
+
+    def encode_plain(self, text: str) -> list[int]:
+        """Special-token text stays text: no id of a control token comes out. Nothing is added."""
+        ids = self._encode(self._plain, text)
+        if not self._control_ids.isdisjoint(ids):
+            found = next(i for i in ids if i in self._control_ids)
+            raise ValueError(f"the tokenizer cannot spell {self.id_to_token(found)!r} as plain text")
+        return ids
+
+    @staticmethod
+    def _encode(instance: tokenizers.Tokenizer, text: str) -> list[int]:
+        if not isinstance(text, str):
+            raise ValueError(f"text must be a string, got {type(text).__name__}")
+        check_unicode(text)
+        return list(instance.encode(text, add_special_tokens=False).ids)
+
+    # Ids to text
+
+    def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
+        """The text of these ids. Raises ValueError for an id that the tokenizer does not have."""
+        decoder = IncrementalDecoder(self, skip_special_tokens=skip_special_tokens)
+        return decoder.push(self.check_ids(ids)) + decoder.flush()
+
+    def id_to_token(self, token_id: int) -> str | None:
+        """The vocabulary's own spelling ("Ġhello"), None for an id that it does not have."""
+        return self._parsing.id_to_token(token_id)
+
+    def token_to_id(self, token: str) -> int | None:
+        return self._parsing.token_to_id(token)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The UTF-8 bytes, perhaps part of a character, that this id adds in the middle of a text."""
+        known = self._bytes.get(token_id)
+        if known is None:
+            piece = self.id_to_token(token_id)
+            known = self._bytes[token_id] = b"" if piece is None else self.piece_decoder.rest(piece)
+        return known
+
+    def token_text(self, token_id: int) -> str:
+        """The same as text, with U+FFFD for a part of a character: for displaying log-probabilities."""
+        return self.token_bytes(token_id).decode("utf-8", "replace")
+
+    # The vocabulary
+
+    @cached_property
+    def vocab_size(self) -> int:
+        """One more than the largest id."""
+        count = self._parsing.get_vocab_size(with_added_tokens=True)
+        if count == 0 or self.id_to_token(count - 1) is not None:
+            return count
+        return max(self._parsing.get_vocab(with_added_tokens=True).values()) + 1
+
+    def check_vocab(self, vocab_size: int) -> None:
+        """Raises ValueError if the model has fewer embedding rows than the tokenizer has ids."""
+        if self.vocab_size > vocab_size:
+            raise ValueError(
+                f"the tokenizer has ids up to {self.vocab_size - 1}, the model's vocab_size is {vocab_size}: "
+                "tokenizer.json and config.json do not belong together"
+            )
+
+    def check_ids(self, ids: Iterable[int]) -> list[int]:
+        """The ids as a list. Raises ValueError for what is not an integer in [0, vocab_size)."""
+        ids = list(ids)
+        for token_id in ids:
+            if isinstance(token_id, bool) or not isinstance(token_id, int) or not 0 <= token_id < self.vocab_size:
+                raise ValueError(f"token ids must be integers in [0, {self.vocab_size}), got {token_id!r}")
+        return ids
+
+    @cached_property
+    def special_pattern(self) -> re.Pattern[str]:
+        """Matches the text of any special token, the longest first."""
+        longest_first = sorted(self.special_tokens, key=len, reverse=True)
+        return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+
+    @cached_property
+    def backend_json(self) -> str:
+        """tokenizer.json as the parsing instance holds it, for grammars."""
+        return self._parsing.to_str()
+
+    @cached_property
+    def _control_ids(self) -> frozenset[int]:
+        # The unknown token is what plain text may well become.
+        unknown = getattr(self._parsing.model, "unk_token", None)
+        return self.special_ids - {self.special_tokens.get(unknown or "", -1)}
+
+    def _id_of(self, name: str, fallback: int | None) -> int | None:
+        token = self.template_tokens.get(name)
+        found = None if token is None else self.token_to_id(token)
+        return fallback if found is None else found
+
+    def _affixes(self, config: Mapping[str, Any], eos: int | None) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """What encoding puts before and after a text: the post-processor's, unless tokenizer_config.json says."""
+        bare = self._parsing.encode(_PROBE, add_special_tokens=False).ids
+        full = self._parsing.encode(_PROBE, add_special_tokens=True).ids
+        starts = range(len(full) - len(bare) + 1)
+        start = next((i for i in starts if full[i : i + len(bare)] == bare), 0)
+        prefix, suffix = tuple(full[:start]), tuple(full[start + len(bare) :])
+        if isinstance(wanted := config.get("add_bos_token"), bool) and self.bos_token_id is not None:
+            prefix = (self.bos_token_id,) if wanted else tuple(i for i in prefix if i != self.bos_token_id)
+        if isinstance(wanted := config.get("add_eos_token"), bool) and eos is not None:
+            suffix = (eos,) if wanted else tuple(i for i in suffix if i != eos)
+        return prefix, suffix
+
+
+def check_unicode(text: str) -> None:
+    """Raises ValueError for a lone surrogate, which no UTF-8 text can hold."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        found = ord(text[error.start])
+        raise ValueError(f"text holds the lone surrogate U+{found:04X} at position {error.start}") from None
+
+
+def _two_instances(
+    backend: tokenizers.Tokenizer, named: Iterable[str]
+) -> tuple[tokenizers.Tokenizer, tokenizers.Tokenizer]:
+    """(parsing, plain). Every special token, and every added token that has a role, is one for both.
+
+    A special token that is matched after normalisation could be forged by text that merely normalises to it, so both
+    instances match the literal text.
+    """
+    roles = set(named)
+    added = sorted(backend.get_added_tokens_decoder().items())
+    tokens = [t for _, t in added]
+    is_control = [t.special or t.content in roles for t in tokens]
+    if any(wanted and (not t.special or t.normalized) for t, wanted in zip(tokens, is_control, strict=True)):
+        tokens = [_literal(t) if wanted else t for t, wanted in zip(tokens, is_control, strict=True)]
+        parsing = _rebuilt(backend, tokens)
+    else:
+        parsing = backend
+    plain = _rebuilt(backend, tokens)
+    plain.encode_special_tokens = True
+    for instance in (parsing, plain):
+        if any(instance.token_to_id(t.content) != i for i, t in added):
+            raise ValueError("its added tokens do not have the ids that follow from its vocabulary")
+    return parsing, plain
+
+
+def _literal(token: tokenizers.AddedToken) -> tokenizers.AddedToken:
+    return tokenizers.AddedToken(
+        token.content,
+        single_word=token.single_word,
+        lstrip=token.lstrip,
+        rstrip=token.rstrip,
+        normalized=False,
+        special=True,
+    )
+
+
+def _rebuilt(backend: tokenizers.Tokenizer, added: list[tokenizers.AddedToken]) -> tokenizers.Tokenizer:
+    """Another tokenizer over the same model: the vocabulary, by far the largest part, is shared."""
+    other = tokenizers.Tokenizer(backend.model)
+    for part in ("normalizer", "pre_tokenizer", "post_processor", "decoder"):
+        if getattr(backend, part) is not None:
+            setattr(other, part, getattr(backend, part))
+    other.add_tokens(added)
+    return other
+
+
+def _state(part: Any) -> dict[str, Any] | None:
+    return None if part is None else json.loads(part.__getstate__())
+
+
+def _named_tokens(config: Mapping[str, Any]) -> dict[str, str]:
+    """`bos_token` and its like, in either of their two spellings."""
+    named = {}
+    for name, value in config.items():
+        text = value.get("content") if isinstance(value, dict) else value
+        if name.endswith("_token") and isinstance(text, str) and text:
+            named[name] = text
+    return named
+
+
+def _model_ids(folder: Path) -> tuple[frozenset[int], int | None]:
+    """EOS ids and the BOS id of generation_config.json, else of config.json."""
+    eos, bos = None, None
+    for name in ("generation_config.json", "config.json"):
+        values = read_json(folder / name)
+        if eos is None and (found := values.get("eos_token_id")) is not None:
+            eos = frozenset(_checked_ids(folder / name, "eos_token_id", found))
+        if bos is None and (found := values.get("bos_token_id")) is not None:
+            bos = _checked_ids(folder / name, "bos_token_id", found)[0]
+    return eos or frozenset(), bos
+
+
+def _checked_ids(file: Path, key: str, value: Any) -> list[int]:
+    ids = value if isinstance(value, list) else [value]
+    if not ids or any(isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in ids):
+        raise ValueError(f"{file}: {key} must be a token id or a list of them, found {value!r}")
+    return ids
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200]
