@@ -29,13 +29,14 @@ from hf_folder import (
     DTYPES,
     MAX_SHARD_BYTES,
     llama3_rope_scaling,
-    llama_config,
     new_folder,
     unpermute_rope,
-    write_json,
+    write_configs,
     write_weights,
 )
 from tokenizers import Tokenizer
+
+from llama.model.config import ModelConfig, RopeScaling
 
 PRE_TOKENIZERS = {
     "smollm": smollm_pre_tokenizer,
@@ -103,7 +104,7 @@ def shortest(value: float) -> float:
     return float(str(np.float32(value)))
 
 
-def rope_scaling(file: GGUFFile, head_dim: int, theta: float) -> dict[str, Any] | None:
+def rope_scaling(file: GGUFFile, head_dim: int, theta: float) -> RopeScaling | None:
     kind = file.get("llama.rope.scaling.type", "none")
     if kind != "none":
         raise ValueError(f"RoPE scaling {kind!r} is not Llama 3.1's")
@@ -113,28 +114,27 @@ def rope_scaling(file: GGUFFile, head_dim: int, theta: float) -> dict[str, Any] 
     scaling = llama3_rope_scaling(shortest(float(found.max())))
     expected = llama3_rope_factors(head_dim, theta, scaling)
     if found.shape != expected.shape or not np.allclose(found, expected, rtol=1e-3):
-        raise ValueError(f"{ROPE_FACTORS} holds other factors than Llama 3's scaling by {scaling['factor']}")
+        raise ValueError(f"{ROPE_FACTORS} holds other factors than Llama 3's scaling by {scaling.factor}")
     return scaling
 
 
-def llama3_rope_factors(head_dim: int, theta: float, scaling: dict[str, Any]) -> np.ndarray:
+def llama3_rope_factors(head_dim: int, theta: float, scaling: RopeScaling) -> np.ndarray:
     """What each frequency is divided by. [head_dim / 2]  Formula: Meta's apply_scaling (llama-models, model.py)."""
     frequencies = theta ** (-np.arange(0, head_dim, 2) / head_dim)
-    low, high, factor = scaling["low_freq_factor"], scaling["high_freq_factor"], scaling["factor"]
-    turns = scaling["original_max_position_embeddings"] * frequencies / (2 * np.pi)  # within the original context
-    smooth = np.clip((turns - low) / (high - low), 0, 1)
-    return (1 / ((1 - smooth) / factor + smooth)).astype(np.float32)
+    turns = scaling.original_max_position_embeddings * frequencies / (2 * np.pi)  # within the original context
+    smooth = np.clip((turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor), 0, 1)
+    return (1 / ((1 - smooth) / scaling.factor + smooth)).astype(np.float32)
 
 
-def eos_token_ids(file: GGUFFile) -> list[int]:
+def eos_token_ids(file: GGUFFile) -> tuple[int, ...]:
     """The file's end-of-text, -turn and -message ids, and those that Llama 3's names for them have."""
     ids = [file.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
     tokens = file.require("tokenizer.ggml.tokens")
     ids += [tokens.index(name) for name in ("<|end_of_text|>", "<|eom_id|>", "<|eot_id|>") if name in tokens]
-    return list(dict.fromkeys(i for i in ids if i is not None))
+    return tuple(dict.fromkeys(i for i in ids if i is not None))
 
 
-def read_config(file: GGUFFile, dtype: str) -> dict[str, Any]:
+def read_config(file: GGUFFile) -> ModelConfig:
     if experts := file.get("llama.expert_count", 0):
         raise ValueError(f"a mixture of {experts} experts is not a Llama model")
     hidden_size = file.require("llama.embedding_length")
@@ -144,7 +144,7 @@ def read_config(file: GGUFFile, dtype: str) -> dict[str, Any]:
         if file.get(key, head_dim) != head_dim:
             raise ValueError(f"{key} is {file.get(key)}, but a head has {head_dim} dimensions")
     theta = shortest(file.get("llama.rope.freq_base", 10000.0))
-    return llama_config(
+    return ModelConfig(
         vocab_size=int(file.tensors["token_embd.weight"].shape[1]),
         hidden_size=hidden_size,
         intermediate_size=file.require("llama.feed_forward_length"),
@@ -159,7 +159,6 @@ def read_config(file: GGUFFile, dtype: str) -> dict[str, Any]:
         tie_word_embeddings="output.weight" not in file.tensors,
         bos_token_id=file.get("tokenizer.ggml.bos_token_id"),
         eos_token_ids=eos_token_ids(file),
-        dtype=dtype,
     )
 
 
@@ -179,13 +178,13 @@ def hf_tensor_names(file: GGUFFile) -> dict[str, str]:
     return names
 
 
-def read_weights(file: GGUFFile, config: dict[str, Any], dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
+def read_weights(file: GGUFFile, config: ModelConfig, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
     for name, hf_name in hf_tensor_names(file).items():
         weight = torch.from_numpy(file.array(name))
         if name.endswith("attn_q.weight"):
-            weight = unpermute_rope(weight, config["num_attention_heads"])
+            weight = unpermute_rope(weight, config.num_attention_heads)
         elif name.endswith("attn_k.weight"):
-            weight = unpermute_rope(weight, config["num_key_value_heads"])
+            weight = unpermute_rope(weight, config.num_key_value_heads)
         yield hf_name, weight.to(dtype)
 
 
@@ -215,27 +214,21 @@ def read_tokenizer(file: GGUFFile) -> Tokenizer:
 
 def convert(source: Path, output: Path, dtype: str = "bfloat16", max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
     file = GGUFFile(source)
-    config = read_config(file, dtype)
+    config = read_config(file)
     tokenizer = read_tokenizer(file)
     tokens = file.require("tokenizer.ggml.tokens")
     names = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
     ids = {name: file.get(f"tokenizer.ggml.{key}_token_id") for name, key in names.items()}
     with new_folder(output) as folder:
-        write_json(folder / "config.json", config)
-        write_json(folder / "generation_config.json", generation_config(config, ids["pad_token"]))
+        write_configs(folder, config, dtype, ids["pad_token"])
         write_tokenizer(
             folder,
             tokenizer,
-            model_max_length=config["max_position_embeddings"],
+            model_max_length=config.max_position_embeddings,
             special={name: None if i is None else tokens[i] for name, i in ids.items()},
             chat_template=file.get("tokenizer.chat_template"),
         )
         write_weights(folder, read_weights(file, config, DTYPES[dtype]), max_shard_bytes)
-
-
-def generation_config(config: dict[str, Any], pad_token_id: int | None) -> dict[str, Any]:
-    ids = {"bos_token_id": config["bos_token_id"], "eos_token_id": config["eos_token_id"], "pad_token_id": pad_token_id}
-    return {name: value for name, value in ids.items() if value is not None}
 
 
 def main(arguments: list[str] | None = None) -> None:

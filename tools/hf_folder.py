@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from llama.model.config import ModelConfig, RopeScaling
+
 MAX_SHARD_BYTES = 5_000_000_000
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -76,58 +78,17 @@ def write_weights(folder: Path, tensors: Iterable[tuple[str, torch.Tensor]], max
     )
 
 
-def llama_config(
-    *,
-    vocab_size: int,
-    hidden_size: int,
-    intermediate_size: int,
-    num_hidden_layers: int,
-    num_attention_heads: int,
-    num_key_value_heads: int,
-    head_dim: int,
-    max_position_embeddings: int,
-    rms_norm_eps: float,
-    rope_theta: float,
-    rope_scaling: dict[str, Any] | None,
-    tie_word_embeddings: bool,
-    bos_token_id: int | None,
-    eos_token_ids: list[int],
-    dtype: str,
-) -> dict[str, Any]:
-    """config.json of a Llama model, in the spelling that every version of transformers reads."""
-    return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "vocab_size": vocab_size,
-        "hidden_size": hidden_size,
-        "intermediate_size": intermediate_size,
-        "num_hidden_layers": num_hidden_layers,
-        "num_attention_heads": num_attention_heads,
-        "num_key_value_heads": num_key_value_heads,
-        "head_dim": head_dim,
-        "hidden_act": "silu",
-        "max_position_embeddings": max_position_embeddings,
-        "rms_norm_eps": rms_norm_eps,
-        "rope_theta": rope_theta,
-        "rope_scaling": rope_scaling,
-        "attention_bias": False,
-        "mlp_bias": False,
-        "tie_word_embeddings": tie_word_embeddings,
-        "bos_token_id": bos_token_id,
-        "eos_token_id": eos_token_ids[0] if len(eos_token_ids) == 1 else eos_token_ids,
-        "torch_dtype": dtype,
-    }
+def write_configs(folder: Path, config: ModelConfig, dtype: str, pad_token_id: int | None) -> None:
+    """config.json, and the generation_config.json that repeats its token ids."""
+    document = config.to_hugging_face(dtype)
+    write_json(folder / "config.json", document)
+    ids = {key: document[key] for key in ("bos_token_id", "eos_token_id")} | {"pad_token_id": pad_token_id}
+    write_json(folder / "generation_config.json", {key: value for key, value in ids.items() if value is not None})
 
 
-def llama3_rope_scaling(factor: float) -> dict[str, Any]:
-    """The frequency scaling of Llama 3.1 (factor 8) and 3.2 (factor 32); the other three numbers never varied."""
-    return {
-        "rope_type": "llama3",
-        "factor": factor,
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 8192,
-    }
+def llama3_rope_scaling(factor: float) -> RopeScaling:
+    """The scaling of Llama 3.1 (factor 8) and 3.2 (factor 32); the other three numbers never varied."""
+    return RopeScaling(factor=factor, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192)
 
 
 def unpermute_rope(weight: torch.Tensor, num_heads: int) -> torch.Tensor:

@@ -1,0 +1,288 @@
+#!/usr/bin/env python3
+"""Convert Meta's release of a Llama 3 model to a Hugging Face folder.
+
+    python tools/convert_meta.py --input DIR --output DIR [--tokenizer-only]
+
+The input holds params.json, tokenizer.model and consolidated.*.pth, one file per model-parallel rank. Weights keep
+their dtype. No chat template is written (its text is Meta's): without one the engine uses its built-in format.
+"""
+
+import argparse
+import base64
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from bpe_tokenizer import build_tokenizer, byte_alphabet, llama3_pre_tokenizer, write_tokenizer
+from hf_folder import (
+    DTYPES,
+    MAX_SHARD_BYTES,
+    llama3_rope_scaling,
+    new_folder,
+    unpermute_rope,
+    write_configs,
+    write_weights,
+)
+from tokenizers import Tokenizer
+
+from llama.model.config import ModelConfig
+
+# Names of the first special tokens, in the order of their ids; the rest are reserved (llama-models, tokenizer.py).
+SPECIAL_TOKENS = (
+    "<|begin_of_text|>",
+    "<|end_of_text|>",
+    "<|reserved_special_token_0|>",
+    "<|reserved_special_token_1|>",
+    "<|finetune_right_pad_id|>",
+    "<|step_id|>",
+    "<|start_header_id|>",
+    "<|end_header_id|>",
+    "<|eom_id|>",
+    "<|eot_id|>",
+    "<|python_tag|>",
+    "<|image|>",
+)
+NUM_SPECIAL_TOKENS = 256
+STOP_TOKENS = ("<|end_of_text|>", "<|eom_id|>", "<|eot_id|>")
+
+# params.json does not tell the context: 8,192 tokens, and 131,072 with the scaled RoPE.
+CONTEXT, SCALED_CONTEXT = 8192, 131072
+
+LAYER_TENSORS = {
+    "attention_norm.weight": "input_layernorm.weight",
+    "attention.wq.weight": "self_attn.q_proj.weight",
+    "attention.wk.weight": "self_attn.k_proj.weight",
+    "attention.wv.weight": "self_attn.v_proj.weight",
+    "attention.wo.weight": "self_attn.o_proj.weight",
+    "ffn_norm.weight": "post_attention_layernorm.weight",
+    "feed_forward.w1.weight": "mlp.gate_proj.weight",
+    "feed_forward.w3.weight": "mlp.up_proj.weight",
+    "feed_forward.w2.weight": "mlp.down_proj.weight",
+}
+
+
+# Tokenizer
+
+
+def read_ranks(path: Path) -> dict[bytes, int]:
+    """Token bytes -> rank, from lines of base64 text and number."""
+    ranks = {}
+    for number, line in enumerate(path.read_text(encoding="ascii").splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            token, rank = line.split()
+            ranks[base64.b64decode(token, validate=True)] = int(rank)
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number}: not a base64 token and its rank") from error
+    if sorted(ranks.values()) != list(range(len(ranks))):
+        raise ValueError(f"{path}: the ranks are not 0 .. {len(ranks) - 1}")
+    return ranks
+
+
+def merges_from_ranks(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
+    """Every pair of tokens whose concatenation is a token, in the order in which tiktoken would merge them.
+
+    tiktoken merges whatever neighbours form the token of the lowest rank. A list of pairs says the same when all
+    pairs of one token stand together, at that token's rank.
+    """
+    merges = []
+    for token in sorted((token for token in ranks if len(token) > 1), key=ranks.__getitem__):
+        pairs = [(token[:i], token[i:]) for i in range(1, len(token)) if token[:i] in ranks and token[i:] in ranks]
+        merges += sorted(pairs, key=lambda pair: (ranks[pair[0]], ranks[pair[1]]))
+    return merges
+
+
+def special_tokens() -> list[str]:
+    reserved = NUM_SPECIAL_TOKENS - len(SPECIAL_TOKENS)
+    return [*SPECIAL_TOKENS, *(f"<|reserved_special_token_{2 + i}|>" for i in range(reserved))]
+
+
+def convert_tokenizer(path: Path) -> Tokenizer:
+    ranks = read_ranks(path)
+    alphabet = byte_alphabet()
+    text = {token: "".join(alphabet[byte] for byte in token) for token in ranks}
+    return build_tokenizer(
+        {text[token]: rank for token, rank in ranks.items()},
+        [(text[left], text[right]) for left, right in merges_from_ranks(ranks)],
+        llama3_pre_tokenizer(),
+        special_tokens=special_tokens(),
+        bos_token="<|begin_of_text|>",
+        ignore_merges=True,
+    )
+
+
+def write_meta_tokenizer(folder: Path, tokenizer: Tokenizer, context: int) -> None:
+    special = {"bos_token": "<|begin_of_text|>", "eos_token": "<|eot_id|>", "pad_token": "<|finetune_right_pad_id|>"}
+    write_tokenizer(folder, tokenizer, model_max_length=context, special=special, chat_template=None)
+
+
+# Weights
+
+
+class MetaShards:
+    """The tensors of all ranks, mapped into memory, each put together when it is asked for."""
+
+    def __init__(self, folder: Path) -> None:
+        paths = sorted(folder.glob("consolidated.*.pth"))
+        if not paths:
+            raise ValueError(f"{folder} holds no consolidated.*.pth")
+        self.ranks = [torch.load(path, map_location="cpu", weights_only=True, mmap=True) for path in paths]
+        self.names = [name for name in self.ranks[0] if name != "rope.freqs"]
+        for path, rank in zip(paths, self.ranks, strict=True):
+            if rank.keys() != self.ranks[0].keys():
+                odd = sorted(rank.keys() ^ self.ranks[0].keys())
+                raise ValueError(f"{path} and {paths[0]} hold different tensors: {', '.join(odd[:10])}")
+        dtypes = {str(tensor.dtype).removeprefix("torch.") for rank in self.ranks for tensor in rank.values()}
+        if len(dtypes) > 1 or not dtypes <= DTYPES.keys():
+            raise ValueError(f"weights of dtype {', '.join(sorted(dtypes))}; all must be one of {', '.join(DTYPES)}")
+        self.dtype = dtypes.pop()
+
+    def join(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+        """The whole tensor of this shape: replicated on every rank, or split along the axis where they differ."""
+        parts = [rank[name] for rank in self.ranks]
+        if parts[0].shape == shape:
+            return parts[0]
+        for axis in range(len(shape)):
+            if sum(part.shape[axis] for part in parts) == shape[axis]:
+                whole = torch.cat(parts, axis)
+                if whole.shape == shape:
+                    return whole
+        found = ", ".join(str(tuple(part.shape)) for part in parts)
+        raise ValueError(f"{name}: shards of {found} do not make up {shape}")
+
+
+def feed_forward_size(params: dict[str, Any]) -> int:
+    """Width of the MLP: two thirds of 4 x dim, scaled, rounded up (llama-models, FeedForward)."""
+    size = int(8 * params["dim"] / 3)
+    if (multiplier := params.get("ffn_dim_multiplier")) is not None:
+        size = int(multiplier * size)
+    multiple = params.get("multiple_of", 256)
+    return -(-size // multiple) * multiple
+
+
+def read_params(folder: Path) -> dict[str, Any]:
+    params = json.loads((folder / "params.json").read_text(encoding="utf-8"))
+    missing = [key for key in ("dim", "n_layers", "n_heads", "norm_eps", "rope_theta") if key not in params]
+    if missing:
+        raise ValueError(f"params.json lacks {', '.join(missing)}")
+    for key in ("vision_model", "quantization_args", "lora_args"):
+        if params.get(key):
+            raise ValueError(f"params.json has {key}: only plain Llama text models can be converted")
+    return params
+
+
+def read_config(params: dict[str, Any], shards: MetaShards, tokenizer: Tokenizer, factor: float | None) -> ModelConfig:
+    """The vocabulary and the tied head are read off the tensors: params.json need not tell them."""
+    dim, heads = params["dim"], params["n_heads"]
+    parts = [rank["tok_embeddings.weight"].shape for rank in shards.ranks]
+    rows = sum(part[0] for part in parts) if parts[0][1] == dim else parts[0][0]
+    if rows < tokenizer.get_vocab_size():
+        raise ValueError(f"tokenizer.model has {tokenizer.get_vocab_size()} tokens, the embeddings only {rows} rows")
+    tied = torch.equal(shards.join("tok_embeddings.weight", (rows, dim)), shards.join("output.weight", (rows, dim)))
+    scaled = bool(params.get("use_scaled_rope", False))
+    factor = factor or params.get("rope_scaling_factor")
+    if scaled and factor is None:
+        if tied:
+            raise ValueError("params.json does not say by how much RoPE is scaled: give --rope-factor (Llama 3.2: 32)")
+        factor = 8.0
+    return ModelConfig(
+        vocab_size=rows,
+        hidden_size=dim,
+        intermediate_size=feed_forward_size(params),
+        num_hidden_layers=params["n_layers"],
+        num_attention_heads=heads,
+        num_key_value_heads=params.get("n_kv_heads") or heads,
+        head_dim=dim // heads,
+        max_position_embeddings=SCALED_CONTEXT if scaled else CONTEXT,
+        rms_norm_eps=params["norm_eps"],
+        rope_theta=params["rope_theta"],
+        rope_scaling=llama3_rope_scaling(factor) if scaled else None,
+        tie_word_embeddings=tied,
+        bos_token_id=tokenizer.token_to_id("<|begin_of_text|>"),
+        eos_token_ids=tuple(tokenizer.token_to_id(token) for token in STOP_TOKENS),
+    )
+
+
+def tensor_shapes(config: ModelConfig) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Meta's tensor name -> Hugging Face's name and the whole shape."""
+    hidden, wide = config.hidden_size, config.intermediate_size
+    q_rows, kv_rows = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+    layer_shapes = {
+        "wq": (q_rows, hidden),
+        "wk": (kv_rows, hidden),
+        "wv": (kv_rows, hidden),
+        "wo": (hidden, q_rows),
+        "w1": (wide, hidden),
+        "w3": (wide, hidden),
+        "w2": (hidden, wide),
+    }
+    embedding = (config.vocab_size, hidden)
+    shapes = {"tok_embeddings.weight": ("model.embed_tokens.weight", embedding)}
+    for layer in range(config.num_hidden_layers):
+        for name, hf_name in LAYER_TENSORS.items():
+            shape = layer_shapes.get(name.split(".")[-2], (hidden,))
+            shapes[f"layers.{layer}.{name}"] = (f"model.layers.{layer}.{hf_name}", shape)
+    shapes["norm.weight"] = ("model.norm.weight", (hidden,))
+    shapes["output.weight"] = ("lm_head.weight", embedding)
+    return shapes
+
+
+def read_weights(shards: MetaShards, config: ModelConfig) -> Iterator[tuple[str, torch.Tensor]]:
+    shapes = tensor_shapes(config)
+    if odd := sorted(shapes.keys() ^ set(shards.names)):
+        raise ValueError(f"missing or unknown tensors: {', '.join(odd[:10])}")
+    for name, (hf_name, shape) in shapes.items():
+        weight = shards.join(name, shape)
+        if name.endswith("wq.weight"):
+            weight = unpermute_rope(weight, config.num_attention_heads)
+        elif name.endswith("wk.weight"):
+            weight = unpermute_rope(weight, config.num_key_value_heads)
+        if not (hf_name == "lm_head.weight" and config.tie_word_embeddings):
+            yield hf_name, weight
+
+
+def convert(
+    source: Path,
+    output: Path,
+    *,
+    tokenizer_only: bool = False,
+    rope_factor: float | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+    tokenizer = convert_tokenizer(source / "tokenizer.model")
+    if tokenizer_only:
+        with new_folder(output) as folder:
+            write_meta_tokenizer(folder, tokenizer, SCALED_CONTEXT)
+        return
+    shards = MetaShards(source)
+    config = read_config(read_params(source), shards, tokenizer, rope_factor)
+    with new_folder(output) as folder:
+        write_configs(folder, config, shards.dtype, tokenizer.token_to_id("<|finetune_right_pad_id|>"))
+        write_meta_tokenizer(folder, tokenizer, config.max_position_embeddings)
+        write_weights(folder, read_weights(shards, config), max_shard_bytes)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--input", type=Path, required=True, metavar="DIR", help="the folder that Meta's download made")
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="the folder to make; must not exist")
+    parser.add_argument("--tokenizer-only", action="store_true", help="read tokenizer.model alone")
+    parser.add_argument("--rope-factor", type=float, help="RoPE scaling: 8 for Llama 3.1 (default), 32 for Llama 3.2")
+    options = parser.parse_args(arguments)
+    try:
+        convert(
+            options.input,
+            options.output,
+            tokenizer_only=options.tokenizer_only,
+            rope_factor=options.rope_factor,
+        )
+    except (ValueError, OSError) as error:
+        sys.exit(f"convert_meta: {error}")
+
+
+if __name__ == "__main__":
+    main()
