@@ -1,0 +1,196 @@
+"""AsyncLLM: LLM for asyncio. Many tasks ask at once; one thread steps the engine; no call blocks the event loop.
+
+    async with AsyncLLM("checkpoints/model") as llm:
+        async for piece in llm.chat([{"role": "user", "content": "Hello"}]):
+            print(piece.text, end="")
+
+Leaving the loop, closing the generator or cancelling the task aborts the request. Streams may be read on any event
+loop; several AsyncLLMs may live in one process.
+"""
+
+import asyncio
+import time
+import weakref
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from llama.async_llm.errors import EngineClosedError, EngineDeadError, QueueFullError
+from llama.async_llm.seats import Seats
+from llama.async_llm.stepper import Stepper, Stream
+from llama.engine.request import Piece, SamplingParams
+from llama.llm import LLM
+from llama.llm.inputs import Message, Prompt
+from llama.model.transformer import Transformer
+from llama.output import Request
+
+__all__ = ["AsyncLLM", "EngineClosedError", "EngineDeadError", "QueueFullError", "Stream"]
+
+_INLINE_CHARACTERS = 2_000  # longer prompts are encoded off the event loop: about a millisecond's worth
+
+
+class AsyncLLM:
+    """`model` and `llm_arguments` as LLM takes them, or an LLM that nobody else uses from then on.
+
+    max_waiting_requests: how many requests may wait beyond the max_num_seqs that run; max_waiting_tokens: how many
+    prompt tokens may wait for their first answer; above either, QueueFullError. slow_reader_timeout: seconds that news
+    may lie unread before the request is aborted.
+    """
+
+    def __init__(
+        self,
+        model: str | Path | Transformer | LLM,
+        tokenizer: str | Path | None = None,
+        *,
+        max_waiting_requests: int = 1024,
+        max_waiting_tokens: int = 1 << 20,
+        slow_reader_timeout: float = 60.0,
+        **llm_arguments: Any,
+    ) -> None:
+        if isinstance(model, LLM):
+            if tokenizer is not None or llm_arguments:
+                raise ValueError(f"an LLM has its arguments already, got {sorted(llm_arguments) or 'a tokenizer'}")
+            self.llm = model
+        else:
+            self.llm = LLM(model, tokenizer, **llm_arguments)
+        for name, limit in (("max_waiting_requests", max_waiting_requests), ("max_waiting_tokens", max_waiting_tokens)):
+            if isinstance(limit, bool) or not isinstance(limit, int) or limit < 0:
+                raise ValueError(f"{name} must be an integer >= 0, got {limit!r}")
+        if not slow_reader_timeout > 0:
+            raise ValueError(f"slow_reader_timeout must be seconds > 0, got {slow_reader_timeout!r}")
+        self._draining = False
+        self._seats = Seats(self.llm.engine.config.max_num_seqs + max_waiting_requests, max_waiting_tokens)
+        self._stepper = Stepper(self.llm.replies, self._seats, slow_reader_timeout)
+        self._stepper.thread.start()
+        # The thread knows the stepper alone, so an AsyncLLM that is dropped takes its thread with it.
+        weakref.finalize(self, self._stepper.stop)
+
+    async def generate(
+        self,
+        prompt: Prompt,
+        sampling_params: SamplingParams | None = None,
+        lora: str | None = None,
+        *,
+        request_id: str | None = None,
+    ) -> AsyncIterator[Piece]:
+        """The pieces of the text that continues one prompt, in any form that LLM.generate takes."""
+        async with await self.submit(prompt, sampling_params, lora, request_id=request_id) as stream:
+            async for piece in stream:
+                yield piece
+
+    async def chat(
+        self,
+        messages: Sequence[Message],
+        sampling_params: SamplingParams | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        lora: str | None = None,
+        *,
+        request_id: str | None = None,
+    ) -> AsyncIterator[Piece]:
+        """The pieces of the answer to one conversation."""
+        async with await self.submit_chat(messages, sampling_params, tools, lora, request_id=request_id) as stream:
+            async for piece in stream:
+                yield piece
+
+    async def submit(
+        self,
+        prompt: Prompt,
+        sampling_params: SamplingParams | None = None,
+        lora: str | None = None,
+        *,
+        request_id: str | None = None,
+    ) -> Stream:
+        """What generate() reads from. Here the engine has taken the request when the call returns, so every refusal
+        (ValueError, QueueFullError, EngineClosedError, EngineDeadError) comes before the first piece. The stream must
+        be read to its end or closed."""
+        inputs, size = self.llm.inputs, len(prompt) if isinstance(prompt, str | list | tuple) else _INLINE_CHARACTERS
+        return await self._submit(lambda: inputs.request(prompt, sampling_params, lora, request_id=request_id), size)
+
+    async def submit_chat(
+        self,
+        messages: Sequence[Message],
+        sampling_params: SamplingParams | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        lora: str | None = None,
+        *,
+        request_id: str | None = None,
+    ) -> Stream:
+        """submit() for a conversation."""
+
+        def prepare() -> Request:
+            return self.llm.inputs.chat_request(messages, sampling_params, lora, tools=tools, request_id=request_id)
+
+        # A template may be slow however short the messages are.
+        return await self._submit(prepare, _INLINE_CHARACTERS)
+
+    async def _submit(self, prepare: Callable[[], Request], size: int) -> Stream:
+        queued = time.monotonic()
+        if self._stepper.dead is not None:
+            raise self._stepper.dead
+        if self._draining:
+            raise EngineClosedError("the engine is draining or closed: it takes no new requests")
+        seat = self._seats.take()
+        stream = None
+        try:
+            request = prepare() if size < _INLINE_CHARACTERS else await asyncio.to_thread(prepare)
+            self._seats.wait_with(seat, len(request.prompt_token_ids))
+            stream = Stream(request, seat, self._stepper)
+            await asyncio.wrap_future(self._stepper.call(partial(self._stepper.add, stream, queued)))
+        except BaseException:
+            # Also when cancelled, and then the engine may just have taken it.
+            if stream is not None:
+                stream.close()
+            self._seats.give_back(seat)
+            raise
+        return stream
+
+    @property
+    def num_requests(self) -> int:
+        """Requests that run or wait."""
+        return self._seats.taken
+
+    @property
+    def num_waiting_tokens(self) -> int:
+        """Prompt tokens of requests that have no answer yet."""
+        return self._seats.waiting_tokens
+
+    @property
+    def seconds_in_step(self) -> float:
+        """How long the engine's present step has been running, 0 between steps: a watchdog's measure."""
+        return self._stepper.seconds_in_step
+
+    @property
+    def is_dead(self) -> bool:
+        return self._stepper.dead is not None
+
+    @property
+    def is_draining(self) -> bool:
+        """Whether new requests are refused because of drain() or close()."""
+        return self._draining
+
+    async def drain(self, timeout: float | None = None) -> None:
+        """Refuse new requests from now on and wait until those that were taken have ended; what runs for longer than
+        `timeout` seconds is aborted."""
+        self._draining = True
+        empty = asyncio.wrap_future(self._seats.when_empty())
+        try:
+            await asyncio.wait_for(empty, timeout)
+        except TimeoutError:
+            self._stepper.post(self._stepper.abort_all)
+            await asyncio.wrap_future(self._seats.when_empty())
+
+    async def close(self) -> None:
+        """Refuse new requests, abort those that run, end the engine's thread. What was written can still be read."""
+        self._draining = True
+        self._stepper.stop()
+        await asyncio.to_thread(self._stepper.thread.join)
+
+    async def __aenter__(self) -> "AsyncLLM":
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()

@@ -1,0 +1,248 @@
+"""Stepper: the one thread that touches an engine. Others hand it commands, which it runs between two steps.
+
+Streams are how answers leave the thread: it appends pieces, an event loop takes them, merged, whenever it gets to it.
+"""
+
+import asyncio
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future
+from typing import Any
+
+from llama.async_llm.errors import EngineClosedError, EngineDeadError
+from llama.async_llm.seats import Seat, Seats
+from llama.engine.request import Piece, RequestOutput
+from llama.output import Replies, Reply, Request, merged
+
+
+class Stream:
+    """The pieces of one request, for one reader on one event loop. Iterate it to its end, or close it: that aborts."""
+
+    def __init__(self, request: Request, seat: Seat, stepper: "Stepper") -> None:
+        self.request = request
+        self.seat = seat
+        self.loop = asyncio.get_running_loop()
+        self.reply: Reply | None = None
+        self._stepper = stepper
+        self._lock = threading.Lock()
+        self._arrived: list[Piece] = []
+        self._unread_since: float | None = None
+        self._error: Exception | None = None
+        self._ended = False
+        self._news = asyncio.Event()
+        self._ready: deque[Piece] = deque()
+
+    @property
+    def request_id(self) -> str:
+        return self.request.request_id
+
+    def __aiter__(self) -> "Stream":
+        return self
+
+    async def __anext__(self) -> Piece:
+        while not self._ready:
+            with self._lock:
+                arrived, self._arrived, self._unread_since = self._arrived, [], None
+                ended, error = self._ended, self._error
+            if arrived:
+                self._ready.extend(merged(arrived))
+            elif error is not None:
+                raise error
+            elif ended:
+                raise StopAsyncIteration
+            else:
+                # A wake-up runs on this loop, so none can come between here and the wait.
+                self._news.clear()
+                await self._news.wait()
+        return self._ready.popleft()
+
+    async def __aenter__(self) -> "Stream":
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self.close()
+
+    async def result(self) -> RequestOutput:
+        """Read to the end; the whole answer."""
+        async for _ in self:
+            pass
+        assert self.reply is not None
+        return self.reply.output
+
+    def close(self) -> None:
+        """Abort the request if it still runs. Does not wait; any thread, any number of times."""
+        if not self._ended:
+            self._stepper.post(lambda: self._stepper.abort(self))
+
+    def put(self, piece: Piece) -> bool:
+        """From the step thread. True if the reader has to be woken."""
+        with self._lock:
+            self._arrived.append(piece)
+            self._ended = self._ended or piece.usage is not None
+            if self._unread_since is None:
+                self._unread_since = time.monotonic()
+            return len(self._arrived) == 1
+
+    def end(self, error: Exception | None) -> None:
+        """From the step thread: nothing more will come."""
+        with self._lock:
+            self._ended, self._error = True, self._error or error
+
+    def wake(self) -> None:
+        self._news.set()
+
+    def unread_for(self, now: float) -> float:
+        """Seconds that the oldest piece has waited for the reader."""
+        since = self._unread_since
+        return 0.0 if since is None else now - since
+
+
+class Stepper:
+    """Owns the engine's thread. `call` and `post` may be used from any thread; `abort` only as a command."""
+
+    def __init__(self, replies: Replies, seats: Seats, slow_reader_timeout: float) -> None:
+        self._replies = replies
+        self._seats = seats
+        self._slow_reader_timeout = slow_reader_timeout
+        self._streams: dict[str, Stream] = {}
+        self._inbox: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
+        self._changed = threading.Condition()
+        self._stopping = False
+        self._step_began: float | None = None
+        self.dead: EngineDeadError | None = None
+        self.thread = threading.Thread(target=self._run, name="llama-step", daemon=True)
+
+    @property
+    def seconds_in_step(self) -> float:
+        """How long the step that runs now has been running; 0 between steps. What a watchdog looks at."""
+        began = self._step_began
+        return 0.0 if began is None else time.monotonic() - began
+
+    def call(self, command: Callable[[], Any]) -> "Future[Any]":
+        """Run on the step thread between two steps; the future has its result or exception."""
+        future: Future[Any] = Future()
+        with self._changed:
+            refusal = self.dead or (EngineClosedError("the engine is closed") if self._stopping else None)
+            if refusal is None:
+                self._inbox.append((command, future))
+                self._changed.notify()
+        if refusal is not None:
+            future.set_exception(refusal)
+        return future
+
+    def post(self, command: Callable[[], Any]) -> None:
+        """`call` for those who do not care, also when the engine has gone."""
+        self.call(command)
+
+    def stop(self) -> None:
+        """Tell the thread to end: it aborts what still runs. Does not wait."""
+        with self._changed:
+            self._stopping = True
+            self._changed.notify()
+
+    def add(self, stream: Stream, queued: float) -> None:
+        """As a command: begin the stream's request. ValueError where the engine refuses it."""
+        stream.reply = self._replies.add(stream.request, queued)
+        self._streams[stream.request_id] = stream
+
+    def abort(self, stream: Stream) -> None:
+        """As a command: end the stream's request now, whether it runs or never got that far."""
+        if stream.reply is not None:
+            self._deliver((stream, piece) for piece in self._replies.abort(stream.reply))
+        self._ended(stream)
+
+    def abort_all(self) -> None:
+        for stream in list(self._streams.values()):
+            self.abort(stream)
+
+    def _run(self) -> None:
+        try:
+            while self._obey():
+                self._step()
+            self.abort_all()
+        except BaseException as error:  # whatever it was, those who wait must hear of it
+            self._die(error)
+
+    def _obey(self) -> bool:
+        """Run the commands that have come; sleep while there is nothing to do. False once told to stop."""
+        while True:
+            with self._changed:
+                while not (self._inbox or self._stopping or self._replies.engine.has_unfinished):
+                    self._changed.wait()
+                commands = list(self._inbox)
+                self._inbox.clear()
+                stopping = self._stopping
+            for command, future in commands:
+                _run_command(command, future)
+            if stopping:
+                return False
+            if self._replies.engine.has_unfinished:
+                return True
+
+    def _step(self) -> None:
+        self._step_began = time.monotonic()
+        news = self._replies.step()
+        now, self._step_began = time.monotonic(), None
+        self._deliver((self._streams[reply.request.request_id], piece) for reply, piece in news)
+        for reply, _ in news:
+            stream = self._streams.get(reply.request.request_id)
+            if stream is None:
+                continue
+            self._seats.began(stream.seat)
+            if reply.finished:
+                self._ended(stream)
+            elif stream.unread_for(now) > self._slow_reader_timeout:
+                self.abort(stream)
+
+    def _deliver(self, news: Iterable[tuple[Stream, Piece]]) -> None:
+        _wake(stream for stream, piece in news if stream.put(piece))
+
+    def _ended(self, stream: Stream, error: Exception | None = None) -> None:
+        self._streams.pop(stream.request_id, None)
+        stream.end(error)
+        self._seats.give_back(stream.seat)
+        _wake([stream])
+
+    def _die(self, error: BaseException) -> None:
+        dead = EngineDeadError(f"the engine died: {type(error).__name__}: {error}")
+        dead.__cause__ = error
+        with self._changed:
+            self.dead, self._step_began = dead, None
+            commands = list(self._inbox)
+            self._inbox.clear()
+        for _, future in commands:
+            if future.set_running_or_notify_cancel():
+                future.set_exception(dead)
+        for stream in list(self._streams.values()):
+            self._ended(stream, dead)
+
+
+def _run_command(command: Callable[[], Any], future: "Future[Any]") -> None:
+    if not future.set_running_or_notify_cancel():
+        return
+    try:
+        result = command()
+    except Exception as error:
+        future.set_exception(error)
+    else:
+        future.set_result(result)
+
+
+def _wake(streams: Iterable[Stream]) -> None:
+    """One call into each event loop, however many of its readers have news. A loop that is gone has no readers."""
+    by_loop: dict[asyncio.AbstractEventLoop, list[Stream]] = {}
+    for stream in streams:
+        by_loop.setdefault(stream.loop, []).append(stream)
+    for loop, group in by_loop.items():
+        try:
+            loop.call_soon_threadsafe(_wake_all, group)
+        except RuntimeError:
+            for stream in group:
+                stream.close()
+
+
+def _wake_all(streams: list[Stream]) -> None:
+    for stream in streams:
+        stream.wake()

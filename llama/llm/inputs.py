@@ -1,0 +1,163 @@
+"""From what a caller types to a Request: forms of prompts, defaults of sampling, checks before anything is enqueued."""
+
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from llama.engine.request import SamplingParams
+from llama.output import Request
+from llama.text.chat import ChatTemplate
+from llama.text.tokenizer import Tokenizer
+
+Message = Mapping[str, Any]
+Prompt = str | Sequence[int] | Mapping[str, Any]
+
+
+def is_token_ids(value: Any) -> bool:
+    return isinstance(value, list | tuple) and bool(value) and isinstance(value[0], int)
+
+
+def is_conversation(value: Any) -> bool:
+    return isinstance(value, list | tuple) and bool(value) and isinstance(value[0], Mapping) and "role" in value[0]
+
+
+def as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    """One prompt or many, as a list."""
+    if isinstance(prompts, str | Mapping) or is_token_ids(prompts):
+        return [prompts]
+    if not isinstance(prompts, list | tuple):
+        raise ValueError(
+            f"prompts must be a string, token ids, a dict or a list of these, got {type(prompts).__name__}"
+        )
+    return list(prompts)
+
+
+def as_conversations(messages: Sequence[Message] | Sequence[Sequence[Message]]) -> list[Sequence[Message]]:
+    """One conversation or many, as a list."""
+    if isinstance(messages, list | tuple) and not is_conversation(messages):
+        if all(isinstance(conversation, list | tuple) for conversation in messages):
+            return list(messages)
+    elif is_conversation(messages):
+        return [messages]
+    raise ValueError('messages must be a list of {"role": ..., "content": ...}, or a list of such lists')
+
+
+def one_per_prompt(name: str, value: Any, count: int) -> list[Any]:
+    """A value given once for all, or a list with one for each prompt."""
+    if not isinstance(value, list | tuple):
+        return [value] * count
+    if len(value) != count:
+        raise ValueError(f"{name} has {len(value)} entries for {count} prompts")
+    return list(value)
+
+
+class Inputs:
+    """What is needed to turn prompts into Requests. Has no mutable state but the count of requests: safe to share
+    between threads."""
+
+    def __init__(
+        self,
+        *,
+        tokenizer: Tokenizer | None,
+        template: ChatTemplate | None,
+        vocab_size: int,
+        max_model_len: int,
+        defaults: SamplingParams,
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.template = template
+        self.vocab_size = vocab_size
+        self.max_model_len = max_model_len
+        self.defaults = defaults
+        self._numbers = itertools.count()
+
+    def request(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None,
+        lora: str | None,
+        *,
+        request_id: str | None = None,
+    ) -> Request:
+        """A prompt in any form, checked. ValueError names the parameter and what is legal."""
+        text, token_ids = self._encode(prompt)
+        return self._checked(text, token_ids, params, lora, request_id)
+
+    def chat_request(
+        self,
+        messages: Sequence[Message],
+        params: SamplingParams | None,
+        lora: str | None,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        request_id: str | None = None,
+    ) -> Request:
+        """A conversation, rendered by the checkpoint's template with the assistant's header at its end."""
+        if self.template is None:
+            raise ValueError("chat needs a tokenizer: this model takes token ids only")
+        tools = tools or None
+        token_ids = self.template.encode(messages, tools=tools)
+        return self._checked(self.template.render(messages, tools=tools), token_ids, params, lora, request_id)
+
+    def _encode(self, prompt: Prompt) -> tuple[str | None, list[int]]:
+        if isinstance(prompt, Mapping):
+            return self._encode_mapping(prompt)
+        if isinstance(prompt, str):
+            if self.tokenizer is None:
+                raise ValueError("text prompts need a tokenizer: this model takes token ids only")
+            if not prompt:
+                raise ValueError("prompt is empty")
+            return prompt, self.tokenizer.encode(prompt)
+        if not isinstance(prompt, list | tuple):
+            raise ValueError(f"a prompt must be a string, token ids or a dict, got {type(prompt).__name__}")
+        return None, list(prompt)
+
+    def _encode_mapping(self, prompt: Mapping[str, Any]) -> tuple[str | None, list[int]]:
+        unknown = set(prompt) - {"prompt", "prompt_token_ids"}
+        if unknown or not prompt:
+            raise ValueError(f"a prompt dict holds prompt_token_ids or prompt, got {sorted(prompt)}")
+        text, token_ids = prompt.get("prompt"), prompt.get("prompt_token_ids")
+        if text is not None and not isinstance(text, str):
+            raise ValueError(f"prompt must be a string, got {type(text).__name__}")
+        if token_ids is None:
+            return self._encode(text or "")
+        if not isinstance(token_ids, list | tuple):
+            raise ValueError(f"prompt_token_ids must be a list of token ids, got {type(token_ids).__name__}")
+        return text, list(token_ids)
+
+    def _checked(
+        self,
+        text: str | None,
+        token_ids: list[int],
+        params: SamplingParams | None,
+        lora: str | None,
+        request_id: str | None,
+    ) -> Request:
+        params = self.defaults if params is None else params
+        if not isinstance(params, SamplingParams):
+            raise ValueError(f"sampling_params must be a SamplingParams, got {type(params).__name__}")
+        if lora is not None:
+            raise ValueError(f"no adapter named {lora!r} is loaded (none is)")
+        self._check_prompt(token_ids)
+        self._check_params(params)
+        return Request(str(next(self._numbers)) if request_id is None else request_id, text, token_ids, params, lora)
+
+    def _check_prompt(self, token_ids: list[int]) -> None:
+        if not token_ids:
+            raise ValueError("prompt is empty: at least one token is needed")
+        for token in token_ids:
+            if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < self.vocab_size:
+                raise ValueError(f"prompt_token_ids must be integers in [0, {self.vocab_size - 1}], got {token!r}")
+        if len(token_ids) >= self.max_model_len:
+            raise ValueError(
+                f"the prompt has {len(token_ids)} tokens and the context is {self.max_model_len}: "
+                "no room is left for an answer (max_model_len)"
+            )
+
+    def _check_params(self, params: SamplingParams) -> None:
+        if params.stop and self.tokenizer is None:
+            raise ValueError("stop needs a tokenizer: this model takes token ids only")
+        for name, ids in (("stop_token_ids", params.stop_token_ids), ("logit_bias", params.logit_bias or ())):
+            for token in ids:
+                if token >= self.vocab_size:
+                    raise ValueError(f"{name} must hold token ids in [0, {self.vocab_size - 1}], got {token}")

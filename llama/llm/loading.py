@@ -1,0 +1,113 @@
+"""From the arguments of LLM to its parts: model, tokenizer and chat template, engine configuration, defaults."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llama.engine.engine import EngineConfig
+from llama.engine.request import SamplingParams
+from llama.model.config import ConfigError, ModelConfig
+from llama.model.generation_config import GenerationConfig
+from llama.model.transformer import Transformer
+from llama.text.chat import ChatTemplate
+from llama.text.tokenizer import Tokenizer
+
+DTYPES = {
+    "float64": torch.float64,
+    "double": torch.float64,
+    "float32": torch.float32,
+    "float": torch.float32,
+    "float16": torch.float16,
+    "half": torch.float16,
+    "bfloat16": torch.bfloat16,
+}
+BATCHED_TOKENS = {"cpu": 2048, "cuda": 8192}
+
+
+def resolve_device(device: str | torch.device) -> torch.device:
+    if str(device) == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        resolved = torch.device(device)
+    except RuntimeError:
+        resolved = None
+    if resolved is None or resolved.type not in BATCHED_TOKENS:
+        raise ValueError(f'device must be "auto", "cpu" or "cuda", got {str(device)!r}')
+    if resolved.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device={str(device)!r}, but this machine or this build of torch has no CUDA device")
+    return resolved
+
+
+def resolve_dtype(dtype: str | torch.dtype) -> torch.dtype | None:
+    """None for "auto"."""
+    if isinstance(dtype, torch.dtype) and dtype in DTYPES.values():
+        return dtype
+    if dtype == "auto":
+        return None
+    if dtype not in DTYPES:
+        raise ValueError(f'dtype must be "auto" or one of {", ".join(DTYPES)}, got {str(dtype)!r}')
+    return DTYPES[dtype]
+
+
+def load_text(model: Any, tokenizer: Any) -> tuple[Tokenizer | None, ChatTemplate | None]:
+    """The tokenizer asked for, or the one in the model's folder, with the chat template that lies beside it."""
+    if isinstance(tokenizer, Tokenizer):
+        folder = model if isinstance(model, str | Path) else None
+    else:
+        folder = tokenizer if tokenizer is not None else model
+        if not isinstance(folder, str | Path) or (tokenizer is None and not (Path(folder) / "tokenizer.json").exists()):
+            return None, None
+        tokenizer = Tokenizer.from_pretrained(folder)
+    return tokenizer, ChatTemplate.from_pretrained(folder, tokenizer)
+
+
+def load_model(
+    model: str | Path | Transformer, *, device: str | torch.device, dtype: str | torch.dtype, load_format: str
+) -> Transformer:
+    if load_format not in ("auto", "dummy"):
+        raise ValueError(f'load_format must be "auto" or "dummy", got {load_format!r}')
+    wanted = resolve_dtype(dtype)
+    if isinstance(model, Transformer):
+        _check_given(model, device, wanted, load_format)
+    elif load_format == "dummy":
+        config = ModelConfig.from_pretrained(model)
+        model = Transformer(
+            config, device=resolve_device(device), dtype=wanted or DTYPES[config.dtype or "float32"], seed=0
+        )
+    else:
+        model = Transformer.from_pretrained(model, device=resolve_device(device), dtype=wanted)
+    model.prepare()
+    return model
+
+
+def _check_given(model: Transformer, device: str | torch.device, dtype: torch.dtype | None, load_format: str) -> None:
+    if load_format == "dummy":
+        raise ValueError('load_format="dummy" needs a folder as model: a Transformer has its weights')
+    if dtype not in (None, model.dtype):
+        raise ValueError(f"dtype={dtype} for a Transformer of {model.dtype}: convert it first, or leave dtype out")
+    if str(device) != "auto" and torch.device(device).type != model.device.type:
+        raise ValueError(f"device={str(device)!r} for a Transformer on {model.device}: move it, or leave device out")
+
+
+def engine_config(
+    model: Transformer, *, max_model_len: int | None, max_num_batched_tokens: int | None, **rest: Any
+) -> EngineConfig:
+    limit = model.config.max_position_embeddings
+    max_model_len = limit if max_model_len is None else max_model_len
+    if not 1 < max_model_len <= limit:
+        raise ValueError(f"max_model_len must be in [2, {limit}] (max_position_embeddings), got {max_model_len}")
+    if max_num_batched_tokens is None:
+        max_num_batched_tokens = BATCHED_TOKENS[model.device.type]
+    return EngineConfig(max_model_len=max_model_len, max_num_batched_tokens=max_num_batched_tokens, **rest)
+
+
+def load_defaults(model: Any) -> tuple[SamplingParams, frozenset[int]]:
+    """What a request that names no sampling gets, and the ids that end a text according to the checkpoint's files."""
+    if not isinstance(model, str | Path):
+        return SamplingParams(), frozenset()
+    generation = GenerationConfig.from_pretrained(model)
+    try:
+        return SamplingParams(**generation.sampling), frozenset(generation.eos_token_ids)
+    except ValueError as error:
+        raise ConfigError(f"{Path(model) / 'generation_config.json'}: {error}") from None

@@ -1,0 +1,185 @@
+"""One request's way back: decoding, stop strings, log-probabilities, and what the engine is told."""
+
+import pytest
+
+from llama.engine.request import FinishReason, Logprob, Piece, SamplingParams, TokenOutput, Usage
+from llama.output import Replies, Reply, Request, merged
+from tests.fakes import EOS_ID, ScriptedEngine, byte_tokenizer, script_of
+
+TOKENIZER = byte_tokenizer()
+
+
+def answer(text, *, lag=0, tokenizer=TOKENIZER, prompt=(72, 105), **params):
+    """(the reply, its pieces, the engine) of a request whose completions all say `text`."""
+    engine = ScriptedEngine(lambda prompt, index: script_of(text), lag=lag)
+    replies = Replies(engine, tokenizer)
+    reply = replies.add(Request("r", "Hi", list(prompt), SamplingParams(**params)))
+    pieces = []
+    while engine.has_unfinished:
+        pieces += [piece for _, piece in replies.step()]
+    assert not len(replies)
+    return reply, pieces, engine
+
+
+def test_a_text_comes_whole_and_in_pieces():
+    reply, pieces, engine = answer("Käse 🙂!")
+    output = reply.output.outputs[0]
+    assert output.text == "Käse 🙂!" == "".join(p.text for p in pieces)
+    assert output.token_ids == script_of("Käse 🙂!") == [t for p in pieces for t in p.token_ids]
+    assert (output.finish_reason, output.stop_reason, output.seed) == ("stop", None, 7)
+    assert [p.text for p in pieces[:4]] == ["K", "", "ä", "s"]
+    assert engine.finished == []
+
+
+def test_the_last_piece_alone_carries_usage():
+    reply, pieces, _ = answer("abc", n=2)
+    assert [p.usage for p in pieces[:-1]] == [None] * 7
+    assert pieces[-1].usage == Usage(prompt_tokens=2, completion_tokens=8, cached_tokens=3)
+    assert pieces[-1].usage.total_tokens == 10
+    assert reply.output.finished and reply.output.num_cached_tokens == 3
+
+
+def test_max_tokens_inside_a_character_gives_the_replacement_character():
+    reply, _, _ = answer("ä", max_tokens=1)
+    assert reply.output.outputs[0].text == "\ufffd"
+    assert reply.output.outputs[0].finish_reason == "length"
+
+
+@pytest.mark.parametrize("lag", [0, 1])
+def test_a_stop_string_is_cut_and_the_engine_is_told(lag):
+    reply, pieces, engine = answer("one. STOP two", stop=["STOP", "x"], lag=lag)
+    output = reply.output.outputs[0]
+    assert output.text == "one. " == "".join(p.text for p in pieces)
+    assert output.token_ids == list(b"one. STOP")
+    assert (output.finish_reason, output.stop_reason) == ("stop", "STOP")
+    assert engine.finished == [("r", 0, FinishReason.STOP, "STOP")]
+    assert pieces[-1].finish_reason == "stop" and pieces[-1].usage.completion_tokens == 9
+
+
+def test_a_stop_string_can_be_kept():
+    reply, pieces, _ = answer("one. STOP two", stop="STOP", include_stop_str_in_output=True)
+    assert reply.output.outputs[0].text == "one. STOP" == "".join(p.text for p in pieces)
+
+
+def test_text_that_only_began_like_a_stop_string_is_given_out_at_the_end():
+    reply, pieces, engine = answer("end ST", stop="STOP")
+    assert reply.output.outputs[0].text == "end ST" == "".join(p.text for p in pieces)
+    assert reply.output.outputs[0].finish_reason == "stop" and engine.finished == []
+
+
+def test_a_stop_string_wins_over_the_length_limit_that_falls_on_the_same_token():
+    reply, _, engine = answer("abcdef", stop="c", max_tokens=3)
+    output = reply.output.outputs[0]
+    assert (output.text, output.finish_reason, output.stop_reason) == ("ab", "stop", "c")
+    assert engine.finished == []  # the engine ended it by itself
+
+
+def test_a_stop_string_may_be_completed_by_the_flush_of_the_decoder():
+    reply, _, _ = answer("ab\u00e4", stop="b\ufffd", max_tokens=3)
+    assert (reply.output.outputs[0].text, reply.output.outputs[0].stop_reason) == ("a", "b\ufffd")
+
+
+def test_stop_strings_do_not_count_before_min_tokens():
+    reply, pieces, _ = answer("a.b.c.d", stop=".", min_tokens=3)
+    assert reply.output.outputs[0].text == "a.b" == "".join(p.text for p in pieces)
+    reply, pieces, _ = answer("xSTOPySTOPz", stop="STOP", min_tokens=5)
+    assert reply.output.outputs[0].text == "xSTOPy" == "".join(p.text for p in pieces)
+    reply, _, _ = answer("xSTOPySTOPz", stop="STOP", min_tokens=4)
+    assert reply.output.outputs[0].text == "x"
+
+
+def test_several_tokens_in_one_step_are_cut_at_the_one_that_completed_the_stop_string():
+    request = Request("r", None, [1], SamplingParams(stop="lo", logprobs=0))
+    reply = Reply(request, [0], TOKENIZER, 0.0)
+    entries = [{t: Logprob(-1.0, 1)} for t in b"hello w"]
+    piece = reply.push(TokenOutput("r", 0, list(b"hello w"), entries))
+    assert (piece.text, bytes(piece.token_ids), len(piece.logprobs)) == ("hel", b"hello", 5)
+    assert reply.output.outputs[0].cumulative_logprob == -5.0
+    assert reply.push(TokenOutput("r", 0, list(b"orld"))) is None
+
+
+def test_the_text_of_a_stop_token_is_hidden_and_its_id_is_not():
+    reply, _, _ = answer("abc", stop_token_ids=[ord("b")])
+    output = reply.output.outputs[0]
+    assert (output.text, output.token_ids, output.stop_reason) == ("a", [97, 98], 98)
+    reply, _, _ = answer("abc", stop_token_ids=[ord("b")], include_stop_str_in_output=True)
+    assert reply.output.outputs[0].text == "ab"
+
+
+def test_logprobs_carry_their_text():
+    reply, pieces, _ = answer("xy", logprobs=1, prompt_logprobs=0)
+    output = reply.output.outputs[0]
+    assert output.logprobs[0] == {120: Logprob(-0.5, 1, "x"), 65: Logprob(-2.0, 2, "A")}
+    assert output.logprobs[-1][EOS_ID].decoded_token == "<|end|>"
+    assert output.cumulative_logprob == -1.5
+    assert [entry for p in pieces for entry in p.logprobs] == output.logprobs
+    assert reply.output.prompt_logprobs == [None, {66: Logprob(-1.0, 3, "B")}]
+
+
+def test_no_logprobs_unless_asked():
+    output = answer("xy")[0].output
+    assert (output.prompt_logprobs, output.outputs[0].logprobs, output.outputs[0].cumulative_logprob) == (None,) * 3
+
+
+def test_without_a_tokenizer_there_are_ids_and_no_text():
+    reply, pieces, _ = answer("xy", tokenizer=None, logprobs=1)
+    output = reply.output.outputs[0]
+    assert (output.text, output.token_ids) == ("", script_of("xy"))
+    assert output.logprobs[0][120].decoded_token is None
+    assert [p.text for p in pieces] == [""] * 3
+
+
+def test_the_text_continues_the_prompt_inside_a_character():
+    reply, _, _ = answer("", prompt="ä".encode()[:1])
+    engine = ScriptedEngine(lambda prompt, index: ["ä".encode()[1], EOS_ID])
+    replies = Replies(engine, TOKENIZER)
+    reply = replies.add(Request("r", None, ["ä".encode()[0]], SamplingParams()))
+    while engine.has_unfinished:
+        replies.step()
+    assert reply.output.outputs[0].text == "ä"
+
+
+def test_abort_gives_out_what_was_held_and_ends_every_completion():
+    engine = ScriptedEngine(lambda prompt, index: script_of("ab" if index else "xSTOxxx"))
+    replies = Replies(engine, TOKENIZER)
+    reply = replies.add(Request("r", None, [1], SamplingParams(n=2, stop="STOP")))
+    for _ in range(4):
+        replies.step()
+    pieces = replies.abort(reply)
+    assert [(p.index, p.text, p.finish_reason) for p in pieces] == [(0, "STO", "abort")]
+    assert pieces[-1].usage.completion_tokens == 7
+    assert [o.finish_reason for o in reply.output.outputs] == ["abort", "stop"]
+    assert reply.output.outputs[0].text == "xSTO" and reply.output.finished
+    assert replies.abort(reply) == [] and engine.aborted == ["r"] and not engine.has_unfinished
+
+
+def test_one_id_serves_one_request_at_a_time():
+    replies = Replies(ScriptedEngine(lambda prompt, index: script_of("a")), TOKENIZER)
+    replies.add(Request("r", None, [1], SamplingParams()))
+    with pytest.raises(ValueError, match="'r' is in use"):
+        replies.add(Request("r", None, [1], SamplingParams()))
+
+
+def test_metrics_are_in_order():
+    metrics = answer("abc")[0].output.metrics
+    assert metrics.queued <= metrics.first_token <= metrics.finished
+    assert metrics.time_to_first_token == metrics.first_token - metrics.queued
+
+
+def test_merged_pieces_are_what_their_parts_were():
+    _, pieces, _ = answer("hello", n=2, logprobs=0)
+    for cut in range(len(pieces) + 1):
+        joined = merged(pieces[:cut]) + merged(pieces[cut:])
+        for index in range(2):
+            mine, parts = [p for p in joined if p.index == index], [p for p in pieces if p.index == index]
+            assert "".join(p.text for p in mine) == "hello"
+            assert [t for p in mine for t in p.token_ids] == [t for p in parts for t in p.token_ids]
+            assert [e for p in mine for e in p.logprobs] == [e for p in parts for e in p.logprobs]
+            assert mine[-1].finish_reason == "stop"
+        assert [p.usage is not None for p in joined].index(True) == len(joined) - 1
+        assert len(joined) <= 4
+
+
+def test_merged_keeps_a_single_piece_as_it_is():
+    piece = Piece(0, "a", [1])
+    assert merged([piece]) == [piece] and merged([]) == []
