@@ -58,8 +58,8 @@ class Logprobs:
 
     logprob: torch.Tensor  # [rows]
     rank: torch.Tensor  # [rows] int64, 1 + number of tokens with a strictly greater logit
-    top_ids: torch.Tensor  # [rows, k] int64
-    top_logprobs: torch.Tensor  # [rows, k] descending
+    top_ids: torch.Tensor  # [rows, k] int64; -1 where fewer than k tokens have any probability
+    top_logprobs: torch.Tensor  # [rows, k] descending; -inf where the id is -1
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,13 +79,15 @@ class SamplerState:
     """
 
     def __init__(self, num_slots: int, vocab_size: int, device: torch.device | str = "cpu") -> None:
-        self.vocab_size = vocab_size
         self.prompt_mask = torch.zeros(num_slots, -(-vocab_size // 32), dtype=torch.int32, device=device)
         self.counts = torch.zeros(num_slots, vocab_size, dtype=torch.int32, device=device)
 
     def reset(self, slot: int, prompt_token_ids: Sequence[int] | torch.Tensor) -> None:
         """Starts a sequence in `slot`: its prompt seen, nothing generated."""
-        self.prompt_mask[slot] = pack_mask(self._present(prompt_token_ids))
+        ids = self._ids(prompt_token_ids).unique()  # each token once, so that adding its bit is setting it
+        bits = (1 << (ids % 32)).to(torch.int32)
+        self.prompt_mask[slot] = 0
+        self.prompt_mask[slot].index_add_(0, ids // 32, bits)
         self.counts[slot] = 0
 
     def fork(self, source: int, target: int) -> None:
@@ -103,20 +105,3 @@ class SamplerState:
 
     def _ids(self, token_ids: Sequence[int] | torch.Tensor) -> torch.Tensor:
         return torch.as_tensor(token_ids, dtype=torch.int64, device=self.counts.device)
-
-    def _present(self, token_ids: Sequence[int] | torch.Tensor) -> torch.Tensor:
-        present = torch.zeros(self.vocab_size, dtype=torch.bool, device=self.counts.device)
-        return present.index_fill_(0, self._ids(token_ids), True)
-
-
-def pack_mask(bits: torch.Tensor) -> torch.Tensor:
-    """bool [..., n] -> int32 [..., ceil(n / 32)], the last word padded with zeros."""
-    padded = torch.nn.functional.pad(bits, (0, -bits.shape[-1] % 32))
-    places = torch.arange(32, device=bits.device)
-    return (padded.unflatten(-1, (-1, 32)).long() << places).sum(-1).to(torch.int32)
-
-
-def unpack_mask(words: torch.Tensor, size: int) -> torch.Tensor:
-    """int32 [..., ceil(size / 32)] -> bool [..., size]."""
-    places = torch.arange(32, dtype=torch.int32, device=words.device)
-    return ((words.unsqueeze(-1) >> places) & 1).flatten(-2)[..., :size].bool()
