@@ -1,0 +1,50 @@
+"""What every wrapper of a Triton kernel checks before a launch, and the one device property that grids depend on."""
+
+import os
+from functools import cache
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+# Programs of a persistent grid per "multiprocessor" where there is no GPU: few, as the interpreter runs them in turn.
+_WITHOUT_GPU = 4
+
+# Triton reads this once, when it is imported: a process is interpreted or it is not.
+_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+def check_tensors(op: str, **tensors: Tensor) -> None:
+    """One device, floating dtypes that the kernels take, a contiguous last dimension; integers may have any dtype.
+
+    The interpreter takes bfloat16 and float8 for integers of their width and silently computes garbage with them, so
+    they are refused there.
+    """
+    device = next(iter(tensors.values())).device
+    for name, tensor in tensors.items():
+        told = f"{op}: {name} is {tensor.dtype} {tuple(tensor.shape)} on {tensor.device}"
+        require(tensor.device == device, f"{told}, but another tensor is on {device}")
+        require(tensor.numel() == 0 or tensor.stride(-1) == 1, f"{told}: its last dimension must be contiguous")
+        if tensor.is_floating_point():
+            if _INTERPRETED:
+                usable = tensor.dtype in (torch.float32, torch.float16)
+                require(usable, f"{told}: Triton's interpreter is right for float32 and float16 alone")
+            require(tensor.dtype in DTYPES, f"{told}: the kernels take float32, float16 and bfloat16")
+
+
+@cache
+def _multiprocessors(index: int) -> int:
+    return torch.cuda.get_device_properties(index).multi_processor_count
+
+
+def multiprocessor_count(device: torch.device) -> int:
+    """Of a CUDA device; a small constant for any other, where only correctness counts."""
+    if device.type != "cuda":
+        return _WITHOUT_GPU
+    return _multiprocessors(torch.cuda.current_device() if device.index is None else device.index)
