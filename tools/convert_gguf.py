@@ -111,7 +111,7 @@ def rope_scaling(file: GGUFFile, head_dim: int, theta: float) -> RopeScaling | N
     if ROPE_FACTORS not in file.tensors:
         return None
     found = file.array(ROPE_FACTORS)
-    scaling = llama3_rope_scaling(shortest(float(found.max())))
+    scaling = llama3_rope_scaling(round(float(found.max()), 3))
     expected = llama3_rope_factors(head_dim, theta, scaling)
     if found.shape != expected.shape or not np.allclose(found, expected, rtol=1e-3):
         raise ValueError(f"{ROPE_FACTORS} holds other factors than Llama 3's scaling by {scaling.factor}")

@@ -136,7 +136,7 @@ class MetaShards:
             if rank.keys() != self.ranks[0].keys():
                 odd = sorted(rank.keys() ^ self.ranks[0].keys())
                 raise ValueError(f"{path} and {paths[0]} hold different tensors: {', '.join(odd[:10])}")
-        dtypes = {str(tensor.dtype).removeprefix("torch.") for rank in self.ranks for tensor in rank.values()}
+        dtypes = {str(rank[name].dtype).removeprefix("torch.") for rank in self.ranks for name in self.names}
         if len(dtypes) > 1 or not dtypes <= DTYPES.keys():
             raise ValueError(f"weights of dtype {', '.join(sorted(dtypes))}; all must be one of {', '.join(DTYPES)}")
         self.dtype = dtypes.pop()

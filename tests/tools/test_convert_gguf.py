@@ -1,0 +1,286 @@
+"""GGUF -> Hugging Face folder: every quantisation, the demo model against transformers' own loader, and refusals."""
+
+import json
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from bpe_tokenizer import byte_alphabet
+from convert_gguf import convert, main
+from gguf import GGMLQuantizationType as Type
+from gguf.quants import dequantize, quantize
+from safetensors.torch import load_file
+from tokenizers import Tokenizer, pre_tokenizers
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers.integrations.gguf.dequant import dequantize as transformers_dequantize
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from tests.tools.corpus import random_characters, texts
+
+GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "gguf_demo.json").read_text(encoding="utf-8"))
+
+
+# The demo model
+
+
+@pytest.fixture(scope="module")
+def demo_float32(demo_gguf_path, tmp_path_factory):
+    output = tmp_path_factory.mktemp("demo") / "float32"
+    main(["--input", str(demo_gguf_path), "--output", str(output), "--dtype", "float32"])
+    return output
+
+
+def test_demo_logits_equal_transformers_loader(demo_float32):
+    model = AutoModelForCausalLM.from_pretrained(demo_float32)
+    assert model.dtype == torch.float32
+    for token_ids, expected in zip(GOLDEN["token_ids"], GOLDEN["logits"], strict=False):
+        with torch.inference_mode():
+            logits = model(torch.tensor([token_ids])).logits[0, :, GOLDEN["logit_ids"]]
+        assert (logits - torch.tensor(expected)).abs().max() <= 1e-3  # float32
+
+
+def test_demo_tokens_equal_transformers_loader(demo_model_path):
+    tokenizer = AutoTokenizer.from_pretrained(demo_model_path)
+    for text, expected in zip(GOLDEN["texts"], GOLDEN["token_ids"], strict=True):
+        assert tokenizer(text).input_ids == expected, repr(text)
+        assert tokenizer.decode(expected) == text
+
+
+def test_demo_folder_is_whole(demo_model_path):
+    tokenizer = AutoTokenizer.from_pretrained(demo_model_path)
+    assert (tokenizer.bos_token, tokenizer.eos_token) == ("<|im_start|>", "<|im_end|>")
+    rendered = tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False)
+    assert rendered.endswith("<|im_start|>user\nHi<|im_end|>\n")
+    config = json.loads((demo_model_path / "config.json").read_text())
+    assert (config["rms_norm_eps"], config["rope_theta"], config["torch_dtype"]) == (1e-5, 1e5, "bfloat16")
+    assert json.loads((demo_model_path / "generation_config.json").read_text())["eos_token_id"] == 2
+
+
+def test_a_digit_is_a_word_of_its_own_in_smollm(demo_model_path):
+    """So the whitespace before it keeps together, as in the model's training (pre-tokenizer "smollm" of llama.cpp)."""
+    tokenizer = Tokenizer.from_file(str(demo_model_path / "tokenizer.json"))
+    assert tokenizer.encode("a  12").tokens == ["a", "ĠĠ", "1", "2"]
+    assert tokenizer.encode("x\n\n2.").tokens == ["x", "ĊĊ", "2", "."]
+    assert tokenizer.encode("a ½").tokens == ["a", "Ġ", "Â½"]
+
+
+@pytest.mark.slow
+def test_demo_corpus_equals_transformers_loader(demo_gguf_path, demo_model_path):
+    """On 200,000 characters, once transformers' loader is told what it leaves out: digits stand alone."""
+    reference = AutoTokenizer.from_pretrained(demo_gguf_path.parent, gguf_file=demo_gguf_path.name).backend_tokenizer
+    digits = pre_tokenizers.Digits(individual_digits=True)
+    ours = Tokenizer.from_file(str(demo_model_path / "tokenizer.json"))
+    num_plainly_equal = 0
+    for text in [*texts(200_000), random_characters(4_000)]:
+        ids = ours.encode(text).ids
+        num_plainly_equal += ids == reference.encode(text).ids
+        plain = reference.pre_tokenizer
+        reference.pre_tokenizer = pre_tokenizers.Sequence([digits, plain])
+        assert ids == reference.encode(text).ids, repr(text)
+        assert ours.decode(ids, skip_special_tokens=False) == reference.decode(ids, skip_special_tokens=False) == text
+        reference.pre_tokenizer = plain
+    assert num_plainly_equal > 0
+
+
+@pytest.mark.slow
+def test_demo_weights_equal_transformers_loader(demo_gguf_path, demo_float32):
+    reference = AutoModelForCausalLM.from_pretrained(
+        demo_gguf_path.parent, gguf_file=demo_gguf_path.name, dtype=torch.float32
+    )
+    ours = AutoModelForCausalLM.from_pretrained(demo_float32)
+    for (name, weight), (other_name, expected) in zip(
+        ours.named_parameters(), reference.named_parameters(), strict=True
+    ):
+        assert name == other_name
+        assert torch.equal(weight, expected), name
+
+
+# Synthetic files
+
+CONFIG = LlamaConfig(
+    vocab_size=272,
+    hidden_size=256,
+    intermediate_size=256,
+    num_hidden_layers=1,
+    num_attention_heads=8,
+    num_key_value_heads=2,
+    head_dim=32,
+    max_position_embeddings=131072,
+    rms_norm_eps=1e-5,
+    rope_parameters={
+        "rope_type": "llama3",
+        "rope_theta": 500000.0,
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    },
+)
+SPECIAL = ["<|begin_of_text|>", "<|end_of_text|>", "<|eom_id|>", "<|eot_id|>"]
+MERGES = ["h e", "l l", "he ll", "hell o", "Ġ hello"]
+# Where a block of each K-quant keeps its half-precision scales.
+K_SCALES = {Type.Q2_K: (80, 82), Type.Q3_K: (108,), Type.Q4_K: (0, 2), Type.Q5_K: (0, 2), Type.Q6_K: (208,)}
+
+LAYER_NAMES = {
+    "input_layernorm": "attn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "post_attention_layernorm": "ffn_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+
+
+def random_blocks(kind, rows, columns, generator):
+    """Valid K-quant bytes, which the gguf package can read but not make. [rows, bytes]"""
+    block_size, type_size = gguf.GGML_QUANT_SIZES[kind]
+    blocks = generator.integers(0, 256, (rows, columns // block_size, type_size), dtype=np.uint8)
+    for offset in K_SCALES[kind]:
+        scales = generator.uniform(0.0005, 0.002, (*blocks.shape[:2], 1)).astype(np.float16)
+        blocks[:, :, offset : offset + 2] = scales.view(np.uint8)
+    return blocks.reshape(rows, -1)
+
+
+def encode(kind, shape, generator):
+    """A random matrix as the file stores it, and the float32 values that it stands for."""
+    if kind in K_SCALES:
+        data = random_blocks(kind, *shape, generator)
+    else:
+        values = generator.normal(0, shape[1] ** -0.5, shape).astype(np.float32)
+        if kind in (Type.F32, Type.F16):
+            data = values.astype(np.float16 if kind == Type.F16 else np.float32)
+            return data, data.astype(np.float32)
+        data = quantize(values, kind)
+        if kind in (Type.BF16, Type.Q5_0, Type.Q5_1):  # transformers does not read these
+            found = dequantize(data, kind)
+            assert (np.abs(found - values) <= {Type.BF16: 0.002, Type.Q5_0: 0.02, Type.Q5_1: 0.01}[kind]).all()
+            return data, found
+    expected = transformers_dequantize(torch.from_numpy(data), int(kind)).reshape(shape)
+    return data, expected.float().numpy()
+
+
+def rope_factors(config):
+    scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")
+    plain = config.rope_parameters["rope_theta"] ** (-torch.arange(0, config.head_dim, 2).float() / config.head_dim)
+    return (plain / scaled).numpy()
+
+
+def interleaved(data, num_heads):
+    """Rows as llama.cpp's converter orders those of q and k: pair (i, i + D/2) of a head side by side."""
+    rows = data.reshape(num_heads, 2, data.shape[0] // num_heads // 2, *data.shape[1:])
+    return rows.swapaxes(1, 2).reshape(data.shape)
+
+
+def write_gguf(path, kind, *, fields=None, extra=None, pre="llama-bpe", architecture="llama"):
+    """A tiny model whose matrices are all of one type; returns what it stands for, as a state dict."""
+    generator = np.random.default_rng(0)
+    writer = gguf.GGUFWriter(path, architecture)
+    writer.add_context_length(CONFIG.max_position_embeddings)
+    writer.add_embedding_length(CONFIG.hidden_size)
+    writer.add_block_count(CONFIG.num_hidden_layers)
+    writer.add_feed_forward_length(CONFIG.intermediate_size)
+    writer.add_head_count(CONFIG.num_attention_heads)
+    writer.add_head_count_kv(CONFIG.num_key_value_heads)
+    writer.add_rope_dimension_count(CONFIG.head_dim)
+    writer.add_rope_freq_base(CONFIG.rope_parameters["rope_theta"])
+    writer.add_layer_norm_rms_eps(CONFIG.rms_norm_eps)
+    tokens = [*byte_alphabet().values(), "he", "ll", "hell", "hello", "Ġhello", "<tool>", *SPECIAL]
+    tokens += [f"[PAD{i}]" for i in range(CONFIG.vocab_size - len(tokens))]
+    kinds = {"<tool>": gguf.TokenType.USER_DEFINED} | dict.fromkeys(SPECIAL, gguf.TokenType.CONTROL)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(pre)
+    writer.add_token_list(tokens)
+    writer.add_token_types([kinds.get(token, gguf.TokenType.NORMAL) for token in tokens])
+    writer.add_token_merges(MERGES)
+    writer.add_bos_token_id(tokens.index("<|begin_of_text|>"))
+    writer.add_eos_token_id(tokens.index("<|eot_id|>"))
+    writer.add_chat_template("{{ messages[0].content }}")
+    for key, value in (fields or {}).items():
+        writer.add_uint32(key, value) if isinstance(value, int) else writer.add_string(key, value)
+    state = {}
+    with torch.device("meta"):
+        shapes = {name: weight.shape for name, weight in LlamaForCausalLM(CONFIG).state_dict().items()}
+    names = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
+    names |= {f"model.layers.0.{name}": f"blk.0.{short}" for name, short in LAYER_NAMES.items()}
+    for name, shape in shapes.items():
+        data, values = encode(kind, tuple(shape), generator) if len(shape) == 2 else (np.ones(shape, np.float32),) * 2
+        state[name] = torch.from_numpy(values)
+        if "q_proj" in name or "k_proj" in name:
+            data = interleaved(data, CONFIG.num_attention_heads if "q_proj" in name else CONFIG.num_key_value_heads)
+        writer.add_tensor(
+            f"{names[name.removesuffix('.weight')]}.weight", data, raw_dtype=kind if len(shape) == 2 else None
+        )
+    writer.add_tensor("rope_freqs.weight", rope_factors(CONFIG))
+    for name, data in (extra or {}).items():
+        writer.add_tensor(name, data)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return state
+
+
+KINDS = [Type.F32, Type.F16, Type.BF16, Type.Q8_0, Type.Q4_0, Type.Q4_1, Type.Q5_0, Type.Q5_1, *K_SCALES]
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
+def test_every_quantisation(tmp_path, kind):
+    expected = write_gguf(tmp_path / "model.gguf", kind)
+    convert(tmp_path / "model.gguf", tmp_path / "hf", "float32")
+    found = load_file(tmp_path / "hf" / "model.safetensors")
+    assert found.keys() == expected.keys()
+    for name, weight in found.items():
+        assert torch.equal(weight, expected[name]), name
+
+
+def test_logits_and_rope_scaling(tmp_path):
+    state = write_gguf(tmp_path / "model.gguf", Type.F32)
+    convert(tmp_path / "model.gguf", tmp_path / "hf", "float32")
+    reference = LlamaForCausalLM(CONFIG)
+    reference.load_state_dict(state)
+    model = LlamaForCausalLM.from_pretrained(tmp_path / "hf")
+    assert model.config.rope_parameters == reference.config.rope_parameters
+    token_ids = torch.arange(40)[None]
+    assert torch.equal(model(token_ids).logits, reference(token_ids).logits)
+
+
+def test_tokenizer_of_a_llama_file(tmp_path):
+    write_gguf(tmp_path / "model.gguf", Type.F16)
+    convert(tmp_path / "model.gguf", tmp_path / "hf")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "hf")
+    encoded = tokenizer("hello hello 1234<tool><|eot_id|>")
+    tokens = ["<|begin_of_text|>", "hello", "Ġhello", "Ġ", "1", "2", "3", "4", "<tool>", "<|eot_id|>"]
+    assert tokenizer.convert_ids_to_tokens(encoded.input_ids) == tokens
+    assert tokenizer.decode(encoded.input_ids, skip_special_tokens=True) == "hello hello 1234<tool>"
+    assert tokenizer.chat_template == "{{ messages[0].content }}"
+    generation = json.loads((tmp_path / "hf" / "generation_config.json").read_text())
+    assert sorted(tokenizer.convert_ids_to_tokens(generation["eos_token_id"])) == sorted(SPECIAL[1:])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"architecture": "qwen2"}, "architecture 'qwen2'"),
+        ({"pre": "tekken"}, "pre-tokenizer 'tekken'"),
+        ({"fields": {"llama.expert_count": 8}}, "mixture of 8 experts"),
+        ({"fields": {"llama.rope.scaling.type": "yarn"}}, "RoPE scaling 'yarn'"),
+        ({"fields": {"llama.attention.value_length": 64}}, "value_length is 64"),
+        ({"extra": {"blk.0.attn_q.bias": np.zeros(256, np.float32)}}, "blk.0.attn_q.bias"),
+    ],
+)
+def test_what_is_not_llama_is_refused_and_leaves_nothing(tmp_path, change, message):
+    write_gguf(tmp_path / "model.gguf", Type.F16, **change)
+    with pytest.raises(SystemExit, match=message):
+        main(["--input", str(tmp_path / "model.gguf"), "--output", str(tmp_path / "hf")])
+    assert [path.name for path in tmp_path.iterdir()] == ["model.gguf"]
+
+
+def test_another_file_is_refused(tmp_path):
+    (tmp_path / "model.gguf").write_bytes(b"<!DOCTYPE html>")
+    with pytest.raises(SystemExit, match="not a GGUF file"):
+        main(["--input", str(tmp_path / "model.gguf"), "--output", str(tmp_path / "hf")])
