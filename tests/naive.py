@@ -6,7 +6,7 @@ everything is computed in their dtype, norms, rotary angles and softmax in at le
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -61,20 +61,26 @@ def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return (weights / weights.sum(-1, keepdim=True)).to(q.dtype) @ v
 
 
-def forward(weights: Mapping[str, Tensor], config: ModelConfig, token_ids: Sequence[int]) -> Tensor:
-    """Logits [seq, vocab] of one sequence, in the weights' dtype."""
+def forward(
+    weights: Mapping[str, Tensor], config: ModelConfig, token_ids: Sequence[int], *, last: int | None = None
+) -> Tensor:
+    """Logits [seq, vocab] of one sequence, in the weights' dtype; with `last`, of that many last tokens alone."""
     ids = torch.tensor(list(token_ids))
     x = weights["model.embed_tokens.weight"][ids]
     angles = torch.arange(len(ids)).float()[:, None] * _frequencies(config)
 
     def heads(x: Tensor, name: str) -> Tensor:
-        return (x @ weights[name].T).view(len(ids), -1, config.head_dim).transpose(0, 1)
+        return (x @ weights[name].T).view(x.shape[0], -1, config.head_dim).transpose(0, 1)
 
     for i in range(config.num_hidden_layers):
         layer = f"model.layers.{i}."
         normed = _norm(x, weights[layer + "input_layernorm.weight"], config.rms_norm_eps)
-        q, k, v = (heads(normed, f"{layer}self_attn.{p}_proj.weight") for p in "qkv")
-        mixed = _attend(_rotate(q, angles), _rotate(k, angles), v).transpose(0, 1).reshape(len(ids), -1)
+        k, v = (heads(normed, f"{layer}self_attn.{p}_proj.weight") for p in "kv")
+        k = _rotate(k, angles)
+        if last is not None and i == config.num_hidden_layers - 1:
+            x, normed, angles = x[-last:], normed[-last:], angles[-last:]
+        q = _rotate(heads(normed, layer + "self_attn.q_proj.weight"), angles)
+        mixed = _attend(q, k, v).transpose(0, 1).reshape(x.shape[0], -1)
         x = x + mixed @ weights[layer + "self_attn.o_proj.weight"].T
         normed = _norm(x, weights[layer + "post_attention_layernorm.weight"], config.rms_norm_eps)
         gate = normed @ weights[layer + "mlp.gate_proj.weight"].T
@@ -83,3 +89,28 @@ def forward(weights: Mapping[str, Tensor], config: ModelConfig, token_ids: Seque
     x = _norm(x, weights["model.norm.weight"], config.rms_norm_eps)
     head = "model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
     return x @ weights[head].T
+
+
+def greedy(logits: Tensor, token_ids: Sequence[int]) -> int:
+    return int(logits.argmax())
+
+
+def generate(
+    weights: Mapping[str, Tensor],
+    config: ModelConfig,
+    prompt: Sequence[int],
+    max_tokens: int,
+    *,
+    choose: Callable[[Tensor, Sequence[int]], int] = greedy,
+    stop_token_ids: Collection[int] = (),
+) -> list[int]:
+    """The tokens after `prompt`, the ending one included; everything is computed anew for each.
+
+    `choose(logits [vocab], all tokens so far)` picks the next.
+    """
+    token_ids = list(prompt)
+    while len(token_ids) < len(prompt) + max_tokens:
+        token_ids.append(choose(forward(weights, config, token_ids, last=1)[0], token_ids))
+        if token_ids[-1] in stop_token_ids:
+            break
+    return token_ids[len(prompt) :]

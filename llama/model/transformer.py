@@ -48,7 +48,7 @@ class Attention(nn.Module):
         self.o_proj = Linear(self.num_heads * self.head_dim, config.hidden_size, device=device, dtype=dtype)
 
     def forward(self, x: Tensor, batch: Batch, cos_sin: Tensor, k_cache: Tensor, v_cache: Tensor) -> Tensor:
-        heads = self.qkv_proj(x).view(x.shape[0], -1, self.head_dim)  # [tokens, heads + 2 kv_heads, head_dim]
+        heads = self.qkv_proj(x).unflatten(1, (-1, self.head_dim))  # [tokens, heads + 2 kv_heads, head_dim]
         q, k, v = heads.split((self.num_heads, self.num_kv_heads, self.num_kv_heads), dim=1)
         q = kernels.rope_and_store(q, k, v, cos_sin, batch.slots, k_cache, v_cache)
         mixed = kernels.paged_attention(
@@ -63,7 +63,7 @@ class Attention(nn.Module):
             max_context_len=batch.max_context_len,
             scale=self.scale,
         )
-        return self.o_proj(mixed.view(x.shape[0], -1))
+        return self.o_proj(mixed.flatten(1))
 
 
 class MLP(nn.Module):
@@ -137,7 +137,7 @@ class Transformer(nn.Module):
         dtype: torch.dtype | str = "auto",
         check_weights: bool = False,
     ) -> "Transformer":
-        """Load a Hugging Face folder, strictly. `dtype` "auto" is the checkpoint's; see `checkpoint.from_pretrained`."""
+        """Load a Hugging Face folder, strictly; `dtype` "auto" is the checkpoint's. See checkpoint/load.py."""
         return checkpoint.from_pretrained(cls, path, device=device, dtype=dtype, check_weights=check_weights)
 
     def save_pretrained(self, path: str | Path) -> None:

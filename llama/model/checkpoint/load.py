@@ -78,11 +78,12 @@ def _from_index(path: Path) -> dict[str, StoredTensor]:
         raise CheckpointError(f"{path.parent}: {_INDEX} names shards that are missing: {_some(absent)}")
     found: dict[str, StoredTensor] = {}
     for shard in sorted(shards):
-        for tensor in read_header(path.parent / shard):
+        tensors = read_header(path.parent / shard)
+        for tensor in tensors:
             if tensor.name in found:
                 raise CheckpointError(f"{tensor.path}: {tensor.name} lies in {found[tensor.name].path.name} as well")
             found[tensor.name] = tensor
-        if lacking := shards[shard].difference(found):
+        if lacking := shards[shard].difference(tensor.name for tensor in tensors):
             raise CheckpointError(f"{path.parent / shard}: lacks {_some(lacking)}, which {_INDEX} says it holds")
     return found
 

@@ -5,24 +5,38 @@ import math
 import os
 import shutil
 import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from llama.model.checkpoint.layout import Entry, layout
 from llama.model.checkpoint.shards import write
+from llama.model.config import ModelConfig
 from llama.model.linear import Linear
 
 if TYPE_CHECKING:
     from llama.model.transformer import Transformer
 
 
-def save_pretrained(model: "Transformer", path: str | Path, *, max_shard_bytes: int = 5_000_000_000) -> None:
+MAX_SHARD_BYTES = 5_000_000_000
+
+
+def save_pretrained(model: "Transformer", path: str | Path, *, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
     """Write config.json and safetensors (several shards with an index, where one would be too large) to `path`.
 
     The folder appears complete under its name or not at all. It must not exist yet, or be empty: FileExistsError.
     """
+    with new_folder(path) as folder:
+        write_checkpoint(folder, model.config, model.dtype, lambda entry: stored_rows(model, entry), max_shard_bytes)
+
+
+@contextmanager
+def new_folder(path: str | Path) -> Iterator[Path]:
+    """A temporary sibling of `path` to fill, renamed to it at the end; removed if anything fails."""
     folder = Path(path).absolute()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"{folder}: exists already; save to a new folder")
@@ -30,20 +44,25 @@ def save_pretrained(model: "Transformer", path: str | Path, *, max_shard_bytes: 
     building = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
         building.chmod(0o755)
-        _write_weights(model, building, max_shard_bytes)
-        text = json.dumps(model.config.to_hugging_face(str(model.dtype).removeprefix("torch.")), indent=2) + "\n"
-        (building / "config.json").write_text(text, encoding="utf-8")
+        yield building
         os.rename(building, folder)
     except BaseException:
         shutil.rmtree(building, ignore_errors=True)
         raise
 
 
-def _write_weights(model: "Transformer", folder: Path, max_shard_bytes: int) -> None:
+def write_checkpoint(
+    folder: Path,
+    config: ModelConfig,
+    dtype: torch.dtype,
+    tensor_of: Callable[[Entry], Tensor],
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+    """config.json and weights of one dtype; `tensor_of` is asked for one tensor at a time, in the layout's order."""
     shards: list[list[Entry]] = [[]]
     room = max_shard_bytes
-    for entry in layout(model.config):
-        size = math.prod(entry.shape) * model.dtype.itemsize
+    for entry in layout(config):
+        size = math.prod(entry.shape) * dtype.itemsize
         if size > room and shards[-1]:
             shards.append([])
             room = max_shard_bytes
@@ -52,13 +71,18 @@ def _write_weights(model: "Transformer", folder: Path, max_shard_bytes: int) -> 
     weight_map = {}
     for number, shard in enumerate(shards, 1):
         name = f"model-{number:05}-of-{len(shards):05}.safetensors" if len(shards) > 1 else "model.safetensors"
-        shapes = [(entry.name, entry.shape) for entry in shard]
-        write(folder / name, shapes, model.dtype, (stored_rows(model, entry) for entry in shard))
+        write(folder / name, [(entry.name, entry.shape) for entry in shard], dtype, map(tensor_of, shard))
         weight_map |= {entry.name: name for entry in shard}
     if len(shards) > 1:
-        total = sum(math.prod(entry.shape) for shard in shards for entry in shard) * model.dtype.itemsize
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        total = sum(math.prod(entry.shape) for shard in shards for entry in shard) * dtype.itemsize
+        write_json(
+            folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map}
+        )
+    write_json(folder / "config.json", config.to_hugging_face(str(dtype).removeprefix("torch.")))
+
+
+def write_json(path: Path, document: dict[str, Any]) -> None:
+    path.write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def stored_rows(model: "Transformer", entry: Entry) -> Tensor:

@@ -1,7 +1,7 @@
 """The safetensors format: headers checked before a byte of data is touched, data read straight into its destination.
 
-A file is 8 bytes of header length, a JSON header of names to dtype, shape and byte range, and the data. Reading is plain
-`readinto`: no mapping whose pages would count twice, and a file that shrinks under us is an error, not a signal.
+A file is 8 bytes of header length, a JSON header of names to dtype, shape and byte range, and the data. Reading is
+plain `readinto`: no mapping whose pages would count twice, and a file that shrinks under us is an error, not a signal.
 """
 
 import json
@@ -67,12 +67,11 @@ def read_header(path: Path) -> list[StoredTensor]:
         with path.open("rb", buffering=0) as file:
             size = path.stat().st_size
             start = file.read(64)
-            for magic, what in _FOREIGN:
-                if start.startswith(magic):
-                    raise CheckpointError(f"{path}: {what}")
             length = int.from_bytes(start[:8], "little")
-            if len(start) < 8 or not 2 <= length <= _MAX_HEADER:
-                raise CheckpointError(f"{path}: is not a safetensors file")
+            if not 2 <= length <= _MAX_HEADER or start[8:9] != b"{":
+                # Only now: the length of a sound header may begin with the same bytes as another format.
+                what = next((what for magic, what in _FOREIGN if start.startswith(magic)), "is not a safetensors file")
+                raise CheckpointError(f"{path}: {what}")
             if 8 + length > size:
                 raise CheckpointError(f"{path}: is truncated: {size} bytes, the header alone needs {8 + length}")
             file.seek(8)
@@ -156,12 +155,12 @@ def _read_exactly(file: BinaryIO, stored: StoredTensor, flat: Tensor) -> None:
 
 
 def write(
-    path: Path, names: Sequence[tuple[str, tuple[int, ...]]], dtype: torch.dtype, tensors: Iterable[Tensor]
+    path: Path, shapes: Sequence[tuple[str, tuple[int, ...]]], dtype: torch.dtype, tensors: Iterable[Tensor]
 ) -> None:
-    """Write a safetensors file of `names` (name, shape), all of one dtype; the tensors are taken one at a time."""
+    """Write a safetensors file of (name, shape), all of one dtype; the tensors are taken one at a time."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
-    for name, shape in names:
+    for name, shape in shapes:
         begin, end = end, end + math.prod(shape) * dtype.itemsize
         header[name] = {"dtype": _CODES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":")).encode()

@@ -1,0 +1,183 @@
+"""ModelConfig: presets, both spellings of a config.json, and one named error per kind of bad file."""
+
+import json
+
+import pytest
+import torch
+from transformers import LlamaConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from llama.model.config import ConfigError, ModelConfig, RopeScaling
+from llama.model.rope import inverse_frequencies
+
+LLAMA_3_1_8B = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "attention_bias": False,
+    "bos_token_id": 128000,
+    "eos_token_id": [128001, 128008, 128009],
+    "hidden_act": "silu",
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "max_position_embeddings": 131072,
+    "mlp_bias": False,
+    "num_attention_heads": 32,
+    "num_hidden_layers": 32,
+    "num_key_value_heads": 8,
+    "pretraining_tp": 1,
+    "rms_norm_eps": 1e-05,
+    "rope_scaling": {
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+        "rope_type": "llama3",
+    },
+    "rope_theta": 500000.0,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "transformers_version": "4.42.3",
+    "use_cache": True,
+    "vocab_size": 128256,
+}
+
+
+def changed(**changes):
+    values = {**LLAMA_3_1_8B, **changes}
+    return {key: value for key, value in values.items() if value is not ...}
+
+
+def test_the_published_config_is_the_preset(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA_3_1_8B))
+    assert ModelConfig.from_pretrained(tmp_path) == ModelConfig.preset("llama-3.1-8b")
+    assert ModelConfig.from_pretrained(tmp_path / "config.json") == ModelConfig.preset("llama-3.1-8b")
+
+
+def test_the_newer_spelling_says_the_same():
+    newer = changed(rope_theta=..., rope_scaling=..., torch_dtype=..., dtype="bfloat16", head_dim=128)
+    newer["rope_parameters"] = {**LLAMA_3_1_8B["rope_scaling"], "rope_theta": 500000.0}
+    assert ModelConfig.from_hugging_face(newer) == ModelConfig.preset("llama-3.1-8b")
+
+
+@pytest.mark.parametrize("preset", ["llama-3.1-8b", "llama-3.1-405b", "llama-3.2-1b", "tiny"])
+def test_what_we_write_transformers_and_we_read(preset, tmp_path):
+    config = ModelConfig.preset(preset)
+    (tmp_path / "config.json").write_text(json.dumps(config.to_hugging_face(config.dtype)))
+    assert ModelConfig.from_pretrained(tmp_path) == config
+    theirs = LlamaConfig.from_pretrained(tmp_path)
+    assert theirs.rope_parameters["rope_theta"] == config.rope_theta
+    assert theirs.rope_parameters["factor"] == config.rope_scaling.factor
+    assert (theirs.head_dim, theirs.num_key_value_heads) == (config.head_dim, config.num_key_value_heads)
+    theirs.save_pretrained(tmp_path / "again")
+    assert ModelConfig.from_pretrained(tmp_path / "again") == config
+
+
+@pytest.mark.parametrize("eos", [7, [7], [7, 9], None], ids=str)
+def test_eos_token_ids(eos):
+    expected = () if eos is None else (7,) if eos == 7 else tuple(eos)
+    assert ModelConfig.from_hugging_face(changed(eos_token_id=eos)).eos_token_ids == expected
+
+
+def test_defaults_of_old_checkpoints():
+    config = ModelConfig.from_hugging_face(
+        changed(rope_theta=..., rope_scaling=None, num_key_value_heads=..., torch_dtype=..., tie_word_embeddings=...)
+    )
+    assert (config.rope_theta, config.rope_scaling, config.num_key_value_heads) == (10_000.0, None, 32)
+    assert (config.head_dim, config.dtype, config.tie_word_embeddings) == (128, None, False)
+
+
+ROPE = LLAMA_3_1_8B["rope_scaling"]
+BAD = {
+    "missing key": ({"hidden_size": ...}, "missing key hidden_size"),
+    "missing keys": ({"hidden_size": ..., "vocab_size": None}, "missing keys vocab_size, hidden_size"),
+    "wrong type": ({"hidden_size": "4096"}, r"hidden_size must be an integer in \[1, 262144\], got '4096'"),
+    "fraction": ({"vocab_size": 1.5}, "vocab_size must be an integer"),
+    "bool for int": ({"num_hidden_layers": True}, "num_hidden_layers must be an integer"),
+    "absurd": ({"hidden_size": 1 << 40}, "hidden_size must be an integer in"),
+    "negative": ({"num_hidden_layers": -1}, "num_hidden_layers must be an integer in"),
+    "nan": ({"rms_norm_eps": float("nan")}, "rms_norm_eps must be a number in"),
+    "infinite": ({"rope_theta": float("inf")}, "rope_theta must be a number in"),
+    "kv heads": (
+        {"num_key_value_heads": 5},
+        r"num_attention_heads \(32\) must be a multiple of num_key_value_heads \(5",
+    ),
+    "heads": ({"num_attention_heads": 24}, r"hidden_size \(4096\) must be a multiple of num_attention_heads \(24\)"),
+    "no heads": ({"num_attention_heads": 0}, "num_attention_heads must be an integer in"),
+    "odd head_dim": ({"head_dim": 65}, "head_dim must be even"),
+    "architecture": (
+        {"architectures": ["MistralForCausalLM"]},
+        r"architectures must be .* got \['MistralForCausalLM'\]",
+    ),
+    "model type": ({"model_type": "qwen2"}, "model_type must be \"llama\", got 'qwen2'"),
+    "activation": ({"hidden_act": "gelu"}, "hidden_act must be 'silu' or 'swish', got 'gelu'"),
+    "attention bias": ({"attention_bias": True}, "attention_bias must be False, got True"),
+    "mlp bias": ({"mlp_bias": True}, "mlp_bias must be False, got True"),
+    "quantised": ({"quantization_config": {"bits": 4}}, "quantization_config is not supported, got"),
+    "partial rotary": ({"partial_rotary_factor": 0.5}, "partial_rotary_factor must be 1, got 0.5"),
+    "nested partial": ({"rope_scaling": {**ROPE, "partial_rotary_factor": 0.5}}, "partial_rotary_factor must be 1"),
+    "rope type": ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope type must be .* got 'yarn'"),
+    "old rope type": ({"rope_scaling": {"type": "linear", "factor": 4.0}}, "rope type must be .* got 'linear'"),
+    "rope not an object": ({"rope_scaling": "llama3"}, "rope_scaling must be an object"),
+    "rope lacks": ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "lacks low_freq_factor, high_freq_factor"),
+    "rope factor": ({"rope_scaling": {**ROPE, "factor": 0}}, "rope factor must be a number in"),
+    "rope order": ({"rope_scaling": {**ROPE, "high_freq_factor": 0.5}}, "high_freq_factor .* must exceed"),
+    "two ropes": ({"rope_parameters": {**ROPE, "factor": 32.0}}, "both given and differ"),
+    "tie": ({"tie_word_embeddings": "yes"}, "tie_word_embeddings must be true or false"),
+    "eos type": ({"eos_token_id": "</s>"}, "eos_token_id must be an integer or a list"),
+    "eos range": ({"eos_token_id": [128256]}, "eos_token_id must be an integer in"),
+    "dtype": ({"torch_dtype": "int8"}, "dtype must be one of .* got 'int8'"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_configs_are_refused_in_one_line(case, tmp_path):
+    changes, message = BAD[case]
+    (tmp_path / "config.json").write_text(json.dumps(changed(**changes)))
+    with pytest.raises(ConfigError, match=message) as caught:
+        ModelConfig.from_pretrained(tmp_path)
+    assert "\n" not in str(caught.value)
+    assert str(caught.value).startswith(f"{tmp_path / 'config.json'}: ")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"{", "is not JSON"),
+        (b"[" * 100_000, "is not JSON"),
+        (b"\xff\xfe\x00", "cannot be read"),
+        (b"[1, 2]", "must hold a JSON object, got list"),
+        (b"version https://git-lfs.github.com/spec/v1", "is not JSON"),
+        (None, "there is no such file"),
+    ],
+    ids=["cut", "deep", "binary", "list", "lfs", "absent"],
+)
+def test_files_that_are_no_config(content, message, tmp_path):
+    if content is not None:
+        (tmp_path / "config.json").write_bytes(content)
+    with pytest.raises(ConfigError, match=message) as caught:
+        ModelConfig.from_pretrained(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_unknown_preset():
+    with pytest.raises(ConfigError, match=r"unknown preset 'llama-4'; there are llama-3.1-8b"):
+        ModelConfig.preset("llama-4")
+
+
+@pytest.mark.parametrize("factor", [8.0, 32.0, None])
+def test_inverse_frequencies_equal_transformers(factor):
+    sizes = {key: LLAMA_3_1_8B[key] for key in ("hidden_size", "num_attention_heads", "max_position_embeddings")}
+    ours = ModelConfig.from_hugging_face(changed(rope_scaling={**ROPE, "factor": factor} if factor else None))
+    rope = {**ROPE, "factor": factor} if factor else {"rope_type": "default"}
+    theirs = LlamaConfig(**sizes, rope_parameters={**rope, "rope_theta": 500000.0})
+    if factor:
+        expected, scale = ROPE_INIT_FUNCTIONS["llama3"](theirs)
+        assert scale == 1.0
+    else:
+        expected = 1.0 / 500000.0 ** (torch.arange(0, 128, 2).float() / 128)
+    assert torch.equal(inverse_frequencies(ours), expected)
+
+
+def test_scaling_refuses_nonsense_by_name():
+    with pytest.raises(ConfigError, match="rope original_max_position_embeddings"):
+        RopeScaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=0)

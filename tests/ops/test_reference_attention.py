@@ -1,0 +1,144 @@
+"""The PyTorch twin of paged attention against softmax written out, one query at a time."""
+
+import math
+
+import pytest
+import torch
+
+import kernels
+from kernels.reference import attention
+
+TOLERANCES = {torch.float64: 1e-12, torch.float32: 5e-6, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+
+
+def problem(queries, contexts, *, dtype=torch.float64, heads=(6, 2), head_dim=16, block_size=4, consecutive=False):
+    """Random q and caches; everything outside the sequences' contexts is NaN."""
+    generator = torch.Generator().manual_seed(3)
+    needed = [-(-context // block_size) for context in contexts]
+    total = sum(needed) + 2
+    order = torch.arange(total) if consecutive else torch.randperm(total, generator=generator)
+    tables = torch.full((len(contexts), max(needed, default=0)), int(order[-1]), dtype=torch.int32)
+    caches = [torch.full((total, block_size, heads[1], head_dim), torch.nan, dtype=dtype) for _ in range(2)]
+    used = 0
+    for row, (count, context) in enumerate(zip(needed, contexts, strict=True)):
+        tables[row, :count] = order[used : used + count]
+        used += count
+        slots = (tables[row].long()[:, None] * block_size + torch.arange(block_size)).flatten()[:context]
+        for cache in caches:
+            values = torch.randn(context, heads[1], head_dim, generator=generator, dtype=torch.float64)
+            cache.flatten(0, 1)[slots] = values.to(dtype)
+    q = torch.randn(sum(queries), heads[0], head_dim, generator=generator, dtype=torch.float64).to(dtype) * 2
+    return {
+        "q": q,
+        "k_cache": caches[0],
+        "v_cache": caches[1],
+        "block_tables": tables,
+        "query_starts": torch.tensor([0, *torch.tensor(queries).cumsum(0).tolist()], dtype=torch.int32),
+        "context_lens": torch.tensor(contexts, dtype=torch.int32),
+        "num_decodes": next((i for i, n in enumerate(queries) if n != 1), len(queries)),
+        "max_query_len": max(queries, default=0),
+        "max_context_len": max(contexts, default=0),
+        "scale": head_dim**-0.5,
+    }
+
+
+def expected(p):
+    out = []
+    block_size, kv_heads = p["k_cache"].shape[1:3]
+    starts = p["query_starts"].tolist()
+    for row, context in enumerate(p["context_lens"].tolist()):
+        slots = (p["block_tables"][row].long()[:, None] * block_size + torch.arange(block_size)).flatten()
+        group = p["q"].shape[1] // kv_heads
+        rows = (p[name].flatten(0, 1)[slots[:context]] for name in ("k_cache", "v_cache"))
+        k, v = (x.double().repeat_interleave(group, 1) for x in rows)
+        queries = starts[row + 1] - starts[row]
+        for j in range(queries):
+            seen = context - queries + j + 1
+            scores = torch.einsum("hd,khd->hk", p["q"][starts[row] + j].double(), k[:seen]) * p["scale"]
+            out.append(torch.einsum("hk,khd->hd", scores.softmax(-1), v[:seen]))
+    return torch.stack(out) if out else torch.zeros(p["q"].shape, dtype=torch.float64)
+
+
+def check(p):
+    out = kernels.paged_attention(**p)
+    tolerance = TOLERANCES[p["q"].dtype]
+    assert out.dtype == p["q"].dtype
+    assert out.is_contiguous()
+    torch.testing.assert_close(out.double(), expected(p), atol=tolerance, rtol=tolerance)
+
+
+CASES = [
+    ([1], [1]),
+    ([1, 1, 1], [9, 1, 30]),
+    ([5], [5]),
+    ([5], [23]),
+    ([1, 1, 7, 3, 1], [12, 4, 7, 19, 8]),  # a last chunk of one token comes after the longer ones
+    ([40, 33], [40, 50]),
+]
+
+
+@pytest.mark.parametrize("block_size", [1, 4, 16])
+@pytest.mark.parametrize("consecutive", [False, True])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_ragged_batches(case, block_size, consecutive):
+    check(problem(*case, block_size=block_size, consecutive=consecutive))
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@pytest.mark.parametrize("case", [CASES[1], CASES[4]], ids=str)
+def test_dtypes(dtype, case):
+    check(problem(*case, dtype=dtype))
+    check(problem(*case, dtype=dtype, consecutive=True))
+
+
+@pytest.mark.parametrize("heads", [(4, 4), (4, 1), (8, 2), (1, 1)], ids=str)
+@pytest.mark.parametrize("head_dim", [2, 40, 128])
+def test_heads(heads, head_dim):
+    check(problem([1, 1, 6], [3, 17, 20], heads=heads, head_dim=head_dim))
+
+
+def test_long_chunks_are_tiled(monkeypatch):
+    monkeypatch.setattr(attention, "MASK_ENTRIES", 100)
+    check(problem([45, 1, 40], [60, 30, 40]))
+
+
+def test_nothing_to_do():
+    assert kernels.paged_attention(**problem([], [])).shape == (0, 6, 16)
+    check(problem([0, 3, 0], [8, 5, 0]))
+
+
+def test_decode_without_context_gives_zeros():
+    """Padding rows of a fixed-size batch."""
+    p = problem([1, 1], [5, 5])
+    p["context_lens"] = torch.tensor([5, 0], dtype=torch.int32)
+    out = kernels.paged_attention(**p)
+    assert not bool(out.isnan().any())
+    assert not bool(out[1].any())
+
+
+def test_large_scores_do_not_overflow():
+    p = problem([1, 4], [9, 9], dtype=torch.float32)
+    p["q"] = p["q"] * 1e4
+    check(p)
+
+
+def test_softmax_is_at_least_float32():
+    """Values of equal weight over many keys: sums in half precision would stall."""
+    p = problem([1, 2], [4001, 4001], dtype=torch.float16, heads=(1, 1))
+    p["q"].zero_()
+    for name in ("k_cache", "v_cache"):
+        p[name].nan_to_num_(1.0).fill_(1.0)
+    assert math.isclose(kernels.paged_attention(**p).double().mean(), 1.0, abs_tol=1e-3)
+
+
+def test_refusals():
+    p = problem([1, 3], [4, 9])
+    for changed in (
+        {"q": p["q"].float()},
+        {"q": p["q"][:, :5]},
+        {"context_lens": p["context_lens"].long()},
+        {"block_tables": p["block_tables"][:1]},
+        {"v_cache": p["v_cache"][:1]},
+    ):
+        with pytest.raises(ValueError, match="paged_attention"):
+            kernels.paged_attention(**{**p, **changed})

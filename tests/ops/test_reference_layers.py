@@ -1,0 +1,117 @@
+"""The PyTorch twins of norm, rotary embedding and activation, against formulas written out in float64."""
+
+import pytest
+import torch
+
+import kernels
+
+TOLERANCES = {torch.float64: 1e-13, torch.float32: 2e-6, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+DTYPES = pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+ROWS = pytest.mark.parametrize("tokens", [0, 1, 3, 40])
+
+
+def randn(*shape, dtype, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def assert_near(actual, expected):
+    tolerance = TOLERANCES[actual.dtype]
+    torch.testing.assert_close(actual.double(), expected, atol=tolerance, rtol=tolerance)
+
+
+@DTYPES
+@ROWS
+def test_rms_norm(dtype, tokens):
+    x, weight = randn(tokens, 72, dtype=dtype), randn(72, dtype=dtype, seed=1)
+    wide = x.double()
+    expected = wide / (wide.square().mean(-1, keepdim=True) + 1e-5).sqrt() * weight.double()
+    result = kernels.rms_norm(x, weight, 1e-5)
+    assert result.dtype == dtype
+    assert_near(result, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_rms_norm_rounds_before_the_weight(dtype):
+    """Bit for bit what Hugging Face's Llama computes."""
+    x, weight = randn(33, 576, dtype=dtype), randn(576, dtype=dtype, seed=1)
+    wide = x.float()
+    expected = weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-5)).to(dtype)
+    assert torch.equal(kernels.rms_norm(x, weight, 1e-5), expected)
+
+
+@DTYPES
+@ROWS
+def test_add_rms_norm(dtype, tokens):
+    x, residual = randn(tokens, 72, dtype=dtype), randn(tokens, 72, dtype=dtype, seed=2)
+    weight = randn(72, dtype=dtype, seed=1)
+    kept = x.clone(), residual.clone()
+    normed, summed = kernels.add_rms_norm(x, residual, weight, 1e-5)
+    assert torch.equal(summed, x + residual)
+    assert torch.equal(normed, kernels.rms_norm(summed, weight, 1e-5))
+    assert torch.equal(x, kept[0])
+    assert torch.equal(residual, kept[1])
+
+
+def rope_inputs(tokens, dtype, heads=6, kv_heads=2, head_dim=16):
+    fused = randn(tokens, heads + 2 * kv_heads, head_dim, dtype=dtype)
+    angles = torch.arange(tokens).float()[:, None] * torch.rand(head_dim // 2, generator=torch.manual_seed(0))
+    cos_sin = torch.cat((angles.cos(), angles.sin()), -1)
+    caches = [torch.full((9, 4, kv_heads, head_dim), torch.nan, dtype=dtype) for _ in range(2)]
+    return fused, fused.split((heads, kv_heads, kv_heads), dim=1), cos_sin, caches
+
+
+def rotated(x, cos_sin):
+    half = x.shape[-1] // 2
+    turned = torch.view_as_complex(torch.stack((x[..., :half], x[..., half:]), -1).double())
+    turned = turned * torch.complex(cos_sin[:, :half].double(), cos_sin[:, half:].double())[:, None]
+    return torch.cat((turned.real, turned.imag), -1)
+
+
+@DTYPES
+@pytest.mark.parametrize("tokens", [0, 1, 2, 30])
+def test_rope_and_store(dtype, tokens):
+    fused, (q, k, v), cos_sin, (k_cache, v_cache) = rope_inputs(tokens, dtype)
+    before = fused.clone()
+    slots = torch.randperm(36, generator=torch.manual_seed(1))[:tokens]
+    out = kernels.rope_and_store(q, k, v, cos_sin, slots, k_cache, v_cache)
+    assert torch.equal(fused, before)
+    assert_near(out, rotated(q, cos_sin))
+    assert_near(k_cache.flatten(0, 1)[slots], rotated(k, cos_sin))
+    assert torch.equal(v_cache.flatten(0, 1)[slots], v)
+    for cache in (k_cache, v_cache):
+        assert int(cache.isnan().all(-1).sum()) == (36 - tokens) * 2
+
+
+@pytest.mark.parametrize("slots", [[-1], [-1, 7, -1, 3], [-1, -1]], ids=str)
+def test_padding_is_not_stored(slots):
+    _, (q, k, v), cos_sin, (k_cache, v_cache) = rope_inputs(len(slots), torch.float64)
+    out = kernels.rope_and_store(q, k, v, cos_sin, torch.tensor(slots), k_cache, v_cache)
+    assert_near(out, rotated(q, cos_sin))
+    stored = (~v_cache.flatten(0, 1).isnan().all(-1).all(-1)).nonzero().flatten().tolist()
+    assert stored == sorted(slot for slot in slots if slot >= 0)
+
+
+@DTYPES
+@ROWS
+def test_silu_mul(dtype, tokens):
+    gate_up = randn(tokens, 50, dtype=dtype)
+    gate, up = gate_up.double().chunk(2, -1)
+    result = kernels.silu_mul(gate_up)
+    assert result.is_contiguous()
+    assert_near(result, gate * torch.sigmoid(gate) * up)
+
+
+def test_refusals_name_the_op_and_the_shapes():
+    x, weight = torch.zeros(2, 8), torch.zeros(9)
+    with pytest.raises(ValueError, match=r"rms_norm: .*x float32 \[2, 8\], weight float32 \[9\]"):
+        kernels.rms_norm(x, weight, 1e-5)
+    with pytest.raises(ValueError, match="add_rms_norm"):
+        kernels.add_rms_norm(x, x.double(), torch.zeros(8), 1e-5)
+    with pytest.raises(ValueError, match="silu_mul"):
+        kernels.silu_mul(torch.zeros(2, 7))
+    _, (q, k, v), cos_sin, (k_cache, v_cache) = rope_inputs(2, torch.float32)
+    slots = torch.zeros(2, dtype=torch.int64)
+    for changed in ({"slots": slots.int()}, {"cos_sin": cos_sin.double()}, {"k": k[:1]}, {"v_cache": v_cache[:1]}):
+        arguments = {"q": q, "k": k, "v": v, "cos_sin": cos_sin, "slots": slots, "k_cache": k_cache}
+        with pytest.raises(ValueError, match="rope_and_store"):
+            kernels.rope_and_store(**{**arguments, "v_cache": v_cache, **changed})
