@@ -4,8 +4,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from hf_folder import write_json
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
+
+from llama.model.checkpoint.save import write_json
 
 # Meta's pattern (llama-models, tokenizer.py): how text is cut into words before any merge.
 LLAMA3_PATTERN = (

@@ -3,14 +3,13 @@
 
     python tools/convert_gguf.py --input model.gguf --output DIR [--dtype bfloat16]
 
-Quantised tensors are expanded one by one, so memory holds one shard. Whatever the file says that a Llama model
+Quantised tensors are expanded one by one, so memory holds one at a time. Whatever the file says that a Llama model
 does not have (experts, biases, another RoPE scaling, another tokenizer) is refused by name, never dropped.
 """
 
 import argparse
 import re
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,17 +24,11 @@ from bpe_tokenizer import (
     write_tokenizer,
 )
 from gguf.quants import dequantize
-from hf_folder import (
-    DTYPES,
-    MAX_SHARD_BYTES,
-    llama3_rope_scaling,
-    new_folder,
-    unpermute_rope,
-    write_configs,
-    write_weights,
-)
+from hf_folder import DTYPES, llama3_rope_scaling, unpermute_rope, write_generation_config
 from tokenizers import Tokenizer
 
+from llama.model.checkpoint.layout import Entry, layout
+from llama.model.checkpoint.save import new_folder, write_checkpoint
 from llama.model.config import ModelConfig, RopeScaling
 
 PRE_TOKENIZERS = {
@@ -162,30 +155,37 @@ def read_config(file: GGUFFile) -> ModelConfig:
     )
 
 
-def hf_tensor_names(file: GGUFFile) -> dict[str, str]:
-    """GGUF name -> Hugging Face name, in the file's order; a tensor without a counterpart is an error."""
-    names, unknown = {}, []
-    for name in file.tensors:
-        layer = re.fullmatch(r"blk\.(\d+)\.(.+)", name)
-        if name in ROOT_TENSORS:
-            names[name] = ROOT_TENSORS[name]
-        elif layer and layer[2] in LAYER_TENSORS:
-            names[name] = f"model.layers.{layer[1]}.{LAYER_TENSORS[layer[2]]}"
-        elif name != ROPE_FACTORS:
-            unknown.append(name)
-    if unknown:
-        raise ValueError(f"tensors that a Llama model does not have: {', '.join(unknown[:10])}")
-    return names
+class Weights:
+    """The file's tensors by their Hugging Face names; nothing missing, nothing left over."""
 
+    def __init__(self, file: GGUFFile, config: ModelConfig, dtype: torch.dtype) -> None:
+        self.file, self.config, self.dtype = file, config, dtype
+        self.names, unknown = {}, []
+        for name in file.tensors:
+            layer = re.fullmatch(r"blk\.(\d+)\.(.+)", name)
+            if name in ROOT_TENSORS:
+                self.names[ROOT_TENSORS[name]] = name
+            elif layer and layer[2] in LAYER_TENSORS:
+                self.names[f"model.layers.{layer[1]}.{LAYER_TENSORS[layer[2]]}"] = name
+            elif name != ROPE_FACTORS:
+                unknown.append(name)
+        expected = {entry.name for entry in layout(config)}
+        unknown += [name for hf_name, name in self.names.items() if hf_name not in expected]
+        if unknown:
+            raise ValueError(f"tensors that a Llama model does not have: {', '.join(unknown[:10])}")
+        if missing := sorted(expected - self.names.keys()):
+            raise ValueError(f"missing tensors: {', '.join(missing[:10])}")
 
-def read_weights(file: GGUFFile, config: ModelConfig, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
-    for name, hf_name in hf_tensor_names(file).items():
-        weight = torch.from_numpy(file.array(name))
+    def read(self, entry: Entry) -> torch.Tensor:
+        name = self.names[entry.name]
+        weight = torch.from_numpy(self.file.array(name))
+        if weight.shape != entry.shape:
+            raise ValueError(f"{name} has shape {list(weight.shape)}, expected {list(entry.shape)} by {entry.keys}")
         if name.endswith("attn_q.weight"):
-            weight = unpermute_rope(weight, config.num_attention_heads)
+            weight = unpermute_rope(weight, self.config.num_attention_heads)
         elif name.endswith("attn_k.weight"):
-            weight = unpermute_rope(weight, config.num_key_value_heads)
-        yield hf_name, weight.to(dtype)
+            weight = unpermute_rope(weight, self.config.num_key_value_heads)
+        return weight.to(self.dtype)
 
 
 def read_tokenizer(file: GGUFFile) -> Tokenizer:
@@ -212,15 +212,16 @@ def read_tokenizer(file: GGUFFile) -> Tokenizer:
     )
 
 
-def convert(source: Path, output: Path, dtype: str = "bfloat16", max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
+def convert(source: Path, output: Path, dtype: str = "bfloat16") -> None:
     file = GGUFFile(source)
     config = read_config(file)
+    weights = Weights(file, config, DTYPES[dtype])
     tokenizer = read_tokenizer(file)
     tokens = file.require("tokenizer.ggml.tokens")
     names = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
     ids = {name: file.get(f"tokenizer.ggml.{key}_token_id") for name, key in names.items()}
     with new_folder(output) as folder:
-        write_configs(folder, config, dtype, ids["pad_token"])
+        write_generation_config(folder, config, ids["pad_token"])
         write_tokenizer(
             folder,
             tokenizer,
@@ -228,7 +229,7 @@ def convert(source: Path, output: Path, dtype: str = "bfloat16", max_shard_bytes
             special={name: None if i is None else tokens[i] for name, i in ids.items()},
             chat_template=file.get("tokenizer.chat_template"),
         )
-        write_weights(folder, read_weights(file, config, DTYPES[dtype]), max_shard_bytes)
+        write_checkpoint(folder, config, weights.dtype, weights.read)
 
 
 def main(arguments: list[str] | None = None) -> None:

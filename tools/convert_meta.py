@@ -11,23 +11,16 @@ import argparse
 import base64
 import json
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from bpe_tokenizer import build_tokenizer, byte_alphabet, llama3_pre_tokenizer, write_tokenizer
-from hf_folder import (
-    DTYPES,
-    MAX_SHARD_BYTES,
-    llama3_rope_scaling,
-    new_folder,
-    unpermute_rope,
-    write_configs,
-    write_weights,
-)
+from hf_folder import DTYPES, llama3_rope_scaling, unpermute_rope, write_generation_config
 from tokenizers import Tokenizer
 
+from llama.model.checkpoint.layout import Entry
+from llama.model.checkpoint.save import MAX_SHARD_BYTES, new_folder, write_checkpoint
 from llama.model.config import ModelConfig
 
 # Names of the first special tokens, in the order of their ids; the rest are reserved (llama-models, tokenizer.py).
@@ -51,6 +44,11 @@ STOP_TOKENS = ("<|end_of_text|>", "<|eom_id|>", "<|eot_id|>")
 # params.json does not tell the context: 8,192 tokens, and 131,072 with the scaled RoPE.
 CONTEXT, SCALED_CONTEXT = 8192, 131072
 
+ROOT_TENSORS = {
+    "tok_embeddings.weight": "model.embed_tokens.weight",
+    "norm.weight": "model.norm.weight",
+    "output.weight": "lm_head.weight",
+}
 LAYER_TENSORS = {
     "attention_norm.weight": "input_layernorm.weight",
     "attention.wq.weight": "self_attn.q_proj.weight",
@@ -139,7 +137,7 @@ class MetaShards:
         dtypes = {str(rank[name].dtype).removeprefix("torch.") for rank in self.ranks for name in self.names}
         if len(dtypes) > 1 or not dtypes <= DTYPES.keys():
             raise ValueError(f"weights of dtype {', '.join(sorted(dtypes))}; all must be one of {', '.join(DTYPES)}")
-        self.dtype = dtypes.pop()
+        self.dtype = DTYPES[dtypes.pop()]
 
     def join(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
         """The whole tensor of this shape: replicated on every rank, or split along the axis where they differ."""
@@ -207,42 +205,26 @@ def read_config(params: dict[str, Any], shards: MetaShards, tokenizer: Tokenizer
     )
 
 
-def tensor_shapes(config: ModelConfig) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Meta's tensor name -> Hugging Face's name and the whole shape."""
-    hidden, wide = config.hidden_size, config.intermediate_size
-    q_rows, kv_rows = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
-    layer_shapes = {
-        "wq": (q_rows, hidden),
-        "wk": (kv_rows, hidden),
-        "wv": (kv_rows, hidden),
-        "wo": (hidden, q_rows),
-        "w1": (wide, hidden),
-        "w3": (wide, hidden),
-        "w2": (hidden, wide),
-    }
-    embedding = (config.vocab_size, hidden)
-    shapes = {"tok_embeddings.weight": ("model.embed_tokens.weight", embedding)}
-    for layer in range(config.num_hidden_layers):
-        for name, hf_name in LAYER_TENSORS.items():
-            shape = layer_shapes.get(name.split(".")[-2], (hidden,))
-            shapes[f"layers.{layer}.{name}"] = (f"model.layers.{layer}.{hf_name}", shape)
-    shapes["norm.weight"] = ("model.norm.weight", (hidden,))
-    shapes["output.weight"] = ("lm_head.weight", embedding)
-    return shapes
+class Weights:
+    """The shards' tensors by their Hugging Face names; nothing missing, nothing left over."""
 
+    def __init__(self, shards: MetaShards, config: ModelConfig) -> None:
+        self.shards, self.config = shards, config
+        self.names = {ROOT_TENSORS[name]: name for name in shards.names if name in ROOT_TENSORS}
+        for layer in range(config.num_hidden_layers):
+            for name, hf_name in LAYER_TENSORS.items():
+                self.names[f"model.layers.{layer}.{hf_name}"] = f"layers.{layer}.{name}"
+        if odd := sorted(set(self.names.values()) ^ set(shards.names)):
+            raise ValueError(f"missing or unknown tensors: {', '.join(odd[:10])}")
 
-def read_weights(shards: MetaShards, config: ModelConfig) -> Iterator[tuple[str, torch.Tensor]]:
-    shapes = tensor_shapes(config)
-    if odd := sorted(shapes.keys() ^ set(shards.names)):
-        raise ValueError(f"missing or unknown tensors: {', '.join(odd[:10])}")
-    for name, (hf_name, shape) in shapes.items():
-        weight = shards.join(name, shape)
+    def read(self, entry: Entry) -> torch.Tensor:
+        name = self.names[entry.name]
+        weight = self.shards.join(name, entry.shape)
         if name.endswith("wq.weight"):
-            weight = unpermute_rope(weight, config.num_attention_heads)
-        elif name.endswith("wk.weight"):
-            weight = unpermute_rope(weight, config.num_key_value_heads)
-        if not (hf_name == "lm_head.weight" and config.tie_word_embeddings):
-            yield hf_name, weight
+            return unpermute_rope(weight, self.config.num_attention_heads)
+        if name.endswith("wk.weight"):
+            return unpermute_rope(weight, self.config.num_key_value_heads)
+        return weight
 
 
 def convert(
@@ -260,10 +242,11 @@ def convert(
         return
     shards = MetaShards(source)
     config = read_config(read_params(source), shards, tokenizer, rope_factor)
+    weights = Weights(shards, config)
     with new_folder(output) as folder:
-        write_configs(folder, config, shards.dtype, tokenizer.token_to_id("<|finetune_right_pad_id|>"))
+        write_generation_config(folder, config, tokenizer.token_to_id("<|finetune_right_pad_id|>"))
         write_meta_tokenizer(folder, tokenizer, config.max_position_embeddings)
-        write_weights(folder, read_weights(shards, config), max_shard_bytes)
+        write_checkpoint(folder, config, shards.dtype, weights.read, max_shard_bytes)
 
 
 def main(arguments: list[str] | None = None) -> None:

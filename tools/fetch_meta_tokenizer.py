@@ -8,8 +8,9 @@ import argparse
 import sys
 from pathlib import Path
 
-from hf_folder import new_folder
 from wheels import extract, fetch_wheel
+
+from llama.model.checkpoint.save import new_folder
 
 PACKAGE = "llama_models"
 MEMBERS = [

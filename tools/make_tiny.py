@@ -10,15 +10,16 @@ are added until the weights take at least so many 10^9 bytes; with --config, the
 import argparse
 import dataclasses
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from bpe_tokenizer import build_tokenizer, byte_alphabet, llama3_pre_tokenizer
 from convert_meta import SPECIAL_TOKENS, write_meta_tokenizer
-from hf_folder import DTYPES, MAX_SHARD_BYTES, llama3_rope_scaling, new_folder, write_configs, write_weights
+from hf_folder import DTYPES, llama3_rope_scaling, write_generation_config
 from tokenizers import Tokenizer
 
+from llama.model.checkpoint.layout import Entry
+from llama.model.checkpoint.save import new_folder, write_checkpoint
 from llama.model.config import ModelConfig
 
 VOCAB_SIZE = 256 + len(SPECIAL_TOKENS)
@@ -54,41 +55,20 @@ def byte_tokenizer() -> Tokenizer:
     )
 
 
-def tensor_shapes(config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
-    hidden, wide = config.hidden_size, config.intermediate_size
-    q_rows, kv_rows = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
-    yield "model.embed_tokens.weight", (config.vocab_size, hidden)
-    for layer in range(config.num_hidden_layers):
-        prefix = f"model.layers.{layer}"
-        yield f"{prefix}.input_layernorm.weight", (hidden,)
-        yield f"{prefix}.self_attn.q_proj.weight", (q_rows, hidden)
-        yield f"{prefix}.self_attn.k_proj.weight", (kv_rows, hidden)
-        yield f"{prefix}.self_attn.v_proj.weight", (kv_rows, hidden)
-        yield f"{prefix}.self_attn.o_proj.weight", (hidden, q_rows)
-        yield f"{prefix}.post_attention_layernorm.weight", (hidden,)
-        yield f"{prefix}.mlp.gate_proj.weight", (wide, hidden)
-        yield f"{prefix}.mlp.up_proj.weight", (wide, hidden)
-        yield f"{prefix}.mlp.down_proj.weight", (hidden, wide)
-    yield "model.norm.weight", (hidden,)
-    if not config.tie_word_embeddings:
-        yield "lm_head.weight", (config.vocab_size, hidden)
-
-
-def random_weights(config: ModelConfig, dtype: torch.dtype, seed: int) -> Iterator[tuple[str, torch.Tensor]]:
+def random_tensor(entry: Entry, dtype: torch.dtype, generator: torch.Generator) -> torch.Tensor:
     """Matrices that keep the size of what they multiply, and norms about 1, so logits of a deep model stay ordinary."""
-    generator = torch.Generator().manual_seed(seed)
-    for name, shape in tensor_shapes(config):
-        noise = torch.randn(shape, generator=generator)
-        yield name, (1 + 0.1 * noise if len(shape) == 1 else noise * shape[1] ** -0.5).to(dtype)
+    noise = torch.randn(entry.shape, generator=generator)
+    return (1 + 0.1 * noise if noise.dim() == 1 else noise * noise.shape[1] ** -0.5).to(dtype)
 
 
-def make(output: Path, config: ModelConfig, *, dtype: str, seed: int, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
+def make(output: Path, config: ModelConfig, *, dtype: str, seed: int) -> None:
     """Write the folder; a vocabulary too small for the byte tokenizer gets none."""
+    generator = torch.Generator().manual_seed(seed)
     with new_folder(output) as folder:
-        write_configs(folder, config, dtype, pad_token_id=None)
+        write_generation_config(folder, config, pad_token_id=None)
         if config.vocab_size >= VOCAB_SIZE:
             write_meta_tokenizer(folder, byte_tokenizer(), config.max_position_embeddings)
-        write_weights(folder, random_weights(config, DTYPES[dtype], seed), max_shard_bytes)
+        write_checkpoint(folder, config, DTYPES[dtype], lambda entry: random_tensor(entry, DTYPES[dtype], generator))
 
 
 def deepened(config: ModelConfig, num_bytes: float, dtype: str) -> ModelConfig:

@@ -1,6 +1,7 @@
 """GGUF -> Hugging Face folder: every quantisation, the demo model against transformers' own loader, and refusals."""
 
 import json
+import unicodedata
 from pathlib import Path
 
 import gguf
@@ -68,20 +69,17 @@ def test_a_digit_is_a_word_of_its_own_in_smollm(demo_model_path):
 
 @pytest.mark.slow
 def test_demo_corpus_equals_transformers_loader(demo_gguf_path, demo_model_path):
-    """On 200,000 characters, once transformers' loader is told what it leaves out: digits stand alone."""
+    """Equal where no number stands; everywhere, once transformers' loader is told that each digit stands alone."""
     reference = AutoTokenizer.from_pretrained(demo_gguf_path.parent, gguf_file=demo_gguf_path.name).backend_tokenizer
-    digits = pre_tokenizers.Digits(individual_digits=True)
+    plain = reference.pre_tokenizer
+    with_digits = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), plain])
     ours = Tokenizer.from_file(str(demo_model_path / "tokenizer.json"))
-    num_plainly_equal = 0
     for text in [*texts(200_000), random_characters(4_000)]:
+        has_number = any(unicodedata.category(character).startswith("N") for character in text)
+        reference.pre_tokenizer = with_digits if has_number else plain
         ids = ours.encode(text).ids
-        num_plainly_equal += ids == reference.encode(text).ids
-        plain = reference.pre_tokenizer
-        reference.pre_tokenizer = pre_tokenizers.Sequence([digits, plain])
         assert ids == reference.encode(text).ids, repr(text)
-        assert ours.decode(ids, skip_special_tokens=False) == reference.decode(ids, skip_special_tokens=False) == text
-        reference.pre_tokenizer = plain
-    assert num_plainly_equal > 0
+        assert ours.decode(ids, skip_special_tokens=False) == reference.decode(ids, skip_special_tokens=False)
 
 
 @pytest.mark.slow
