@@ -206,7 +206,7 @@ class Sequence:
 
     output_token_ids: list[int] = field(default_factory=list)
     prompt_logprobs: list[dict[int, Logprob] | None] | None = None  # gathered so far; None once handed out or not asked
-    num_cached_tokens: int = 0
+    num_cached_tokens: int = -1  # -1 = it has never run
     row: int = -1
     ready_after: int = -1  # the step whose result must be known before the sequence may run again
     finished: bool = False
@@ -216,11 +216,17 @@ class Sequence:
         return (self.arrival, self.index)
 
     @property
-    def token_ids(self) -> NDArray[np.int32]:
-        """All tokens known so far."""
-        if not self.output_token_ids:
-            return self.prompt
-        return np.concatenate([self.prompt, np.array(self.output_token_ids, np.int32)])
+    def num_tokens(self) -> int:
+        """Tokens known so far."""
+        return len(self.prompt) + len(self.output_token_ids)
+
+    def tokens_between(self, start: int, stop: int) -> NDArray[np.int32]:
+        """The known tokens at positions start : stop."""
+        split = len(self.prompt)
+        if stop <= split:
+            return self.prompt[start:stop]
+        outputs = np.array(self.output_token_ids[max(0, start - split) : stop - split], np.int32)
+        return np.concatenate([self.prompt[start:split], outputs]) if start < split else outputs
 
     @property
     def wants_prompt_logprobs(self) -> bool:

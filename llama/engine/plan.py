@@ -1,0 +1,83 @@
+"""Plan: what one step computes, as flat integer arrays; StepResult: what came of it, as flat arrays too. No torch.
+
+A plan names sequences by their row, a fixed number while they run. Its arrays are never written again: some are shared
+by consecutive plans. It does not hold the value of the token that a row sampled last (-1 stands for it), so that it can
+be made before that value is known.
+"""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llama.engine.request import Logprob, SamplingParams
+
+Ints = NDArray[np.int32]
+LAST_SAMPLED = -1  # in place of a token id
+NO_TOKENS: Ints = np.zeros(0, np.int32)
+NO_UPDATES: Ints = np.zeros((3, 0), np.int32)
+NO_COPIES: Ints = np.zeros((0, 2), np.int32)
+
+
+class Join(NamedTuple):
+    """A sequence that takes over a row in this step: whatever is kept per row is made anew."""
+
+    row: int
+    params: SamplingParams
+    seed: int
+    prompt: Ints
+    output_token_ids: list[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """One step. Sequences that only decode (one token, the row's last sampled one) come first."""
+
+    step: int
+    rows: Ints  # [seqs]
+    query_lens: Ints  # [seqs] tokens computed now
+    context_lens: Ints  # [seqs] tokens whose K/V exist after the step
+    num_decodes: int
+    token_ids: Ints  # [tokens] or LAST_SAMPLED
+    sample_rows: Ints  # [samples] the row that each drawn token belongs to
+    sample_sources: Ints  # [samples] which of the tokens has the logits; completions of one prompt share a source
+    sample_positions: Ints  # [samples] position of the token to be drawn
+    table_updates: Ints  # [3, updates] row, column, block: what is new in the block tables
+    copies: Ints  # [copies, 2] source and target block, copied when the step's K/V are stored
+    joins: tuple[Join, ...] = ()
+    adapter_slots: Ints | None = None  # [seqs], None if no sequence has an adapter
+    masks: Ints | None = None  # [samples, words] grammar bit masks, None if no sample has one
+    prompt_sources: Ints | None = None  # [scored] tokens whose successor in the prompt is to be scored
+    prompt_targets: Ints | None = None  # [scored] those successors
+    num_prompt_logprobs: int = -1  # the most top entries that any of them wants
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids)
+
+
+class LogprobArrays(NamedTuple):
+    """Log-probabilities of one token per row, and the row's best tokens in falling order."""
+
+    logprob: NDArray[Any]  # [rows]
+    rank: NDArray[np.int64]  # [rows]
+    top_ids: NDArray[np.int64]  # [rows, k]
+    top_logprobs: NDArray[Any]  # [rows, k]
+
+    def entry(self, row: int, token_id: int, num_top: int) -> dict[int, Logprob]:
+        """The token itself first, then the `num_top` best; equal log-probabilities have equal ranks."""
+        entries = {token_id: Logprob(float(self.logprob[row]), int(self.rank[row]))}
+        best = self.top_logprobs[row, :num_top].tolist()
+        for place, (top_id, logprob) in enumerate(zip(self.top_ids[row, :num_top].tolist(), best, strict=True)):
+            if place == 0 or logprob < best[place - 1]:
+                rank = place + 1
+            entries.setdefault(top_id, Logprob(logprob, rank))
+        return entries
+
+
+class StepResult(NamedTuple):
+    token_ids: NDArray[np.int64]  # [samples]
+    is_bad: NDArray[np.bool_]  # [samples] NaN, or no finite logit: the token means nothing
+    logprobs: LogprobArrays | None = None  # [samples]
+    prompt_logprobs: LogprobArrays | None = None  # [scored]

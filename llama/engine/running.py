@@ -1,0 +1,198 @@
+"""Running: the sequences that hold a row and blocks, as a struct of arrays, and what they do with their blocks.
+
+A sequence keeps its row while it runs: it prefills until all its known tokens are computed, then it decodes. `computed`
+counts tokens as soon as a step that computes them is scheduled.
+"""
+
+from collections.abc import Callable
+from operator import attrgetter
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llama.engine.blocks import BlockPool, PrefixPath
+from llama.engine.plan import NO_UPDATES, Ints
+from llama.engine.request import Sequence
+
+by_order = attrgetter("order")
+
+
+class Running:
+    def __init__(self, pool: BlockPool, num_rows: int, max_model_len: int) -> None:
+        self.pool = pool
+        self.prefilling: dict[Sequence, None] = {}
+        self.decoding: dict[Sequence, None] = {}
+        self.computed = np.zeros(num_rows, np.int32)
+        self.known = np.zeros(num_rows, np.int32)  # tokens known when the sequence came; it decodes from there on
+        self.capacity = np.zeros(num_rows, np.int32)  # tokens that its blocks hold
+        self.limit = np.zeros(num_rows, np.int32)
+        self.adapter_slots = np.zeros(num_rows, np.int32)
+        self.watched: NDArray[np.bool_] = np.zeros(num_rows, np.bool_)  # it has stop ids or a matcher
+        self.masked_step = np.full(num_rows, -1, np.int64)  # the last step that drew from its matcher's mask
+        self.table = np.zeros((num_rows, -(-max_model_len // pool.block_size)), np.int32)
+        self.num_adapters = 0
+        self.num_watched = 0
+        self.num_departures = 0
+        self._paths = [PrefixPath(b"")] * num_rows
+        self._free_rows = list(range(num_rows - 1, -1, -1))
+        self._updates: list[Ints] = []
+        self._decodes: tuple[Ints, list[Sequence]] | None = None  # rows and sequences of `decoding`, made when needed
+
+    def __len__(self) -> int:
+        return len(self.prefilling) + len(self.decoding)
+
+    def enter(self, sequence: Sequence, blocks: list[int], computed: int, path: PrefixPath) -> None:
+        """Give a sequence a row; it owns `blocks`, which hold its first `computed` tokens, and prefills the others."""
+        row = sequence.row = self._free_rows.pop()
+        self.computed[row] = computed
+        self.known[row] = sequence.num_tokens
+        self.capacity[row] = 0
+        self.limit[row] = sequence.limit
+        self.adapter_slots[row] = sequence.adapter.slot
+        self.watched[row] = bool(sequence.params.stop_token_ids) or sequence.matcher is not None
+        self.masked_step[row] = -1
+        self.num_adapters += sequence.adapter.slot > 0
+        self.num_watched += bool(self.watched[row])
+        self._paths[row] = path
+        self._extend(row, blocks)
+        self.prefilling[sequence] = None
+
+    def start_decoding(self, sequence: Sequence) -> None:
+        del self.prefilling[sequence]
+        self.decoding[sequence] = None
+        self._decodes = None
+
+    def leave(self, sequence: Sequence) -> None:
+        """Take back row and blocks."""
+        row = sequence.row
+        self.pool.free(self.blocks(row))
+        self.num_adapters -= sequence.adapter.slot > 0
+        self.num_watched -= bool(self.watched[row])
+        self.num_departures += 1
+        self._updates = [update[:, update[0] != row] for update in self._updates]
+        self._free_rows.append(row)
+        sequence.row = -1
+        if sequence in self.prefilling:
+            del self.prefilling[sequence]
+        else:
+            del self.decoding[sequence]
+            self._decodes = None
+
+    def blocks(self, row: int) -> list[int]:
+        blocks: list[int] = self.table[row, : self.capacity[row] // self.pool.block_size].tolist()
+        return blocks
+
+    def take_updates(self) -> Ints:
+        """[3, n] what was added to the block tables since the last call: row, column, block."""
+        if not self._updates:
+            return NO_UPDATES
+        updates = self._updates[0] if len(self._updates) == 1 else np.concatenate(self._updates, axis=1)
+        self._updates = []
+        return updates
+
+    def decodes(self) -> tuple[Ints, list[Sequence]]:
+        """Rows and sequences of all that decode; the same objects as long as they stay the same."""
+        if self._decodes is None:
+            rows = np.array([sequence.row for sequence in self.decoding], np.int32)
+            self._decodes = rows, list(self.decoding)
+        return self._decodes
+
+    def decodes_beside(self, oldest_step: int) -> tuple[Ints, list[Sequence]]:
+        """The same without those that must not run while steps from `oldest_step` on are in flight: one may bring the
+        last token that a sequence can have, or the one that its matcher must know to make the next mask."""
+        rows, sequences = self.decodes()
+        ready = self.computed[rows] + 1 < self.limit[rows]
+        if self.num_watched:
+            ready &= self.masked_step[rows] < oldest_step
+        if ready.all():
+            return rows, sequences
+        return rows[ready], [sequences[i] for i in np.flatnonzero(ready)]
+
+    def reserve_decodes(self, rows: Ints, sequences: list[Sequence], preempt: Callable[[Sequence], None]) -> None:
+        """A place for one more token in each of these rows; some of them leave if there are not enough blocks."""
+        full = self.computed[rows] >= self.capacity[rows]
+        count = int(np.count_nonzero(full))
+        if count == 0:
+            return
+        if count <= self.pool.num_available:
+            full_rows = rows[full]
+            columns = self.capacity[full_rows] // self.pool.block_size
+            update = np.array([full_rows, columns, self.pool.allocate(count)], np.int32)
+            self.table[full_rows, columns] = update[2]
+            self.capacity[full_rows] += self.pool.block_size
+            self._updates.append(update)
+            return
+        for sequence in sorted((sequences[i] for i in np.flatnonzero(full)), key=by_order):
+            if sequence.row >= 0 and self.reserve(sequence, 1, preempt) == 0:
+                preempt(sequence)
+
+    def reserve(self, sequence: Sequence, count: int, preempt: Callable[[Sequence], None]) -> int:
+        """Places for `count` more tokens, taken from newer sequences where no block is left -> how many there are."""
+        row, block_size = sequence.row, self.pool.block_size
+        computed = int(self.computed[row])
+        missing = -(-(computed + count - int(self.capacity[row])) // block_size)
+        while missing > self.pool.num_available:
+            newest = max((*self.prefilling, *self.decoding), key=by_order)
+            if newest.order <= sequence.order:
+                missing = self.pool.num_available
+                break
+            preempt(newest)
+        self._extend(row, self.pool.allocate(max(0, missing)))
+        return min(count, int(self.capacity[row]) - computed)
+
+    def num_promised_blocks(self) -> int:
+        """Blocks that the known tokens of the prefilling sequences still need."""
+        rows = [sequence.row for sequence in self.prefilling]
+        missing = -(-(self.known[rows] - self.capacity[rows]) // self.pool.block_size)
+        return int(missing.clip(min=0).sum())
+
+    def fork(self, source: Sequence, sequence: Sequence) -> tuple[int, int] | None:
+        """Let a sequence run from where `source`, its leader, will have computed their prompt: full blocks are shared,
+        a partial one is to be copied (source block, target block)."""
+        blocks = self.blocks(source.row)[: -(-len(sequence.prompt) // self.pool.block_size)]
+        path = self._paths[source.row]
+        copy = None
+        if len(sequence.prompt) % self.pool.block_size:
+            partial = blocks.pop()
+            copy = partial, self.pool.allocate(1)[0]
+        self.pool.share(blocks)
+        own = blocks if copy is None else [*blocks, copy[1]]
+        self.enter(sequence, own, len(sequence.prompt), PrefixPath(path.root, path.length, path.tip, path.stamp))
+        return copy
+
+    def publish(self, sequence: Sequence, num_tokens: int) -> list[int]:
+        """Put the sequence's full blocks among its first `num_tokens` tokens into the prefix cache -> the new ones."""
+        pool, path = self.pool, self._paths[sequence.row]
+        if not pool.enable_prefix_caching:
+            return []
+        if not pool.is_current(path):
+            path.restart()
+        start, stop = path.length, num_tokens // pool.block_size
+        if start >= stop:
+            return []
+        blocks: list[int] = self.table[sequence.row, start:stop].tolist()
+        tokens = sequence.tokens_between(start * pool.block_size, stop * pool.block_size)
+        pool.publish(path, blocks, tokens.tobytes())
+        return blocks
+
+    def _extend(self, row: int, blocks: list[int]) -> None:
+        if not blocks:
+            return
+        start = int(self.capacity[row]) // self.pool.block_size
+        columns = np.arange(start, start + len(blocks), dtype=np.int32)
+        self.table[row, columns] = blocks
+        self.capacity[row] += len(blocks) * self.pool.block_size
+        self._updates.append(np.array([np.full(len(blocks), row), columns, blocks], np.int32))
+
+    def check(self) -> None:
+        """Prove that rows, blocks and counters belong together."""
+        sequences = [*self.prefilling, *self.decoding]
+        rows = {sequence.row for sequence in sequences}
+        assert len(rows) == len(sequences) and rows | set(self._free_rows) == set(range(len(self.computed)))
+        for sequence in sequences:
+            row = sequence.row
+            assert not sequence.finished and self.computed[row] <= self.capacity[row]
+            is_decoding = self.computed[row] >= self.known[row]
+            assert (sequence in self.decoding) == is_decoding, f"row {row} is in the wrong phase"
+        assert self.num_adapters == sum(sequence.adapter.slot > 0 for sequence in sequences)
+        self.pool.check(self.blocks(row) for row in rows)

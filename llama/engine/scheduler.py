@@ -1,0 +1,346 @@
+"""Scheduler: who runs in the next step, and what becomes of what came out. Bookkeeping over token ids and block ids.
+
+There is no prefill phase and no decode phase: a sequence has known tokens, and a step hands out tokens, up to a budget,
+until all of them are computed; then each step adds one. Decodes go first, then prompts in chunks, first come first
+served. When blocks run out the newest sequence goes back to wait, keeps its tokens and is computed again; the oldest
+can always go on, so that every scheduled step makes progress.
+
+`update` may lag one step behind `schedule`. A sequence that turns out to have ended then costs a row of the step in
+between; its token is dropped, and the block that it wrote to was never published.
+"""
+
+from bisect import insort
+from collections import deque
+from collections.abc import Iterable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llama.engine.blocks import BlockPool, prefix_root
+from llama.engine.plan import Ints, LogprobArrays, Plan, StepResult
+from llama.engine.request import FinishReason, Sequence, TokenOutput
+from llama.engine.running import Running, by_order
+from llama.engine.step import Chunk, Step, decode_constants
+
+
+class Scheduler:
+    def __init__(
+        self,
+        pool: BlockPool,
+        *,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        max_model_len: int,
+        eos_token_ids: Iterable[int] = (),
+        vocab_size: int = 0,
+        model: bytes = b"",
+    ) -> None:
+        self.pool = pool
+        self.max_num_batched_tokens = max_num_batched_tokens
+        # With more sequences than budget some of them would hold blocks and stand still.
+        self.max_running = min(max_num_seqs, max_num_batched_tokens)
+        self.eos_token_ids = frozenset(eos_token_ids)
+        self.running = Running(pool, max_num_seqs, max_model_len)
+        self.waiting: list[Sequence] = []  # by order
+        self.num_preemptions = 0
+        self.num_queried_tokens = 0  # that the prefix cache was asked for
+        self.num_hit_tokens = 0
+        self._mask_words = -(-vocab_size // 32)
+        self._model = model
+        self._requests: dict[str, list[Sequence]] = {}
+        self._in_flight: deque[Step] = deque()
+        self._num_steps = 0
+        self._constants = decode_constants(0)
+        self._refused: tuple[Sequence, int] | None = None  # head of the queue that did not fit, and what was available
+
+    @property
+    def has_unfinished(self) -> bool:
+        return bool(self._requests)
+
+    @property
+    def num_in_flight(self) -> int:
+        """Steps whose result is not known yet."""
+        return len(self._in_flight)
+
+    # Requests come and go.
+
+    def add(self, sequences: list[Sequence]) -> None:
+        """Queue one request: its completions, in the order of their index. The others follow the first one."""
+        first, *rest = sequences
+        assert first.request_id not in self._requests
+        self._requests[first.request_id] = list(sequences)
+        first.followers = rest
+        insort(self.waiting, first, key=by_order)
+
+    def abort(self, request_id: str) -> None:
+        """End a request in whatever state it is; its blocks are free at once. Unknown ids are let pass."""
+        for sequence in self._requests.get(request_id, [])[::-1]:
+            self._end(sequence)
+
+    def finish(self, request_id: str, index: int) -> None:
+        """End one completion."""
+        for sequence in self._requests.get(request_id, [])[:]:
+            if sequence.index == index:
+                self._end(sequence)
+
+    def _end(self, sequence: Sequence) -> None:
+        siblings = self._requests[sequence.request_id]
+        siblings.remove(sequence)
+        if not siblings:
+            del self._requests[sequence.request_id]
+        sequence.finished = True
+        if sequence.row >= 0:
+            self.running.leave(sequence)
+        else:
+            places = [self.waiting, *(sibling.followers for sibling in siblings)]
+            next(place for place in places if sequence in place).remove(sequence)
+        self._queue_followers(sequence)
+
+    def _queue_followers(self, sequence: Sequence) -> None:
+        """Those that can fork no more compute the prompt themselves, or find it in the cache."""
+        for follower in sequence.followers:
+            insort(self.waiting, follower, key=by_order)
+        sequence.followers = []
+
+    def _requeue(self, sequence: Sequence) -> None:
+        """Back to the queue with all that is known of it; what is in flight must be known before it runs again."""
+        self.running.leave(sequence)
+        sequence.ready_after = self._in_flight[-1].number if self._in_flight else -1
+        insort(self.waiting, sequence, key=by_order)
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self.num_preemptions += 1
+        self._requeue(sequence)
+
+    # A step is made.
+
+    def schedule(self, max_tokens: int | None = None) -> Plan | None:
+        """Hand out at most `max_tokens` tokens (None = the whole budget); None if nobody can use one now."""
+        budget = self.max_num_batched_tokens if max_tokens is None else min(max_tokens, self.max_num_batched_tokens)
+        step = Step(self._num_steps, num_preemptions=self.num_preemptions)
+        self.running.reserve_decodes(*self._ready(budget), self._preempt)
+        self._add_chunks(step, budget - len(self._ready(budget)[1]))
+        rows, step.decodes = self._ready(budget)  # chunks may have taken blocks from some
+        if not step.decodes and not step.chunks:
+            return None
+        if len(self._constants[0]) != len(rows):
+            self._constants = decode_constants(len(rows))
+        plan = step.plan(self.running, rows, self._constants, self._mask_words)
+        self._commit(step, plan)
+        return plan
+
+    def _ready(self, budget: int) -> tuple[Ints, list[Sequence]]:
+        """Rows and sequences that decode in this step."""
+        if self._in_flight:
+            rows, sequences = self.running.decodes_beside(self._in_flight[0].number)
+        else:
+            rows, sequences = self.running.decodes()
+        return (rows, sequences) if len(sequences) <= budget else (rows[:budget], sequences[:budget])
+
+    def _add_chunks(self, step: Step, budget: int) -> None:
+        """Spend what the decodes left, first come first served."""
+        for sequence in sorted(self.running.prefilling, key=by_order):
+            if budget > 0 and sequence.row >= 0:
+                budget -= self._add_chunk(step, sequence, budget)
+        # Who has just taken blocks from somebody leaves none to newcomers.
+        while self.waiting and budget > 0 and self.num_preemptions == step.num_preemptions:
+            sequence = self.waiting[0]
+            if len(self.running) >= self.max_running or not self._admit(step, sequence):
+                return
+            budget -= self._add_chunk(step, sequence, budget)
+
+    def _admit(self, step: Step, sequence: Sequence) -> bool:
+        """Let the head of the queue run if there is room for all of its known tokens."""
+        available, block_size = self.pool.num_available, self.pool.block_size
+        if self._in_flight and sequence.ready_after >= self._in_flight[0].number:
+            return False
+        if self._refused is not None and self._refused[0] is sequence and available <= self._refused[1]:
+            return False
+        known = sequence.num_tokens
+        root = prefix_root(self._model, sequence.adapter.digest)
+        # The last token is computed in any case, since its logits are wanted. Where every block of a prompt is a hit,
+        # the last one is therefore computed again, into a block of its own.
+        max_hits = 0 if sequence.wants_prompt_logprobs else (known - 1) // block_size
+        hits = self.pool.match(root, sequence.tokens_between(0, max_hits * block_size).tobytes(), max_hits)
+        needed = -(-known // block_size) - len(hits) + self.pool.count_idle(hits)
+        if needed + self.running.num_promised_blocks() > available:
+            self._refused = sequence, available
+            return False
+        self._refused = None
+        del self.waiting[0]
+        self.pool.share(hits)
+        self.running.enter(sequence, hits, len(hits) * block_size, self.pool.path(root, hits))
+        step.join(sequence)
+        if sequence.num_cached_tokens < 0:
+            sequence.num_cached_tokens = len(hits) * block_size
+            self.num_queried_tokens += known
+            self.num_hit_tokens += sequence.num_cached_tokens
+        return True
+
+    def _add_chunk(self, step: Step, sequence: Sequence, budget: int) -> int:
+        """Compute as many known tokens of a prefilling sequence as budget and blocks allow -> how many."""
+        running, row = self.running, sequence.row
+        start, known = int(running.computed[row]), int(running.known[row])
+        count = running.reserve(sequence, min(known - start, budget), self._preempt)
+        if count == 0:
+            return 0
+        stop = start + count
+        running.computed[row] = stop
+        # Published before they are computed, so that requests of one step can share; taken back if the step fails.
+        step.published += running.publish(sequence, stop)
+        samples = [sequence, *self._fork(step, sequence)] if stop == known else []
+        score_from = score_to = 0
+        if sequence.prompt_logprobs is not None:
+            score_from = max(start + 1, len(sequence.prompt_logprobs))
+            score_to = max(score_from, min(stop + 1, len(sequence.prompt)))
+        tokens = sequence.tokens_between(start, stop)
+        step.chunks.append(Chunk(sequence, row, start, tokens, samples, score_from, score_to))
+        return count
+
+    def _fork(self, step: Step, leader: Sequence) -> list[Sequence]:
+        """The other completions of a prompt that is computed now draw from the same logits, as far as there is room."""
+        forked = []
+        for follower in leader.followers:
+            has_blocks = self.pool.num_available > 0 or len(leader.prompt) % self.pool.block_size == 0
+            if len(self.running) >= self.max_running or not has_blocks:
+                break
+            copy = self.running.fork(leader, follower)
+            if copy is not None:
+                step.copies.append(copy)
+            step.join(follower)
+            follower.num_cached_tokens = leader.num_cached_tokens
+            forked.append(follower)
+        leader.followers = leader.followers[len(forked) :]
+        self._queue_followers(leader)
+        return forked
+
+    def _commit(self, step: Step, plan: Plan) -> None:
+        running = self.running
+        running.computed[plan.rows[: plan.num_decodes]] = plan.context_lens[: plan.num_decodes]
+        if plan.masks is not None:
+            running.masked_step[[s.row for s in step.samples if s.matcher is not None]] = step.number
+        for chunk in step.chunks:
+            for sequence in chunk.samples:
+                running.start_decoding(sequence)
+        step.num_departures = running.num_departures
+        self._in_flight.append(step)
+        self._num_steps += 1
+
+    # A step's result comes.
+
+    def update(self, plan: Plan, result: StepResult) -> list[TokenOutput]:
+        """Take the result of the oldest step in flight: append, publish, end, free."""
+        step = self._in_flight.popleft()
+        assert step.number == plan.step
+        if result.prompt_logprobs is not None:
+            self._take_scores(step, result.prompt_logprobs)
+        self._publish_decoded(step, plan, result)
+        outputs = []
+        needs_care = self._needs_care(step, plan, result).tolist()
+        for i, (sequence, token) in enumerate(zip(step.samples, result.token_ids.tolist(), strict=True)):
+            if not needs_care[i]:
+                sequence.output_token_ids.append(token)
+                cached = sequence.num_cached_tokens
+                outputs.append(
+                    TokenOutput(sequence.request_id, sequence.index, [token], None, None, None, None, cached)
+                )
+            elif not sequence.finished:
+                outputs.append(self._take(sequence, token, i, result))
+        return outputs
+
+    def _needs_care(self, step: Step, plan: Plan, result: StepResult) -> NDArray[np.bool_]:
+        """Which samples may do more than add a token to a sequence that goes on."""
+        running, rows = self.running, plan.sample_rows
+        care: NDArray[np.bool_] = result.is_bad | (plan.sample_positions + 1 >= running.limit[rows])
+        for token in self.eos_token_ids:
+            care |= result.token_ids == token
+        if running.num_watched:
+            care |= running.watched[rows]
+        care[plan.num_decodes :] = True
+        if result.logprobs is not None or running.num_departures != step.num_departures:
+            care[:] = True
+        return care
+
+    def _publish_decoded(self, step: Step, plan: Plan, result: StepResult) -> None:
+        """Blocks that decoding rows have filled; with a lag, their tokens were not known when they were scheduled."""
+        contexts = plan.context_lens[: plan.num_decodes]
+        filled = (contexts % self.pool.block_size == 0) & ~result.is_bad[: plan.num_decodes]
+        for i in np.flatnonzero(filled).tolist():
+            sequence = step.decodes[i]
+            if sequence.row == plan.rows[i]:
+                self.running.publish(sequence, int(contexts[i]))
+
+    def _take_scores(self, step: Step, scores: LogprobArrays) -> None:
+        row = 0
+        for chunk in step.chunks:
+            sequence = chunk.sequence
+            for position in range(chunk.score_from, chunk.score_to):
+                if sequence.prompt_logprobs is not None:
+                    num_top = sequence.params.prompt_logprobs or 0
+                    sequence.prompt_logprobs.append(scores.entry(row, int(sequence.prompt[position]), num_top))
+                row += 1
+
+    def _take(self, sequence: Sequence, token: int, i: int, result: StepResult) -> TokenOutput:
+        """Sample i, looked at closely."""
+        output = TokenOutput(sequence.request_id, sequence.index, [token], num_cached_tokens=sequence.num_cached_tokens)
+        if result.is_bad[i]:
+            return self._fail(sequence)
+        sequence.output_token_ids.append(token)
+        if sequence.matcher is not None:
+            sequence.matcher.advance(token)
+        num_top = sequence.params.logprobs
+        if num_top is not None and result.logprobs is not None:
+            output.logprobs = [result.logprobs.entry(i, token, num_top)]
+        if sequence.prompt_logprobs is not None:
+            output.prompt_logprobs, sequence.prompt_logprobs = sequence.prompt_logprobs, None
+        output.finish_reason = self._ending(sequence, token)
+        if output.finish_reason is FinishReason.STOP and (
+            sequence.params.ignore_eos or token not in self.eos_token_ids
+        ):
+            output.stop_reason = token
+        if output.finish_reason is not None:
+            self._end(sequence)
+        return output
+
+    def _ending(self, sequence: Sequence, token: int) -> FinishReason | None:
+        params = sequence.params
+        is_stop = token in params.stop_token_ids or (token in self.eos_token_ids and not params.ignore_eos)
+        if is_stop and len(sequence.output_token_ids) > params.min_tokens:
+            return FinishReason.STOP
+        return FinishReason.LENGTH if sequence.num_tokens >= sequence.limit else None
+
+    def _fail(self, sequence: Sequence) -> TokenOutput:
+        """End a sequence whose numbers cannot be trusted; nobody may find what it computed."""
+        if sequence.row >= 0:
+            self.pool.unpublish(self.running.blocks(sequence.row))
+        self._end(sequence)
+        cached = max(0, sequence.num_cached_tokens)
+        return TokenOutput(
+            sequence.request_id, sequence.index, [], finish_reason=FinishReason.ERROR, num_cached_tokens=cached
+        )
+
+    def revert(self) -> list[Sequence]:
+        """Undo the newest step, which has not been computed: its sequences go back to wait -> these sequences."""
+        step = self._in_flight.pop()
+        self.pool.unpublish(step.published)
+        members = [sequence for sequence in step.members if not sequence.finished]
+        for sequence in members:
+            if sequence.row >= 0:
+                self._requeue(sequence)
+        return members
+
+    def fail(self, sequences: Iterable[Sequence]) -> list[TokenOutput]:
+        """End sequences with an error."""
+        return [self._fail(sequence) for sequence in sequences if not sequence.finished]
+
+    def check(self) -> None:
+        """Prove the invariants of queue, rows and blocks. AssertionError says what is wrong."""
+        self.running.check()
+        running = [*self.running.prefilling, *self.running.decoding]
+        following = [follower for sequence in (*self.waiting, *running) for follower in sequence.followers]
+        places = [*self.waiting, *running, *following]
+        assert len(set(places)) == len(places), "a sequence is in two places"
+        assert set(places) == {s for siblings in self._requests.values() for s in siblings}, "a sequence is lost"
+        assert self.waiting == sorted(self.waiting, key=by_order), "the queue is out of order"
+        assert all(sequence.row < 0 and not sequence.finished for sequence in (*self.waiting, *following))
+        assert len(running) <= self.max_running

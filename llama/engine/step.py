@@ -1,0 +1,124 @@
+"""Step: a step while it is put together, and what is remembered of it until its result is there."""
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+
+from llama.engine.plan import LAST_SAMPLED, NO_COPIES, Ints, Join, Plan
+from llama.engine.request import Sequence
+from llama.engine.running import Running
+
+
+class Chunk(NamedTuple):
+    """Known tokens of one sequence that a step computes."""
+
+    sequence: Sequence
+    row: int
+    start: int  # position of the first
+    token_ids: Ints
+    samples: list[Sequence]  # they draw from the last token's logits; none if more known tokens follow
+    score_from: int  # tokens of the prompt at these positions are to be scored
+    score_to: int
+
+    @property
+    def stop(self) -> int:
+        return self.start + len(self.token_ids)
+
+
+@dataclass(slots=True)
+class Step:
+    number: int
+    num_preemptions: int  # before the step
+    decodes: list[Sequence] = field(default_factory=list)
+    chunks: list[Chunk] = field(default_factory=list)
+    published: list[int] = field(default_factory=list)  # blocks that enter the prefix cache before they are computed
+    joins: list[Join] = field(default_factory=list)
+    copies: list[tuple[int, int]] = field(default_factory=list)
+    samples: list[Sequence] = field(default_factory=list)  # one per drawn token
+    num_departures: int = 0  # when it was scheduled; later ones mean that rows may have changed hands
+
+    @property
+    def members(self) -> list[Sequence]:
+        """Every sequence of the step, once."""
+        return list(dict.fromkeys([*self.samples, *(chunk.sequence for chunk in self.chunks)]))
+
+    def join(self, sequence: Sequence) -> None:
+        """The sequence has just been given its row."""
+        outputs = sequence.output_token_ids.copy()
+        self.joins.append(Join(sequence.row, sequence.params, sequence.seed, sequence.prompt, outputs))
+
+    def plan(self, running: Running, rows: Ints, constants: tuple[Ints, Ints, Ints], mask_words: int) -> Plan:
+        """The plan of `decodes`, whose rows are `rows`, and `chunks`. `constants`: see `decode_constants`."""
+        contexts = running.computed[rows] + 1
+        arrays = dict(zip(("query_lens", "token_ids", "sample_sources"), constants, strict=True))
+        arrays |= {"rows": rows, "context_lens": contexts, "sample_rows": rows, "sample_positions": contexts}
+        self.samples = self.decodes
+        num_scored = -1
+        if self.chunks:
+            self.samples = [*self.decodes, *(sequence for chunk in self.chunks for sequence in chunk.samples)]
+            arrays = _flatten(rows, contexts, self.chunks)
+            if scored := [chunk for chunk in self.chunks if chunk.score_to > chunk.score_from]:
+                arrays |= _scored(self.chunks, arrays["query_lens"][len(rows) :], len(rows))
+                num_scored = max(chunk.sequence.params.prompt_logprobs or 0 for chunk in scored)
+        if running.num_adapters:
+            arrays["adapter_slots"] = running.adapter_slots[arrays["rows"]]
+        if running.num_watched and (masks := self._masks(mask_words)) is not None:
+            arrays["masks"] = masks
+        return Plan(
+            step=self.number,
+            num_decodes=len(rows),
+            table_updates=running.take_updates(),
+            copies=np.array(self.copies, np.int32) if self.copies else NO_COPIES,
+            joins=tuple(self.joins),
+            num_prompt_logprobs=num_scored,
+            **arrays,
+        )
+
+    def _masks(self, mask_words: int) -> Ints | None:
+        masks = None
+        for i, sequence in enumerate(self.samples):
+            if sequence.matcher is not None:
+                if masks is None:
+                    masks = np.full((len(self.samples), mask_words), -1, np.int32)
+                sequence.matcher.fill_mask(masks[i])
+        return masks
+
+
+def decode_constants(count: int) -> tuple[Ints, Ints, Ints]:
+    """What a plan of `count` decodes and nothing else always holds: query_lens, token_ids and sample_sources."""
+    return np.ones(count, np.int32), np.full(count, LAST_SAMPLED, np.int32), np.arange(count, dtype=np.int32)
+
+
+def _flatten(rows: Ints, contexts: Ints, chunks: list[Chunk]) -> dict[str, Ints]:
+    count = len(rows)
+    lens = np.ones(count + len(chunks), np.int32)
+    lens[count:] = [len(chunk.token_ids) for chunk in chunks]
+    contexts = np.concatenate([contexts, np.array([chunk.stop for chunk in chunks], np.int32)])
+    last_tokens = np.cumsum(lens, dtype=np.int32) - 1
+    drawn = [(sequence.row, count + i) for i, chunk in enumerate(chunks) for sequence in chunk.samples]
+    drawn_rows, drawn_seqs = np.array(drawn, np.int32).reshape(-1, 2).T
+    sample_seqs = np.concatenate([np.arange(count, dtype=np.int32), drawn_seqs])
+    return {
+        "rows": np.concatenate([rows, np.array([chunk.row for chunk in chunks], np.int32)]),
+        "query_lens": lens,
+        "context_lens": contexts,
+        "token_ids": np.concatenate([np.full(count, LAST_SAMPLED, np.int32), *(chunk.token_ids for chunk in chunks)]),
+        "sample_rows": np.concatenate([rows, drawn_rows]),
+        "sample_sources": last_tokens[sample_seqs],
+        "sample_positions": contexts[sample_seqs],
+    }
+
+
+def _scored(chunks: list[Chunk], lens: Ints, num_before: int) -> dict[str, Ints]:
+    """Where the logits of each token to be scored are (one token before it), and which token that is."""
+    firsts = num_before + np.cumsum(lens) - lens
+    scored = [
+        (chunk, int(first)) for chunk, first in zip(chunks, firsts, strict=True) if chunk.score_to > chunk.score_from
+    ]
+    positions = [first - chunk.start - 1 + np.arange(chunk.score_from, chunk.score_to) for chunk, first in scored]
+    targets = [chunk.sequence.prompt[chunk.score_from : chunk.score_to] for chunk, _ in scored]
+    return {
+        "prompt_sources": np.concatenate(positions).astype(np.int32),
+        "prompt_targets": np.concatenate(targets),
+    }
