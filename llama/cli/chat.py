@@ -1,0 +1,90 @@
+"""`llama chat`: a conversation in the terminal."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from llama.cli.common import Timed, load, params_for, sampling_values
+from llama.cli.errors import UsageError
+from llama.cli.flags import Chat
+
+_HELP = "/reset forgets the conversation, /save FILE keeps it, /quit leaves"
+
+
+def run_chat(command: Chat) -> int:
+    values = sampling_values(command.sampling)
+    if values.get("n", 1) > 1:
+        raise UsageError("--n is for llama generate: a conversation has one answer")
+    llm = load(command.model, command.engine, max_num_seqs=1)
+    conversation = Conversation(llm, params_for(llm, values), command.system)
+    if sys.stdin.isatty():
+        import readline  # noqa: F401  its import gives input() a line editor
+
+        print(_HELP, file=sys.stderr)
+    while (line := _read()) is not None:
+        if line.startswith("/"):
+            if not conversation.obey(line):
+                return 0
+        elif line:
+            conversation.ask(line)
+    return 0
+
+
+def _read() -> str | None:
+    """The next line without its blanks, None at the end. Ctrl-C drops what has been typed."""
+    try:
+        return (input("> ") if sys.stdin.isatty() else input()).strip()
+    except EOFError:
+        return None
+    except KeyboardInterrupt:
+        print(f"\n{_HELP}", file=sys.stderr)
+        return ""
+
+
+class Conversation:
+    """The messages so far and what the next answer is made with."""
+
+    def __init__(self, llm: Any, params: Any, system: str | None) -> None:
+        self._llm = llm
+        self._params = params
+        self._start = [] if system is None else [{"role": "system", "content": system}]
+        self.messages: list[dict[str, str]] = list(self._start)
+
+    def obey(self, line: str) -> bool:
+        """Do what a line that begins with / says; False to leave."""
+        word, _, rest = line.partition(" ")
+        if word == "/quit":
+            return False
+        if word == "/reset":
+            self.messages = list(self._start)
+        elif word == "/save" and rest.strip():
+            self._save(Path(rest.strip()))
+        else:
+            print(_HELP, file=sys.stderr)
+        return True
+
+    def ask(self, text: str) -> None:
+        """Stream the answer. Ctrl-C stops it and keeps what came; a refusal leaves the conversation as it was."""
+        messages = [*self.messages, {"role": "user", "content": text}]
+        try:
+            pieces = Timed(self._llm.stream(messages, self._params))
+        except ValueError as error:
+            print(f"{error}; /reset begins anew", file=sys.stderr)
+            return
+        answer: list[str] = []
+        try:
+            for piece in pieces:
+                answer.append(piece.text)
+                print(piece.text, end="", flush=True)
+        except KeyboardInterrupt:
+            print(" [stopped]", end="", file=sys.stderr)
+        print(flush=True)
+        print(f"[{pieces.summary()}]", file=sys.stderr)
+        self.messages = [*messages, {"role": "assistant", "content": "".join(answer)}]
+
+    def _save(self, path: Path) -> None:
+        try:
+            path.write_text(json.dumps(self.messages, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+        except OSError as error:
+            print(f"cannot save: {error}", file=sys.stderr)

@@ -1,0 +1,103 @@
+"""What chat and generate share: sampling flags to SamplingParams, loading, and the line with the rates."""
+
+import json
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import fields, replace
+from typing import Any
+
+from llama.cli.errors import UsageError
+from llama.cli.flags import NO_TEXTS, EngineFlags, SamplingFlags
+from llama.engine.request import Piece, SamplingParams, Usage
+
+
+def sampling_values(flags: SamplingFlags) -> dict[str, Any]:
+    """The fields of SamplingParams that the command line names, checked on their own. Raises UsageError."""
+    given = {f.name: getattr(flags, f.name) for f in fields(flags)}
+    given = {n: v for n, v in given.items() if v is not None and v is not False and v != NO_TEXTS}
+    if "logit_bias" in given:
+        given["logit_bias"] = dict(map(_bias, given["logit_bias"]))
+    if "stop_token_ids" in given:
+        given["stop_token_ids"] = tuple(_integer("--stop-token-ids", text) for text in given["stop_token_ids"])
+    if "response_format" in given:
+        given["response_format"] = _json("--response-format", given["response_format"])
+    try:
+        SamplingParams(**given)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+    return given
+
+
+def _bias(text: str) -> tuple[int, float]:
+    token, _, value = text.partition("=")
+    try:
+        return int(token), float(value)
+    except ValueError:
+        raise UsageError(f"--logit-bias takes ID=NUMBER, got {text!r}") from None
+
+
+def _integer(flag: str, text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise UsageError(f"{flag} takes token ids, got {text!r}") from None
+
+
+def _json(flag: str, text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise UsageError(f"{flag} takes JSON: {error}") from None
+
+
+def load(model: str, flags: EngineFlags, max_num_seqs: int) -> Any:
+    """-> LLM. It is imported here because torch comes with it."""
+    from llama.llm import LLM
+
+    return LLM(
+        model,
+        device=flags.device,
+        dtype=flags.dtype,
+        max_model_len=flags.max_model_len,
+        max_num_seqs=max_num_seqs,
+    )
+
+
+def params_for(llm: Any, values: dict[str, Any]) -> SamplingParams:
+    """What the command line names, over the checkpoint's defaults."""
+    try:
+        return replace(llm.inputs.defaults, **values)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+
+
+class Timed:
+    """Passes pieces on and remembers when they came: the figures of the closing line."""
+
+    def __init__(self, pieces: Iterable[Piece]) -> None:
+        self._pieces = pieces
+        self._began = time.monotonic()
+        self._first: float | None = None
+        self._last = self._began
+        self._tokens = self._tokens_of_first = 0
+        self._usage: Usage | None = None
+
+    def __iter__(self) -> Iterator[Piece]:
+        for piece in self._pieces:
+            self._last = time.monotonic()
+            self._tokens += len(piece.token_ids)
+            if self._first is None and piece.token_ids:
+                self._first, self._tokens_of_first = self._last, len(piece.token_ids)
+            self._usage = piece.usage or self._usage
+            yield piece
+
+    def summary(self) -> str:
+        """ "12 prompt tokens, 34.5 tokens/s, time to first token 0.08 s", as far as it is known: an answer that was
+        stopped has no count of its prompt. The rate is that of the tokens after the first."""
+        parts = [] if self._usage is None else [f"{self._usage.prompt_tokens} prompt tokens"]
+        if self._first is not None:
+            later, seconds = self._tokens - self._tokens_of_first, self._last - self._first
+            if later and seconds > 0:
+                parts.append(f"{later / seconds:.1f} tokens/s")
+            parts.append(f"time to first token {self._first - self._began:.2f} s")
+        return ", ".join(parts)

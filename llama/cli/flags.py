@@ -1,0 +1,207 @@
+"""What each command takes, as tyro reads it. Imports nothing but tyro, so that --help answers at once.
+
+Where a value may be absent the type is spelled Optional[...], and lists have a type of their own: for other spellings
+tyro imports a type checker, which alone takes as long as all the rest.
+"""
+# ruff: noqa: UP045
+
+import contextlib
+import io
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Optional
+
+import tyro
+from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes, Positional, arg
+from tyro.constructors import PrimitiveConstructorSpec
+
+from llama.cli.errors import UsageError
+
+DEMO_MODEL = "checkpoints/smollm2-135m-instruct"
+
+
+class Texts(tuple[str, ...]):
+    """The values of a flag that takes several."""
+
+
+NO_TEXTS = Texts()
+
+
+def _several(metavar: str) -> PrimitiveConstructorSpec[Texts]:
+    return PrimitiveConstructorSpec(
+        nargs="*",
+        metavar=metavar,
+        instance_from_str=Texts,
+        is_instance=lambda value: isinstance(value, Texts),
+        str_from_instance=list,
+    )
+
+
+def _one(kind: Callable[[str], Any], metavar: str, what: str) -> PrimitiveConstructorSpec[Any]:
+    """A flag that may be absent; tyro's own reading of it would take the word None for a value."""
+
+    def read(words: list[str]) -> Any:
+        try:
+            return kind(words[0])
+        except ValueError:
+            raise ValueError(f"it takes {what}, got {words[0]!r}") from None
+
+    return PrimitiveConstructorSpec(
+        nargs=1,
+        metavar=metavar,
+        instance_from_str=read,
+        is_instance=lambda value: value is None or not isinstance(value, tuple),
+        str_from_instance=lambda value: [str(value)],
+    )
+
+
+NO_HINT = arg(help_behavior_hint=lambda _: "")
+Int = Annotated[Optional[int], _one(int, "INT", "an integer"), NO_HINT]
+Float = Annotated[Optional[float], _one(float, "NUMBER", "a number"), NO_HINT]
+Text = Annotated[Optional[str], _one(str, "TEXT", "a text"), NO_HINT]
+Json = Annotated[Optional[str], _one(str, "JSON", "JSON"), NO_HINT]
+Mode = Annotated[Optional[str], _one(str, "MODE", "a mode"), NO_HINT]
+Switch = Annotated[bool, NO_HINT]
+Model = Annotated[Positional[str], arg(metavar="MODEL"), NO_HINT]
+
+
+@dataclass
+class SamplingFlags:
+    """Every field of SamplingParams; what is not given keeps the checkpoint's generation_config, else its default."""
+
+    n: Int = None
+    """completions per prompt (1)"""
+    temperature: Float = None
+    """0 = greedy, up to 5 (1)"""
+    top_p: Float = None
+    """keep the most probable tokens up to this share, 1 = off (1)"""
+    top_k: Int = None
+    """keep that many tokens, 0 = off (0)"""
+    min_p: Float = None
+    """keep tokens at least this probable relative to the best (0)"""
+    repetition_penalty: Float = None
+    """divide the logits of tokens already seen, 1 = off (1)"""
+    frequency_penalty: Float = None
+    """subtract this for each time a token was generated (0)"""
+    presence_penalty: Float = None
+    """subtract this if a token was generated (0)"""
+    logit_bias: Annotated[Texts, _several("ID=NUMBER"), NO_HINT] = NO_TEXTS
+    """add to the logits of these token ids"""
+    seed: Int = None
+    """makes the answer repeatable"""
+    max_tokens: Int = None
+    """the most tokens of an answer (256)"""
+    min_tokens: Int = None
+    """no end before that many tokens (0)"""
+    stop: Annotated[Texts, _several("TEXT"), NO_HINT] = NO_TEXTS
+    """end before any of these texts"""
+    stop_token_ids: Annotated[Texts, _several("ID"), NO_HINT] = NO_TEXTS
+    """end at any of these token ids"""
+    include_stop_str_in_output: Switch = False
+    """keep the text that stopped the answer"""
+    ignore_eos: Switch = False
+    """go on past the model's own end"""
+    logprobs: Int = None
+    """log-probabilities of that many top tokens, with --json"""
+    prompt_logprobs: Int = None
+    """the same for the prompt's tokens"""
+    logprobs_mode: Mode = None
+    """raw, or processed: after penalties, temperature and filters (raw)"""
+    response_format: Json = None
+    """constrain the answer, for example '{"type": "json_object"}'"""
+
+
+@dataclass
+class EngineFlags:
+    """Where and how the model runs."""
+
+    device: Annotated[str, arg(metavar="DEVICE")] = "auto"
+    """auto, cpu or cuda"""
+    dtype: Annotated[str, arg(metavar="DTYPE")] = "auto"
+    """auto (the checkpoint's), float32, bfloat16, float16 or float64"""
+    max_model_len: Int = None
+    """tokens of context, prompt and answer together (the model's)"""
+
+
+Sampling = Annotated[SamplingFlags, arg(name="")]
+Engine = Annotated[EngineFlags, arg(name="")]
+
+
+@dataclass
+class Chat:
+    """Talk with a model. /reset forgets the conversation, /save FILE keeps it, /quit leaves; Ctrl-C stops an answer."""
+
+    model: Annotated[Positional[str], arg(metavar="MODEL")] = DEMO_MODEL
+    """folder of the checkpoint"""
+    system: Text = None
+    """the system message"""
+    sampling: Sampling = field(default_factory=SamplingFlags)
+    engine: Engine = field(default_factory=EngineFlags)
+
+
+@dataclass
+class Generate:
+    """Write on from a prompt, or answer it with --chat. Streams to stdout; the rates go to stderr."""
+
+    model: Model
+    """folder of the checkpoint"""
+    prompt: Annotated[Positional[str], arg(metavar="PROMPT"), NO_HINT]
+    """the text, or - to read it from stdin (its last line break is dropped)"""
+    chat: Switch = False
+    """take the prompt as a user's message"""
+    system: Text = None
+    """the system message, with --chat"""
+    json: Switch = False
+    """print one JSON object when all is done"""
+    sampling: Sampling = field(default_factory=SamplingFlags)
+    engine: Engine = field(default_factory=EngineFlags)
+
+
+@dataclass
+class Info:
+    """Say what a model is and what it needs, from its config.json alone."""
+
+    model: Model
+    """folder of the checkpoint, or its config.json"""
+    memory: Annotated[Optional[str], _one(str, "SIZE", "a size"), NO_HINT] = None
+    """memory to fit into, for example 80GiB or 24GB (this machine's)"""
+    dtype: Annotated[Optional[str], _one(str, "DTYPE", "a dtype"), NO_HINT] = None
+    """dtype of weights and KV cache (the checkpoint's)"""
+
+
+Command = Chat | Generate | Info
+_COMMANDS: dict[str, type[Command]] = {"chat": Chat, "generate": Generate, "info": Info}
+
+
+def parse(name: str, arguments: Sequence[str]) -> Command:
+    """The command `name` with its arguments. Raises UsageError; SystemExit(0) after --help."""
+    words = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(words):
+            parsed: Command = tyro.cli(
+                _COMMANDS[name],
+                prog=f"llama {name}",
+                args=list(arguments),
+                config=(FlagCreatePairsOff, OmitArgPrefixes),
+            )
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        raise UsageError(_one_line(words.getvalue())) from None
+    sys.stderr.write(words.getvalue())
+    return parsed
+
+
+def _one_line(box: str) -> str:
+    """tyro's message, a title and parts with rules between them, as one line: what is wrong, what may have been meant."""
+    parts: list[list[str]] = [[]]
+    for line in box.splitlines()[1:]:
+        text = line.strip("│╭╮╰╯ ")
+        if not text.strip("─-"):
+            parts.append([])
+        else:
+            parts[-1].append(text)
+    message, *others = [part for part in parts if part]
+    meant = [part[1].split()[0] for part in others if part[0].startswith("Perhaps you meant") and len(part) > 1]
+    return " ".join(message).rstrip(".") + (f" (perhaps {meant[0]})" if meant else "")

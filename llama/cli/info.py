@@ -1,0 +1,88 @@
+"""`llama info`: what a model is and what it needs, from config.json alone; neither torch nor weights are touched."""
+
+import os
+import re
+from pathlib import Path
+
+from llama.cli.errors import UsageError
+from llama.cli.flags import Info
+from llama.model.config import ModelConfig
+from llama.model.generation_config import GenerationConfig
+
+BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
+_UNITS = {"": 1, "B": 1} | {
+    f"{prefix}{suffix}": base**power
+    for power, prefix in enumerate("KMGT", start=1)
+    for suffix, base in (("", 1000), ("B", 1000), ("iB", 1024))
+}
+
+
+def run_info(command: Info) -> int:
+    config = ModelConfig.from_pretrained(command.model)
+    folder = Path(command.model)
+    generation = GenerationConfig.from_pretrained(folder if folder.is_dir() else folder.parent)
+    dtype = command.dtype or config.dtype or "bfloat16"
+    if dtype not in BYTES:
+        raise UsageError(f"--dtype must be one of {', '.join(BYTES)}, got {dtype!r}")
+    memory = _machine_memory() if command.memory is None else _size(command.memory)
+    where = "this machine" if command.memory is None else command.memory
+    rows = [
+        ("architecture", _architecture(config)),
+        ("parameters", f"{config.num_parameters:,}"),
+        *(("weights", f"{name:9}{config.num_parameters * size:>20,} bytes") for name, size in BYTES.items()),
+        *(("KV per token", f"{name:9}{config.kv_values_per_token * size:>20,} bytes") for name, size in BYTES.items()),
+        ("generation", _generation(generation, config)),
+        (f"fits {where}", _fits(config, dtype, memory)),
+    ]
+    before = None
+    for name, text in rows:
+        print(f"{'' if name == before else name:16}{text}")
+        before = name
+    return 0
+
+
+def _architecture(config: ModelConfig) -> str:
+    rope = f"rope theta {config.rope_theta:g}"
+    if config.rope_scaling is not None:
+        scaling = config.rope_scaling
+        rope += f" scaled x{scaling.factor:g} from {scaling.original_max_position_embeddings:,}"
+    return (
+        f"Llama, {config.num_hidden_layers} layers, hidden {config.hidden_size:,}, MLP {config.intermediate_size:,}, "
+        f"{config.num_attention_heads} heads and {config.num_key_value_heads} KV heads of {config.head_dim}, "
+        f"vocabulary {config.vocab_size:,}, context {config.max_position_embeddings:,}, {rope}, "
+        f"{'tied' if config.tie_word_embeddings else 'separate'} head, stored in {config.dtype or 'an unnamed dtype'}"
+    )
+
+
+def _generation(generation: GenerationConfig, config: ModelConfig) -> str:
+    eos = sorted({*generation.eos_token_ids, *config.eos_token_ids})
+    sampling = ", ".join(f"{name} {value}" for name, value in generation.sampling.items()) or "neutral sampling"
+    return f"{sampling}; ends at {', '.join(map(str, eos)) or 'no token'}"
+
+
+def _fits(config: ModelConfig, dtype: str, memory: int) -> str:
+    weights = config.num_parameters * BYTES[dtype]
+    per_token = config.kv_values_per_token * BYTES[dtype]
+    left = memory - weights
+    what = f"{dtype} weights of {_gib(weights)} in {_gib(memory)}"
+    if left < per_token:
+        return f"no: {what}"
+    tokens, context = left // per_token, config.max_position_embeddings
+    if tokens < context:
+        return f"{tokens:,} of {context:,} tokens of context, {what}"
+    return f"all {context:,} tokens of context, {tokens // context:,} times over, {what}"
+
+
+def _gib(size: int) -> str:
+    return f"{size / 1024**3:.1f} GiB"
+
+
+def _machine_memory() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _size(text: str) -> int:
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) ?([KMGT]?i?B?)", text)
+    if match is None or match[2] not in _UNITS:
+        raise UsageError(f"--memory takes a size such as 80GiB or 24GB, got {text!r}")
+    return int(float(match[1]) * _UNITS[match[2]])
