@@ -19,16 +19,16 @@ _MULTIPLIERS = (0x7FEB352D, 0x846CA68B - 2**32)  # as int32
 
 
 def noise_bits(token_ids: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
-    """h >> 8, int32 in [0, 2^24), of token_ids [rows, n] (any integers) under keys [rows, 2] int32."""
+    """h >> 8, int32 in [0, 2^24), of token_ids [rows, n] int64 under keys [rows, 2] int32."""
     first, second = _fold(keys).unsqueeze(2).unbind(1)
     return _mix(_fold(token_ids.to(torch.int32)) ^ first, second)
 
 
-def block_noise_bits(blocks: torch.Tensor, keys: torch.Tensor, size: int) -> torch.Tensor:
-    """h >> 8 [rows, size] for the tokens blocks[row] * size ... + size - 1; size divides 65,536."""
+def block_noise_bits(blocks: torch.Tensor, size: int, keys: torch.Tensor) -> torch.Tensor:
+    """h >> 8 [n, size] for the tokens from blocks[i] * size on, under keys[i]; size divides 65,536."""
     first, second = _fold(keys).unsqueeze(2).unbind(1)
-    start = _fold(blocks.to(torch.int32) * size)[:, None] ^ first
-    return _mix(start ^ torch.arange(size, dtype=torch.int32, device=blocks.device), second)
+    starts = _fold((blocks * size).to(torch.int32))[:, None] ^ first
+    return _mix(starts ^ torch.arange(size, dtype=torch.int32, device=blocks.device), second)
 
 
 def gumbel(bits: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -37,12 +37,12 @@ def gumbel(bits: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def _fold(words: torch.Tensor) -> torch.Tensor:
-    """v ^ (v >> 16); int32 shifts bring in sign bits, which the masks here and below take off again."""
+    """v ^ (v >> 16) of unsigned 32-bit words: the mask takes off the copies of the sign of an int32 shift."""
     return words ^ ((words >> 16) & 0xFFFF)
 
 
 def _mix(x: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-    """What lies between the folds of both rounds. Destroys x; int32 products wrap, as they should."""
+    """What lies between the folds of both rounds. Overwrites x; int32 products wrap, as they should."""
     shifted = torch.empty_like(x)
     for last in (False, True):
         x.mul_(_MULTIPLIERS[0])

@@ -12,18 +12,20 @@ For each row, with l its logits in float32 (float64 for float64 logits) and c th
 A row is bad when the largest l after step 5 is not finite: NaN, +inf, or nothing left. It harms no other row.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import fields, replace
 
 import torch
+from torch import Tensor
 
-from kernels.reference.draw import Chunk, draw, where
+from kernels.reference.draw import Chunk, draw, leading, top_k_bound
 from kernels.types import LOGPROBS_PROCESSED, LOGPROBS_RAW, Logprobs, Sampled, SamplerRows, SamplerState
 
 CHUNK_ELEMENTS = 2**19  # logits worked on at once: 2 MB of float32, about a second-level cache
 
 
-def sample(logits: torch.Tensor, rows: SamplerRows, state: SamplerState | None) -> Sampled:
+def sample(logits: Tensor, rows: SamplerRows, state: SamplerState | None) -> Sampled:
     """Draws one token per row of logits [rows, vocab] and counts it in `state`, where the row has a slot.
 
     Raw log-probabilities are those of `logits` as they came. Processed ones are those of the distribution drawn from,
@@ -31,33 +33,14 @@ def sample(logits: torch.Tensor, rows: SamplerRows, state: SamplerState | None) 
     """
     if rows.any_penalty and state is None:
         raise ValueError("rows with penalties need a SamplerState")
-    num_rows = len(logits)
-    token_ids = torch.zeros(num_rows, dtype=torch.int64, device=logits.device)
-    is_bad = torch.zeros(num_rows, dtype=torch.bool, device=logits.device)
-    logprobs = _no_logprobs(logits, rows.num_logprobs) if rows.num_logprobs >= 0 else None
+    parts = []
     for start, stop in _chunks(logits):
-        part = rows if stop - start == num_rows else _slice_rows(rows, start, stop)
-        chunk = Chunk.of(_adjusted(logits[start:stop], part, state))
-        processed = chunk.logits.clone() if part.any_processed else None
-        drawn = draw(chunk, part, processed)
-        token_ids[start:stop], is_bad[start:stop] = drawn, chunk.is_bad
-        if logprobs is not None and processed is not None:
-            wanted = where(part.logprobs_modes == LOGPROBS_PROCESSED)
-            _put(logprobs, wanted + start, token_logprobs(processed[wanted], drawn[wanted], rows.num_logprobs))
-    if logprobs is not None:
-        wanted = where(rows.logprobs_modes == LOGPROBS_RAW)
-        if wanted.numel() == num_rows:
-            logprobs = token_logprobs(logits, token_ids, rows.num_logprobs)
-        else:
-            _put(logprobs, wanted, token_logprobs(logits[wanted], token_ids[wanted], rows.num_logprobs))
-    if state is not None and rows.any_penalty:
-        counted = where((rows.slots >= 0) & ~is_bad)
-        one = torch.ones(1, dtype=torch.int32, device=logits.device)
-        state.counts.index_put_((rows.slots[counted].long(), token_ids[counted]), one, accumulate=True)
-    return Sampled(token_ids, is_bad, logprobs)
+        part = rows if stop - start == len(rows) else _slice_rows(rows, start, stop)
+        parts.append(_sample_chunk(logits[start:stop], part, state))
+    return parts[0] if len(parts) == 1 else _join(parts)
 
 
-def token_logprobs(logits: torch.Tensor, token_ids: torch.Tensor, num_top: int) -> Logprobs:
+def token_logprobs(logits: Tensor, token_ids: Tensor, num_top: int) -> Logprobs:
     """Log-softmax of logits [rows, vocab] at token_ids [rows] and at each row's num_top largest, ties by lower id.
 
     Computed in float32, or float64 for float64 logits, a few rows at a time.
@@ -72,70 +55,105 @@ def token_logprobs(logits: torch.Tensor, token_ids: torch.Tensor, num_top: int) 
         greater = (chunk.read(row, block) > chosen[row]).sum(1)
         answer.rank[start:stop] = torch.ones_like(chosen_ids[:, 0]).index_add_(0, row, greater)
         if num_top:
-            every = torch.arange(stop - start, device=logits.device)
-            ids, _ = chunk.leading(every, chunk.top_k_bound(every, torch.full_like(every, num_top)))
-            ids = ids[:, :num_top]
+            top_k = torch.full_like(chosen_ids[:, 0], num_top)
+            bound = top_k_bound(chunk, chunk.peaks, top_k, _as_they_are)
+            ids = leading(chunk, chunk.peaks, bound, _as_they_are)[0][:, :num_top]
             answer.top_ids[start:stop, : ids.shape[1]] = ids
             top = logprobs.gather(1, ids.clamp_min(0)).masked_fill_(ids < 0, -torch.inf)
             answer.top_logprobs[start:stop, : ids.shape[1]] = top
     return answer
 
 
-def _adjusted(logits: torch.Tensor, rows: SamplerRows, state: SamplerState | None) -> torch.Tensor:
+def _sample_chunk(logits: Tensor, rows: SamplerRows, state: SamplerState | None) -> Sampled:
+    """`sample` of a few rows."""
+    chunk = Chunk.of(_adjusted(logits, rows, state))
+    processed = chunk.logits.clone() if rows.any_processed else None
+    token_ids, is_bad = draw(chunk, rows, processed)
+    logprobs = None
+    if rows.num_logprobs >= 0:
+        logprobs = _no_logprobs(logits, rows.num_logprobs)
+        for mode, source in ((LOGPROBS_RAW, logits), (LOGPROBS_PROCESSED, processed)):
+            at = _where(rows.logprobs_modes == mode)
+            if source is not None and at.numel():
+                _put(logprobs, at, token_logprobs(source[at], token_ids[at], rows.num_logprobs))
+    if state is not None and rows.any_penalty:
+        at = _where((rows.slots >= 0) & ~is_bad)
+        one = torch.ones(1, dtype=torch.int32, device=logits.device)
+        state.counts.index_put_((rows.slots[at].long(), token_ids[at]), one, accumulate=True)
+    return Sampled(token_ids, is_bad, logprobs)
+
+
+def _adjusted(logits: Tensor, rows: SamplerRows, state: SamplerState | None) -> Tensor:
     """Steps 1 to 5, in the work dtype. A copy only where there is something to do."""
     changes = rows.bias_ids is not None or rows.any_penalty or rows.mask is not None
     adjusted = logits.to(_work_dtype(logits), copy=changes)
     if rows.bias_starts is not None and rows.bias_ids is not None and rows.bias_values is not None:
-        at = (torch.repeat_interleave(rows.bias_starts.diff().long()), rows.bias_ids.long())
-        adjusted[at] = adjusted[at] + rows.bias_values
+        places = torch.repeat_interleave(rows.bias_starts.diff().long()), rows.bias_ids.long()
+        adjusted[places] = adjusted[places] + rows.bias_values
     if rows.any_penalty and state is not None:
         _penalise(adjusted, rows, state)
-    if rows.mask is not None:  # l - inf rather than -inf, so that NaN and +inf stay visible
-        adjusted = torch.where(_unpack(rows.mask, logits.shape[1]), adjusted, adjusted - torch.inf)
+    if rows.mask is not None:
+        at = _where((rows.mask != -1).any(1))
+        adjusted[at] += _mask_terms(rows.mask[at], adjusted)
     return adjusted
 
 
-def _penalise(adjusted: torch.Tensor, rows: SamplerRows, state: SamplerState) -> None:
-    """Steps 2 to 4 in place for the rows with a slot, each only where some row has it on."""
-    chosen = where(rows.slots >= 0)
-    slots = rows.slots[chosen].long()
-    repetition, frequency, presence = (
-        values[chosen, None] for values in (rows.repetition_penalty, rows.frequency_penalty, rows.presence_penalty)
-    )
-    x, counts = adjusted[chosen], state.counts[slots]
-    if (repetition != 1).any():
-        seen = _unpack(state.prompt_mask[slots], x.shape[1]) | (counts > 0)
-        x = torch.where(seen, torch.where(x > 0, x / repetition, x * repetition), x)
-    if (frequency != 0).any():
-        x -= frequency * counts
-    if (presence != 0).any():
-        x -= presence * (counts > 0)
-    adjusted[chosen] = x
+def _penalise(adjusted: Tensor, rows: SamplerRows, state: SamplerState) -> None:
+    """Steps 2 to 4 in place, touching only the tokens that a row with a slot has seen."""
+    at = _where(rows.slots >= 0)
+    slots = rows.slots[at].long()
+    row, token = _nonzero(state.counts[slots])
+    prompt_row, prompt_token = _set_bits(state.prompt_mask[slots])
+    seen = at[torch.cat((row, prompt_row))], torch.cat((token, prompt_token))  # what is in both gets one value twice
+    value, penalty = adjusted[seen], rows.repetition_penalty[seen[0]]
+    adjusted[seen] = torch.where(value > 0, value / penalty, value * penalty)
+    counts, row = state.counts[slots[row], token], at[row]
+    adjusted[row, token] = adjusted[row, token] - rows.frequency_penalty[row] * counts - rows.presence_penalty[row]
 
 
-def _unpack(words: torch.Tensor, size: int) -> torch.Tensor:
-    """int32 [rows, ceil(size / 32)], little end first -> bool [rows, size]."""
-    places = torch.arange(32, dtype=torch.int32, device=words.device)
-    return ((words.unsqueeze(2) >> places) & 1).flatten(1)[:, :size].bool()
+def _nonzero(counts: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows and columns of what is not zero in counts [rows, n] >= 0, most of which is: whole blocks are passed over."""
+    blocks = counts.unflatten(1, (-1, math.gcd(counts.shape[1], 64)))
+    row, block = blocks.amax(2).nonzero(as_tuple=True)
+    hit, inner = blocks[row, block].nonzero(as_tuple=True)
+    return row[hit], block[hit] * blocks.shape[2] + inner
 
 
-def _work_dtype(logits: torch.Tensor) -> torch.dtype:
+def _set_bits(words: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows and places of the bits set in words [rows, n] int32, little end first."""
+    row, word = words.nonzero(as_tuple=True)
+    bits = words[row, word, None] >> torch.arange(32, dtype=torch.int32, device=words.device) & 1
+    hit, place = bits.nonzero(as_tuple=True)
+    return row[hit], word[hit] * 32 + place
+
+
+def _mask_terms(words: Tensor, like: Tensor) -> Tensor:
+    """What to add to logits `like` under bit mask words [rows, n] int32: 0, or -inf where the bit is off.
+
+    Adding keeps NaN and +inf visible. A table maps each byte to its eight terms, little end first.
+    """
+    byte, bit = torch.arange(256, device=words.device), torch.arange(8, device=words.device)
+    table = torch.where(byte[:, None] >> bit & 1 == 1, 0.0, -torch.inf).to(like.dtype)
+    return table[words.view(torch.uint8).int()].flatten(1)[:, : like.shape[1]]
+
+
+def _work_dtype(logits: Tensor) -> torch.dtype:
     return torch.float64 if logits.dtype == torch.float64 else torch.float32
 
 
-def _chunks(logits: torch.Tensor) -> Iterator[tuple[int, int]]:
-    """Row ranges of about CHUNK_ELEMENTS logits."""
+def _chunks(logits: Tensor) -> Iterator[tuple[int, int]]:
+    """Row ranges of about CHUNK_ELEMENTS logits; one, empty, for no rows."""
     num_rows, vocab = logits.shape
     step = max(1, CHUNK_ELEMENTS // vocab)
-    for start in range(0, num_rows, step):
+    for start in range(0, max(1, num_rows), step):
         yield start, min(start + step, num_rows)
 
 
 def _slice_rows(rows: SamplerRows, start: int, stop: int) -> SamplerRows:
-    changes: dict[str, torch.Tensor] = {
+    changes: dict[str, Tensor] = {
         field.name: value[start:stop]
         for field in fields(rows)
-        if isinstance(value := getattr(rows, field.name), torch.Tensor) and not field.name.startswith("bias_")
+        if isinstance(value := getattr(rows, field.name), Tensor) and not field.name.startswith("bias_")
     }
     if rows.bias_starts is not None and rows.bias_ids is not None and rows.bias_values is not None:
         first, last = rows.bias_starts[start].item(), rows.bias_starts[stop].item()
@@ -144,7 +162,7 @@ def _slice_rows(rows: SamplerRows, start: int, stop: int) -> SamplerRows:
     return replace(rows, **changes)
 
 
-def _no_logprobs(logits: torch.Tensor, num_top: int) -> Logprobs:
+def _no_logprobs(logits: Tensor, num_top: int) -> Logprobs:
     num_rows, dtype, device = len(logits), _work_dtype(logits), logits.device
     return Logprobs(
         torch.zeros(num_rows, dtype=dtype, device=device),
@@ -154,6 +172,27 @@ def _no_logprobs(logits: torch.Tensor, num_top: int) -> Logprobs:
     )
 
 
-def _put(target: Logprobs, at: torch.Tensor, part: Logprobs) -> None:
+def _put(target: Logprobs, at: Tensor, part: Logprobs) -> None:
     for field in fields(Logprobs):
         getattr(target, field.name)[at] = getattr(part, field.name)
+
+
+def _join(parts: list[Sampled]) -> Sampled:
+    """One Sampled of all rows."""
+    logprobs = [part.logprobs for part in parts if part.logprobs is not None]
+    return Sampled(
+        torch.cat([part.token_ids for part in parts]),
+        torch.cat([part.is_bad for part in parts]),
+        Logprobs(*(torch.cat([getattr(part, field.name) for part in logprobs]) for field in fields(Logprobs)))
+        if logprobs
+        else None,
+    )
+
+
+def _as_they_are(logits: Tensor, row: Tensor | slice) -> Tensor:
+    return logits
+
+
+def _where(chosen: Tensor) -> Tensor:
+    """Indices [n] at which a bool vector is set."""
+    return chosen.nonzero().squeeze(1)
