@@ -41,7 +41,7 @@ test-slow: demo-model $(READY)
 
 # The Triton kernels in the interpreter; elsewhere they run on a GPU alone.
 test-kernels: $(READY)
-	TRITON_INTERPRET=1 $(PYTEST) tests/ops
+	TRITON_INTERPRET=1 $(PYTEST) tests/interpreter
 
 lint: $(READY)
 	$(BIN)/ruff check .

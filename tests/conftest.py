@@ -14,6 +14,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Two OpenMP threads on a busy machine of two cores spin against each other; tiny tensors gain nothing from them.
 torch.set_num_threads(1)
 
+# Triton reads this when it is imported, so a process is interpreted or it is not (make test-kernels).
+collect_ignore = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["interpreter"]
+
 
 def _fetched(relative: str) -> Path:
     path = REPOSITORY / relative
