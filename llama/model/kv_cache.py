@@ -24,7 +24,8 @@ class KVCache:
         self.num_blocks = num_blocks
         self.block_size = block_size
         shape = (num_blocks, block_size, config.num_key_value_heads, config.head_dim)
-        self.data = torch.zeros(config.num_hidden_layers, 2, *shape, dtype=dtype, device=device)
+        # Not cleared: that would touch gigabytes before the first answer, and nobody reads what was never stored.
+        self.data = torch.empty(config.num_hidden_layers, 2, *shape, dtype=dtype, device=device)
         self.k = [layer[0] for layer in self.data]
         self.v = [layer[1] for layer in self.data]
 
