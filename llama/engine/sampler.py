@@ -1,0 +1,207 @@
+"""The host side of sampling: what each row of the engine wants, as the tensors that `kernels.sample` takes.
+
+SamplerTable keeps one entry per row (the place of a running sequence) and makes SamplerRows of any choice of rows. As
+long as that choice stays the same only the noise keys are new in a step; nothing here looks at logits or draws.
+Seeds end here: the ops see two key words per row, mixed from (seed, position).
+"""
+
+import secrets
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from kernels.types import LOGPROBS_OFF, LOGPROBS_PROCESSED, LOGPROBS_RAW, SamplerRows, SamplerState
+from llama.engine.request import MAX_SEED, SamplingParams
+
+_MASK64 = 2**64 - 1
+_GOLDEN = 0x9E3779B97F4A7C15
+_FEW_ROWS = 4  # up to here Python's integers are faster than NumPy's calls
+_MODES = {"raw": LOGPROBS_RAW, "processed": LOGPROBS_PROCESSED}
+# Beyond these float32 would round a temperature or a penalty to 0 or infinity; no logit tells the difference.
+_SMALLEST, _LARGEST = 1e-30, 1e30
+
+
+def splitmix64(z: int) -> int:
+    """The finaliser of SplitMix64 (Steele, Lea and Flood, Fast splittable pseudorandom number generators, 2014)."""
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK64
+    return z ^ (z >> 31)
+
+
+def child_seed(seed: int, index: int) -> int:
+    """The seed of completion `index` of a request with `seed`."""
+    return seed if index == 0 else splitmix64(seed ^ splitmix64(index)) & MAX_SEED
+
+
+class Seeds:
+    """Seeds for requests that bring none: fresh entropy, or, given a seed, the same ones in the same order each run."""
+
+    def __init__(self, seed: int | None) -> None:
+        self._state = seed
+
+    def next(self) -> int:
+        if self._state is None:
+            return secrets.randbits(63)
+        self._state = (self._state + _GOLDEN) & _MASK64
+        return splitmix64(self._state) & MAX_SEED
+
+
+def noise_keys(seeds: NDArray[np.uint64], positions: NDArray[np.integer[Any]]) -> NDArray[np.int32]:
+    """The key words [rows, 2] of the tokens drawn at absolute `positions` under `seeds`, the low word first."""
+    if len(seeds) <= _FEW_ROWS:
+        pairs = zip(seeds.tolist(), positions.tolist(), strict=True)
+        mixed = np.array([splitmix64(seed ^ splitmix64((at + _GOLDEN) & _MASK64)) for seed, at in pairs], "<u8")
+    else:
+        mixed = positions.astype(np.uint64)
+        mixed += np.uint64(_GOLDEN)
+        _splitmix64(mixed)
+        mixed ^= seeds
+        _splitmix64(mixed)
+    return mixed.astype("<u8", copy=False).view("<i4").reshape(-1, 2)
+
+
+def _splitmix64(z: NDArray[np.uint64]) -> None:
+    """`splitmix64` in place."""
+    z ^= z >> np.uint64(30)
+    z *= np.uint64(0xBF58476D1CE4E5B9)
+    z ^= z >> np.uint64(27)
+    z *= np.uint64(0x94D049BB133111EB)
+    z ^= z >> np.uint64(31)
+
+
+class SamplerTable:
+    """One entry per row of the engine, and the penalty state of the rows that need one.
+
+    dtype is that of the sampler's arithmetic: float64 for float64 logits, else float32.
+    """
+
+    def __init__(
+        self,
+        max_num_seqs: int,
+        vocab_size: int,
+        eos_token_ids: Iterable[int],
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self.vocab_size = vocab_size
+        self.state: SamplerState | None = None  # made with the first row that has a penalty
+        self._device = torch.device(device)
+        self._eos_token_ids = frozenset(eos_token_ids)
+        self._float = np.float64 if dtype == torch.float64 else np.float32
+        names = ("temperature", "top_p", "min_p", "repetition_penalty", "frequency_penalty", "presence_penalty")
+        floats = [(name, self._float) for name in names]
+        integers = [("slots", np.int32), ("top_k", np.int32), ("logprobs_modes", np.int8)]
+        self._entries = np.zeros(max_num_seqs, [*floats, *integers])
+        self._num_logprobs = np.full(max_num_seqs, -1)
+        self._seeds = np.zeros(max_num_seqs, np.uint64)
+        self._ban_until = np.zeros(max_num_seqs, np.int64)  # stop ids are banned at positions below
+        self._bias: list[dict[int, float]] = [{} for _ in range(max_num_seqs)]
+        self._banned: list[dict[int, float]] = [{} for _ in range(max_num_seqs)]  # the bias while stop ids are banned
+
+        # The last choice of rows, and what was made for it.
+        self._chosen_ids: bytes | None = None
+        self._chosen_seeds = self._seeds[:0]
+        self._chosen_ban_until: NDArray[np.int64] | None = None  # None: stop ids are banned in none of them
+        self._chosen_bans: bytes | None = None
+        self._chosen: dict[str, Any] = {}
+
+    def validate(self, params: SamplingParams) -> None:
+        """Raises ValueError for a token id that the vocabulary does not have."""
+        for name, ids in (("logit_bias", params.logit_bias or ()), ("stop_token_ids", params.stop_token_ids)):
+            for token_id in ids:
+                if token_id >= self.vocab_size:
+                    raise ValueError(
+                        f"{name}: token id {token_id} must be in 0..{self.vocab_size - 1} (the vocabulary)"
+                    )
+
+    def set_row(
+        self,
+        row: int,
+        params: SamplingParams,
+        seed: int,
+        prompt_token_ids: Sequence[int] | NDArray[np.integer[Any]],
+        output_token_ids: Sequence[int] | NDArray[np.integer[Any]] = (),
+    ) -> None:
+        """Gives `row` to a sequence that has this prompt and has generated these tokens so far."""
+        penalties = (params.repetition_penalty, params.frequency_penalty, params.presence_penalty)
+        penalised, sampled = penalties != (1.0, 0.0, 0.0), params.temperature > 0
+        entry = self._entries[row]
+        entry["temperature"] = max(params.temperature, _SMALLEST) if sampled else 0
+        entry["top_p"] = params.top_p if sampled else 1
+        entry["min_p"] = params.min_p if sampled else 0
+        entry["top_k"] = params.top_k if sampled and params.top_k < self.vocab_size else 0
+        entry["repetition_penalty"] = min(max(params.repetition_penalty, _SMALLEST), _LARGEST)
+        entry["frequency_penalty"], entry["presence_penalty"] = params.frequency_penalty, params.presence_penalty
+        entry["slots"] = row if penalised else -1
+        entry["logprobs_modes"] = LOGPROBS_OFF if params.logprobs is None else _MODES[params.logprobs_mode]
+        self._num_logprobs[row] = -1 if params.logprobs is None else params.logprobs
+        self._seeds[row] = seed
+
+        bans = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self._eos_token_ids)
+        self._ban_until[row] = len(prompt_token_ids) + params.min_tokens if params.min_tokens and bans else 0
+        self._bias[row] = dict(params.logit_bias or {})
+        self._banned[row] = self._bias[row] | dict.fromkeys(bans, -np.inf)
+        if penalised:
+            if self.state is None:
+                self.state = SamplerState(len(self._entries), self.vocab_size, self._device)
+            prompt, output = (torch.from_numpy(np.array(ids, np.int64)) for ids in (prompt_token_ids, output_token_ids))
+            self.state.rebuild(row, prompt, output)
+        self._chosen_ids = None
+
+    def rows(
+        self,
+        row_ids: NDArray[np.integer[Any]],
+        positions: NDArray[np.integer[Any]],
+        masks: NDArray[np.int32] | None = None,
+    ) -> SamplerRows:
+        """What `kernels.sample` needs to draw the token at positions[i] of row row_ids[i], for all i.
+
+        masks [rows, ceil(vocab / 32)] are grammar bit masks, all bits set for rows without a grammar.
+        """
+        if row_ids.tobytes() != self._chosen_ids:
+            self._choose(row_ids)
+        if self._chosen_ban_until is not None:
+            self._set_bias(row_ids, positions < self._chosen_ban_until)
+        keys = self._to_device(noise_keys(self._chosen_seeds, positions))
+        mask = None if masks is None else self._to_device(masks)
+        return SamplerRows(keys=keys, mask=mask, **self._chosen)
+
+    def _choose(self, row_ids: NDArray[np.integer[Any]]) -> None:
+        """Makes all tensors that stay while the same rows are asked for."""
+        entries = self._entries[row_ids]
+        names = entries.dtype.names or ()
+        self._chosen = {name: self._to_device(entries[name].copy()) for name in names}
+        self._chosen |= {
+            "num_logprobs": int(self._num_logprobs[row_ids].max(initial=-1)),
+            "any_penalty": bool((entries["slots"] >= 0).any()),
+            "any_filter": bool(((entries["top_k"] > 0) | (entries["top_p"] < 1) | (entries["min_p"] > 0)).any()),
+            "all_greedy": not entries["temperature"].any(),
+            "any_processed": bool((entries["logprobs_modes"] == LOGPROBS_PROCESSED).any()),
+        }
+        self._chosen_seeds = self._seeds[row_ids]
+        ban_until = self._ban_until[row_ids]
+        self._chosen_ban_until = ban_until if ban_until.any() else None
+        self._chosen_bans = None
+        self._set_bias(row_ids, np.zeros(len(row_ids), np.bool_))
+        self._chosen_ids = row_ids.tobytes()
+
+    def _set_bias(self, row_ids: NDArray[np.integer[Any]], bans: NDArray[np.bool_]) -> None:
+        """Makes the bias tensors, unless they hold these bans already."""
+        if bans.tobytes() == self._chosen_bans:
+            return
+        self._chosen_bans = bans.tobytes()
+        pairs = zip(row_ids.tolist(), bans.tolist(), strict=True)
+        biases = [self._banned[row] if banned else self._bias[row] for row, banned in pairs]
+        arrays: dict[str, NDArray[Any] | None] = dict.fromkeys(("bias_starts", "bias_ids", "bias_values"))
+        if any(biases):
+            arrays["bias_starts"] = np.cumsum([0, *map(len, biases)], dtype=np.int32)
+            arrays["bias_ids"] = np.array([token_id for bias in biases for token_id in bias], np.int32)
+            arrays["bias_values"] = np.array([value for bias in biases for value in bias.values()], self._float)
+        self._chosen |= {name: None if array is None else self._to_device(array) for name, array in arrays.items()}
+
+    def _to_device(self, array: NDArray[Any]) -> torch.Tensor:
+        return torch.from_numpy(array).to(self._device, non_blocking=True)
