@@ -64,6 +64,9 @@ class Scheduler:
 
     # Requests come and go.
 
+    def __contains__(self, request_id: str) -> bool:
+        return request_id in self._requests
+
     def add(self, sequences: list[Sequence]) -> None:
         """Queue one request: its completions, in the order of their index. The others follow the first one."""
         first, *rest = sequences

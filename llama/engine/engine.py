@@ -1,0 +1,339 @@
+"""Engine: requests over token ids in, their tokens out, step by step. It knows nothing of text.
+
+One thread at a time may use an engine. `abort` and `finish` are legal in every state of a request, free its blocks at
+once and tell nothing: whoever ends a request knows it. Ends that the engine finds itself come with `step`.
+"""
+
+import logging
+from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+import torch
+
+from llama.engine.blocks import BlockPool
+from llama.engine.memory import fitting_blocks
+from llama.engine.plan import Plan, StepResult
+from llama.engine.request import (
+    NO_ADAPTER,
+    Adapter,
+    FinishReason,
+    SamplingParams,
+    Sequence,
+    TokenMatcher,
+    TokenOutput,
+)
+from llama.engine.runner import Runner
+from llama.engine.sampler import Seeds, child_seed
+from llama.engine.scheduler import Scheduler
+from llama.model.kv_cache import KVCache
+from llama.model.transformer import Transformer
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+STEP_ATTEMPTS = 3  # of a step that runs out of memory, each with half the tokens of the one before
+
+
+class EngineDeadError(RuntimeError):
+    """The engine cannot go on; make a new one."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    """Sizes and switches. `num_blocks=None` takes what memory allows (see `llama.engine.memory`)."""
+
+    max_model_len: int
+    max_num_batched_tokens: int
+    max_num_seqs: int = 256
+    block_size: int = 16
+    num_blocks: int | None = None
+    enable_prefix_caching: bool = True
+    seed: int | None = None
+    enforce_eager: bool = False
+    max_loras: int = 8
+    max_lora_rank: int = 64
+    gpu_memory_utilization: float = 0.9
+
+    def __post_init__(self) -> None:
+        least = {"max_model_len": 2, "max_num_batched_tokens": 1, "max_num_seqs": 1, "block_size": 1, "num_blocks": 1}
+        for name, low in (least | {"max_loras": 0, "max_lora_rank": 1, "seed": 0}).items():
+            value = getattr(self, name)
+            if value is None and name in ("num_blocks", "seed"):
+                continue
+            if isinstance(value, bool) or not isinstance(value, int) or value < low:
+                raise ValueError(f"{name} must be an integer >= {low}, got {value!r}")
+        if self.block_size & (self.block_size - 1):
+            raise ValueError(f"block_size must be a power of two, got {self.block_size}")
+        if not 0 < self.gpu_memory_utilization <= 1:
+            raise ValueError(f"gpu_memory_utilization must be in (0, 1], got {self.gpu_memory_utilization!r}")
+
+
+@dataclass(frozen=True, slots=True)
+class EngineMetrics:
+    """Counts of now (waiting, running, blocks) and totals since the start (all others)."""
+
+    num_waiting: int
+    num_running: int
+    num_blocks: int
+    num_used_blocks: int
+    num_cached_blocks: int  # nobody's, but their content can be used again
+    num_steps: int
+    num_preemptions: int
+    num_prompt_tokens: int
+    num_generated_tokens: int
+    num_prefix_queries: int  # tokens looked up in the prefix cache
+    num_prefix_hits: int  # tokens found there
+
+    @property
+    def kv_usage(self) -> float:
+        """Fraction of the blocks that running requests own."""
+        return self.num_used_blocks / self.num_blocks
+
+
+class StepRunner(Protocol):
+    """What the engine needs of a Runner; tests and benchmarks bring others."""
+
+    vocab_size: int
+    lag: int  # steps that may be in flight while the next one is scheduled
+
+    def launch(self, plan: Plan) -> Callable[[], StepResult]: ...
+    def validate(self, params: SamplingParams) -> None: ...
+    def release_memory(self) -> None: ...
+    def check_device(self) -> None: ...
+
+
+class Engine:
+    def __init__(
+        self,
+        model: Transformer | None,
+        config: EngineConfig,
+        *,
+        eos_token_ids: Iterable[int] = (),
+        runner: StepRunner | None = None,
+    ) -> None:
+        """`runner` stands in for the one that computes `model` (tests, benchmarks); then num_blocks must be given."""
+        self.config = config
+        eos_token_ids = frozenset(eos_token_ids)
+        num_blocks = config.num_blocks
+        if runner is None:
+            if model is None:
+                raise ValueError("an engine needs a model, or a runner in its place")
+            most = config.max_num_seqs * -(-config.max_model_len // config.block_size)
+            kv = KVCache(
+                model.config,
+                num_blocks or self._fitting_blocks(model, most),
+                config.block_size,
+                dtype=model.dtype,
+                device=model.device,
+            )
+            num_blocks = kv.num_blocks
+            sizes = {"max_num_seqs": config.max_num_seqs, "max_model_len": config.max_model_len}
+            runner = Runner(model, kv, eos_token_ids=eos_token_ids, **sizes)
+        elif num_blocks is None:
+            raise ValueError("num_blocks must be given with a runner")
+        self.runner = runner
+        self.pool = BlockPool(num_blocks, config.block_size, enable_prefix_caching=config.enable_prefix_caching)
+        self.scheduler = Scheduler(
+            self.pool,
+            max_num_seqs=config.max_num_seqs,
+            max_num_batched_tokens=config.max_num_batched_tokens,
+            max_model_len=config.max_model_len,
+            eos_token_ids=eos_token_ids,
+            vocab_size=runner.vocab_size,
+            model=repr(model.config).encode() if model is not None else b"",
+        )
+        self._seeds = Seeds(config.seed)
+        self._in_flight: deque[tuple[Plan, Callable[[], StepResult]]] = deque()
+        self._num_requests = self._num_steps = self._num_prompt_tokens = self._num_generated_tokens = 0
+        self._death: str | None = None
+
+    def _fitting_blocks(self, model: Transformer, most: int) -> int:
+        return fitting_blocks(
+            model.config,
+            block_size=self.config.block_size,
+            dtype=model.dtype,
+            device=model.device,
+            gpu_memory_utilization=self.config.gpu_memory_utilization,
+            most=most,
+        )
+
+    def add(
+        self,
+        request_id: str,
+        prompt_token_ids: list[int],
+        params: SamplingParams,
+        *,
+        lora: str | None = None,
+        matcher: TokenMatcher | None = None,
+    ) -> list[int]:
+        """Queue a request -> the seed of each of its completions. ValueError if it can never be served."""
+        self._check_alive()
+        if request_id in self.scheduler:
+            raise ValueError(f"request_id {request_id!r} is in use")
+        self.runner.validate(params)
+        if params.response_format is not None and matcher is None:
+            raise ValueError("response_format needs a matcher of its grammar")
+        prompt = self._checked_prompt(prompt_token_ids)
+        limit = self._limit(len(prompt), params.max_tokens)
+        adapter = self._adapter(lora)
+        seed = self._seeds.next() if params.seed is None else params.seed
+        sequences = [
+            Sequence(request_id, i, self._num_requests, params, child_seed(seed, i), prompt, limit, adapter)
+            for i in range(params.n)
+        ]
+        if params.prompt_logprobs is not None:
+            sequences[0].prompt_logprobs = [None]
+        if matcher is not None:
+            for sequence in sequences:
+                sequence.matcher = matcher if sequence.index == 0 else matcher.fork()
+        self.scheduler.add(sequences)
+        self._num_requests += 1
+        self._num_prompt_tokens += len(prompt)
+        return [sequence.seed for sequence in sequences]
+
+    def _checked_prompt(self, token_ids: list[int]) -> np.ndarray:
+        vocab_size, most = self.runner.vocab_size, self.config.max_model_len - 1
+        prompt = np.asarray(token_ids)
+        if prompt.ndim != 1 or not len(prompt) or prompt.dtype.kind not in "iu":
+            raise ValueError("prompt_token_ids must be a non-empty list of integers")
+        if prompt.min() < 0 or prompt.max() >= vocab_size:
+            wrong = int(prompt[(prompt < 0) | (prompt >= vocab_size)][0])
+            raise ValueError(f"prompt_token_ids: {wrong} is not in [0, {vocab_size}), the vocabulary")
+        if len(prompt) > most:
+            raise ValueError(
+                f"the prompt has {len(prompt)} tokens and leaves no room for one more: "
+                f"the context holds {self.config.max_model_len}"
+            )
+        return prompt.astype(np.int32)
+
+    def _limit(self, prompt_len: int, max_tokens: int | None) -> int:
+        """The most tokens that the request may have. The last one is never computed and needs no place."""
+        capacity = self.pool.num_blocks * self.pool.block_size + 1
+        longest = self.config.max_model_len
+        limit = min(longest, capacity if max_tokens is None else prompt_len + max_tokens)
+        if max(limit, prompt_len + 1) > capacity:
+            raise ValueError(
+                f"a prompt of {prompt_len} tokens and up to {max(1, limit - prompt_len)} new ones can never run: "
+                f"the KV cache holds {capacity - 1} tokens ({self.pool.num_blocks} blocks of {self.pool.block_size})"
+            )
+        return limit
+
+    def _adapter(self, name: str | None) -> Adapter:
+        if name is not None:
+            raise ValueError(f"unknown adapter {name!r}: none is loaded")
+        return NO_ADAPTER
+
+    def abort(self, request_id: str) -> None:
+        """End a request. Unknown ids and requests that have ended are let pass."""
+        self.scheduler.abort(request_id)
+
+    def finish(self, request_id: str, index: int, reason: FinishReason, stop_reason: int | str | None = None) -> None:
+        """End one completion for a reason that only its text shows (the caller reports it). May come late."""
+        self.scheduler.finish(request_id, index)
+
+    @property
+    def has_unfinished(self) -> bool:
+        return self.scheduler.has_unfinished or bool(self._in_flight)
+
+    def step(self) -> list[TokenOutput]:
+        """Compute one step. A failure of the model ends the step's requests with "error" and leaves a usable engine;
+        EngineDeadError if it does not."""
+        self._check_alive()
+        outputs: list[TokenOutput] = []
+        is_launched = self._launch(outputs)
+        while len(self._in_flight) > (self.runner.lag if is_launched else 0):
+            self._collect(outputs)
+        self._num_generated_tokens += sum([len(output.token_ids) for output in outputs])
+        return outputs
+
+    def _launch(self, outputs: list[TokenOutput]) -> bool:
+        """Schedule a step and set the device to it. Out of memory, it tries again with fewer tokens."""
+        max_tokens = None
+        for attempts_left in reversed(range(STEP_ATTEMPTS)):
+            plan = self._keep_books(self.scheduler.schedule, max_tokens)
+            if plan is None:
+                return False
+            try:
+                self._in_flight.append((plan, self.runner.launch(plan)))
+                self._num_steps += 1
+                return True
+            except BaseException as error:
+                members = self._keep_books(self.scheduler.revert)
+                if not isinstance(error, Exception):
+                    raise
+                if isinstance(error, torch.OutOfMemoryError) and attempts_left:
+                    self.runner.release_memory()
+                    max_tokens = max(1, plan.num_tokens // 2)
+                    logger.warning("out of memory in a step of %d tokens; trying %d", plan.num_tokens, max_tokens)
+                    continue
+                self._fail(members, error, outputs)
+                return False
+        return False
+
+    def _collect(self, outputs: list[TokenOutput]) -> None:
+        """Wait for the oldest step in flight and take its result."""
+        plan, result_of = self._in_flight.popleft()
+        try:
+            result = result_of()
+        except BaseException as error:
+            # Later steps build on this one. What was scheduled last is undone first.
+            self._in_flight.clear()
+            members: list[Sequence] = []
+            while self.scheduler.num_in_flight:
+                members += self._keep_books(self.scheduler.revert)
+            if not isinstance(error, Exception):
+                raise
+            self._fail(members, error, outputs)
+            return
+        outputs += self._keep_books(self.scheduler.update, plan, result)
+
+    def _fail(self, members: list[Sequence], error: Exception, outputs: list[TokenOutput]) -> None:
+        logger.error("a step failed; its requests end with an error", exc_info=error)
+        outputs += self._keep_books(self.scheduler.fail, members)
+        self.runner.release_memory()
+        try:
+            self.runner.check_device()
+        except Exception as broken:
+            raise self._die("the device computes no more") from broken
+
+    def _keep_books(self, function: Callable[..., T], *arguments: Any) -> T:
+        """Bookkeeping that was cut off half-way cannot be trusted any more."""
+        try:
+            return function(*arguments)
+        except BaseException as error:
+            death = self._die("its bookkeeping broke off")
+            if isinstance(error, Exception):
+                raise death from error
+            raise
+
+    def _die(self, why: str) -> EngineDeadError:
+        self._death = f"the engine is dead: {why}"
+        return EngineDeadError(self._death)
+
+    def _check_alive(self) -> None:
+        if self._death is not None:
+            raise EngineDeadError(self._death)
+
+    def check(self) -> None:
+        """Prove the invariants of the bookkeeping; AssertionError says what is wrong. O(blocks), for tests."""
+        self.scheduler.check()
+
+    def metrics(self) -> EngineMetrics:
+        scheduler = self.scheduler
+        return EngineMetrics(
+            num_waiting=len(scheduler.waiting),
+            num_running=len(scheduler.running),
+            num_blocks=self.pool.num_blocks,
+            num_used_blocks=self.pool.num_used,
+            num_cached_blocks=self.pool.num_cached,
+            num_steps=self._num_steps,
+            num_preemptions=scheduler.num_preemptions,
+            num_prompt_tokens=self._num_prompt_tokens,
+            num_generated_tokens=self._num_generated_tokens,
+            num_prefix_queries=scheduler.num_queried_tokens,
+            num_prefix_hits=scheduler.num_hit_tokens,
+        )
