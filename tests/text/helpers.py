@@ -77,3 +77,36 @@ def every_cut(text: str):
     for i in range(len(text) + 1):
         yield [text[:i], text[i:]]
     yield list(text)
+
+
+WEATHER_TOOL = {
+    "type": "function",
+    "function": {
+        "name": "get_weather",
+        "description": "Tells the weather",
+        "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
+    },
+}
+
+# Trims, quotes and refuses like the templates of instruct checkpoints, and prints each thing that it is given.
+TOOL_TEMPLATE = """
+{{- bos_token }}
+{%- if date_string is defined %}{{ "DATE " + date_string }}{% endif %}
+{%- if tools is not none %}
+    {%- for tool in tools %}{{- "TOOL " + (tool | tojson) + "\\n" }}{% endfor %}
+{%- endif %}
+{%- for message in messages %}
+    {{- "<|start_header_id|>" + message.role + "<|end_header_id|>\\n\\n" }}
+    {%- if "tool_calls" in message %}
+        {%- for call in message.tool_calls %}
+            {{- "CALL " + call.function.name + " " + (call.function.arguments | tojson) }}
+        {%- endfor %}
+    {%- elif message.role == "tool" %}
+        {{- "RESULT " + (message.content | tojson) }}
+    {%- else %}
+        {{- message.content | trim }}
+    {%- endif %}
+    {{- "<|eot_id|>" }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- "<|start_header_id|>assistant<|end_header_id|>\\n\\n" }}{% endif %}
+"""

@@ -30,7 +30,7 @@ def test_pieces_add_up_for_any_ids_and_cuts(request, name):
     tokenizer = request.getfixturevalue(name)
 
     @given(st.lists(st.lists(st.integers(0, tokenizer.vocab_size - 1), max_size=6), max_size=12), st.booleans())
-    @settings(max_examples=200)
+    @settings(max_examples=80)
     def check(chunks, skip):
         decoder = IncrementalDecoder(tokenizer, skip_special_tokens=skip)
         pieces = [*(decoder.push(chunk) for chunk in chunks), decoder.flush()]

@@ -32,7 +32,7 @@ def expected(stop, text, include=False):
     st.text("abc", max_size=24),
     st.booleans(),
 )
-@settings(max_examples=300)
+@settings(max_examples=150)
 def test_every_cut_gives_what_the_definition_says(stop, text, include):
     want = expected(stop, text, include)
     for pieces in every_cut(text):
@@ -40,7 +40,7 @@ def test_every_cut_gives_what_the_definition_says(stop, text, include):
 
 
 @given(st.lists(st.text("ab", min_size=1, max_size=5), min_size=1, max_size=3), st.text("abc", max_size=24))
-@settings(max_examples=300)
+@settings(max_examples=150)
 def test_no_more_is_held_back_than_may_still_match(stop, text):
     matcher = StopMatcher(tuple(stop))
     passed = 0

@@ -50,7 +50,7 @@ def test_add_eos_token_of_the_config_is_obeyed(tmp_path):
 
 
 @given(st.lists(st.sampled_from([*LLAMA_SPECIAL, "<|eot", "_id|>", " ", "a", "\n", "é", "<", "|"])).map("".join))
-@settings(max_examples=200)
+@settings(max_examples=100)
 def test_encode_plain_makes_no_control_token(llama_tokenizer, text):
     ids = llama_tokenizer.encode_plain(text)
     assert llama_tokenizer.special_ids.isdisjoint(ids)
@@ -106,7 +106,7 @@ def test_decode_equals_the_backend(llama_path, llama_tokenizer):
     backend = tokenizers.Tokenizer.from_file(str(llama_path / "tokenizer.json"))
 
     @given(st.lists(st.integers(0, llama_tokenizer.vocab_size - 1)), st.booleans())
-    @settings(max_examples=300)
+    @settings(max_examples=100)
     def check(ids, skip):
         assert llama_tokenizer.decode(ids, skip) == backend.decode(ids, skip_special_tokens=skip)
 

@@ -151,6 +151,13 @@ class Tokenizer:
         return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
 
     @cached_property
+    def special_affixes(self) -> tuple[frozenset[str], frozenset[str]]:
+        """(what special tokens begin with, what they end with), the whole tokens excepted."""
+        beginnings = {token[:size] for token in self.special_tokens for size in range(1, len(token))}
+        endings = {token[size:] for token in self.special_tokens for size in range(1, len(token))}
+        return frozenset(beginnings), frozenset(endings)
+
+    @cached_property
     def backend_json(self) -> str:
         """tokenizer.json as the parsing instance holds it, for grammars."""
         return self._parsing.to_str()

@@ -1,0 +1,83 @@
+"""User text never becomes a control token.
+
+Wherever a string that a user gave spells a special token, a sentinel takes the token's place before rendering:
+decimal digits that cannot be guessed, which trimming, JSON quoting and changes of case leave alone. After rendering,
+the control tokens that still stand in the text are the template's own. The text between two of them is encoded as plain
+text if it holds a sentinel; everything else is encoded as if nothing had happened.
+"""
+
+import re
+import secrets
+from collections.abc import Mapping
+from typing import Any
+
+from llama.text.tokenizer import Tokenizer
+from llama.text.tokenizer.tokenizer import check_unicode
+
+_NONCE_DIGITS = 20  # fresh for every rendering, so nothing can be learnt from an earlier one
+_INDEX_DIGITS = 6
+
+
+class SafeText:
+    """One rendering's sentinels."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._nonce = str(secrets.randbelow(9 * 10 ** (_NONCE_DIGITS - 1)) + 10 ** (_NONCE_DIGITS - 1))
+        self._sentinel = re.compile(self._nonce + rf"([0-9]{{{_INDEX_DIGITS}}})")
+        self._indices: dict[str, str] = {}  # hidden text -> index
+        self._hidden: dict[str, str] = {}  # index -> hidden text
+
+    def hide(self, value: Any) -> Any:
+        """A copy of a JSON value in which no string, keys included, spells a special token or begins or ends one."""
+        if isinstance(value, str):
+            return self._hide_text(value)
+        if isinstance(value, Mapping):
+            return {self.hide(k): self.hide(v) for k, v in value.items()}
+        if isinstance(value, list | tuple):
+            return [self.hide(v) for v in value]
+        return value
+
+    def show(self, rendered: str) -> str:
+        """The rendered text with the hidden text back in its place."""
+        return self._sentinel.sub(lambda m: self._hidden.get(m[1], m[0]), rendered) if self._hidden else rendered
+
+    def encode(self, rendered: str) -> list[int]:
+        """Token ids of the rendered text in which hidden text is plain text."""
+        if not self._hidden:
+            return self._tokenizer.encode(rendered, add_special_tokens=False)
+        ids: list[int] = []
+        start = copied = 0
+        for control in [*self._tokenizer.special_pattern.finditer(rendered), None]:
+            end = len(rendered) if control is None else control.start()
+            if self._sentinel.search(rendered, start, end):
+                ids += self._tokenizer.encode(rendered[copied:start], add_special_tokens=False)
+                ids += self._tokenizer.encode_plain(self.show(rendered[start:end]))
+                copied = end
+            start = end if control is None else control.end()
+        return ids + self._tokenizer.encode(rendered[copied:], add_special_tokens=False)
+
+    def _hide_text(self, text: str) -> str:
+        check_unicode(text)
+        hidden = self._tokenizer.special_pattern.sub(lambda m: self._sentinel_for(m[0]), text)
+        return self._hide_ends(hidden)
+
+    def _hide_ends(self, text: str) -> str:
+        """Text that ends as a special token begins, or the reverse, could be completed by what the template adds."""
+        beginnings, endings = self._tokenizer.special_affixes
+        longest = max(map(len, beginnings), default=0)
+        bare = text.rstrip()
+        for size in range(min(longest, len(bare)), 0, -1):
+            if bare[-size:] in beginnings:
+                text = bare[:-size] + self._sentinel_for(bare[-size:]) + text[len(bare) :]
+                break
+        bare = text.lstrip()
+        for size in range(min(longest, len(bare)), 0, -1):
+            if bare[:size] in endings:
+                return text[: len(text) - len(bare)] + self._sentinel_for(bare[:size]) + bare[size:]
+        return text
+
+    def _sentinel_for(self, hidden: str) -> str:
+        index = self._indices.setdefault(hidden, f"{len(self._indices):0{_INDEX_DIGITS}d}")
+        self._hidden[index] = hidden
+        return self._nonce + index

@@ -1,0 +1,167 @@
+"""ChatTemplate: messages and tools in, one prompt out, as text or as token ids.
+
+Messages are prepared (prepare.py), control tokens in them are hidden (safe_text.py), the checkpoint's template runs in
+a process of its own (sandbox.py), and what was hidden is encoded as plain text. The template writes BOS itself.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+from llama.text.chat.builtin import REQUIRED_TOKENS, as_text, render_llama, with_calls_in_text, with_tools_in_text
+from llama.text.chat.prepare import prepare_messages, prepare_tools
+from llama.text.chat.safe_text import SafeText
+from llama.text.chat.sandbox import DEADLINE_SECONDS, ChatTemplateError, Sandbox
+from llama.text.chat.worker import make_environment
+from llama.text.tokenizer import Tokenizer
+from llama.text.tokenizer.files import read_json, read_text
+
+MAX_TEMPLATE_CHARACTERS = 2**18
+_DEFAULT, _TOOL_USE = "default", "tool_use"
+_OUR_ARGUMENTS = frozenset({"messages", "tools", "add_generation_prompt"})
+
+
+class ChatTemplate:
+    """How a checkpoint wants to be talked to. Safe to use from several threads."""
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        templates: Mapping[str, str] | None = None,
+        *,
+        deadline_seconds: float = DEADLINE_SECONDS,
+    ) -> None:
+        """`templates` by name, at least "default"; None for the built-in Llama 3.1 format."""
+        self._tokenizer = tokenizer
+        self._names: dict[str, frozenset[str]] = {}  # template: what it reads
+        self._sandbox: Sandbox | None = None
+        if templates:
+            if _DEFAULT not in templates:
+                raise ValueError(f"chat_template: no template is called 'default', only {sorted(templates)}")
+            self._names = {name: _mentioned_names(source) for name, source in templates.items()}
+            self._sandbox = Sandbox(templates, deadline_seconds=deadline_seconds)
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, tokenizer: Tokenizer) -> Self:
+        """chat_template.jinja wins over the field in tokenizer_config.json. Raises ValueError that names the file."""
+        folder = Path(path)
+        file, templates = _read_templates(folder)
+        try:
+            return cls(tokenizer, templates)
+        except ValueError as error:
+            raise ValueError(f"{file}: {error}") from None
+
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        **template_arguments: Any,
+    ) -> str:
+        """The prompt as text. Control tokens that a message spells look here like the template's own: see `encode`."""
+        safe, rendered = self._rendered(messages, tools, add_generation_prompt, template_arguments)
+        return safe.show(rendered)
+
+    def encode(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        **template_arguments: Any,
+    ) -> list[int]:
+        """The prompt as token ids. Nothing that a message, tool or argument says becomes a control token.
+
+        Raises ValueError for messages that cannot be meant, and its subclass ChatTemplateError where the template
+        refuses them.
+        """
+        safe, rendered = self._rendered(messages, tools, add_generation_prompt, template_arguments)
+        return safe.encode(rendered)
+
+    def close(self) -> None:
+        """Ends the process that renders; the next rendering would start another."""
+        if self._sandbox is not None:
+            self._sandbox.close()
+
+    def _rendered(
+        self, messages: Any, tools: Any, add_generation_prompt: bool, arguments: Mapping[str, Any]
+    ) -> tuple[SafeText, str]:
+        messages = prepare_messages(messages, self._tokenizer.special_tokens)
+        tools = prepare_tools(tools)
+        name = _TOOL_USE if tools and _TOOL_USE in self._names else _DEFAULT
+        names = self._names.get(name, frozenset())
+        self._check_arguments(arguments, names)
+        if "tool_calls" not in names and self._sandbox is not None:
+            messages = [with_calls_in_text(message) for message in messages]
+        if "tools" not in names:
+            messages = [message | {"content": as_text(message["content"])} for message in messages]
+            if tools is not None:
+                messages, tools = with_tools_in_text(messages, tools), None
+        safe = SafeText(self._tokenizer)
+        try:
+            messages, tools, arguments = safe.hide(messages), safe.hide(tools), safe.hide(arguments)
+        except RecursionError:
+            raise ValueError("messages, tools or template arguments are nested too deeply") from None
+        if self._sandbox is None:
+            return safe, self._render_builtin(messages, add_generation_prompt)
+        variables = {
+            **self._tokenizer.template_tokens,
+            "documents": None,
+            **arguments,
+            "messages": messages,
+            "tools": tools,
+            "add_generation_prompt": add_generation_prompt,
+        }
+        return safe, self._sandbox.render(name, variables)
+
+    def _render_builtin(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool) -> str:
+        missing = [token for token in REQUIRED_TOKENS if token not in self._tokenizer.special_tokens]
+        if missing:
+            raise ChatTemplateError(
+                f"this checkpoint has no chat template, and its tokenizer lacks {missing[0]} of the Llama 3.1 format: "
+                "generate from a prompt instead"
+            )
+        return render_llama(messages, add_generation_prompt)
+
+    @staticmethod
+    def _check_arguments(arguments: Mapping[str, Any], names: frozenset[str]) -> None:
+        unknown = sorted(name for name in arguments if name not in names or name in _OUR_ARGUMENTS)
+        if unknown:
+            raise ValueError(f"the chat template does not read the arguments {unknown}")
+
+
+def _mentioned_names(source: str) -> frozenset[str]:
+    """The template's variables, and "tool_calls" if it reads that of a message. Checks its size and syntax."""
+    from jinja2 import TemplateSyntaxError, nodes
+
+    if len(source) > MAX_TEMPLATE_CHARACTERS:
+        raise ValueError(f"chat_template: {len(source)} characters are more than {MAX_TEMPLATE_CHARACTERS}")
+    try:
+        tree = make_environment().parse(source)
+    except TemplateSyntaxError as error:
+        raise ValueError(f"chat_template: line {error.lineno}: {error.message}") from None
+    except RecursionError:
+        raise ValueError("chat_template: nested too deeply") from None
+    attributes = {node.attr for node in tree.find_all(nodes.Getattr)}
+    constants = {node.value for node in tree.find_all(nodes.Const) if isinstance(node.value, str)}
+    variables = {node.name for node in tree.find_all(nodes.Name)}
+    return frozenset(variables | (attributes | constants) & {"tool_calls"})
+
+
+def _read_templates(folder: Path) -> tuple[Path, dict[str, str] | None]:
+    """The file that holds the templates, and them by name; None where the checkpoint has none."""
+    file = folder / "chat_template.jinja"
+    if file.exists():
+        others = sorted((folder / "additional_chat_templates").glob("*.jinja"))
+        return file, {other.stem: read_text(other) for other in others} | {_DEFAULT: read_text(file)}
+    file = folder / "tokenizer_config.json"
+    found = read_json(file).get("chat_template")
+    if found is None:
+        return file, None
+    if isinstance(found, str):
+        return file, {_DEFAULT: found}
+    is_list = isinstance(found, list) and all(
+        isinstance(t, dict) and isinstance(t.get("name"), str) and isinstance(t.get("template"), str) for t in found
+    )
+    if not is_list:
+        raise ValueError(f"{file}: chat_template must be a string or a list of {{name, template}}")
+    return file, {t["name"]: t["template"] for t in found}
