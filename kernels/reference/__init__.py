@@ -2,5 +2,6 @@
 
 from kernels.reference.attention import paged_attention
 from kernels.reference.layers import add_rms_norm, rms_norm, rope_and_store, silu_mul
+from kernels.reference.sampling import sample, token_logprobs
 
-__all__ = ["add_rms_norm", "paged_attention", "rms_norm", "rope_and_store", "silu_mul"]
+__all__ = ["add_rms_norm", "paged_attention", "rms_norm", "rope_and_store", "sample", "silu_mul", "token_logprobs"]

@@ -25,7 +25,7 @@ from kernels.types import LOGPROBS_PROCESSED, LOGPROBS_RAW, Logprobs, Sampled, S
 CHUNK_ELEMENTS = 2**19  # logits worked on at once: 2 MB of float32, about a second-level cache
 
 
-def sample(logits: Tensor, rows: SamplerRows, state: SamplerState | None) -> Sampled:
+def sample(logits: Tensor, rows: SamplerRows, state: SamplerState | None = None) -> Sampled:
     """Draws one token per row of logits [rows, vocab] and counts it in `state`, where the row has a slot.
 
     Raw log-probabilities are those of `logits` as they came. Processed ones are those of the distribution drawn from,

@@ -70,6 +70,8 @@ class LogprobArrays(NamedTuple):
         entries = {token_id: Logprob(float(self.logprob[row]), int(self.rank[row]))}
         best = self.top_logprobs[row, :num_top].tolist()
         for place, (top_id, logprob) in enumerate(zip(self.top_ids[row, :num_top].tolist(), best, strict=True)):
+            if top_id < 0:  # fewer tokens than that have any probability
+                break
             if place == 0 or logprob < best[place - 1]:
                 rank = place + 1
             entries.setdefault(top_id, Logprob(logprob, rank))

@@ -3,18 +3,17 @@
 Sequence is the only mutable state of a request, and the scheduler owns it. Everything else here is a value.
 """
 
-import math
-from collections.abc import Mapping
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-MAX_SEED = 2**63 - 1
-MAX_LOGPROBS = 20
+from llama.engine.params import MAX_LOGPROBS as MAX_LOGPROBS
+from llama.engine.params import MAX_SEED as MAX_SEED
+from llama.engine.params import SamplingParams as SamplingParams
 
 
 class FinishReason(StrEnum):
@@ -23,116 +22,6 @@ class FinishReason(StrEnum):
     TOOL_CALLS = "tool_calls"
     ABORT = "abort"
     ERROR = "error"
-
-
-# Names that users of other libraries type; each error says what ours is called.
-FOREIGN_NAMES = {
-    "max_new_tokens": "max_tokens",
-    "min_new_tokens": "min_tokens",
-    "do_sample": "temperature=0 for greedy decoding",
-    "num_return_sequences": "n",
-    "stop_strings": "stop",
-    "eos_token_id": "stop_token_ids",
-    "num_beams": "n (beam search is not offered)",
-    "max_length": "max_tokens",
-    "max_completion_tokens": "max_tokens",
-}
-
-
-def _number(name: str, value: Any, low: float, high: float, *, exclusive_low: bool = False) -> float:
-    legal = f"{'(' if exclusive_low else '['}{low}, {high}]"
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ValueError(f"{name} must be a number in {legal}, got {value!r}")
-    if not math.isfinite(value) or value < low or value > high or (exclusive_low and value == low):
-        raise ValueError(f"{name} must be in {legal}, got {value!r}")
-    return float(value)
-
-
-def _integer(name: str, value: Any, low: int, high: int | None = None) -> int:
-    legal = f"an integer >= {low}" if high is None else f"an integer in [{low}, {high}]"
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise ValueError(f"{name} must be {legal}, got {value!r}")
-    if value < low or (high is not None and value > high):
-        raise ValueError(f"{name} must be {legal}, got {value!r}")
-    return value
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SamplingParams:
-    """How the next token is chosen. Every value is checked; NaN and infinities are refused.
-
-    The order in which they apply, with formulas, is told in `kernels.sample`. `seed=None` draws fresh entropy and the
-    seed used comes back with the output. `max_tokens=None` means the rest of the context.
-    """
-
-    n: int = 1
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    frequency_penalty: float = 0.0
-    presence_penalty: float = 0.0
-    logit_bias: Mapping[int, float] | None = None
-    seed: int | None = None
-    max_tokens: int | None = 256
-    min_tokens: int = 0
-    stop: str | SequenceOf[str] = ()
-    stop_token_ids: SequenceOf[int] = ()
-    include_stop_str_in_output: bool = False
-    ignore_eos: bool = False
-    logprobs: int | None = None
-    prompt_logprobs: int | None = None
-    logprobs_mode: Literal["raw", "processed"] = "raw"
-    response_format: Mapping[str, Any] | None = None
-
-    def __init_subclass__(cls) -> None:
-        raise TypeError("SamplingParams is final")
-
-    def __post_init__(self) -> None:
-        put = object.__setattr__
-        put(self, "n", _integer("n", self.n, 1, 128))
-        put(self, "temperature", _number("temperature", self.temperature, 0, 5))
-        put(self, "top_p", _number("top_p", self.top_p, 0, 1))
-        put(self, "top_k", max(0, _integer("top_k", self.top_k, -1)))
-        put(self, "min_p", _number("min_p", self.min_p, 0, 1))
-        penalty = _number("repetition_penalty", self.repetition_penalty, 0, math.inf, exclusive_low=True)
-        put(self, "repetition_penalty", penalty)
-        put(self, "frequency_penalty", _number("frequency_penalty", self.frequency_penalty, -2, 2))
-        put(self, "presence_penalty", _number("presence_penalty", self.presence_penalty, -2, 2))
-        if self.seed is not None:
-            _integer("seed", self.seed, 0, MAX_SEED)
-        if self.max_tokens is not None:
-            _integer("max_tokens", self.max_tokens, 1)
-        _integer("min_tokens", self.min_tokens, 0, self.max_tokens)
-        for name in ("logprobs", "prompt_logprobs"):
-            if getattr(self, name) is not None:
-                _integer(name, getattr(self, name), 0, MAX_LOGPROBS)
-        if self.logprobs_mode not in ("raw", "processed"):
-            raise ValueError(f'logprobs_mode must be "raw" or "processed", got {self.logprobs_mode!r}')
-        for name in ("include_stop_str_in_output", "ignore_eos"):
-            if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
-        put(self, "stop", self._checked_stop())
-        put(self, "stop_token_ids", tuple(_integer("stop_token_ids", t, 0) for t in self.stop_token_ids))
-        put(self, "logit_bias", self._checked_bias())
-
-    def _checked_stop(self) -> tuple[str, ...]:
-        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
-        for text in stop:
-            if not isinstance(text, str) or not text:
-                raise ValueError(f"stop must hold non-empty strings, got {text!r}")
-        return stop
-
-    def _checked_bias(self) -> dict[int, float] | None:
-        if not self.logit_bias:
-            return None
-        if not isinstance(self.logit_bias, Mapping):
-            raise ValueError(f"logit_bias must map token ids to numbers in [-100, 100], got {self.logit_bias!r}")
-        return {
-            _integer("logit_bias id", t, 0): _number(f"logit_bias[{t}]", b, -100, 100)
-            for t, b in self.logit_bias.items()
-        }
 
 
 class Logprob(NamedTuple):
