@@ -4,12 +4,15 @@ It reads its context through the block tables that the plans have told so far, s
 or copy changes the tokens. `expected` is what a sequence must give, computed from its tokens alone.
 """
 
+from collections import deque
 from hashlib import blake2b
 
 import numpy as np
 
+from llama.engine.blocks import BlockPool
 from llama.engine.plan import LAST_SAMPLED, LogprobArrays, Plan, StepResult
-from llama.engine.request import SamplingParams, Sequence
+from llama.engine.request import FinishReason, SamplingParams, Sequence, TokenOutput
+from llama.engine.scheduler import Scheduler
 
 UNWRITTEN = -9
 
@@ -77,6 +80,9 @@ class FakeRunner:
             assert all((context != UNWRITTEN).all() for context in following)
             scores = fake_logprobs(plan.prompt_targets)
         bad = np.array([self.is_bad(int(row)) for row in plan.sample_rows], bool)
+        for i in np.flatnonzero(bad[: plan.num_decodes]):  # what it computed is as bad as what it drew
+            position = positions[i]
+            self.cache[self.table[plan.rows[i], position // self.block_size], position % self.block_size] = UNWRITTEN
         return StepResult(np.array(sampled, np.int64), bad, fake_logprobs(sampled), scores)
 
     def _context(self, row: int, length: int) -> np.ndarray:
@@ -94,3 +100,83 @@ def sequences_of(request_id, arrival, prompt, params: SamplingParams | None = No
     if params.prompt_logprobs is not None:
         sequences[0].prompt_logprobs = [None]
     return sequences
+
+
+class Driver:
+    """Scheduler and FakeRunner as an engine would run them, with `lag` steps in flight; checks everything it sees."""
+
+    def __init__(
+        self,
+        *,
+        num_blocks: int,
+        block_size: int = 4,
+        max_num_seqs: int = 8,
+        max_num_batched_tokens: int = 64,
+        max_model_len: int = 64,
+        vocab_size: int = 50,
+        eos_token_ids=(),
+        enable_prefix_caching: bool = True,
+        lag: int = 0,
+    ) -> None:
+        self.pool = BlockPool(num_blocks, block_size, enable_prefix_caching=enable_prefix_caching)
+        sizes = {"vocab_size": vocab_size, "max_model_len": max_model_len}
+        self.scheduler = Scheduler(
+            self.pool,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+            eos_token_ids=eos_token_ids,
+            **sizes,
+        )
+        self.runner = FakeRunner(num_rows=max_num_seqs, num_blocks=num_blocks, block_size=block_size, **sizes)
+        self.vocab_size, self.max_model_len = vocab_size, max_model_len
+        self.lag = lag
+        self.in_flight: deque[tuple[Plan, StepResult]] = deque()
+        self.expected: dict[tuple[str, int], list[int]] = {}
+        self.got: dict[tuple[str, int], list[int]] = {}
+        self.ended: dict[tuple[str, int], TokenOutput] = {}
+        self.outputs: list[TokenOutput] = []
+
+    def add(self, prompt, params: SamplingParams | None = None, *, seed: int = 0) -> str:
+        params = params or SamplingParams(max_tokens=5)
+        number = len({name for name, _ in self.expected})
+        request_id = f"request {number}"
+        sequences = sequences_of(request_id, number, prompt, params, seed=seed, max_model_len=self.max_model_len)
+        ends = set(params.stop_token_ids) | (set() if params.ignore_eos else self.scheduler.eos_token_ids)
+        for s in sequences:
+            tokens = expected(prompt, s.seed, s.limit - len(prompt), self.vocab_size, ends)
+            self.expected[request_id, s.index] = tokens
+            self.got[request_id, s.index] = []
+        self.scheduler.add(sequences)
+        return request_id
+
+    def step(self) -> Plan | None:
+        """Schedule, compute, and take the result that is due."""
+        plan = self.scheduler.schedule()
+        if plan is None:
+            assert self.in_flight or not self.scheduler.has_unfinished, "no progress"
+        else:
+            assert 0 < plan.num_tokens <= self.scheduler.max_num_batched_tokens
+            self.in_flight.append((plan, self.runner.execute(plan)))
+        while len(self.in_flight) > (self.lag if plan is not None else 0):
+            self.take(self.scheduler.update(*self.in_flight.popleft()))
+        self.scheduler.check()
+        return plan
+
+    def take(self, outputs: list[TokenOutput]) -> None:
+        self.outputs = outputs
+        for output in outputs:
+            key = output.request_id, output.index
+            assert key not in self.ended, "something comes after the end"
+            self.got[key] += output.token_ids
+            assert self.got[key] == self.expected[key][: len(self.got[key])]
+            if output.finish_reason is not None:
+                self.ended[key] = output
+
+    def drain(self) -> None:
+        """Run to the end: nothing is left behind, and whatever ended by itself ended as expected."""
+        while self.scheduler.has_unfinished or self.in_flight:
+            self.step()
+        assert self.pool.num_used == 0
+        for key, output in self.ended.items():
+            if output.finish_reason is not FinishReason.ERROR:
+                assert self.got[key] == self.expected[key]
