@@ -12,7 +12,8 @@ from tokenizers import models, pre_tokenizers
 from llama.text.tokenizer import Tokenizer
 from tests.text.helpers import BOS, EOT, LLAMA_SPECIAL, llama_backend, sentencepiece_backend, write_checkpoint
 
-TEXTS = ["", "hi", "  a\n\n b ", "naïve 你好 👩‍👩‍👧", f"a{EOT}b", "<|eot_id", "x" * 300, "\x00\x07\t\r\n"]
+LONG = "The user asks:  4 spaces\n\n你好 <|eot_id|> " * 500
+TEXTS = ["", LONG, "hi", "  a\n\n b ", "naïve 你好 👩‍👩‍👧", f"a{EOT}b", "<|eot_id", "x" * 300, "\x00\x07\t\r\n"]
 
 
 @pytest.mark.parametrize("text", TEXTS)

@@ -64,8 +64,7 @@ class SafeText:
 
     def _hide_ends(self, text: str) -> str:
         """Text that ends as a special token begins, or the reverse, could be completed by what the template adds."""
-        beginnings, endings = self._tokenizer.special_affixes
-        longest = max(map(len, beginnings), default=0)
+        beginnings, endings, longest = self._tokenizer.special_affixes
         bare = text.rstrip()
         for size in range(min(longest, len(bare)), 0, -1):
             if bare[-size:] in beginnings:

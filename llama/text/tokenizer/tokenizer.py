@@ -19,6 +19,8 @@ from llama.text.tokenizer.incremental import IncrementalDecoder
 from llama.text.tokenizer.pieces import PieceDecoder, piece_decoder
 
 _PROBE = "a"
+# `encode` holds the interpreter's lock: seconds for megabytes. The batch form releases it, and wakes other threads.
+_SHORT_TEXT = 4096
 
 
 class Tokenizer:
@@ -90,7 +92,9 @@ class Tokenizer:
         if not isinstance(text, str):
             raise ValueError(f"text must be a string, got {type(text).__name__}")
         check_unicode(text)
-        return list(instance.encode(text, add_special_tokens=False).ids)
+        if len(text) <= _SHORT_TEXT:
+            return list(instance.encode(text, add_special_tokens=False).ids)
+        return list(instance.encode_batch_fast([text], add_special_tokens=False)[0].ids)
 
     # Ids to text
 
@@ -151,11 +155,11 @@ class Tokenizer:
         return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
 
     @cached_property
-    def special_affixes(self) -> tuple[frozenset[str], frozenset[str]]:
-        """(what special tokens begin with, what they end with), the whole tokens excepted."""
+    def special_affixes(self) -> tuple[frozenset[str], frozenset[str], int]:
+        """(what special tokens begin with, what they end with, the longest of both); whole tokens excepted."""
         beginnings = {token[:size] for token in self.special_tokens for size in range(1, len(token))}
         endings = {token[size:] for token in self.special_tokens for size in range(1, len(token))}
-        return frozenset(beginnings), frozenset(endings)
+        return frozenset(beginnings), frozenset(endings), max(map(len, beginnings), default=0)
 
     @cached_property
     def backend_json(self) -> str:
