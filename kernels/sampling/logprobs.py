@@ -1,0 +1,250 @@
+"""Log-probabilities of one token per row, its rank and the row's best tokens, raw or of the distribution drawn from.
+
+Two launches: every split of a row finds its maximum, sum of exponentials, number of greater values and best tokens (one
+read of the logits, each best token one more pass over registers); one program per row merges them. Splits have a fixed
+size, so that a row's sum does not depend on the batch.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.sampling.draw import NO_CUT, count_token, is_alive, pack
+from kernels.sampling.rules import Rules, Tiling, depths, load_changed, load_raw, row_maximum
+from kernels.types import LOGPROBS_OFF, LOGPROBS_PROCESSED, LOGPROBS_RAW, Logprobs
+
+_OFF = tl.constexpr(LOGPROBS_OFF)
+_RAW = tl.constexpr(LOGPROBS_RAW)
+_PROCESSED = tl.constexpr(LOGPROBS_PROCESSED)
+
+
+@triton.jit
+def _pack_value(values, ids, ID_BITS: tl.constexpr):
+    """One integer per token, ascending: greater values first, ties by lower id."""
+    bits = tl.where(values == 0, 0.0, values).to(tl.int32, bitcast=True)  # -0.0 ties with 0.0
+    ascending = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    return ((0x7FFFFFFF - ascending.to(tl.int64)) << ID_BITS) | ids
+
+
+@triton.jit
+def _unpack_value(packed, ID_BITS: tl.constexpr):
+    ascending = (0x7FFFFFFF - (packed >> ID_BITS)).to(tl.int32)
+    return (ascending ^ ((ascending >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _drawn_values(
+    rules,
+    row,
+    first,
+    maximum,
+    cut,
+    has_bias,
+    has_state,
+    has_mask,
+    VOCAB: tl.constexpr,
+    TILE: tl.constexpr,
+    ID_BITS: tl.constexpr,
+):
+    """What a processed row's softmax is of: changed logits if greedy, else -depth within the support."""
+    ids, logits = load_changed(rules, row, first, has_bias, has_state, has_mask, VOCAB, TILE)
+    temperature = tl.load(rules.temperature + row)
+    if temperature != 0:
+        depth = depths(logits, maximum, temperature)
+        kept = is_alive(depth, tl.load(rules.min_p + row)) & (pack(depth, ids, ID_BITS) <= cut)
+        logits = tl.where(kept, -depth, -float("inf"))
+    return ids, logits
+
+
+@triton.jit(do_not_specialize=["splits", "num_splits", "num_top", "has_bias", "has_state", "has_mask"])
+def logprob_parts_kernel(
+    rules,
+    token_ids,
+    modes,  # DRAWN: [rows]
+    row_maxima,  # DRAWN: [rows, splits] of changed logits
+    values,  # DRAWN: [rows], each token's own value in a processed row
+    cuts,  # DRAWN: [rows]
+    own,  # [rows] out: each token's own value
+    maxima,  # [rows, num_splits] out
+    sums,  # [rows, num_splits] out, of exp(value - the split's maximum)
+    greater,  # [rows, num_splits] out
+    best,  # [rows, num_splits, num_top] out, packed values
+    splits,
+    num_splits,
+    num_top,
+    has_bias,
+    has_state,
+    has_mask,
+    DRAWN: tl.constexpr,
+    VOCAB: tl.constexpr,
+    TILE: tl.constexpr,
+    MAX_SPLITS: tl.constexpr,
+    ID_BITS: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    split = tl.program_id(1)
+    first = split * TILE
+    mode = _RAW + 0
+    if DRAWN:
+        mode = tl.load(modes + row).to(tl.int32)
+    if mode != _OFF:
+        token = tl.load(token_ids + row)
+        value = tl.load(rules.logits + row * rules.logits_stride + token).to(tl.float32)
+        ids, x = load_raw(rules, row, first, VOCAB, TILE)
+        if DRAWN and mode == _PROCESSED:
+            maximum = row_maximum(row_maxima, row, splits, MAX_SPLITS)
+            value = tl.load(values + row)
+            cut = tl.load(cuts + row)
+            ids, x = _drawn_values(rules, row, first, maximum, cut, has_bias, has_state, has_mask, VOCAB, TILE, ID_BITS)
+        at = row * num_splits + split
+        maximum = tl.max(x)
+        tl.store(own + row, value)
+        tl.store(maxima + at, maximum)
+        tl.store(sums + at, tl.where(maximum > -float("inf"), tl.sum(tl.exp(x - maximum)), 0.0))
+        tl.store(greater + at, tl.sum((x > value).to(tl.int32)))
+        packed = _pack_value(x, ids, ID_BITS)
+        last = tl.full((), -1, tl.int64)
+        for place in range(num_top):
+            last = tl.min(tl.where(packed > last, packed, NO_CUT))
+            tl.store(best + at * num_top + place, last)
+
+
+@triton.jit(do_not_specialize=["num_splits", "num_top", "has_state"])
+def logprob_merge_kernel(
+    rules,
+    token_ids,
+    is_bad,  # DRAWN: [rows]
+    modes,  # DRAWN: [rows]
+    own,
+    maxima,
+    sums,
+    greater,
+    best,
+    logprobs,  # [rows] out
+    ranks,  # [rows] out
+    top_ids,  # [rows, num_top] out
+    top_logprobs,  # [rows, num_top] out
+    num_splits,
+    num_top,
+    has_state,  # whether to count the token here
+    DRAWN: tl.constexpr,
+    VOCAB: tl.constexpr,
+    MAX_SPLITS: tl.constexpr,
+    ID_BITS: tl.constexpr,
+):
+    CHUNK: tl.constexpr = 1024
+    row = tl.program_id(0).to(tl.int64)
+    mode = _RAW + 0
+    if DRAWN:
+        mode = tl.load(modes + row).to(tl.int32)
+        count_token(rules, row, tl.load(token_ids + row), tl.load(is_bad + row).to(tl.int32), has_state, VOCAB)
+    if mode == _OFF:
+        tl.store(logprobs + row, 0.0)
+        tl.store(ranks + row, 0)
+        for place in range(num_top):
+            tl.store(top_ids + row * num_top + place, -1)
+            tl.store(top_logprobs + row * num_top + place, -float("inf"))
+    else:
+        split = tl.arange(0, MAX_SPLITS)
+        parts = tl.load(maxima + row * num_splits + split, mask=split < num_splits, other=-float("inf"))
+        exponentials = tl.load(sums + row * num_splits + split, mask=split < num_splits, other=0.0)
+        maximum = tl.max(parts)
+        log_sum = tl.log(tl.sum(exponentials * tl.exp(parts - maximum)))
+        tl.store(logprobs + row, tl.load(own + row) - maximum - log_sum)
+        counts = tl.load(greater + row * num_splits + split, mask=split < num_splits, other=0)
+        tl.store(ranks + row, 1 + tl.sum(counts).to(tl.int64))
+
+        best += row * num_splits * num_top
+        last = tl.full((), -1, tl.int64)
+        for place in range(num_top):
+            following = tl.full((CHUNK,), NO_CUT, tl.int64)
+            for start in range(0, num_splits * num_top, CHUNK):
+                at = start + tl.arange(0, CHUNK)
+                packed = tl.load(best + at, mask=at < num_splits * num_top, other=NO_CUT)
+                following = tl.minimum(following, tl.where(packed > last, packed, NO_CUT))
+            last = tl.min(following)
+            value = _unpack_value(last, ID_BITS)
+            token = tl.where(value > -float("inf"), last & ((1 << ID_BITS) - 1), -1)
+            tl.store(top_ids + row * num_top + place, token)
+            tl.store(top_logprobs + row * num_top + place, value - maximum - log_sum)
+
+
+class Draw(NamedTuple):
+    """What `sample` leaves behind for the log-probabilities of its tokens."""
+
+    is_bad: Tensor
+    modes: Tensor
+    maxima: Tensor  # [rows, splits]
+    values: Tensor
+    cuts: Tensor
+    splits: int
+
+
+def compute_logprobs(
+    rules: Rules, token_ids: Tensor, num_top: int, draw: Draw | None = None, flags: dict[str, int] | None = None
+) -> Logprobs:
+    """Of the rules' logits as they came; after a draw, of what each row's mode asks for, and the tokens are counted."""
+    (rows, vocab), device = rules.logits.shape, token_ids.device
+    tiling = Tiling.of(max(rows, 1), vocab)
+    shape = (rows, tiling.num_tiles)
+    logprobs = Logprobs(
+        torch.empty(rows, dtype=torch.float32, device=device),
+        torch.empty(rows, dtype=torch.int64, device=device),
+        torch.empty(rows, num_top, dtype=torch.int64, device=device),
+        torch.empty(rows, num_top, dtype=torch.float32, device=device),
+    )
+    if rows == 0:
+        return logprobs
+    own = torch.empty(rows, dtype=torch.float32, device=device)
+    maxima = torch.empty(shape, dtype=torch.float32, device=device)
+    sums = torch.empty(shape, dtype=torch.float32, device=device)
+    greater = torch.empty(shape, dtype=torch.int32, device=device)
+    best = torch.empty(*shape, num_top, dtype=torch.int64, device=device)
+    drawn = draw or Draw(token_ids, token_ids, maxima, own, token_ids, 1)
+    flags = flags or {"has_bias": 0, "has_state": 0, "has_mask": 0}
+    constants = {"DRAWN": draw is not None, "VOCAB": vocab, "MAX_SPLITS": tiling.max_splits, "ID_BITS": tiling.id_bits}
+    logprob_parts_kernel[shape](
+        rules,
+        token_ids,
+        drawn.modes,
+        drawn.maxima,
+        drawn.values,
+        drawn.cuts,
+        own,
+        maxima,
+        sums,
+        greater,
+        best,
+        drawn.splits,
+        tiling.num_tiles,
+        num_top,
+        **flags,
+        **constants,
+        TILE=tiling.tile,
+        num_warps=8,
+        enable_fp_fusion=False,
+    )
+    logprob_merge_kernel[(rows,)](
+        rules,
+        token_ids,
+        drawn.is_bad,
+        drawn.modes,
+        own,
+        maxima,
+        sums,
+        greater,
+        best,
+        logprobs.logprob,
+        logprobs.rank,
+        logprobs.top_ids,
+        logprobs.top_logprobs,
+        tiling.num_tiles,
+        num_top,
+        flags["has_state"],
+        **constants,
+        num_warps=4,
+    )
+    return logprobs
