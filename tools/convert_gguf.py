@@ -68,7 +68,10 @@ class GGUFFile:
         with path.open("rb") as file:
             if file.read(4) != b"GGUF":
                 raise ValueError(f"{path} is not a GGUF file")
-        reader = gguf.GGUFReader(path)
+        try:
+            reader = gguf.GGUFReader(path)
+        except Exception as error:  # the reader checks nothing: a damaged file ends in whatever comes first
+            raise ValueError(f"{path} is truncated or damaged ({type(error).__name__}: {error})") from error
         self._fields = reader.fields
         self.tensors = {tensor.name: tensor for tensor in reader.tensors}
         architecture = self.get("general.architecture")
@@ -188,7 +191,7 @@ class Weights:
         return weight.to(self.dtype)
 
 
-def read_tokenizer(file: GGUFFile) -> Tokenizer:
+def read_tokenizer(file: GGUFFile, vocab_size: int) -> Tokenizer:
     kind, pre = file.require("tokenizer.ggml.model"), file.get("tokenizer.ggml.pre", "default")
     if kind != "gpt2" or pre not in PRE_TOKENIZERS:
         known = ", ".join(PRE_TOKENIZERS)
@@ -201,6 +204,8 @@ def read_tokenizer(file: GGUFFile) -> Tokenizer:
     adds_bos = file.get("tokenizer.ggml.add_bos_token", pre in LLAMA3_NAMES)
     if adds_bos and bos_id is None:
         raise ValueError("the file asks for a BOS token before each text but names none")
+    if len(tokens) > vocab_size:
+        raise ValueError(f"{len(tokens)} tokens, but embeddings for {vocab_size}")
     return build_tokenizer(
         {token: i for i, token in enumerate(tokens)},
         [tuple(merge.split(" ", 1)) for merge in file.require("tokenizer.ggml.merges")],
@@ -216,7 +221,7 @@ def convert(source: Path, output: Path, dtype: str = "bfloat16") -> None:
     file = GGUFFile(source)
     config = read_config(file)
     weights = Weights(file, config, DTYPES[dtype])
-    tokenizer = read_tokenizer(file)
+    tokenizer = read_tokenizer(file, config.vocab_size)
     tokens = file.require("tokenizer.ggml.tokens")
     names = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
     ids = {name: file.get(f"tokenizer.ggml.{key}_token_id") for name, key in names.items()}

@@ -174,7 +174,9 @@ def interleaved(data, num_heads):
     return rows.swapaxes(1, 2).reshape(data.shape)
 
 
-def write_gguf(path, kind, *, fields=None, extra=None, pre="llama-bpe", architecture="llama"):
+def write_gguf(
+    path, kind, *, fields=None, extra=None, pre="llama-bpe", architecture="llama", num_tokens=CONFIG.vocab_size
+):
     """A tiny model whose matrices are all of one type; returns what it stands for, as a state dict."""
     generator = np.random.default_rng(0)
     writer = gguf.GGUFWriter(path, architecture)
@@ -188,7 +190,7 @@ def write_gguf(path, kind, *, fields=None, extra=None, pre="llama-bpe", architec
     writer.add_rope_freq_base(CONFIG.rope_parameters["rope_theta"])
     writer.add_layer_norm_rms_eps(CONFIG.rms_norm_eps)
     tokens = [*byte_alphabet().values(), "he", "ll", "hell", "hello", "Ġhello", "<tool>", *SPECIAL]
-    tokens += [f"[PAD{i}]" for i in range(CONFIG.vocab_size - len(tokens))]
+    tokens += [f"[PAD{i}]" for i in range(num_tokens - len(tokens))]
     kinds = {"<tool>": gguf.TokenType.USER_DEFINED} | dict.fromkeys(SPECIAL, gguf.TokenType.CONTROL)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(pre)
@@ -281,4 +283,19 @@ def test_what_is_not_llama_is_refused_and_leaves_nothing(tmp_path, change, messa
 def test_another_file_is_refused(tmp_path):
     (tmp_path / "model.gguf").write_bytes(b"<!DOCTYPE html>")
     with pytest.raises(SystemExit, match="not a GGUF file"):
+        main(["--input", str(tmp_path / "model.gguf"), "--output", str(tmp_path / "hf")])
+
+
+@pytest.mark.parametrize("size", [4, 12, 500, 3000, 100_000])
+def test_a_truncated_file_is_refused(tmp_path, size):
+    write_gguf(tmp_path / "whole.gguf", Type.Q4_0)
+    (tmp_path / "model.gguf").write_bytes((tmp_path / "whole.gguf").read_bytes()[:size])
+    with pytest.raises(SystemExit, match="truncated or damaged"):
+        main(["--input", str(tmp_path / "model.gguf"), "--output", str(tmp_path / "hf")])
+    assert not (tmp_path / "hf").exists()
+
+
+def test_more_tokens_than_embeddings_are_refused(tmp_path):
+    write_gguf(tmp_path / "model.gguf", Type.F16, num_tokens=CONFIG.vocab_size + 1)
+    with pytest.raises(SystemExit, match="273 tokens, but embeddings for 272"):
         main(["--input", str(tmp_path / "model.gguf"), "--output", str(tmp_path / "hf")])
