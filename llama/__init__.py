@@ -7,7 +7,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from llama.async_llm import AsyncLLM as AsyncLLM
+    from llama.engine.request import CompletionOutput as CompletionOutput
     from llama.engine.request import FinishReason as FinishReason
+    from llama.engine.request import RequestOutput as RequestOutput
     from llama.engine.request import SamplingParams as SamplingParams
     from llama.llm import LLM as LLM
     from llama.model.config import ModelConfig as ModelConfig
@@ -16,14 +19,27 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "AsyncLLM": "llama.async_llm",
+    "CompletionOutput": "llama.engine.request",
     "FinishReason": "llama.engine.request",
     "LLM": "llama.llm",
     "ModelConfig": "llama.model.config",
+    "RequestOutput": "llama.engine.request",
     "SamplingParams": "llama.engine.request",
     "Transformer": "llama.model.transformer",
 }
 
-__all__ = ["LLM", "FinishReason", "ModelConfig", "SamplingParams", "Transformer", "__version__"]
+__all__ = [
+    "LLM",
+    "AsyncLLM",
+    "CompletionOutput",
+    "FinishReason",
+    "ModelConfig",
+    "RequestOutput",
+    "SamplingParams",
+    "Transformer",
+    "__version__",
+]
 
 
 def __getattr__(name: str) -> Any:

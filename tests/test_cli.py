@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+import os
 import subprocess
 import sys
 
@@ -76,11 +77,11 @@ def test_help_names_the_commands_and_every_sampling_flag(capsys):
     [
         ([], "there are chat, generate, info"),
         (["serve", "x"], "'serve' is not a command"),
-        (["generate", "folder"], "prompt"),
+        (["generate", "folder"], "PROMPT"),
         (["generate", "folder", "p", "--temprature", "1"], "perhaps --temperature"),
         (["generate", "folder", "p", "--top-k", "many"], "--top-k: it takes an integer, got 'many'"),
-        (["generate", "folder", "p", "--temperature", "9"], "temperature must be in [0, 5]"),
-        (["generate", "folder", "p", "--temperature", "nan"], "temperature must be in [0, 5]"),
+        (["generate", "folder", "p", "--temperature", "9"], "temperature must be"),
+        (["generate", "folder", "p", "--temperature", "nan"], "temperature must be"),
         (["generate", "folder", "p", "--logit-bias", "5"], "ID=NUMBER"),
         (["generate", "folder", "p", "--stop-token-ids", "x"], "token ids"),
         (["generate", "folder", "p", "--logprobs", "2"], "--json"),
@@ -274,13 +275,10 @@ def test_chat_answers_with_a_real_model(capsys, tiny, monkeypatch):
     assert code == 0 and out.endswith("\n") and "prompt tokens" in err and "Traceback" not in err
 
 
-def test_a_reader_that_leaves_early_is_no_error(tiny):
+def test_a_reader_that_has_left_is_no_error(llama_70b):
+    reader, writer = os.pipe()
+    os.close(reader)
     command = [sys.executable, "-c", "import sys; from llama.cli import main; sys.exit(main(sys.argv[1:]))"]
-    arguments = ["generate", tiny, "x", "--ignore-eos", "--max-tokens", "200"]
-    done = subprocess.run(
-        ["bash", "-c", '"$@" | head -c 1; exit "${PIPESTATUS[0]}"', "bash", *command, *arguments],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode in (0, 1) and "Traceback" not in done.stderr and "Exception" not in done.stderr
+    done = subprocess.run([*command, "info", llama_70b], stdout=writer, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (1, "")

@@ -17,9 +17,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from llama.async_llm.errors import EngineClosedError, EngineDeadError, QueueFullError
+from llama.async_llm.errors import EngineClosedError, QueueFullError
 from llama.async_llm.seats import Seats
 from llama.async_llm.stepper import Stepper, Stream
+from llama.engine.engine import EngineDeadError
 from llama.engine.request import Piece, SamplingParams
 from llama.llm import LLM
 from llama.llm.inputs import Message, Prompt
@@ -127,8 +128,8 @@ class AsyncLLM:
 
     async def _submit(self, prepare: Callable[[], Request], size: int) -> Stream:
         queued = time.monotonic()
-        if self._stepper.dead is not None:
-            raise self._stepper.dead
+        if (dead := self._stepper.dead) is not None:
+            raise dead
         if self._draining:
             raise EngineClosedError("the engine is draining or closed: it takes no new requests")
         seat = self._seats.take()

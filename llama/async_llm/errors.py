@@ -11,7 +11,3 @@ class QueueFullError(RuntimeError):
 
 class EngineClosedError(RuntimeError):
     """The engine takes no new requests: it is draining or closed."""
-
-
-class EngineDeadError(RuntimeError):
-    """A step failed in a way that the engine did not survive. Its cause is the exception of that step."""

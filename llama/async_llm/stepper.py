@@ -11,8 +11,9 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from typing import Any
 
-from llama.async_llm.errors import EngineClosedError, EngineDeadError
+from llama.async_llm.errors import EngineClosedError
 from llama.async_llm.seats import Seat, Seats
+from llama.engine.engine import EngineDeadError
 from llama.engine.request import Piece, RequestOutput
 from llama.output import Replies, Reply, Request, merged
 
@@ -111,7 +112,7 @@ class Stepper:
         self._changed = threading.Condition()
         self._stopping = False
         self._step_began: float | None = None
-        self.dead: EngineDeadError | None = None
+        self._killed_by: BaseException | None = None
         self.thread = threading.Thread(target=self._run, name="llama-step", daemon=True)
 
     @property
@@ -119,6 +120,17 @@ class Stepper:
         """How long the step that runs now has been running; 0 between steps. What a watchdog looks at."""
         began = self._step_began
         return 0.0 if began is None else time.monotonic() - began
+
+    @property
+    def dead(self) -> EngineDeadError | None:
+        """What to raise once the engine has died, made anew for each who raises it; None while it lives."""
+        cause = self._killed_by
+        if cause is None:
+            return None
+        is_said = isinstance(cause, EngineDeadError)
+        dead = EngineDeadError(str(cause) if is_said else f"the engine died: {type(cause).__name__}: {cause}")
+        dead.__cause__ = cause
+        return dead
 
     def call(self, command: Callable[[], Any]) -> "Future[Any]":
         """Run on the step thread between two steps; the future has its result or exception."""
@@ -206,17 +218,15 @@ class Stepper:
         _wake([stream])
 
     def _die(self, error: BaseException) -> None:
-        dead = EngineDeadError(f"the engine died: {type(error).__name__}: {error}")
-        dead.__cause__ = error
         with self._changed:
-            self.dead, self._step_began = dead, None
+            self._killed_by, self._step_began = error, None
             commands = list(self._inbox)
             self._inbox.clear()
         for _, future in commands:
             if future.set_running_or_notify_cancel():
-                future.set_exception(dead)
+                future.set_exception(self.dead)
         for stream in list(self._streams.values()):
-            self._ended(stream, dead)
+            self._ended(stream, self.dead)
 
 
 def _run_command(command: Callable[[], Any], future: "Future[Any]") -> None:

@@ -23,7 +23,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 0
         if name not in _COMMANDS:
             raise UsageError(f"{name or 'nothing'!r} is not a command: there are {', '.join(_COMMANDS)}")
-        return _run(name, arguments[1:])
+        code = _run(name, arguments[1:])
+        sys.stdout.flush()
+        return code
     except UsageError as error:
         return _fail(2, f"{error}; llama {f'{name} ' if name in _COMMANDS else ''}--help says more")
     except BrokenPipeError:

@@ -194,7 +194,7 @@ def parse(name: str, arguments: Sequence[str]) -> Command:
 
 
 def _one_line(box: str) -> str:
-    """tyro's message, a title and parts with rules between them, as one line: what is wrong, what may have been meant."""
+    """tyro's message (a title, then parts with rules between them) as one line: what is wrong, what may be meant."""
     parts: list[list[str]] = [[]]
     for line in box.splitlines()[1:]:
         text = line.strip("│╭╮╰╯ ")

@@ -31,11 +31,11 @@ class LLM:
     """A model with its engine. `model` is a Hugging Face folder or a Transformer; without a tokenizer (a Transformer
     alone, or a folder that has none) prompts and answers are token ids only.
 
-    device: "auto" (CUDA where there is one), "cpu", "cuda", "cuda:0". dtype: "auto" (the checkpoint's), "float64" (CPU),
-    "float32", "float16", "bfloat16". max_model_len: the context in tokens, None = the model's. num_blocks: blocks of KV
-    cache, None = what memory allows. seed: None draws fresh entropy for unseeded requests, a number makes the whole run
-    repeatable. load_format: "auto" or "dummy" (random weights from config.json alone). Arguments of vLLM's that are not
-    here are refused by name unless they hold vLLM's default.
+    device: "auto" (CUDA where there is one), "cpu", "cuda", "cuda:0". dtype: "auto" (the checkpoint's), "float64" (on
+    the CPU), "float32", "float16", "bfloat16". max_model_len: the context in tokens, None = the model's. num_blocks:
+    blocks of KV cache, None = what memory allows. seed: None draws fresh entropy for unseeded requests, a number makes
+    the whole run repeatable. load_format: "auto", or "dummy" for random weights from config.json alone. Arguments of
+    vLLM's that are not here are refused by name unless they hold vLLM's default.
     """
 
     def __init__(

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-# Name -> the values that change nothing here. Sets of defaults differ between vLLM's releases, so several may be listed.
+# Name -> the values that change nothing here. Defaults differ between vLLM's releases, so several may be listed.
 _HARMLESS: dict[str, tuple[Any, ...]] = {
     "allowed_local_media_path": ("",),
     "async_scheduling": (None, False),

@@ -51,13 +51,14 @@ def resolve_dtype(dtype: str | torch.dtype) -> torch.dtype | None:
 
 
 def load_text(model: Any, tokenizer: Any) -> tuple[Tokenizer | None, ChatTemplate | None]:
-    """The tokenizer asked for, or the one in the model's folder, with the chat template that lies beside it."""
-    if isinstance(tokenizer, Tokenizer):
-        folder = model if isinstance(model, str | Path) else None
-    else:
-        folder = tokenizer if tokenizer is not None else model
-        if not isinstance(folder, str | Path) or (tokenizer is None and not (Path(folder) / "tokenizer.json").exists()):
-            return None, None
+    """The tokenizer asked for, or the one in the model's folder, with the chat template that lies beside it (the
+    built-in Llama 3.1 format where there is none)."""
+    folder = model if tokenizer is None or isinstance(tokenizer, Tokenizer) else tokenizer
+    if not isinstance(folder, str | Path):
+        return tokenizer, None if tokenizer is None else ChatTemplate(tokenizer)
+    if tokenizer is None and not (Path(folder) / "tokenizer.json").exists():
+        return None, None
+    if not isinstance(tokenizer, Tokenizer):
         tokenizer = Tokenizer.from_pretrained(folder)
     return tokenizer, ChatTemplate.from_pretrained(folder, tokenizer)
 
@@ -72,11 +73,10 @@ def load_model(
         _check_given(model, device, wanted, load_format)
     elif load_format == "dummy":
         config = ModelConfig.from_pretrained(model)
-        model = Transformer(
-            config, device=resolve_device(device), dtype=wanted or DTYPES[config.dtype or "float32"], seed=0
-        )
+        random_dtype = wanted or DTYPES[config.dtype or "float32"]
+        model = Transformer(config, device=resolve_device(device), dtype=random_dtype, seed=0)
     else:
-        model = Transformer.from_pretrained(model, device=resolve_device(device), dtype=wanted)
+        model = Transformer.from_pretrained(model, device=resolve_device(device), dtype=wanted or "auto")
     model.prepare()
     return model
 
