@@ -37,7 +37,7 @@ test: demo-model $(READY)
 	$(PYTEST)
 
 test-slow: demo-model $(READY)
-	$(PYTEST) -m slow
+	$(PYTEST) -m slow --hypothesis-profile new-examples
 
 # The Triton kernels in the interpreter; elsewhere they run on a GPU alone.
 test-kernels: $(READY)
