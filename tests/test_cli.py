@@ -14,7 +14,7 @@ from llama.cli import chat as chat_command
 from llama.cli import main
 from llama.cli.common import Timed, sampling_values
 from llama.cli.flags import Chat, Generate, SamplingFlags, parse
-from llama.engine.request import Piece, SamplingParams, Usage
+from llama.engine.request import FinishReason, Piece, SamplingParams, Usage
 from llama.model.config import ModelConfig
 
 
@@ -148,10 +148,7 @@ def test_info_of_70b(capsys, llama_70b):
         "31,403 of 131,072 tokens of context",
     ):
         assert words in out
-    assert (
-        "fits 24GB       no: bfloat16 weights of 131.4 GiB in 22.4 GiB"
-        in run(capsys, "info", llama_70b, "--memory", "24GB")[1]
-    )
+    assert "no: bfloat16 weights of 131.4 GiB in 22.4 GiB" in run(capsys, "info", llama_70b, "--memory", "24GB")[1]
     assert "all 131,072 tokens" in run(capsys, "info", f"{llama_70b}/config.json", "--memory", "1TiB")[1]
     assert run(capsys, "info", llama_70b, "--memory", "10X")[0] == 2
     assert run(capsys, "info", llama_70b, "--dtype", "int3")[0] == 2
@@ -191,6 +188,15 @@ def test_generate_reads_stdin_and_lists_several_answers(capsys, tiny, monkeypatc
     assert {"token_id", "logprob", "rank", "decoded_token"} == set(answer["outputs"][0]["logprobs"][0][0])
     code, out, _ = run(capsys, "generate", tiny, "x", "--max-tokens", "2", "--n", "2")
     assert code == 0 and out.startswith("[0] ") and "\n[1] " in out
+
+
+def test_a_failure_of_the_model_is_one_line_and_code_1(capsys, tiny, monkeypatch):
+    def stream(self, prompt, params):
+        return iter([Piece(0, "Hel", [1]), Piece(0, "", [], finish_reason=FinishReason.ERROR, usage=Usage(3, 1))])
+
+    monkeypatch.setattr("llama.llm.LLM.stream", stream)
+    code, out, err = run(capsys, "generate", tiny, "Hello")
+    assert (code, out) == (1, "Hel\n") and err.endswith("llama: the model failed while it wrote this answer\n")
 
 
 def test_generate_as_chat_uses_the_chat_format(capsys, tiny):

@@ -9,6 +9,7 @@ loop; several AsyncLLMs may live in one process.
 """
 
 import asyncio
+import atexit
 import time
 import weakref
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
@@ -20,7 +21,7 @@ from typing import Any
 from llama.async_llm.errors import EngineClosedError, QueueFullError
 from llama.async_llm.seats import Seats
 from llama.async_llm.stepper import Stepper, Stream
-from llama.engine.engine import EngineDeadError
+from llama.engine.engine import EngineDeadError, EngineMetrics
 from llama.engine.request import Piece, SamplingParams
 from llama.llm import LLM
 from llama.llm.inputs import Message, Prompt
@@ -29,6 +30,7 @@ from llama.output import Request
 
 __all__ = ["AsyncLLM", "EngineClosedError", "EngineDeadError", "QueueFullError", "Stream"]
 
+_EXIT_SECONDS = 10.0  # for the last step when Python exits
 _INLINE_CHARACTERS = 2_000  # longer prompts are encoded off the event loop: about a millisecond's worth
 
 
@@ -65,8 +67,10 @@ class AsyncLLM:
         self._seats = Seats(self.llm.engine.config.max_num_seqs + max_waiting_requests, max_waiting_tokens)
         self._stepper = Stepper(self.llm.replies, self._seats, slow_reader_timeout)
         self._stepper.thread.start()
-        # The thread knows the stepper alone, so an AsyncLLM that is dropped takes its thread with it.
+        # The thread knows the stepper alone, so an AsyncLLM that is dropped takes its thread with it. When Python exits
+        # the thread must not be caught inside a step.
         weakref.finalize(self, self._stepper.stop)
+        atexit.register(_end, weakref.ref(self._stepper))
 
     async def generate(
         self,
@@ -162,6 +166,10 @@ class AsyncLLM:
         """How long the engine's present step has been running, 0 between steps: a watchdog's measure."""
         return self._stepper.seconds_in_step
 
+    def metrics(self) -> EngineMetrics:
+        """The engine's counts, at any time and from any thread: waiting, running, KV blocks, totals."""
+        return self.llm.engine.metrics()
+
     @property
     def is_dead(self) -> bool:
         return self._stepper.dead is not None
@@ -195,3 +203,10 @@ class AsyncLLM:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         await self.close()
+
+
+def _end(reference: "weakref.ref[Stepper]") -> None:
+    stepper = reference()
+    if stepper is not None:
+        stepper.stop()
+        stepper.thread.join(_EXIT_SECONDS)

@@ -7,7 +7,7 @@ from typing import Any
 from llama.cli.common import Timed, load, params_for, sampling_values
 from llama.cli.errors import UsageError
 from llama.cli.flags import Generate
-from llama.engine.request import CompletionOutput, RequestOutput
+from llama.engine.request import CompletionOutput, FinishReason, RequestOutput
 
 
 def run_generate(command: Generate) -> int:
@@ -27,12 +27,19 @@ def run_generate(command: Generate) -> int:
         )
         print(json.dumps(_as_json(outputs[0]), ensure_ascii=False) if command.json else _listed(outputs[0]))
         return 0
-    pieces = Timed(llm.stream(prompt, params))
-    for piece in pieces:
-        print(piece.text, end="", flush=True)
+    pieces, last = Timed(llm.stream(prompt, params)), None
+    for last in pieces:
+        print(last.text, end="", flush=True)
     print(flush=True)
     print(pieces.summary(), file=sys.stderr)
-    return 0
+    return _code([last.finish_reason if last else None])
+
+
+def _code(reasons: list[FinishReason | None]) -> int:
+    if FinishReason.ERROR not in reasons:
+        return 0
+    print("llama: the model failed while it wrote this answer", file=sys.stderr)
+    return 1
 
 
 def _messages(system: str | None, text: str) -> list[dict[str, str]]:

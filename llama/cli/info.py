@@ -34,9 +34,10 @@ def run_info(command: Info) -> int:
         ("generation", _generation(generation, config)),
         (f"fits {where}", _fits(config, dtype, memory)),
     ]
+    width = max(len(name) for name, _ in rows) + 2
     before = None
     for name, text in rows:
-        print(f"{'' if name == before else name:16}{text}")
+        print(f"{'' if name == before else name:{width}}{text}")
         before = name
     return 0
 

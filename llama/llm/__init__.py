@@ -79,6 +79,7 @@ class LLM:
         )
         eos_token_ids |= frozenset(self.model.config.eos_token_ids)
         if self.tokenizer is not None:
+            self.tokenizer.check_vocab(self.model.config.vocab_size)
             eos_token_ids |= self.tokenizer.eos_token_ids
         self.engine = Engine(self.model, config, eos_token_ids=eos_token_ids)
         self.inputs = Inputs(

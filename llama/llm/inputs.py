@@ -145,9 +145,9 @@ class Inputs:
     def _check_prompt(self, token_ids: list[int]) -> None:
         if not token_ids:
             raise ValueError("prompt is empty: at least one token is needed")
-        for token in token_ids:
-            if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < self.vocab_size:
-                raise ValueError(f"prompt_token_ids must be integers in [0, {self.vocab_size - 1}], got {token!r}")
+        if set(map(type, token_ids)) != {int} or min(token_ids) < 0 or max(token_ids) >= self.vocab_size:
+            wrong = next(t for t in token_ids if type(t) is not int or not 0 <= t < self.vocab_size)
+            raise ValueError(f"prompt_token_ids must be integers in [0, {self.vocab_size - 1}], got {wrong!r}")
         if len(token_ids) >= self.max_model_len:
             raise ValueError(
                 f"the prompt has {len(token_ids)} tokens and the context is {self.max_model_len}: "

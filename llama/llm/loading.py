@@ -71,17 +71,23 @@ def load_model(
     wanted = resolve_dtype(dtype)
     if isinstance(model, Transformer):
         _check_given(model, device, wanted, load_format)
-    elif load_format == "dummy":
+        model.prepare()
+        return model
+    where = resolve_device(device)
+    if wanted is torch.float64 and where.type == "cuda":
+        raise ValueError('dtype="float64" needs device="cpu"')
+    if load_format == "dummy":
         config = ModelConfig.from_pretrained(model)
-        random_dtype = wanted or DTYPES[config.dtype or "float32"]
-        model = Transformer(config, device=resolve_device(device), dtype=random_dtype, seed=0)
+        loaded = Transformer(config, device=where, dtype=wanted or DTYPES[config.dtype or "float32"], seed=0)
     else:
-        model = Transformer.from_pretrained(model, device=resolve_device(device), dtype=wanted or "auto")
-    model.prepare()
-    return model
+        loaded = Transformer.from_pretrained(model, device=where, dtype=wanted or "auto")
+    loaded.prepare()
+    return loaded
 
 
 def _check_given(model: Transformer, device: str | torch.device, dtype: torch.dtype | None, load_format: str) -> None:
+    if model.device.type not in BATCHED_TOKENS:
+        raise ValueError(f"the Transformer is on {model.device}: it must be on the CPU or a CUDA device")
     if load_format == "dummy":
         raise ValueError('load_format="dummy" needs a folder as model: a Transformer has its weights')
     if dtype not in (None, model.dtype):
