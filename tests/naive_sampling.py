@@ -6,6 +6,7 @@ Plain Python and NumPy in float64; imports nothing of llama or kernels, so that 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -50,9 +51,8 @@ def sample(
         return Outcome(token, np.eye(1, len(adjusted), token)[0], adjusted)
     probs = distribution(adjusted, params)
     kept = np.flatnonzero(probs)
-    x = (adjusted - adjusted.max()) / params.temperature
-    scores = [x[token] + gumbel(int(token), seed, position) for token in kept]
-    return Outcome(int(kept[int(np.argmax(scores))]), probs, adjusted)
+    x = (adjusted[kept] - adjusted.max()) / params.temperature
+    return Outcome(int(kept[np.argmax(x + gumbel(kept, seed, position))]), probs, adjusted)
 
 
 def adjust(
@@ -81,27 +81,27 @@ def distribution(adjusted: np.ndarray, params: Params) -> np.ndarray:
     """Temperature, min_p, top_k, top_p: probabilities [vocab], zero for what is filtered away."""
     x = (adjusted - adjusted.max()) / params.temperature
     weights = np.exp(x)
-    order = sorted(range(len(x)), key=lambda token: (-x[token], token))
-    order = [token for token in order if weights[token] > 0 and weights[token] >= params.min_p]
+    order = np.lexsort((np.arange(len(x)), -x))  # by x, the largest first, then by id
+    order = order[(weights[order] > 0) & (weights[order] >= params.min_p)]
     if 0 < params.top_k < len(order):
-        order = [token for token in order if x[token] >= x[order[params.top_k - 1]]]
+        order = order[x[order] >= x[order[params.top_k - 1]]]
     if params.top_p < 1:
-        total, before, nucleus = sum(weights[token] for token in order), 0.0, []
+        total, before, nucleus = weights[order].sum(), 0.0, []
         for token in order:
             if nucleus and before >= params.top_p * total:
                 break
             nucleus.append(token)
             before += weights[token]
-        order = nucleus
+        order = np.array(nucleus)
     probs = np.zeros_like(weights)
     probs[order] = weights[order] / weights[order].sum()
     return probs
 
 
-def gumbel(token: int, seed: int, position: int) -> float:
+def gumbel(tokens: np.ndarray, seed: int, position: int) -> np.ndarray:
     low, high = keys(seed, position)
-    bits = lowbias32(lowbias32(token ^ low) ^ high) >> 8
-    return -math.log(-math.log(max(bits, 1) * 2.0**-24))
+    bits = lowbias32(lowbias32(tokens.astype(np.uint64) ^ low) ^ high) >> 8
+    return -np.log(-np.log(np.maximum(bits, 1) * 2.0**-24))
 
 
 def keys(seed: int, position: int) -> tuple[int, int]:
@@ -122,7 +122,8 @@ def splitmix64(z: int) -> int:
     return z ^ (z >> 31)
 
 
-def lowbias32(x: int) -> int:
+def lowbias32(x: Any) -> Any:
+    """Of an int, or of an array of uint64 (products stay below 2^64)."""
     x = ((x ^ (x >> 16)) * 0x7FEB352D) & M32
     x = ((x ^ (x >> 15)) * 0x846CA68B) & M32
     return x ^ (x >> 16)

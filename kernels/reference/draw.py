@@ -34,7 +34,7 @@ class Chunk:
         num_rows, vocab = logits.shape
         if vocab % BLOCK:
             logits = torch.nn.functional.pad(logits, (0, -vocab % BLOCK), value=-torch.inf)
-        blocks = logits.reshape(num_rows, -1, BLOCK)
+        blocks = logits.reshape(num_rows, logits.shape[1] // BLOCK, BLOCK)
         peaks = blocks.amax(2)
         return cls(blocks, peaks, peaks.amax(1))
 

@@ -13,7 +13,6 @@ A row is bad when the largest l after step 5 is not finite: NaN, +inf, or nothin
 """
 
 import math
-from collections.abc import Iterator
 from dataclasses import fields, replace
 
 import torch
@@ -34,7 +33,7 @@ def sample(logits: Tensor, rows: SamplerRows, state: SamplerState | None = None)
     if rows.any_penalty and state is None:
         raise ValueError("rows with penalties need a SamplerState")
     parts = []
-    for start, stop in _chunks(logits):
+    for start, stop in _chunks(logits) or [(0, 0)]:
         part = rows if stop - start == len(rows) else _slice_rows(rows, start, stop)
         parts.append(_sample_chunk(logits[start:stop], part, state))
     return parts[0] if len(parts) == 1 else _join(parts)
@@ -141,12 +140,11 @@ def _work_dtype(logits: Tensor) -> torch.dtype:
     return torch.float64 if logits.dtype == torch.float64 else torch.float32
 
 
-def _chunks(logits: Tensor) -> Iterator[tuple[int, int]]:
-    """Row ranges of about CHUNK_ELEMENTS logits; one, empty, for no rows."""
+def _chunks(logits: Tensor) -> list[tuple[int, int]]:
+    """Row ranges of about CHUNK_ELEMENTS logits."""
     num_rows, vocab = logits.shape
     step = max(1, CHUNK_ELEMENTS // vocab)
-    for start in range(0, max(1, num_rows), step):
-        yield start, min(start + step, num_rows)
+    return [(start, min(start + step, num_rows)) for start in range(0, num_rows, step)]
 
 
 def _slice_rows(rows: SamplerRows, start: int, stop: int) -> SamplerRows:

@@ -1,0 +1,87 @@
+"""SamplerRows for tests of `sample`, made without the engine: one tests.naive_sampling.Params per row."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from kernels.types import LOGPROBS_OFF, LOGPROBS_PROCESSED, SamplerRows
+from tests import naive_sampling
+from tests.naive_sampling import Params
+
+
+def make_rows(
+    params: Sequence[Params],
+    seeds: Sequence[int] | None = None,
+    positions: Sequence[int] | None = None,
+    *,
+    dtype: torch.dtype = torch.float64,
+    slots: Sequence[int] | None = None,
+    modes: Sequence[int] | None = None,
+    num_logprobs: int = -1,
+    allowed: np.ndarray | None = None,
+) -> SamplerRows:
+    """Row i draws with params[i], seeds[i] (default i) and positions[i] (default 0).
+
+    A row with a penalty has slot i unless slots says otherwise. allowed [rows, vocab] bool is the grammar mask.
+    """
+    size = len(params)
+    seeds, positions = seeds or range(size), positions or [0] * size
+    words = [naive_sampling.keys(seed, position) for seed, position in zip(seeds, positions, strict=True)]
+    if slots is None:
+        off = (1, 0, 0)
+        penalties = [(each.repetition_penalty, each.frequency_penalty, each.presence_penalty) for each in params]
+        slots = [-1 if each == off else index for index, each in enumerate(penalties)]
+    modes = list(modes or [LOGPROBS_OFF] * size)
+    biases = [each.logit_bias for each in params]
+    some_bias = any(biases)
+
+    def column(name: str) -> torch.Tensor:
+        return torch.tensor([getattr(each, name) for each in params], dtype=dtype)
+
+    return SamplerRows(
+        slots=torch.tensor(slots, dtype=torch.int32),
+        keys=torch.from_numpy(np.array(words, np.uint32).reshape(size, 2).view(np.int32)),
+        temperature=column("temperature"),
+        top_p=column("top_p"),
+        top_k=column("top_k").int(),
+        min_p=column("min_p"),
+        repetition_penalty=column("repetition_penalty"),
+        frequency_penalty=column("frequency_penalty"),
+        presence_penalty=column("presence_penalty"),
+        logprobs_modes=torch.tensor(modes, dtype=torch.int8),
+        bias_starts=torch.tensor(np.cumsum([0, *map(len, biases)]), dtype=torch.int32) if some_bias else None,
+        bias_ids=torch.tensor([each for bias in biases for each in bias], dtype=torch.int32) if some_bias else None,
+        bias_values=torch.tensor([each for bias in biases for each in bias.values()], dtype=dtype)
+        if some_bias
+        else None,
+        mask=None if allowed is None else pack_bits(allowed),
+        num_logprobs=num_logprobs,
+        any_penalty=max(slots, default=-1) >= 0,
+        any_filter=any(each.top_k or each.top_p < 1 or each.min_p for each in params if each.temperature),
+        all_greedy=not any(each.temperature for each in params),
+        any_processed=LOGPROBS_PROCESSED in modes,
+    )
+
+
+def pack_bits(bits: np.ndarray) -> torch.Tensor:
+    """bool [rows, n] -> int32 [rows, ceil(n / 32)], little end first."""
+    padded = np.pad(bits, ((0, 0), (0, -bits.shape[1] % 32)))
+    return torch.from_numpy(np.packbits(padded, axis=1, bitorder="little").view("<i4"))
+
+
+def chi_square_score(observed: np.ndarray, probs: np.ndarray) -> float:
+    """How many standard deviations the chi-square statistic of counts lies above what `probs` lead to expect.
+
+    Bins expected to hold fewer than 5 are joined. Wilson and Hilferty's cube root makes the statistic nearly normal.
+    """
+    expected = probs * observed.sum()
+    assert observed[expected == 0].sum() == 0, "drew what has no probability"
+    small = (expected < 5) & (expected > 0)
+    observed = np.append(observed[expected >= 5], observed[small].sum())
+    expected = np.append(expected[expected >= 5], expected[small].sum())
+    observed, expected = observed[expected > 0], expected[expected > 0]
+    degrees = len(expected) - 1
+    statistic = ((observed - expected) ** 2 / expected).sum()
+    spread = 2 / (9 * degrees)
+    return float(((statistic / degrees) ** (1 / 3) - (1 - spread)) / spread**0.5)
