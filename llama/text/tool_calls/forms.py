@@ -1,0 +1,164 @@
+"""The written forms of one tool call: JSON, and Meta's `name.call(key="value")`.
+
+Text arrives in pieces, so scanning for the end of a call keeps its place: each character is looked at once. What can no
+longer become a call raises NotACall at the first character that shows it.
+"""
+
+import json
+import math
+import re
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+_CLOSERS = {"{": "}", "[": "]", "(": ")"}
+_CALL_KEYS = frozenset({"name", "parameters", "arguments", "type", "function", "id"})
+_KEY = re.compile(r"\s*([A-Za-z_]\w*)\s*=\s*")
+_SINGLE_QUOTED = re.compile(r"'((?:[^'\\]|\\.)*)'", re.DOTALL)
+_CONSTANT = re.compile(r"(?:True|False|None|true|false|null)\b")
+_CONSTANTS = {"true": True, "false": False, "none": None, "null": None}
+_ESCAPES = {"n": "\n", "t": "\t", "r": "\r"}
+
+
+class NotACall(Exception):
+    """What was read cannot be a call."""
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCall:
+    """A call of a tool that was offered, with the object of its arguments."""
+
+    name: str
+    arguments: dict[str, Any]
+
+    @property
+    def arguments_json(self) -> str:
+        return json.dumps(self.arguments, ensure_ascii=False)
+
+
+class BracketScan:
+    """Finds where the bracket at `opening` closes, across any number of pieces. Quotes hide brackets.
+
+    `feed` gets the text seen so far, always with the same beginning. With `is_call` it is that of a JSON call or an
+    array of them: a first key that no call begins with ends the waiting early.
+    """
+
+    def __init__(self, opening: int, quotes: str, *, is_call: bool) -> None:
+        self._position = opening
+        self._quotes = quotes
+        self._closers: list[str] = []
+        self._quote: str | None = None
+        self._quote_start = 0
+        self._is_escaped = False
+        self._first_key_is_due = is_call
+
+    def feed(self, text: str) -> int | None:
+        """The end of the call, or None while it is open. Raises NotACall."""
+        while self._position < len(text):
+            position, character = self._position, text[self._position]
+            self._position += 1
+            if self._quote is not None:
+                self._read_quoted(text, position, character)
+            elif self._first_key_is_due and self._closers and not character.isspace():
+                self._read_beginning(position, character)
+            elif character in self._quotes:
+                self._quote, self._quote_start = character, position
+            elif character in _CLOSERS:
+                self._closers.append(_CLOSERS[character])
+            elif character in "}])":
+                if self._closers.pop() != character:
+                    raise NotACall
+                if not self._closers:
+                    return self._position
+        return None
+
+    def _read_quoted(self, text: str, position: int, character: str) -> None:
+        if self._is_escaped:
+            self._is_escaped = False
+        elif character == "\\":
+            self._is_escaped = True
+        elif character == self._quote:
+            self._quote = None
+            if self._first_key_is_due and text[self._quote_start + 1 : position] not in _CALL_KEYS:
+                raise NotACall
+            self._first_key_is_due = False
+
+    def _read_beginning(self, position: int, character: str) -> None:
+        if self._closers == ["]"] and character == "{":
+            self._closers.append("}")
+        elif self._closers[-1] == "}" and character == '"':
+            self._quote, self._quote_start = character, position
+        else:
+            raise NotACall
+
+
+def calls_of_json(text: str, known: Collection[str]) -> list[ToolCall]:
+    """The calls of a JSON object or array. Raises NotACall unless each is one of a known tool."""
+    value = load_json(text)
+    return [_call_of_object(item, known) for item in (value if isinstance(value, list) else [value])]
+
+
+def load_json(text: str) -> Any:
+    """Strict in all but line breaks in strings, which models write. Raises NotACall."""
+    try:
+        value = json.loads(text, strict=False, parse_constant=_refuse, parse_float=_finite)
+        json.dumps(value, ensure_ascii=False).encode()  # an escaped lone surrogate is not text
+    except (ValueError, RecursionError):
+        raise NotACall from None
+    return value
+
+
+def load_arguments(text: str) -> dict[str, Any]:
+    """`key=value, ...` between the parentheses of a call. Raises NotACall."""
+    arguments: dict[str, Any] = {}
+    position = 0
+    while text[position:].strip():
+        if not (key := _KEY.match(text, position)):
+            raise NotACall
+        arguments[key[1]], position = _load_value(text, key.end())
+        rest = text[position:].lstrip()
+        if rest and not rest.startswith(","):
+            raise NotACall
+        position = len(text) - len(rest) + 1
+    return arguments
+
+
+def _load_value(text: str, position: int) -> tuple[Any, int]:
+    if match := _SINGLE_QUOTED.match(text, position):
+        return re.sub(r"(?s)\\(.)", lambda m: _ESCAPES.get(m[1], m[1]), match[1]), match.end()
+    if match := _CONSTANT.match(text, position):
+        return _CONSTANTS[match[0].lower()], match.end()
+    try:
+        _, end = json.JSONDecoder(strict=False).raw_decode(text, position)
+    except (ValueError, RecursionError):
+        raise NotACall from None
+    return load_json(text[position:end]), end
+
+
+def _call_of_object(value: Any, known: Collection[str]) -> ToolCall:
+    if not isinstance(value, dict):
+        raise NotACall
+    function = value.get("function")
+    inner = function if isinstance(function, dict) else value
+    name = function if isinstance(function, str) else inner.get("name")
+    arguments = inner.get("parameters", inner.get("arguments"))
+    if not isinstance(name, str) or name not in known:
+        raise NotACall
+    if arguments is None and ("parameters" in inner or "arguments" in inner or "type" in value):
+        arguments = {}
+    if isinstance(arguments, str):
+        arguments = load_json(arguments)
+    if not isinstance(arguments, dict):
+        raise NotACall
+    return ToolCall(name, arguments)
+
+
+def _refuse(constant: str) -> NoReturn:
+    raise ValueError(f"{constant} is not JSON")
+
+
+def _finite(number: str) -> float:
+    value = float(number)
+    if not math.isfinite(value):
+        raise ValueError(f"{number} is too large")
+    return value

@@ -1,0 +1,239 @@
+"""One incremental state machine for all forms of tool calls that Llama 3.1 writes.
+
+    {"name": N, "parameters": {...}}     also "arguments", {"type": "function", ...}, nested "function"; a JSON array;
+                                         several separated by `;`, commas, line breaks or spaces
+    <function=N>{...}</function>
+    N.call(key="value")
+    any of these, or Python code, after <|python_tag|>
+
+Calls of JSON or `N.call` stand at the beginning or follow another call; `<function=` and `<|python_tag|>` are found
+anywhere. It is a call only if N is among the tools sent; all else is text, passed on as soon as it can be nothing else.
+Decisions depend on the characters alone, so the events are the same however the text was cut.
+"""
+
+import re
+from collections.abc import Collection
+from enum import Enum, auto
+
+from llama.text.tool_calls.forms import BracketScan, NotACall, ToolCall, calls_of_json, load_arguments, load_json
+
+PYTHON_TAG = "<|python_tag|>"
+CODE_INTERPRETER = "code_interpreter"
+_FUNCTION, _FUNCTION_END = "<function=", "</function>"
+_MARKERS = (PYTHON_TAG, _FUNCTION)
+_MARKER = re.compile("|".join(map(re.escape, _MARKERS)))
+_SPACE = re.compile(r"\s*")
+_SEPARATORS = re.compile(r"[\s;,]*")
+
+Event = str | ToolCall
+
+
+class _State(Enum):
+    START = auto()  # nothing but white space so far
+    AFTER_CALL = auto()  # nothing but separators since the last call
+    TEXT = auto()
+    CODE = auto()  # all that follows is Python code
+
+
+class ToolCallParser:
+    """`feed` text as it comes, then `finish`; both return text and calls in the order in which they were written."""
+
+    def __init__(self, tool_names: Collection[str]) -> None:
+        self._known = frozenset(tool_names)
+        self._call_starts = {f"{name}.call(": name for name in sorted(self._known)}
+        self._state = _State.START
+        self._buffer = ""
+        self._code: list[str] = []
+        self._scan: BracketScan | None = None  # of the call that the buffer begins with, perhaps
+        self._closing_tag_is_due = False
+        self._events: list[Event] = []
+
+    def feed(self, text: str) -> list[Event]:
+        """What this text makes certain."""
+        return self._run(text, is_end=False)
+
+    def finish(self) -> list[Event]:
+        """What was held back: a call of code, or text."""
+        return self._run("", is_end=True)
+
+    def _run(self, text: str, *, is_end: bool) -> list[Event]:
+        if not self._known:
+            return [text] if text else []
+        if self._state is _State.CODE:
+            self._code.append(text)
+        else:
+            self._buffer += text
+            while self._buffer and self._advance(is_end):
+                pass
+        if is_end and self._state is _State.CODE:
+            self._events.append(ToolCall(CODE_INTERPRETER, {"code": "".join(self._code)}))
+            self._state, self._code = _State.TEXT, []
+        events, self._events = self._events, []
+        return events
+
+    def _advance(self, is_end: bool) -> bool:
+        """Decides about the beginning of the buffer. False if that takes more text."""
+        start = self._pass_text(is_end) if self._state is _State.TEXT else self._pass_separators(is_end)
+        if start is None:
+            return False
+        try:
+            end = self._read_call(start)
+            if end is None and not is_end:
+                return False
+            if end is None:
+                raise NotACall
+        except NotACall:
+            end = self._not_a_call(start)
+        self._scan = None
+        self._buffer = self._buffer[end:]
+        return True
+
+    # What precedes a call
+
+    def _pass_text(self, is_end: bool) -> int | None:
+        """Emits text up to a marker, which then begins the buffer; None if there is none."""
+        marker = _MARKER.search(self._buffer)
+        if marker:
+            text_end = marker.start()
+        else:
+            held = 0 if is_end else max(map(self._tail_of, _MARKERS))
+            text_end = len(self._buffer) - held
+        self._emit_text(self._buffer[:text_end])
+        self._buffer = self._buffer[text_end:]
+        return 0 if marker else None
+
+    def _tail_of(self, marker: str) -> int:
+        """How many characters at the buffer's end begin the marker."""
+        return next((size for size in range(len(marker) - 1, 0, -1) if self._buffer.endswith(marker[:size])), 0)
+
+    def _pass_separators(self, is_end: bool) -> int | None:
+        """Where a call or text begins after white space or, after a call, separators; None if that is still open."""
+        if self._closing_tag_is_due and not self._pass_closing_tag(is_end):
+            return None
+        is_after_call = self._state is _State.AFTER_CALL
+        start = _end_of_match(_SEPARATORS if is_after_call else _SPACE, self._buffer, 0)
+        if start < len(self._buffer):
+            return start
+        if is_end:
+            self._emit_text("" if is_after_call else self._buffer)
+            self._buffer = ""
+        return None
+
+    def _pass_closing_tag(self, is_end: bool) -> bool:
+        """Drops `</function>` after a call that it closes; False if there may still come one."""
+        start = _end_of_space(self._buffer, 0)
+        end = start + len(_FUNCTION_END)
+        is_open = _may_start(_FUNCTION_END, self._buffer, start)
+        if is_open and end > len(self._buffer) and not is_end:
+            return False
+        if is_open and end <= len(self._buffer):
+            self._buffer = self._buffer[end:]
+        self._closing_tag_is_due = False
+        return True
+
+    def _not_a_call(self, start: int) -> int:
+        """What stands at `start` is no call: code or text. Returns where the undecided rest begins."""
+        if not self._buffer.startswith(PYTHON_TAG, start):
+            self._state = _State.TEXT
+            self._emit_text(self._buffer[: start + 1])
+            return start + 1
+        after_tag = start + len(PYTHON_TAG)
+        if CODE_INTERPRETER in self._known and self._buffer[after_tag:].strip():
+            self._state, self._code = _State.CODE, [self._buffer[after_tag:]]
+            return len(self._buffer)
+        self._state = _State.TEXT
+        self._emit_text(self._buffer[:start])
+        return after_tag
+
+    # Calls: each returns the end of the call at `start`, None while it is open, or raises NotACall
+
+    def _read_call(self, start: int) -> int | None:
+        text = self._buffer
+        if _may_start(PYTHON_TAG, text, start):
+            start = _end_of_space(text, start + len(PYTHON_TAG))
+            if start >= len(text):
+                return None
+        if text[start] in "{[":
+            end = self._end_of_bracket(start, '"', is_call=True)
+            if end is not None:
+                self._emit_calls(calls_of_json(text[start:end], self._known))
+            return end
+        if _may_start(_FUNCTION, text, start):
+            name_start = start + len(_FUNCTION)
+            return self._read_function(name_start) if name_start <= len(text) else None
+        possible = [call_start for call_start in self._call_starts if _may_start(call_start, text, start)]
+        if not possible:
+            raise NotACall
+        opening = start + len(possible[0]) - 1
+        if opening >= len(text):
+            return None
+        end = self._end_of_bracket(opening, "\"'", is_call=False)
+        if end is not None:
+            name = self._call_starts[possible[0]]
+            self._emit_calls([ToolCall(name, load_arguments(text[opening + 1 : end - 1]))])
+        return end
+
+    def _read_function(self, name_start: int) -> int | None:
+        """`N>{...}` after `<function=`; models leave out the closing tag now and then."""
+        text = self._buffer
+        possible = [name for name in self._known if _may_start(f"{name}>", text, name_start)]
+        if not possible:
+            raise NotACall
+        name_end = name_start + len(possible[0])
+        if name_end >= len(text):
+            return None
+        opening = _end_of_space(text, name_end + 1)
+        if _may_start(_FUNCTION_END, text, opening):
+            if opening + len(_FUNCTION_END) > len(text):
+                return None
+            self._emit_calls([ToolCall(possible[0], {})])
+            return opening + len(_FUNCTION_END)
+        if text[opening] != "{":
+            raise NotACall
+        end = self._end_of_bracket(opening, '"', is_call=False)
+        if end is not None:
+            self._emit_calls([ToolCall(possible[0], load_json(text[opening:end]))])
+            self._closing_tag_is_due = True
+        return end
+
+    def _end_of_bracket(self, opening: int, quotes: str, *, is_call: bool) -> int | None:
+        if self._scan is None:
+            self._scan = BracketScan(opening, quotes, is_call=is_call)
+        return self._scan.feed(self._buffer)
+
+    # Events
+
+    def _emit_calls(self, calls: list[ToolCall]) -> None:
+        self._events += calls
+        self._state = _State.AFTER_CALL
+
+    def _emit_text(self, text: str) -> None:
+        if not text:
+            return
+        if self._events and isinstance(self._events[-1], str):
+            self._events[-1] += text
+        else:
+            self._events.append(text)
+
+
+def parse_tool_calls(text: str, tool_names: Collection[str]) -> tuple[str, list[ToolCall]]:
+    """(what is not a call, the calls): the stream's events, replayed for the whole text."""
+    parser = ToolCallParser(tool_names)
+    events = parser.feed(text) + parser.finish()
+    calls = [event for event in events if isinstance(event, ToolCall)]
+    return "".join(event for event in events if isinstance(event, str)), calls
+
+
+def _may_start(prefix: str, text: str, start: int) -> bool:
+    """Whether `prefix` stands at `start`, or may once more text has come."""
+    seen = text[start : start + len(prefix)]
+    return prefix.startswith(seen) and (len(seen) == len(prefix) or start + len(seen) == len(text))
+
+
+def _end_of_match(pattern: re.Pattern[str], text: str, start: int) -> int:
+    match = pattern.match(text, start)
+    return match.end() if match else start
+
+
+def _end_of_space(text: str, start: int) -> int:
+    return _end_of_match(_SPACE, text, start)

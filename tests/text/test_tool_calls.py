@@ -1,0 +1,219 @@
+"""Tool calls: every written form, unknown names stay text, and any way of cutting gives what the whole gives."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llama.text.tool_calls import PYTHON_TAG, ToolCall, ToolCallParser, parse_tool_calls
+from tests.text.helpers import every_cut
+
+GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "meta_prompt_cases.json").read_text())["assistant_texts"]
+KNOWN = {"f", "f2", "get_weather", "brave_search", "code_interpreter"}
+F1 = '{"name": "f", "parameters": {"a": 1}}'
+F2 = '{"name": "f2", "parameters": {}}'
+CALL_F1, CALL_F2 = ToolCall("f", {"a": 1}), ToolCall("f2", {})
+
+
+def events(pieces, known=KNOWN):
+    """Text and calls in order, neighbouring texts joined."""
+    parser = ToolCallParser(known)
+    joined: list = []
+    for event in [*(e for piece in pieces for e in parser.feed(piece)), *parser.finish()]:
+        if joined and isinstance(event, str) and isinstance(joined[-1], str):
+            joined[-1] += event
+        else:
+            joined.append(event)
+    return joined
+
+
+@pytest.mark.parametrize("case", GOLDEN, ids=lambda case: case["text"])
+def test_golden_cases(case):
+    # The ending tokens are special tokens, which decoding leaves out.
+    text = re.sub(r"<\|(eot_id|eom_id)\|>$", "", case["text"])
+    known = KNOWN | {"g"}
+    expected = [ToolCall(name, arguments) for name, arguments in case["calls"]]
+    content, calls = parse_tool_calls(text, known)
+    assert calls == expected
+    assert content == ("" if calls else text)
+    for pieces in every_cut(text):
+        assert events(pieces, known) == (expected or [text])
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ('{"name": "f", "arguments": {"a": 1}}', [CALL_F1]),
+        ('{"name": "f", "arguments": "{\\"a\\": 1}"}', [CALL_F1]),
+        ('{"type": "function", "name": "f", "parameters": {"a": 1}}', [CALL_F1]),
+        ('{"type": "function", "function": {"name": "f", "parameters": {"a": 1}}}', [CALL_F1]),
+        ('{"function": {"name": "f", "arguments": {"a": 1}}}', [CALL_F1]),
+        ('{"type": "function", "function": "f", "parameters": {"a": 1}}', [CALL_F1]),
+        ('{"name": "f2", "parameters": null}', [CALL_F2]),
+        ('{"type": "function", "name": "f2"}', [CALL_F2]),
+        (f" \n{F1}\n ", [CALL_F1]),
+        (f"{F1}; {F2}", [CALL_F1, CALL_F2]),
+        (f"{F1}\n{F2}", [CALL_F1, CALL_F2]),
+        (f"{F1}, {F2}", [CALL_F1, CALL_F2]),
+        (f"{F1} {F2};", [CALL_F1, CALL_F2]),
+        (f"[{F1}, {F2}]", [CALL_F1, CALL_F2]),
+        (f"[ \n{F1}]\n[{F2}]", [CALL_F1, CALL_F2]),
+        (f"{PYTHON_TAG}{F1}", [CALL_F1]),
+        (f"{PYTHON_TAG} {F1};{PYTHON_TAG}{F2}", [CALL_F1, CALL_F2]),
+        ('<function=f>{"a": 1}</function>', [CALL_F1]),
+        ('<function=f>{"a": 1}', [CALL_F1]),
+        ("<function=f2> </function>", [CALL_F2]),
+        ('<function=f>{"a": 1}</function>\n<function=f2>{}</function>', [CALL_F1, CALL_F2]),
+        ('f.call(a=1, b="x)", c=\'it\\\'s\')', [ToolCall("f", {"a": 1, "b": "x)", "c": "it's"})]),
+        (
+            "f.call(t=True, n=None, l=[1, {\"k\": 2}], q='a\\n\"b\"')",
+            [ToolCall("f", {"t": True, "n": None, "l": [1, {"k": 2}], "q": 'a\n"b"'})],
+        ),
+        ("f2.call()", [CALL_F2]),
+        (f'{PYTHON_TAG}brave_search.call(query="a; b")', [ToolCall("brave_search", {"query": "a; b"})]),
+        (f"{PYTHON_TAG}import x\nprint({{}})", [ToolCall("code_interpreter", {"code": "import x\nprint({})"})]),
+        (f'{PYTHON_TAG}{{"a": 1}}', [ToolCall("code_interpreter", {"code": '{"a": 1}'})]),
+        (f"{PYTHON_TAG}f.call(1)", [ToolCall("code_interpreter", {"code": "f.call(1)"})]),
+        (f"{PYTHON_TAG}", []),
+        ('{"name": "f", "parameters": {"s": "two\nlines {[(\\" é \\ud83d\\ude00"}}', [
+            ToolCall("f", {"s": 'two\nlines {[(" é 😀'})
+        ]),
+        # Text before and after calls
+        ('Let me see. <function=f>{"a": 1}</function> Done.', ["Let me see. ", CALL_F1, " Done."]),
+        (f"I search.{PYTHON_TAG}{F1}", ["I search.", CALL_F1]),
+        (f"{F1}\n\nThat was it.", [CALL_F1, "\n\nThat was it."]),
+        (f'{F1}; {{"name": "unknown", "parameters": {{}}}}', [CALL_F1, '; {"name": "unknown", "parameters": {}}']),
+        (f"{F1} </functio", [CALL_F1, " </functio"]),
+    ],
+)  # fmt: skip
+def test_forms(text, expected):
+    for pieces in every_cut(text):
+        assert events(pieces) == expected
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "  \n",
+        "Hello",
+        f"Hello {F1}",
+        f"Hello\n{F1}",
+        '{"name": "unknown", "parameters": {}}',
+        '{"name": "f"}',
+        '{"name": "f", "parameters": 3}',
+        '{"name": "f", "parameters": "text"}',
+        '{"name": "f", "parameters": {"a": NaN}}',
+        '{"name": "f", "parameters": {"a": 1e999}}',
+        '{"name": "f", "parameters": {"a": "\\ud800"}}',
+        '{"name": "f", "parameters": {"a": 1}',
+        '{"name": "f", "parameters": {"a": 1]}}',
+        '{"name": ["f"], "parameters": {}}',
+        f"[{F1}, 3]",
+        f'[{F1}, {{"name": "unknown", "parameters": {{}}}}]',
+        "[]",
+        "{}",
+        "[1, 2]",
+        '{"a": {"name": "f", "parameters": {}}}',
+        "{not json}",
+        "<function=unknown>{}</function>",
+        "<function=f>text</function>",
+        "<function=f>{'a': 1}</function>",
+        "<function=f",
+        "<function=",
+        "<|python_ta",
+        "f.call(",
+        "f.call(1)",
+        "f.call(a=)",
+        "f.call(a=1 b=2)",
+        "unknown.call(a=1)",
+        "f",
+        "get_weath",
+        '{"name": "f", "parameters": ' + '{"a": ' * 5000 + "1" + "}" * 5000 + "}",
+        '{"name": "f", "parameters": {"a": ' + "9" * 5000 + "}}",
+    ],
+)
+def test_all_else_is_text(text):
+    assert parse_tool_calls(text, KNOWN) == (text, [])
+    assert events(text) == ([text] if text else [])
+
+
+def test_without_tools_everything_passes_at_once():
+    parser = ToolCallParser(())
+    assert parser.feed(F1[:9]) == [F1[:9]]
+    assert parser.feed("") == parser.finish() == []
+
+
+def test_a_python_tag_without_a_known_call_is_dropped():
+    assert parse_tool_calls(f"{PYTHON_TAG}print(1)", {"f"}) == ("print(1)", [])
+    assert parse_tool_calls(f'a{PYTHON_TAG}brave_search.call(query="x")', {"f"}) == (
+        'abrave_search.call(query="x")',
+        [],
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "passed"),
+    [
+        ("Hello", "Hello"),
+        ("[Note", "[Note"),
+        ("{ x", "{ x"),
+        ('{"answer"', '{"answer"'),
+        ("<function=z", "<function=z"),
+        ("if x < 3 or x <", "if x < 3 or x "),
+        ("fo", "fo"),
+        (f"{F1} and", " and"),
+    ],
+)
+def test_text_is_passed_on_as_soon_as_it_can_be_nothing_else(text, passed):
+    assert "".join(e for e in ToolCallParser(KNOWN).feed(text) if isinstance(e, str)) == passed
+
+
+def test_a_call_is_told_as_soon_as_it_is_complete():
+    parser = ToolCallParser(KNOWN)
+    assert parser.feed(F1[:-1]) == []
+    assert parser.feed("}") == [CALL_F1]
+
+
+def test_arguments_as_json_text():
+    assert ToolCall("f", {"a": "é"}).arguments_json == '{"a": "é"}'
+
+
+FRAGMENTS = [
+    F1, F2, f"[{F1}]", '{"name": "x", "parameters": {}}', '<function=f>{"a": {"b": "}"}}</function>', "<function=f2>",
+    "</function>", "<function=", PYTHON_TAG, "<|py", "f.call(a=1)", "f.call(", 'f2.call(q="a\\"b")', "print(1)", "{",
+    "}", "[", "]", '"', "\\", ";", ",", " ", "\n", "text", '{"name": "f', "<",
+]  # fmt: skip
+
+
+@given(st.lists(st.sampled_from(FRAGMENTS), max_size=8).map("".join), st.sampled_from([KNOWN, {"f"}, {"f", "f2"}]))
+@settings(max_examples=100, deadline=None)
+def test_every_cut_gives_what_the_whole_gives(text, known):
+    whole = events([text], known)
+    for pieces in every_cut(text):
+        assert events(pieces, known) == whole
+
+
+@given(st.lists(st.sampled_from(FRAGMENTS), max_size=8).map("".join))
+@settings(max_examples=150, deadline=None)
+def test_no_text_is_lost(text):
+    """Without a call, the text is the input without the tags; with calls, what is missing was written for them."""
+    content, calls = parse_tool_calls(text, {"f", "f2"})
+    if not calls:
+        assert content == text.replace(PYTHON_TAG, "")
+    remaining = iter(text)
+    assert all(character in remaining for character in content)
+
+
+@pytest.mark.slow
+@given(st.lists(st.sampled_from(FRAGMENTS), max_size=16).map("".join), st.lists(st.integers(1, 9)))
+@settings(max_examples=3_000, deadline=None)
+def test_every_cut_gives_what_the_whole_gives_at_length(text, sizes):
+    pieces, start = [], 0
+    for size in sizes:
+        pieces.append(text[start : start + size])
+        start += size
+    assert events([*pieces, text[start:]]) == events([text])
