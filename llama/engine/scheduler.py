@@ -111,7 +111,8 @@ class Scheduler:
         sequence.ready_after = self._in_flight[-1].number if self._in_flight else -1
         insort(self.waiting, sequence, key=by_order)
 
-    def _preempt(self, sequence: Sequence) -> None:
+    def preempt(self, sequence: Sequence) -> None:
+        """Send a running sequence back to wait; it keeps its tokens and is computed again."""
         self.num_preemptions += 1
         self._requeue(sequence)
 
@@ -121,7 +122,7 @@ class Scheduler:
         """Hand out at most `max_tokens` tokens (None = the whole budget); None if nobody can use one now."""
         budget = self.max_num_batched_tokens if max_tokens is None else min(max_tokens, self.max_num_batched_tokens)
         step = Step(self._num_steps, num_preemptions=self.num_preemptions)
-        self.running.reserve_decodes(*self._ready(budget), self._preempt)
+        self.running.reserve_decodes(*self._ready(budget), self.preempt)
         self._add_chunks(step, budget - len(self._ready(budget)[1]))
         rows, step.decodes = self._ready(budget)  # chunks may have taken blocks from some
         if not step.decodes and not step.chunks:
@@ -184,7 +185,7 @@ class Scheduler:
         """Compute as many known tokens of a prefilling sequence as budget and blocks allow -> how many."""
         running, row = self.running, sequence.row
         start, known = int(running.computed[row]), int(running.known[row])
-        count = running.reserve(sequence, min(known - start, budget), self._preempt)
+        count = running.reserve(sequence, min(known - start, budget), self.preempt)
         if count == 0:
             return 0
         stop = start + count

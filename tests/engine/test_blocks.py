@@ -178,6 +178,7 @@ class PoolMachine(RuleBasedStateMachine):
     @initialize(block_size=st.integers(1, 3))
     def start(self, block_size):
         self.pool = BlockPool(12, block_size)
+        self.some_unpublished = False
         self.content: dict[int, tuple] = {}
         self.sequences: list[tuple[bytes, list[int], list[int], PrefixPath]] = []  # root, tokens, blocks, path
 
@@ -212,7 +213,11 @@ class PoolMachine(RuleBasedStateMachine):
         self.pool.publish(path, blocks[path.length : stop], packed(*tokens[path.length * size : stop * size]))
         assert path.length == stop
         found = self.pool.match(root, packed(*tokens), stop)
-        assert [self.content[block] for block in found] == [(root, piece) for piece in self.pieces(tokens)[:stop]]
+        assert [self.content[block] for block in found] == [
+            (root, piece) for piece in self.pieces(tokens)[: len(found)]
+        ]
+        # Blocks before the tip may be unpublished by another owner; then they are missing until somebody brings them.
+        assert len(found) == stop or self.some_unpublished
 
     @rule(data=st.data())
     def unpublish(self, data):
@@ -220,6 +225,7 @@ class PoolMachine(RuleBasedStateMachine):
             _, _, blocks, _ = data.draw(st.sampled_from(self.sequences))
             gone = blocks[data.draw(st.integers(0, len(blocks))) :]
             self.pool.unpublish(gone)
+            self.some_unpublished = True
             for root, tokens, _, _ in self.sequences:
                 assert not set(gone) & set(self.pool.match(root, packed(*tokens), len(self.pieces(tokens))))
 
