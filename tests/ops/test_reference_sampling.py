@@ -298,7 +298,8 @@ def check_logprobs(logprobs, row, mode, token, probs):
 @pytest.mark.parametrize("scale", [0.0, 0.01, 1.0, 4.0])
 def test_equal_to_the_naive_oracle_over_a_real_vocabulary(scale):
     """Flat and peaked rows of 49,152 logits: every shortcut is taken, and every way back from one."""
-    params = [Params(), Params(top_p=0.9), Params(top_p=0.999), Params(top_k=1000, top_p=0.5), Params(min_p=1e-3)]
+    params = [Params(), *(Params(top_p=share) for share in (0.0, 0.9, 0.999))]
+    params += [Params(top_k=1000, top_p=0.5), Params(min_p=1e-3), Params(min_p=0.01, top_p=0.5)]
     logits = random_logits(len(params), 49_152, seed=3, scale=scale)
     sampled = sample(logits, make_rows(params, positions=[9] * len(params)))
     for row, each in enumerate(params):
