@@ -16,6 +16,7 @@ from kernels.types import SamplerRows
 
 BLOCK = 64
 SLACK = 1e-3  # more than the rounding of any bound below
+FEW_LOGITS = 2**19  # up to here one argmax takes less time than looking at blocks
 FIRST_TRY = 64  # about as many tokens does the first attempt at a nucleus look at
 
 Scaling = Callable[[Tensor, Tensor | slice], Tensor]  # (logits [n, m], their rows [n]) -> values that are compared
@@ -79,12 +80,17 @@ class Draws:
         return (logits - self.chunk.best[row, None]).div_(self.temperature[row, None])
 
 
-def draw(chunk: Chunk, rows: SamplerRows, processed: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The rows' tokens [rows], and which rows are bad [rows] (token 0).
+def draw(logits: Tensor, rows: SamplerRows, processed: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The tokens [rows] of logits [rows, vocab] after step 5, and which rows are bad [rows] (token 0).
 
-    What a sampled row was drawn from is put into its row of `processed`.
+    What a sampled row was drawn from is put into its row of `processed` [rows, vocab].
     """
-    is_bad = (chunk.best - chunk.best) != 0  # not finite
+    if rows.all_greedy and logits.numel() <= FEW_LOGITS:
+        best, tokens = logits.max(1)
+        is_bad = _not_finite(best)
+        return tokens.masked_fill_(is_bad, 0), is_bad
+    chunk = Chunk.of(logits)
+    is_bad = _not_finite(chunk.best)
     if rows.all_greedy:
         return chunk.argmax().masked_fill_(is_bad, 0), is_bad
     draws, sampled = Draws.of(chunk, rows), (rows.temperature > 0) & ~is_bad
@@ -106,12 +112,16 @@ def draw(chunk: Chunk, rows: SamplerRows, processed: Tensor | None) -> tuple[Ten
     return tokens, is_bad
 
 
+def _not_finite(values: Tensor) -> Tensor:
+    return (values - values) != 0
+
+
 def _draw_plain(draws: Draws, processed: Tensor | None) -> Tensor:
     """Step 10 where no filter is on."""
     chunk, peaks = draws.chunk, draws.scaled(draws.chunk.peaks)
     num_blocks = peaks.shape[1]
     if processed is not None:
-        processed.copy_(draws.scaled(chunk.logits))
+        processed.copy_(draws.scaled(chunk.logits)[:, : processed.shape[1]])
     row, block = (peaks >= -GUMBEL_SPAN).nonzero(as_tuple=True)
     x, bits = draws.scaled(chunk.read(row, block), row), block_noise_bits(block, BLOCK, draws.keys[row])
     bound = peaks[row, block] + gumbel(bits.amax(1), x.dtype) + SLACK
