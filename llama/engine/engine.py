@@ -148,7 +148,7 @@ class Engine:
         )
         self._seeds = Seeds(config.seed)
         self._in_flight: deque[tuple[Plan, Callable[[], StepResult]]] = deque()
-        self._num_requests = self._num_steps = self._num_prompt_tokens = self._num_generated_tokens = 0
+        self._num_requests = self._num_steps = self._num_prompt_tokens = 0
         self._death: str | None = None
 
     def _fitting_blocks(self, model: Transformer, most: int) -> int:
@@ -247,7 +247,6 @@ class Engine:
         is_launched = self._launch(outputs)
         while len(self._in_flight) > (self.runner.lag if is_launched else 0):
             self._collect(outputs)
-        self._num_generated_tokens += sum([len(output.token_ids) for output in outputs])
         return outputs
 
     def _launch(self, outputs: list[TokenOutput]) -> bool:
@@ -333,7 +332,7 @@ class Engine:
             num_steps=self._num_steps,
             num_preemptions=scheduler.num_preemptions,
             num_prompt_tokens=self._num_prompt_tokens,
-            num_generated_tokens=self._num_generated_tokens,
+            num_generated_tokens=scheduler.num_generated_tokens,
             num_prefix_queries=scheduler.num_queried_tokens,
             num_prefix_hits=scheduler.num_hit_tokens,
         )

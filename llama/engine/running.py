@@ -25,7 +25,7 @@ class Running:
         self.computed = np.zeros(num_rows, np.int32)
         self.known = np.zeros(num_rows, np.int32)  # tokens known when the sequence came; it decodes from there on
         self.capacity = np.zeros(num_rows, np.int32)  # tokens that its blocks hold
-        self.limit = np.zeros(num_rows, np.int32)
+        self.last = np.zeros(num_rows, np.int32)  # position of the last token that the sequence may have
         self.adapter_slots = np.zeros(num_rows, np.int32)
         self.watched: NDArray[np.bool_] = np.zeros(num_rows, np.bool_)  # it has stop ids or a matcher
         self.masked_step = np.full(num_rows, -1, np.int64)  # the last step that drew from its matcher's mask
@@ -47,7 +47,7 @@ class Running:
         self.computed[row] = computed
         self.known[row] = sequence.num_tokens
         self.capacity[row] = 0
-        self.limit[row] = sequence.limit
+        self.last[row] = sequence.limit - 1
         self.adapter_slots[row] = sequence.adapter.slot
         self.watched[row] = bool(sequence.params.stop_token_ids) or sequence.matcher is not None
         self.masked_step[row] = -1
@@ -101,7 +101,7 @@ class Running:
         """The same without those that must not run while steps from `oldest_step` on are in flight: one may bring the
         last token that a sequence can have, or the one that its matcher must know to make the next mask."""
         rows, sequences = self.decodes()
-        ready = self.computed[rows] + 1 < self.limit[rows]
+        ready = self.computed[rows] < self.last[rows]
         if self.num_watched:
             ready &= self.masked_step[rows] < oldest_step
         if ready.all():

@@ -31,8 +31,8 @@ class Scheduler:
         max_num_seqs: int,
         max_num_batched_tokens: int,
         max_model_len: int,
+        vocab_size: int,
         eos_token_ids: Iterable[int] = (),
-        vocab_size: int = 0,
         model: bytes = b"",
     ) -> None:
         self.pool = pool
@@ -45,6 +45,9 @@ class Scheduler:
         self.num_preemptions = 0
         self.num_queried_tokens = 0  # that the prefix cache was asked for
         self.num_hit_tokens = 0
+        self.num_generated_tokens = 0
+        self._is_eos = np.zeros(vocab_size, np.bool_)
+        self._is_eos[[token for token in self.eos_token_ids if token < vocab_size]] = True
         self._mask_words = -(-vocab_size // 32)
         self._model = model
         self._requests: dict[str, list[Sequence]] = {}
@@ -123,8 +126,10 @@ class Scheduler:
         budget = self.max_num_batched_tokens if max_tokens is None else min(max_tokens, self.max_num_batched_tokens)
         step = Step(self._num_steps, num_preemptions=self.num_preemptions)
         self.running.reserve_decodes(*self._ready(budget), self.preempt)
-        self._add_chunks(step, budget - len(self._ready(budget)[1]))
-        rows, step.decodes = self._ready(budget)  # chunks may have taken blocks from some
+        rows, step.decodes = self._ready(budget)
+        if self.waiting or self.running.prefilling:
+            self._add_chunks(step, budget - len(step.decodes))
+            rows, step.decodes = self._ready(budget)  # chunks may have taken blocks from some
         if not step.decodes and not step.chunks:
             return None
         if len(self._constants[0]) != len(rows):
@@ -220,7 +225,8 @@ class Scheduler:
 
     def _commit(self, step: Step, plan: Plan) -> None:
         running = self.running
-        running.computed[plan.rows[: plan.num_decodes]] = plan.context_lens[: plan.num_decodes]
+        decodes = slice(plan.num_decodes)
+        running.computed[plan.rows[decodes]] = plan.context_lens[decodes]
         if plan.masks is not None:
             running.masked_step[[s.row for s in step.samples if s.matcher is not None]] = step.number
         for chunk in step.chunks:
@@ -240,6 +246,7 @@ class Scheduler:
             self._take_scores(step, result.prompt_logprobs)
         self._publish_decoded(step, plan, result)
         outputs = []
+        num_failed = 0
         needs_care = self._needs_care(step, plan, result).tolist()
         for i, (sequence, token) in enumerate(zip(step.samples, result.token_ids.tolist(), strict=True)):
             if not needs_care[i]:
@@ -249,18 +256,22 @@ class Scheduler:
                     TokenOutput(sequence.request_id, sequence.index, [token], None, None, None, None, cached)
                 )
             elif not sequence.finished:
-                outputs.append(self._take(sequence, token, i, result))
+                output = self._take(sequence, token, i, result)
+                num_failed += not output.token_ids
+                outputs.append(output)
+        self.num_generated_tokens += len(outputs) - num_failed
         return outputs
 
     def _needs_care(self, step: Step, plan: Plan, result: StepResult) -> NDArray[np.bool_]:
         """Which samples may do more than add a token to a sequence that goes on."""
         running, rows = self.running, plan.sample_rows
-        care: NDArray[np.bool_] = result.is_bad | (plan.sample_positions + 1 >= running.limit[rows])
-        for token in self.eos_token_ids:
-            care |= result.token_ids == token
+        care: NDArray[np.bool_] = plan.sample_positions >= running.last[rows]
+        care |= result.is_bad
+        care |= self._is_eos[result.token_ids]
         if running.num_watched:
             care |= running.watched[rows]
-        care[plan.num_decodes :] = True
+        if step.chunks:
+            care[plan.num_decodes :] = True
         if result.logprobs is not None or running.num_departures != step.num_departures:
             care[:] = True
         return care
@@ -268,10 +279,9 @@ class Scheduler:
     def _publish_decoded(self, step: Step, plan: Plan, result: StepResult) -> None:
         """Blocks that decoding rows have filled; with a lag, their tokens were not known when they were scheduled."""
         contexts = plan.context_lens[: plan.num_decodes]
-        filled = (contexts % self.pool.block_size == 0) & ~result.is_bad[: plan.num_decodes]
-        for i in np.flatnonzero(filled).tolist():
+        for i in (contexts % self.pool.block_size == 0).nonzero()[0].tolist():
             sequence = step.decodes[i]
-            if sequence.row == plan.rows[i]:
+            if sequence.row == plan.rows[i] and not result.is_bad[i]:
                 self.running.publish(sequence, int(contexts[i]))
 
     def _take_scores(self, step: Step, scores: LogprobArrays) -> None:

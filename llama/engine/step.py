@@ -51,11 +51,13 @@ class Step:
     def plan(self, running: Running, rows: Ints, constants: tuple[Ints, Ints, Ints], mask_words: int) -> Plan:
         """The plan of `decodes`, whose rows are `rows`, and `chunks`. `constants`: see `decode_constants`."""
         contexts = running.computed[rows] + 1
-        arrays = dict(zip(("query_lens", "token_ids", "sample_sources"), constants, strict=True))
-        arrays |= {"rows": rows, "context_lens": contexts, "sample_rows": rows, "sample_positions": contexts}
         self.samples = self.decodes
         num_scored = -1
-        if self.chunks:
+        if not self.chunks:
+            query_lens, token_ids, sources = constants
+            arrays = {"rows": rows, "query_lens": query_lens, "context_lens": contexts, "token_ids": token_ids}
+            arrays |= {"sample_rows": rows, "sample_sources": sources, "sample_positions": contexts}
+        else:
             self.samples = [*self.decodes, *(sequence for chunk in self.chunks for sequence in chunk.samples)]
             arrays = _flatten(rows, contexts, self.chunks)
             if scored := [chunk for chunk in self.chunks if chunk.score_to > chunk.score_from]:
