@@ -7,7 +7,7 @@ import torch
 from kernels.reference.noise import GUMBEL_SPAN, block_noise_bits, gumbel, noise_bits
 from llama.engine.sampler import noise_keys
 from tests import naive_sampling
-from tests.sampler_rows import chi_square_score
+from tests.ops.naive_rows import chi_square_score
 
 
 def bits_of(ids, seeds, positions):

@@ -13,7 +13,7 @@ from kernels.reference.sampling import sample, token_logprobs
 from kernels.types import LOGPROBS_OFF, LOGPROBS_PROCESSED, LOGPROBS_RAW, SamplerState
 from tests import naive_sampling
 from tests.naive_sampling import Params
-from tests.sampler_rows import chi_square_score, make_rows
+from tests.ops.naive_rows import chi_square_score, make_rows
 
 INF, NAN = math.inf, math.nan
 LN2 = math.log(2)

@@ -1,4 +1,4 @@
-"""SamplerRows for tests of `sample`, made without the engine: one tests.naive_sampling.Params per row."""
+"""The oracle's parameters as SamplerRows, in float64 and keyed by (seed, position); and a measure of fit for draws."""
 
 from collections.abc import Sequence
 
