@@ -1,6 +1,8 @@
 """One request's way back: decoding, stop strings, log-probabilities, and what the engine is told."""
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from llama.engine.request import FinishReason, Logprob, Piece, SamplingParams, TokenOutput, Usage
 from llama.output import Replies, Reply, Request, merged
@@ -54,6 +56,28 @@ def test_a_stop_string_is_cut_and_the_engine_is_told(lag):
     assert (output.finish_reason, output.stop_reason) == ("stop", "STOP")
     assert engine.finished == [("r", 0, FinishReason.STOP, "STOP")]
     assert pieces[-1].finish_reason == "stop" and pieces[-1].usage.completion_tokens == 9
+
+
+@given(
+    text=st.text("abS 🙂", max_size=12),
+    stop=st.lists(st.text("abS 🙂", min_size=1, max_size=3), min_size=1, max_size=3),
+    include=st.booleans(),
+    max_tokens=st.integers(1, 20),
+)
+def test_any_text_is_cut_at_the_stop_string_that_is_complete_first(text, stop, include, max_tokens):
+    said = [*text.encode(), EOS_ID][:max_tokens]
+    whole = bytes(t for t in said if t != EOS_ID).decode(errors="replace")
+    ends = [(end, s) for end in range(1, len(whole) + 1) for s in stop if whole[:end].endswith(s)]
+    expected = whole
+    if ends:
+        end = ends[0][0]
+        found = max((s for e, s in ends if e == end), key=len)
+        expected = whole[: end if include else end - len(found)]
+    reply, pieces, _ = answer(text, stop=stop, include_stop_str_in_output=include, max_tokens=max_tokens)
+    output = reply.output.outputs[0]
+    assert output.text == expected == "".join(p.text for p in pieces)
+    assert output.stop_reason == (found if ends else None)
+    assert output.token_ids == [t for p in pieces for t in p.token_ids] == said[: len(output.token_ids)]
 
 
 def test_a_stop_string_can_be_kept():
