@@ -4,7 +4,7 @@ A sequence keeps its row while it runs: it prefills until all its known tokens a
 counts tokens as soon as a step that computes them is scheduled.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from operator import attrgetter
 
 import numpy as np
@@ -140,11 +140,10 @@ class Running:
         self._extend(row, self.pool.allocate(max(0, missing)))
         return min(count, int(self.capacity[row]) - computed)
 
-    def num_promised_blocks(self) -> int:
-        """Blocks that the known tokens of the prefilling sequences still need."""
-        rows = [sequence.row for sequence in self.prefilling]
-        missing = -(-(self.known[rows] - self.capacity[rows]) // self.pool.block_size)
-        return int(missing.clip(min=0).sum())
+    def num_promised_blocks(self, sequences: Iterable[Sequence]) -> int:
+        """Blocks that the known tokens of these sequences still need."""
+        missing = [int(self.known[sequence.row]) - int(self.capacity[sequence.row]) for sequence in sequences]
+        return sum(-(-tokens // self.pool.block_size) for tokens in missing if tokens > 0)
 
     def fork(self, source: Sequence, sequence: Sequence) -> tuple[int, int] | None:
         """Let a sequence run from where `source`, its leader, will have computed their prompt: full blocks are shared,
@@ -179,10 +178,11 @@ class Running:
         if not blocks:
             return
         start = int(self.capacity[row]) // self.pool.block_size
-        columns = np.arange(start, start + len(blocks), dtype=np.int32)
-        self.table[row, columns] = blocks
+        update = np.empty((3, len(blocks)), np.int32)
+        update[0], update[1], update[2] = row, range(start, start + len(blocks)), blocks
+        self.table[row, start : start + len(blocks)] = update[2]
         self.capacity[row] += len(blocks) * self.pool.block_size
-        self._updates.append(np.array([np.full(len(blocks), row), columns, blocks], np.int32))
+        self._updates.append(update)
 
     def check(self) -> None:
         """Prove that rows, blocks and counters belong together."""

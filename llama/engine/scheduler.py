@@ -152,14 +152,16 @@ class Scheduler:
             if budget > 0 and sequence.row >= 0:
                 budget -= self._add_chunk(step, sequence, budget)
         # Who has just taken blocks from somebody leaves none to newcomers.
+        promised = self.running.num_promised_blocks(self.running.prefilling) if self.waiting else 0
         while self.waiting and budget > 0 and self.num_preemptions == step.num_preemptions:
             sequence = self.waiting[0]
-            if len(self.running) >= self.max_running or not self._admit(step, sequence):
+            if len(self.running) >= self.max_running or not self._admit(step, sequence, promised):
                 return
             budget -= self._add_chunk(step, sequence, budget)
+            promised += self.running.num_promised_blocks([sequence])
 
-    def _admit(self, step: Step, sequence: Sequence) -> bool:
-        """Let the head of the queue run if there is room for all of its known tokens."""
+    def _admit(self, step: Step, sequence: Sequence, promised: int) -> bool:
+        """Let the head of the queue run if there is room for all of its known tokens, `promised` blocks aside."""
         available, block_size = self.pool.num_available, self.pool.block_size
         if self._in_flight and sequence.ready_after >= self._in_flight[0].number:
             return False
@@ -172,7 +174,7 @@ class Scheduler:
         max_hits = 0 if sequence.wants_prompt_logprobs else (known - 1) // block_size
         hits = self.pool.match(root, sequence.tokens_between(0, max_hits * block_size).tobytes(), max_hits)
         needed = -(-known // block_size) - len(hits) + self.pool.count_idle(hits)
-        if needed + self.running.num_promised_blocks() > available:
+        if needed + promised > available:
             self._refused = sequence, available
             return False
         self._refused = None
