@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from kernels._checks import check_tensors, require
-from kernels.sampling.draw import BINS, choose_kernel, count_kernel, finish_kernel, scan_kernel
+from kernels.sampling.draw import choose_kernel, finish_kernel, scan_kernel
+from kernels.sampling.filters import BINS, count_kernel
 from kernels.sampling.logprobs import Draw, compute_logprobs
 from kernels.sampling.rules import Rules, Tiling, gather_rules
 from kernels.types import Logprobs, Sampled, SamplerRows, SamplerState

@@ -12,7 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.sampling.draw import NO_CUT, count_token, is_alive, pack
+from kernels.sampling.draw import count_token
+from kernels.sampling.filters import NO_CUT, is_alive, pack
 from kernels.sampling.rules import Rules, Tiling, depths, load_changed, load_raw, row_maximum
 from kernels.types import LOGPROBS_OFF, LOGPROBS_PROCESSED, LOGPROBS_RAW, Logprobs
 

@@ -158,7 +158,7 @@ def is_finite(x):
 @triton.jit
 def depths(logits, maximum, temperature):
     """How far each token lies below the row's best in units of the temperature, >= 0: -log of its mass."""
-    return (maximum - logits) / temperature
+    return tl.abs(maximum - logits) / temperature  # the bits of -0.0 would come last, not first
 
 
 @triton.jit
