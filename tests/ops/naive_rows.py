@@ -5,7 +5,8 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from kernels.types import LOGPROBS_OFF, LOGPROBS_PROCESSED, SamplerRows
+from kernels.reference.sampling import sample
+from kernels.types import LOGPROBS_OFF, LOGPROBS_PROCESSED, SamplerRows, SamplerState
 from tests import naive_sampling
 from tests.naive_sampling import Params
 
@@ -62,6 +63,25 @@ def make_rows(
         all_greedy=not any(each.temperature for each in params),
         any_processed=LOGPROBS_PROCESSED in modes,
     )
+
+
+def distribution(logits, prompt=(), generated=(), allowed=None, **params):
+    """The probabilities [vocab] that one row is drawn from, and its token."""
+    logits = torch.as_tensor(logits, dtype=torch.float64)
+    state = SamplerState(1, len(logits))
+    state.rebuild(0, list(prompt), list(generated))
+    mask = None if allowed is None else np.array([allowed])
+    rows = make_rows([Params(**params)], modes=[LOGPROBS_PROCESSED], num_logprobs=len(logits), allowed=mask)
+    sampled = sample(logits[None], rows, state)
+    probs = torch.zeros(len(logits), dtype=torch.float64)
+    found = sampled.logprobs.top_ids[0]
+    probs[found[found >= 0]] = sampled.logprobs.top_logprobs[0][found >= 0].exp()
+    return probs.tolist(), int(sampled.token_ids)
+
+
+def random_logits(rows=4, vocab=500, seed=0, scale=3.0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(rows, vocab, generator=generator, dtype=torch.float64) * scale
 
 
 def pack_bits(bits: np.ndarray) -> torch.Tensor:
