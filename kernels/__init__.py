@@ -9,6 +9,7 @@ import os
 from torch import Tensor, float32, int32, int64
 
 from kernels import reference
+from kernels.reference.attention import AttentionPlan
 from kernels.types import Logprobs, Sampled, SamplerRows, SamplerState
 
 # Triton itself reads this once, when it is imported: a process is interpreted or it is not.
@@ -76,6 +77,20 @@ def rope_and_store(
     return reference.rope_and_store(q, k, v, cos_sin, slots, k_cache, v_cache)
 
 
+def plan_attention(
+    block_tables: Tensor, query_starts: Tensor, context_lens: Tensor, *, num_decodes: int, block_size: int
+) -> AttentionPlan | None:
+    """What every layer's `paged_attention` of one step needs to know of it, worked out once.
+
+    None where the kernel reads the tensors itself. A plan may be left away, at the price of making it in each layer.
+    """
+    if _on_triton(block_tables):
+        return None
+    return reference.plan_attention(
+        block_tables, query_starts, context_lens, num_decodes=num_decodes, block_size=block_size
+    )
+
+
 def paged_attention(
     q: Tensor,
     k_cache: Tensor,
@@ -88,6 +103,7 @@ def paged_attention(
     max_query_len: int,
     max_context_len: int,
     scale: float,
+    plan: AttentionPlan | None = None,
 ) -> Tensor:
     """Causal attention of flat, ragged queries over paged K and V -> [tokens, heads, head_dim].
 
@@ -95,7 +111,7 @@ def paged_attention(
     last of its context_lens[s] (int32 [seqs]) tokens, whose K and V lie in the blocks block_tables[s] (int32
     [seqs, max_blocks]) of the caches [num_blocks, block_size, kv_heads, head_dim]. Query j of n sees the first
     context - n + j + 1 keys. The first `num_decodes` sequences have one query each. Softmax in at least float32.
-    Nothing past a sequence's context can change the result, NaN included.
+    Nothing past a sequence's context can change the result, NaN included. `plan` is `plan_attention` of this step.
     """
     if k_cache.shape != v_cache.shape or q.shape[2] != k_cache.shape[3] or q.shape[1] % k_cache.shape[2]:
         raise _refuse("paged_attention", q=q, k_cache=k_cache, v_cache=v_cache)
@@ -105,22 +121,18 @@ def paged_attention(
         raise _refuse(
             "paged_attention", block_tables=block_tables, query_starts=query_starts, context_lens=context_lens
         )
+    tensors = (q, k_cache, v_cache, block_tables, query_starts, context_lens)
+    sizes = {
+        "num_decodes": num_decodes,
+        "max_query_len": max_query_len,
+        "max_context_len": max_context_len,
+        "scale": scale,
+    }
     if _on_triton(q):
         from kernels import attention
-    else:
-        from kernels.reference import attention
-    return attention.paged_attention(
-        q,
-        k_cache,
-        v_cache,
-        block_tables,
-        query_starts,
-        context_lens,
-        num_decodes=num_decodes,
-        max_query_len=max_query_len,
-        max_context_len=max_context_len,
-        scale=scale,
-    )
+
+        return attention.paged_attention(*tensors, **sizes)
+    return reference.paged_attention(*tensors, **sizes, plan=plan)
 
 
 def silu_mul(gate_up: Tensor) -> Tensor:

@@ -1,7 +1,16 @@
 """Every op in plain PyTorch, under the names and signatures of `kernels`: the CPU path and the oracle."""
 
-from kernels.reference.attention import paged_attention
+from kernels.reference.attention import paged_attention, plan_attention
 from kernels.reference.layers import add_rms_norm, rms_norm, rope_and_store, silu_mul
 from kernels.reference.sampling import sample, token_logprobs
 
-__all__ = ["add_rms_norm", "paged_attention", "rms_norm", "rope_and_store", "sample", "silu_mul", "token_logprobs"]
+__all__ = [
+    "add_rms_norm",
+    "paged_attention",
+    "plan_attention",
+    "rms_norm",
+    "rope_and_store",
+    "sample",
+    "silu_mul",
+    "token_logprobs",
+]

@@ -2,8 +2,11 @@
 
 No copy of K or V per query head: grouped heads share them through a dimension of stride 0 (prefill) or lie beside one
 another as the queries of one head (decode). Slots past a sequence's context are never read, so that whatever lies there
-cannot leak.
+cannot leak. What depends on the step alone, and not on the layer, is worked out once, in `plan_attention`.
 """
+
+import math
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +14,63 @@ from torch import Tensor
 
 # Entries of one mask at most (queries x keys), which bounds what a chunk of a long prompt allocates.
 MASK_ENTRIES = 1 << 20
+
+Rows = slice | Tensor  # of a cache [slots, kv_heads, head_dim]: a run, or indices
+
+
+@dataclass(slots=True)
+class AttentionPlan:
+    """Where the keys of each sequence lie. `buffers` is working memory that the layers of one step share."""
+
+    decode_rows: Rows  # of all decodes, one after the other, each padded to the longest
+    decode_mask: Tensor | None  # [decodes, 1, 1, keys] bool; None where nothing is padded
+    prefills: list[tuple[int, int, Rows]]  # first token, end, rows
+    buffers: dict[str, Tensor] = field(default_factory=dict)
+
+    def gather(self, cache: Tensor, rows: Rows, name: str) -> Tensor:
+        """[keys, kv_heads, head_dim]: a view, or a copy that holds until the next gather under the same name."""
+        cache = cache.flatten(0, 1)
+        if isinstance(rows, slice):
+            return cache[rows]
+        buffer = self.buffers.get(name)
+        if buffer is None or buffer.shape[0] < rows.shape[0] or buffer.dtype != cache.dtype:
+            buffer = self.buffers[name] = cache.new_empty(rows.shape[0], *cache.shape[1:])
+        return torch.index_select(cache, 0, rows, out=buffer[: rows.shape[0]])
+
+
+def plan_attention(
+    block_tables: Tensor, query_starts: Tensor, context_lens: Tensor, *, num_decodes: int, block_size: int
+) -> AttentionPlan | None:
+    starts, lens = query_starts.tolist(), context_lens.tolist()
+    prefills = [
+        (starts[s], starts[s + 1], _rows(block_tables[s], lens[s], block_size))
+        for s in range(num_decodes, len(lens))
+        if starts[s + 1] > starts[s]
+    ]
+    if num_decodes <= 1:
+        # A padding row without context reads the first slot of its first block, which its mask then drops.
+        rows = _rows(block_tables[0], max(1, lens[0]), block_size) if num_decodes else slice(0)
+        mask = context_lens.new_zeros(1, 1, 1, 1, dtype=torch.bool) if num_decodes and not lens[0] else None
+        return AttentionPlan(rows, mask, prefills)
+    longest = max(1, *lens[:num_decodes])
+    keys = torch.arange(longest, device=block_tables.device)
+    ends = context_lens[:num_decodes, None].to(torch.int64)
+    # Past its end a sequence reads its own last token again: no slot that is not its own.
+    columns = torch.minimum(keys, (ends - 1).clamp_(min=0))  # [decodes, keys]
+    blocks = block_tables[:num_decodes].to(torch.int64).gather(1, columns // block_size)
+    rows = (blocks * block_size + columns % block_size).flatten()
+    padded = min(lens[:num_decodes]) < longest
+    return AttentionPlan(rows, (keys < ends)[:, None, None, :] if padded else None, prefills)
+
+
+def _rows(block_table: Tensor, context_len: int, block_size: int) -> Rows:
+    num_blocks = -(-context_len // block_size)
+    blocks = block_table[:num_blocks].tolist()
+    first = blocks[0]
+    if blocks == list(range(first, first + num_blocks)):
+        return slice(first * block_size, first * block_size + context_len)
+    offsets = torch.arange(block_size, device=block_table.device)
+    return (block_table[:num_blocks, None].to(torch.int64) * block_size + offsets).flatten()[:context_len]
 
 
 def paged_attention(
@@ -25,47 +85,31 @@ def paged_attention(
     max_query_len: int,
     max_context_len: int,
     scale: float,
+    plan: AttentionPlan | None = None,
 ) -> Tensor:
-    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    if plan is None:
+        plan = plan_attention(
+            block_tables, query_starts, context_lens, num_decodes=num_decodes, block_size=k_cache.shape[1]
+        )
+    parts = []
     if num_decodes:
-        tables, lens = block_tables[:num_decodes], context_lens[:num_decodes]
-        out[:num_decodes] = _decode(q[:num_decodes], k_cache, v_cache, tables, lens, scale)
-    starts, lens = query_starts.tolist(), context_lens.tolist()
-    for sequence in range(num_decodes, len(lens)):
-        start, end, context = starts[sequence], starts[sequence + 1], lens[sequence]
-        if end > start:
-            k, v = (_contiguous(cache, block_tables[sequence], context) for cache in (k_cache, v_cache))
-            out[start:end] = _causal(q[start:end], k, v, scale)
-    return out
+        k, v = plan.gather(k_cache, plan.decode_rows, "k"), plan.gather(v_cache, plan.decode_rows, "v")
+        parts.append(_decode(q[:num_decodes], k, v, plan.decode_mask, scale))
+    for start, end, rows in plan.prefills:
+        k, v = plan.gather(k_cache, rows, "k"), plan.gather(v_cache, rows, "v")
+        parts.append(_causal(q[start:end], k, v, scale))
+    if len(parts) == 1:
+        return parts[0]
+    return torch.cat(parts) if parts else torch.empty_like(q, memory_format=torch.contiguous_format)
 
 
-def _decode(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, block_tables: Tensor, context_lens: Tensor, scale: float
-) -> Tensor:
+def _decode(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
     """One query per sequence: the heads of a group become the queries of their KV head."""
     sequences, heads, head_dim = q.shape
-    block_size, kv_heads = k_cache.shape[1:3]
-    keys = torch.arange(int(context_lens.max()), device=q.device)
-    lens = context_lens.to(torch.int64)[:, None]
-    # Past its end a sequence reads its own last token again, which the mask then drops: no foreign slot is touched.
-    columns = torch.minimum(keys, (lens - 1).clamp_(min=0))  # [sequences, keys]
-    slots = block_tables.to(torch.int64).gather(1, columns // block_size) * block_size + columns % block_size
-    k, v = (
-        cache.flatten(0, 1).index_select(0, slots.flatten()).view(sequences, -1, kv_heads, head_dim).transpose(1, 2)
-        for cache in (k_cache, v_cache)
-    )
-    grouped = q.reshape(sequences, kv_heads, heads // kv_heads, head_dim)
-    mask = (keys < lens)[:, None, None, :]
+    kv_heads = k.shape[1]
+    k, v = (x.view(sequences, -1, kv_heads, head_dim).transpose(1, 2) for x in (k, v))
+    grouped = q.unflatten(1, (kv_heads, heads // kv_heads))
     return F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask, scale=scale).reshape(q.shape)
-
-
-def _contiguous(cache: Tensor, block_table: Tensor, context_len: int) -> Tensor:
-    """A sequence's rows [context_len, kv_heads, head_dim]; a view where its blocks lie in one run."""
-    num_blocks = -(-context_len // cache.shape[1])
-    blocks = block_table[:num_blocks].tolist()
-    if blocks == list(range(blocks[0], blocks[0] + num_blocks)):
-        return cache[blocks[0] : blocks[0] + num_blocks].flatten(0, 1)[:context_len]
-    return cache.index_select(0, block_table[:num_blocks]).flatten(0, 1)[:context_len]
 
 
 def _causal(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
@@ -73,7 +117,7 @@ def _causal(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     queries, heads, head_dim = q.shape
     context, kv_heads = k.shape[:2]
     group = heads // kv_heads
-    q = q.view(queries, kv_heads, group, head_dim).permute(1, 2, 0, 3)  # KV heads take the place of a batch
+    q = q.unflatten(1, (kv_heads, group)).permute(1, 2, 0, 3)  # KV heads take the place of a batch
     k, v = (x.transpose(0, 1)[:, None].expand(-1, group, -1, -1) for x in (k, v))
     if queries == context:
         mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
@@ -83,8 +127,8 @@ def _causal(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     for start in range(0, queries, step):
         end = min(start + step, queries)
         visible = context - queries + end
-        rows = torch.arange(visible - (end - start), visible, device=q.device)
-        mask = torch.arange(visible, device=q.device) <= rows[:, None]
+        mask = torch.full((end - start, visible), -math.inf, dtype=q.dtype, device=q.device)
+        mask.triu_(visible - (end - start) + 1)
         mixed = F.scaled_dot_product_attention(
             q[:, :, start:end], k[:, :, :visible], v[:, :, :visible], attn_mask=mask, scale=scale
         )

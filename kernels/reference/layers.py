@@ -1,18 +1,23 @@
-"""Norms, rotary embedding and activation in plain PyTorch: the CPU path and the oracle of the Triton kernels."""
+"""Norms, rotary embedding and activation in plain PyTorch: the CPU path and the oracle of the Triton kernels.
+
+On a CPU a decode step costs as much in calls as in arithmetic, so these take few calls and work in place.
+"""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 
-def _wide(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    wide = x.to(_wide(x))
-    scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-    return (wide * scale).to(x.dtype) * weight
+    wide = x.to(_wide(x.dtype))
+    norms = torch.linalg.vector_norm(wide, 2, -1, True)  # [tokens, 1]
+    scales = norms.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+    scaled = wide * scales if wide is x else wide.mul_(scales)
+    return scaled.to(x.dtype).mul_(weight)
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -20,24 +25,42 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
     return rms_norm(summed, weight, eps), summed
 
 
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    first, second = x.to(cos.dtype).chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
-
-
 def rope_and_store(
     q: Tensor, k: Tensor, v: Tensor, cos_sin: Tensor, slots: Tensor, k_cache: Tensor, v_cache: Tensor
 ) -> Tensor:
-    cos, sin = cos_sin.to(_wide(q)).unsqueeze(1).chunk(2, dim=-1)  # [tokens, 1, head_dim / 2]
-    k = _rotate(k, cos, sin)
-    stored = slots >= 0
-    if not bool(stored.all()):
+    cos, sin = cos_sin.to(_wide(q.dtype)).unsqueeze(1).chunk(2, dim=-1)  # [tokens, 1, head_dim / 2]
+    heads = q.shape[1]
+    both = _neighbours(q, k)
+    if both is None:
+        q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
+    else:
+        q, k = _rotate(both, cos, sin).split((heads, k.shape[1]), dim=1)
+    if -1 in slots.tolist():
+        stored = slots >= 0
         slots, k, v = slots[stored], k[stored], v[stored]
     k_cache.flatten(0, 1).index_copy_(0, slots, k)
     v_cache.flatten(0, 1).index_copy_(0, slots, v)
-    return _rotate(q, cos, sin)
+    return q
+
+
+def _neighbours(q: Tensor, k: Tensor) -> Tensor | None:
+    """q and k as one tensor, where they are slices of one projection with k right behind q."""
+    same = q.untyped_storage().data_ptr() == k.untyped_storage().data_ptr() and q.stride() == k.stride()
+    tokens, heads, head_dim = q.shape
+    if not same or q.stride(1) != head_dim or k.storage_offset() != q.storage_offset() + heads * head_dim:
+        return None
+    return q.as_strided((tokens, heads + k.shape[1], head_dim), q.stride(), q.storage_offset())
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    first, second = x.to(cos.dtype).chunk(2, dim=-1)
+    out = torch.empty(x.shape, dtype=cos.dtype, device=x.device)
+    left, right = out.chunk(2, dim=-1)
+    torch.mul(first, cos, out=left).addcmul_(second, sin, value=-1)
+    torch.mul(second, cos, out=right).addcmul_(first, sin)
+    return out.to(x.dtype)
 
 
 def silu_mul(gate_up: Tensor) -> Tensor:
     gate, up = gate_up.chunk(2, dim=-1)
-    return F.silu(gate) * up
+    return F.silu(gate).mul_(up)

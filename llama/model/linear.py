@@ -1,25 +1,54 @@
 """Linear: a weight that knows its own matmul. No bias: Llama has none."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from llama.model.packed import PackedWeight, pack
+
 
 class Linear(nn.Module):
-    """y = x W^T with W [out_features, in_features]."""
+    """y = x W^T with W [out_features, in_features].
+
+    W is the parameter `weight`, or lies in a form that only its matmul reads (`prepare`); then `weight` is None and
+    `dense_weight()` gives it back, bit for bit.
+    """
 
     def __init__(self, in_features: int, out_features: int, *, device: torch.device | str, dtype: torch.dtype) -> None:
         super().__init__()
         self.in_features = in_features
         self.out_features = out_features
-        self.weight = nn.Parameter(torch.empty(out_features, in_features, device=device, dtype=dtype), False)
+        weight = torch.empty(out_features, in_features, device=device, dtype=dtype)
+        self.weight: nn.Parameter | None = nn.Parameter(weight, requires_grad=False)
+        self.packed: PackedWeight | None = None
 
     def forward(self, x: Tensor) -> Tensor:  # [tokens, in_features] -> [tokens, out_features]
+        if self.packed is not None:
+            return self.packed(x)
         return F.linear(x, self.weight)
 
+    def prepare(self) -> None:
+        """Take the form that is fastest on this machine, if there is a faster one."""
+        if self.packed is None:
+            self.packed = pack(self.weight)
+            if self.packed is not None:
+                self.weight = None
+
     def dense_weight(self) -> Tensor:
-        """[out_features, in_features] in the model's dtype."""
-        return self.weight
+        """[out_features, in_features] in the model's dtype; a copy where the weight is packed."""
+        return self.weight if self.packed is None else self.packed.dense()
+
+    def _apply(self, fn, recurse: bool = True) -> "Linear":
+        if self.packed is not None:  # a packed weight neither moves nor casts
+            self.weight = nn.Parameter(self.dense_weight(), requires_grad=False)
+            self.packed = None
+        return super()._apply(fn, recurse)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[prefix + "weight"] = self.dense_weight()
 
     def extra_repr(self) -> str:
         return f"{self.in_features} -> {self.out_features}"

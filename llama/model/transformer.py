@@ -6,6 +6,7 @@ stream is in the model's dtype; norms, rotary embedding and softmax compute in a
 """
 
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,14 @@ from llama.model.config import ModelConfig
 from llama.model.kv_cache import KVCache
 from llama.model.linear import Linear
 from llama.model.rope import cos_sin, inverse_frequencies
+
+
+class Step(NamedTuple):
+    """What all layers of one forward share."""
+
+    batch: Batch
+    cos_sin: Tensor  # [tokens, head_dim] float32
+    plan: kernels.AttentionPlan | None
 
 
 class RMSNorm(nn.Module):
@@ -47,10 +56,11 @@ class Attention(nn.Module):
         self.qkv_proj = Linear(config.hidden_size, heads * self.head_dim, device=device, dtype=dtype)
         self.o_proj = Linear(self.num_heads * self.head_dim, config.hidden_size, device=device, dtype=dtype)
 
-    def forward(self, x: Tensor, batch: Batch, cos_sin: Tensor, k_cache: Tensor, v_cache: Tensor) -> Tensor:
+    def forward(self, x: Tensor, step: Step, k_cache: Tensor, v_cache: Tensor) -> Tensor:
+        batch = step.batch
         heads = self.qkv_proj(x).unflatten(1, (-1, self.head_dim))  # [tokens, heads + 2 kv_heads, head_dim]
         q, k, v = heads.split((self.num_heads, self.num_kv_heads, self.num_kv_heads), dim=1)
-        q = kernels.rope_and_store(q, k, v, cos_sin, batch.slots, k_cache, v_cache)
+        q = kernels.rope_and_store(q, k, v, step.cos_sin, batch.slots, k_cache, v_cache)
         mixed = kernels.paged_attention(
             q,
             k_cache,
@@ -62,6 +72,7 @@ class Attention(nn.Module):
             max_query_len=batch.max_query_len,
             max_context_len=batch.max_context_len,
             scale=self.scale,
+            plan=step.plan,
         )
         return self.o_proj(mixed.flatten(1))
 
@@ -90,10 +101,10 @@ class Block(nn.Module):
         self.mlp = MLP(config, device=device, dtype=dtype)
 
     def forward(
-        self, x: Tensor, residual: Tensor | None, batch: Batch, cos_sin: Tensor, k_cache: Tensor, v_cache: Tensor
+        self, x: Tensor, residual: Tensor | None, step: Step, k_cache: Tensor, v_cache: Tensor
     ) -> tuple[Tensor, Tensor]:
         x, residual = self.input_layernorm(x, residual)
-        x = self.self_attn(x, batch, cos_sin, k_cache, v_cache)
+        x = self.self_attn(x, step, k_cache, v_cache)
         x, residual = self.post_attention_layernorm(x, residual)
         return self.mlp(x), residual
 
@@ -159,10 +170,17 @@ class Transformer(nn.Module):
 
     def hidden(self, batch: Batch, kv: KVCache) -> Tensor:
         """-> [tokens, hidden] after the last norm, of every token; `lm_head` makes logits of it."""
-        rotation = cos_sin(batch.positions, self.inv_freq)
+        plan = kernels.plan_attention(
+            batch.block_tables,
+            batch.query_starts,
+            batch.context_lens,
+            num_decodes=batch.num_decodes,
+            block_size=kv.block_size,
+        )
+        step = Step(batch, cos_sin(batch.positions, self.inv_freq), plan)
         x, residual = self.embed_tokens(batch.token_ids), None
         for layer, k_cache, v_cache in zip(self.layers, kv.k, kv.v, strict=True):
-            x, residual = layer(x, residual, batch, rotation, k_cache, v_cache)
+            x, residual = layer(x, residual, step, k_cache, v_cache)
         return self.norm(x, residual)[0]
 
     def logits(self, token_ids: Tensor) -> Tensor:
@@ -196,6 +214,16 @@ class Transformer(nn.Module):
         )
         return self(batch, kv).view(rows, length, -1).to(wide)
 
+    def prepare(self) -> None:
+        """Pack the weights for this machine's CPU, in place, where that is faster; nothing on other devices.
+
+        Each weight is kept once, in its packed form (a head tied to the embedding is a second copy). Idempotent; moving
+        or casting the model undoes it.
+        """
+        for module in self.modules():
+            if isinstance(module, Linear):
+                module.prepare()
+
     def _fill_randomly(self, seed: int) -> None:
         generator = torch.Generator(self.device).manual_seed(seed)
         for name, parameter in self.named_parameters():
@@ -208,6 +236,6 @@ class Transformer(nn.Module):
         # A cast must not round the rotary frequencies, to_empty() must not lose them, a move must not untie the head.
         super()._apply(fn, recurse)
         self.inv_freq = inverse_frequencies(self.config, self.device)
-        if self.config.tie_word_embeddings:
+        if self.config.tie_word_embeddings and self.lm_head.weight is not None:
             self.lm_head.weight = self.embed_tokens.weight
         return self

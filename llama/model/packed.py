@@ -1,0 +1,86 @@
+"""Weights in the layouts that this machine's CPU libraries multiply fastest.
+
+oneDNN's blocked layout serves float32, and 16-bit floats where the CPU computes with them. Where it does not (AVX2),
+FBGEMM keeps 16-bit weights as float16 and multiplies in float32, several times faster than PyTorch's own matmul there.
+Nothing here changes a result by more than the dtype's rounding, and `dense()` gives the weight back bit for bit.
+"""
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+_ROWS = 256  # of the identity, to read a packed weight back
+
+
+class PackedWeight(Protocol):
+    def __call__(self, x: Tensor) -> Tensor: ...
+
+    def dense(self) -> Tensor: ...
+
+
+def pack(weight: Tensor) -> PackedWeight | None:
+    """The fastest form of weight [out, in] on its device, or None where that is the plain tensor."""
+    if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        return None
+    if weight.dtype == torch.float32 or _computes_natively(weight.dtype):
+        return OneDNNWeight(weight)
+    if weight.dtype in (torch.bfloat16, torch.float16) and torch.backends.quantized.engine in ("x86", "fbgemm"):
+        return Float16Weight.of(weight)
+    return None
+
+
+def _computes_natively(dtype: torch.dtype) -> bool:
+    if dtype == torch.bfloat16:
+        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return dtype == torch.float16 and torch.ops.mkldnn._is_mkldnn_fp16_supported()
+
+
+class OneDNNWeight:
+    """The dtype of the weight is that of input and output."""
+
+    def __init__(self, weight: Tensor) -> None:
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach())
+        self._linear = torch.ops.mkldnn._linear_pointwise.default
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self._linear(x, self.weight, None, "none", [], "")
+
+    def dense(self) -> Tensor:
+        return self.weight.to_dense()
+
+
+class Float16Weight:
+    """A bfloat16 or float16 weight as float16: 11 significant bits hold bfloat16's 8 from 2^-17 to 65,504.
+
+    Smaller values are rounded to a multiple of 2^-24, which no sum notices; they are kept aside, for `dense()` alone.
+    """
+
+    def __init__(self, weight: Tensor, small: Tensor) -> None:
+        self.shape = weight.shape
+        self.dtype = weight.dtype
+        self.small = small  # flat indices of what float16 rounds
+        self.small_values = weight.flatten()[small]
+        self.weight = torch.ops.quantized.linear_prepack_fp16(weight.float(), None)
+        # Straight to the kernel: checking the packed object on the way costs four times the call itself.
+        self._linear = torch.ops.quantized.linear_dynamic_fp16.default.redispatch
+        self._keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
+
+    @classmethod
+    def of(cls, weight: Tensor) -> "Float16Weight | None":
+        """None where values are too large for float16, or so many are too small that rounding them might matter."""
+        weight = weight.detach()
+        half = weight.half()
+        if not bool(half.isfinite().all()):
+            return None
+        small = (half.to(weight.dtype) != weight).flatten().nonzero().flatten()
+        return cls(weight, small) if len(small) * 50 <= weight.numel() else None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self._linear(self._keys, x.float(), self.weight).to(self.dtype)
+
+    def dense(self) -> Tensor:
+        weight, _ = torch.ops.quantized.linear_unpack_fp16(self.weight)
+        weight = weight.to(self.dtype)
+        weight.view(-1)[self.small] = self.small_values
+        return weight
