@@ -85,8 +85,8 @@ def _rope_and_store_kernel(
                 _store_halves(k_cache + place, first, second, mask, HALF_DIM)
             else:
                 source = v + token * v_token_stride + heads * v_head_stride + dims
-                first = tl.load(source, mask=mask)
-                second = tl.load(source + HALF_DIM, mask=mask)
+                first = tl.load(source, mask=mask).to(tl.float32)
+                second = tl.load(source + HALF_DIM, mask=mask).to(tl.float32)
                 _store_halves(v_cache + place, first, second, mask, HALF_DIM)
 
 

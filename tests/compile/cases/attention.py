@@ -1,0 +1,59 @@
+"""Attention: one call per kernel, so that a row of the table tells of one configuration."""
+
+from collections.abc import Iterator
+
+import torch
+
+from kernels.attention import paged_attention
+from tests.compile.harness import Case
+
+# head_dim, heads, KV heads, block size, dtype: each entry of the tile tables, both ways to find a key's block
+# (a tile within one block, a tile over several), a group that is no power of two, a padded head_dim.
+CONFIGURATIONS = (
+    (128, 32, 8, 16, torch.bfloat16),
+    (128, 64, 8, 128, torch.float16),
+    (64, 9, 3, 16, torch.bfloat16),
+    (80, 32, 32, 1, torch.bfloat16),
+    (256, 16, 1, 16, torch.bfloat16),
+    (64, 32, 8, 16, torch.float32),
+    (128, 32, 8, 16, torch.float32),
+    (256, 16, 1, 16, torch.float32),
+)
+
+
+def _call(configuration: tuple, queries: int, sequences: int, num_decodes: int) -> torch.Tensor:
+    head_dim, heads, kv_heads, block_size, dtype = configuration
+
+    def empty(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    return paged_attention(
+        empty(queries, heads, head_dim, dtype=dtype),
+        *(empty(4_194_304 // block_size, block_size, kv_heads, head_dim, dtype=dtype) for _ in range(2)),
+        empty(sequences, 131_072 // block_size),
+        empty(sequences + 1),
+        empty(sequences),
+        num_decodes=num_decodes,
+        max_query_len=queries,
+        max_context_len=131_072,
+        scale=head_dim**-0.5,
+    )
+
+
+def cases() -> Iterator[Case]:
+    for configuration in CONFIGURATIONS:
+        head_dim, heads, kv_heads, block_size, dtype = configuration
+        name = f"D={head_dim} heads={heads}/{kv_heads} block={block_size} {str(dtype)[6:]}"
+        sixteen_bits = dtype.itemsize == 2
+        yield Case(
+            f"decode {name}",
+            lambda configuration=configuration: _call(configuration, 64, 64, 64),
+            wide_loads=("_decode_kernel",),
+            tensor_cores=("_decode_kernel",) if sixteen_bits else (),
+        )
+        yield Case(
+            f"prefill {name}",
+            lambda configuration=configuration: _call(configuration, 8192, 8, 0),
+            wide_loads=("_prefill_kernel",),
+            warp_group=("_prefill_kernel",) if sixteen_bits else (),
+        )

@@ -1,0 +1,30 @@
+"""rope_and_store over views of a fused qkv output, as the model calls it."""
+
+from collections.abc import Iterator
+
+import torch
+
+from kernels.rope import rope_and_store
+from tests.compile.harness import Case
+
+
+def _call(head_dim: int, heads: int, kv_heads: int, dtype: torch.dtype) -> torch.Tensor:
+    qkv = torch.empty(64, heads + 2 * kv_heads, head_dim, dtype=dtype, device="meta")
+    caches = (torch.empty(262_144, 16, kv_heads, head_dim, dtype=dtype, device="meta") for _ in range(2))
+    cos_sin = torch.empty(64, head_dim, device="meta")
+    slots = torch.empty(64, dtype=torch.int64, device="meta")
+    return rope_and_store(*qkv.split([heads, kv_heads, kv_heads], dim=1), cos_sin, slots, *caches)
+
+
+def cases() -> Iterator[Case]:
+    for head_dim, heads, kv_heads, dtype in (
+        (128, 32, 8, torch.bfloat16),
+        (64, 9, 3, torch.bfloat16),
+        (80, 32, 32, torch.float16),
+        (128, 32, 8, torch.float32),
+    ):
+        yield Case(
+            f"rope D={head_dim} heads={heads}/{kv_heads} {str(dtype)[6:]}",
+            lambda shape=(head_dim, heads, kv_heads, dtype): _call(*shape),
+            wide_loads=("_rope_and_store_kernel",),
+        )

@@ -1,0 +1,38 @@
+"""Every kernel of the sampler over the vocabularies of Llama 3.1 and SmolLM2, and the log-probabilities of prompts.
+
+Which rules a call has is an argument of the kernels, not a constant: one case per vocabulary and dtype is all of them.
+"""
+
+from collections.abc import Iterator
+
+import torch
+
+from kernels.sampling import sample, token_logprobs
+from kernels.types import SamplerState
+from tests.compile.harness import Case
+from tests.sampling_rows import make_rows
+
+EVERYTHING = {"top_k": 50, "top_p": 0.9, "slot": 0, "bias": {1: 1.0}, "allowed": [1], "logprobs": "processed"}
+
+
+def _sample(vocab: int, dtype: torch.dtype) -> object:
+    rows = make_rows([EVERYTHING] * 8, vocab, num_logprobs=20, device="meta")
+    return sample(torch.empty(8, vocab, dtype=dtype, device="meta"), rows, SamplerState(8, vocab, "meta"))
+
+
+def _token_logprobs(vocab: int, dtype: torch.dtype) -> object:
+    token_ids = torch.empty(64, dtype=torch.int64, device="meta")
+    return token_logprobs(torch.empty(64, vocab, dtype=dtype, device="meta"), token_ids, 20)
+
+
+def cases() -> Iterator[Case]:
+    readers = ("scan_kernel", "count_kernel", "choose_kernel", "logprob_parts_kernel")
+    for vocab, dtype in (
+        (128_256, torch.bfloat16),
+        (128_256, torch.float16),
+        (128_256, torch.float32),
+        (49_152, torch.bfloat16),
+    ):
+        shape = f"{vocab} {str(dtype)[6:]}"
+        yield Case(f"sample {shape}", lambda call=(vocab, dtype): _sample(*call), wide_loads=readers)
+        yield Case(f"token_logprobs {shape}", lambda call=(vocab, dtype): _token_logprobs(*call), wide_loads=readers)

@@ -1,0 +1,193 @@
+"""Compiles what the wrappers of `kernels` launch, for GPUs that need not be there, and reads the machine code.
+
+A case calls a real wrapper with tensors on the meta device. A driver that knows a target and nothing else takes the
+place of CUDA's, and every launch stops after compiling, so what is judged is what a GPU would run: the same constants,
+the same specialisation on alignment, the same number of warps. Nothing runs, so nothing is said about results.
+"""
+
+import importlib
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.runtime.driver import driver
+from triton.runtime.jit import JITFunction
+
+ARCHITECTURES = (80, 90, 100)
+# Bytes of shared memory that one program may have.
+SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+# The matrix instructions of a whole warp group, where there are such.
+WARP_GROUP = {80: "HMMA", 90: "[HQ]GMMA", 100: "UTC[A-Z0-9]*MMA"}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call of a wrapper; the tuples name kernels that it launches and what their machine code must hold."""
+
+    name: str
+    run: Callable[[], object]
+    wide_loads: tuple[str, ...] = ()  # 128-bit loads from global memory
+    tensor_cores: tuple[str, ...] = ()  # any matrix instruction
+    warp_group: tuple[str, ...] = ()  # the matrix instructions of a warp group
+
+
+@dataclass(frozen=True)
+class Row:
+    """One compiled kernel."""
+
+    case: str
+    kernel: str
+    arch: int
+    warps: int
+    registers: int
+    shared: int
+    spills: int  # accesses of local memory
+    wide_loads: int
+    tensor_cores: int
+    warp_group: int
+    instructions: int
+
+    @property
+    def key(self) -> str:
+        return f"{self.case} {self.kernel} sm_{self.arch}"
+
+
+class _TargetOnly:
+    """As much of a driver as compiling asks for."""
+
+    def __init__(self, arch: int) -> None:
+        self._target = GPUTarget("cuda", arch, 32)
+
+    def get_current_target(self) -> GPUTarget:
+        return self._target
+
+    def get_current_device(self) -> int:
+        return self._target.arch
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("meta")
+
+
+@contextmanager
+def _compile_only(arch: int) -> Iterator[list[tuple[str, Any]]]:
+    """Collects (kernel name, compiled kernel) of every launch in place of launching."""
+    compiled: list[tuple[str, Any]] = []
+    run = JITFunction.run
+
+    def stop_after_compiling(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+        kernel = run(self, *args, grid=grid, warmup=True, **options)
+        compiled.append((self.fn.__name__, kernel))
+        return kernel
+
+    JITFunction.run = stop_after_compiling
+    driver.set_active(_TargetOnly(arch))
+    try:
+        yield compiled
+    finally:
+        JITFunction.run = run
+
+
+def _tool(arguments: list[str]) -> str:
+    return subprocess.run(arguments, check=True, capture_output=True, text=True).stdout
+
+
+def _read(case: str, name: str, arch: int, kernel: Any) -> Row:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        usage = _tool([knobs.nvidia.cuobjdump.path, "-res-usage", file.name])
+        code = _tool([knobs.nvidia.cuobjdump.path, "-sass", file.name])
+    # "/*0a10*/  @!P0 LDG.E.128 R8, ... ;" -> "LDG.E.128"
+    opcodes = Counter(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([\w.]+)", code, re.MULTILINE))
+
+    def count(pattern: str) -> int:
+        return sum(number for opcode, number in opcodes.items() if re.match(pattern, opcode))
+
+    registers = re.search(r"REG:(\d+)", usage)
+    if registers is None or not opcodes:
+        raise RuntimeError(f"{case} {name} sm_{arch}: cuobjdump's answer is not understood")
+    return Row(
+        case=case,
+        kernel=name,
+        arch=arch,
+        warps=kernel.metadata.num_warps,
+        registers=int(registers[1]),
+        shared=kernel.metadata.shared,
+        spills=count("STL|LDL"),
+        wide_loads=count(r"(LDG|LDGSTS)\..*128"),
+        tensor_cores=count(r"HMMA|IMMA|QMMA|[HQ]GMMA|UTC[A-Z0-9]*MMA"),
+        warp_group=count(WARP_GROUP[arch]),
+        instructions=sum(opcodes.values()),
+    )
+
+
+def compile_case(case: Case, arch: int) -> list[Row]:
+    """A row for each distinct kernel that the case launches."""
+    with _compile_only(arch) as compiled:
+        case.run()
+    if not compiled:
+        raise RuntimeError(f"{case.name}: launches nothing")
+    rows = [_read(case.name, name, arch, kernel) for name, kernel in {id(k): (n, k) for n, k in compiled}.values()]
+    names = Counter(row.kernel for row in rows)
+    twice = [name for name, number in names.items() if number > 1]
+    if twice:
+        raise RuntimeError(
+            f"{case.name}: launches several variants of {', '.join(twice)}: make them cases of their own"
+        )
+    return rows
+
+
+def cases_of(module: str) -> dict[str, Case]:
+    """The cases of tests/compile/cases/<module>.py by name."""
+    cases = list(importlib.import_module(f"tests.compile.cases.{module}").cases())
+    named = {case.name: case for case in cases}
+    if len(named) < len(cases):
+        raise RuntimeError(f"two cases of {module} have the same name")
+    return named
+
+
+def compile_task(task: tuple[str, str, int]) -> tuple[list[Row], str]:
+    """(module, case, architecture) -> rows and no error, or no rows and what went wrong: what a worker process does."""
+    module, name, arch = task
+    try:
+        return compile_case(cases_of(module)[name], arch), ""
+    except Exception as error:
+        lines = str(error).strip().splitlines() or [""]
+        return [], f"{type(error).__name__}: {lines[-1]}"
+
+
+# What a later version of a kernel may take more of than its expectation before that counts as a regression.
+REGISTER_SLACK = 8
+INSTRUCTION_SLACK = 1.15
+
+
+def complaints(row: Row, case: Case, expected: tuple[int, int, int] | None) -> list[str]:
+    """What is wrong with a row; `expected` is (registers, shared, instructions), None = nothing to compare with."""
+    found = []
+    if row.spills:
+        found.append(f"{row.spills} accesses of local memory: registers spill")
+    if row.shared > SHARED_LIMIT[row.arch]:
+        found.append(f"{row.shared} bytes of shared memory, the limit is {SHARED_LIMIT[row.arch]}")
+    for wanted in ("wide_loads", "tensor_cores", "warp_group"):
+        if row.kernel in getattr(case, wanted) and not getattr(row, wanted):
+            found.append(f"no instruction of the kind {wanted}")
+    if expected is not None:
+        registers, shared, instructions = expected
+        if row.registers > registers + REGISTER_SLACK:
+            found.append(f"{row.registers} registers, expected {registers}")
+        if row.shared > shared:
+            found.append(f"{row.shared} bytes of shared memory, expected {shared}")
+        if row.instructions > instructions * INSTRUCTION_SLACK:
+            found.append(f"{row.instructions} instructions, expected {instructions}")
+    return found
