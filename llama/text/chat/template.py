@@ -12,9 +12,9 @@ from llama.text.chat.builtin import REQUIRED_TOKENS, as_text, render_llama, with
 from llama.text.chat.prepare import prepare_messages, prepare_tools
 from llama.text.chat.safe_text import SafeText
 from llama.text.chat.sandbox import DEADLINE_SECONDS, ChatTemplateError, Sandbox
-from llama.text.chat.worker import make_environment
 from llama.text.tokenizer import Tokenizer
 from llama.text.tokenizer.files import read_json, read_text
+from llama.text.worker.chat_templates import make_environment
 
 MAX_TEMPLATE_CHARACTERS = 2**18
 _DEFAULT, _TOOL_USE = "default", "tool_use"
@@ -80,7 +80,7 @@ class ChatTemplate:
     def close(self) -> None:
         """Ends the process that renders; the next rendering would start another."""
         if self._sandbox is not None:
-            self._sandbox.close()
+            self._sandbox.worker.close()
 
     def _rendered(
         self, messages: Any, tools: Any, add_generation_prompt: bool, arguments: Mapping[str, Any]

@@ -96,15 +96,13 @@ class ToolCallParser:
         if marker:
             text_end = marker.start()
         else:
-            held = 0 if is_end else max(map(self._tail_of, _MARKERS))
-            text_end = len(self._buffer) - held
+            text_end = self._buffer.rfind("<")  # both markers begin with it and hold it once
+            may_be_marker = text_end >= 0 and any(m.startswith(self._buffer[text_end:]) for m in _MARKERS)
+            if is_end or not may_be_marker:
+                text_end = len(self._buffer)
         self._emit_text(self._buffer[:text_end])
         self._buffer = self._buffer[text_end:]
         return 0 if marker else None
-
-    def _tail_of(self, marker: str) -> int:
-        """How many characters at the buffer's end begin the marker."""
-        return next((size for size in range(len(marker) - 1, 0, -1) if self._buffer.endswith(marker[:size])), 0)
 
     def _pass_separators(self, is_end: bool) -> int | None:
         """Where a call or text begins after white space or, after a call, separators; None if that is still open."""
