@@ -247,7 +247,7 @@ def _rope_of(values: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
             raise ConfigError(f"{key} must be an object, got {value!r}")
     if len(both) == 2 and dict(both["rope_scaling"]) != dict(both["rope_parameters"]):
         raise ConfigError("rope_scaling and rope_parameters are both given and differ")
-    rope = next(iter(both.values()), {})
+    rope: Mapping[str, Any] = next(iter(both.values()), {})
     theta = rope.get("rope_theta", values.get("rope_theta"))
     # Llama 1 and 2 checkpoints have no rope_theta; transformers takes 10,000 there.
     theta = _checked_number("rope_theta", 10_000.0 if theta is None else theta, 0, 1e12)
@@ -275,7 +275,7 @@ def _token_ids(name: str, value: Any) -> tuple[int, ...]:
 
 
 def _dtype_of(values: Mapping[str, Any]) -> str | None:
-    dtype = values.get("dtype", values.get("torch_dtype"))
+    dtype: str | None = values.get("dtype", values.get("torch_dtype"))
     if dtype is not None and dtype not in DTYPES:
         raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     return dtype
@@ -297,7 +297,7 @@ def _llama3(factor: float, **sizes: Any) -> ModelConfig:
     )
 
 
-def _sizes(hidden_size: int, intermediate_size: int, layers: int, heads: int, head_dim: int = 128) -> dict[str, int]:
+def _sizes(hidden_size: int, intermediate_size: int, layers: int, heads: int, head_dim: int = 128) -> dict[str, Any]:
     return {
         "hidden_size": hidden_size,
         "intermediate_size": intermediate_size,
