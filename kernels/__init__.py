@@ -10,6 +10,7 @@ from torch import Tensor, float32, int32, int64
 
 from kernels import reference
 from kernels.reference.attention import AttentionPlan
+from kernels.reference.lora import LoraPlan
 from kernels.types import Logprobs, Sampled, SamplerRows, SamplerState
 
 # Triton itself reads this once, when it is imported: a process is interpreted or it is not.
@@ -144,6 +145,57 @@ def silu_mul(gate_up: Tensor) -> Tensor:
 
         return activation.silu_mul(gate_up)
     return reference.silu_mul(gate_up)
+
+
+def plan_lora(adapter_slots: Tensor) -> LoraPlan:
+    """What every module's adapters need to know of one step: adapter_slots int32 [tokens], 0 = the base model alone."""
+    if adapter_slots.dim() != 1 or adapter_slots.dtype != int32:
+        raise _refuse("plan_lora", adapter_slots=adapter_slots)
+    return LoraPlan(adapter_slots) if _on_triton(adapter_slots) else reference.plan_lora(adapter_slots)
+
+
+def lora_shrink(x: Tensor, a: Tensor, plan: LoraPlan) -> Tensor:
+    """The first half of y += B (A x): x [tokens, in], a [slots, slices, rank, in] -> h, for `lora_expand` alone.
+
+    `slices` are modules that are fused into one matmul (q, k, v). Slot s of a token reads a[s - 1].
+    """
+    if a.dim() != 4 or x.dim() != 2 or x.shape[1] != a.shape[3] or x.dtype != a.dtype:
+        raise _refuse("lora_shrink", x=x, a=a)
+    if plan.slots.shape[0] != x.shape[0]:
+        raise _refuse("lora_shrink", x=x, slots=plan.slots)
+    if _on_triton(x):
+        from kernels import lora
+
+        return lora.lora_shrink(x, a, plan)
+    return reference.lora_shrink(x, a, plan)
+
+
+def lora_embedding(token_ids: Tensor, a: Tensor, plan: LoraPlan) -> Tensor:
+    """`lora_shrink` of one-hot tokens: token_ids int64 [tokens], a [slots, vocab, rank] -> h."""
+    if a.dim() != 3 or token_ids.shape != plan.slots.shape or token_ids.dtype != int64:
+        raise _refuse("lora_embedding", token_ids=token_ids, a=a, slots=plan.slots)
+    if _on_triton(a):
+        from kernels import lora
+
+        return lora.lora_embedding(token_ids, a, plan)
+    return reference.lora_embedding(token_ids, a, plan)
+
+
+def lora_expand(h: Tensor, y: Tensor, b: Tensor, plan: LoraPlan, slice_starts: tuple[int, ...]) -> None:
+    """The second half, in place: y [tokens, out] += B h, b [slots, out, rank].
+
+    Slice i owns the columns slice_starts[i] : slice_starts[i + 1] of y. Rows of slot 0 keep their bits.
+    """
+    if b.dim() != 3 or y.shape != (plan.slots.shape[0], b.shape[1]) or y.dtype != b.dtype:
+        raise _refuse("lora_expand", h=h, y=y, b=b)
+    if h.shape[1:] != (len(slice_starts) - 1, b.shape[2]) or slice_starts[0] != 0 or slice_starts[-1] != b.shape[1]:
+        raise _refuse("lora_expand", h=h, b=b)
+    if _on_triton(y):
+        from kernels import lora
+
+        lora.lora_expand(h, y, b, plan, slice_starts)
+    else:
+        reference.lora_expand(h, y, b, plan, slice_starts)
 
 
 def sample(logits: Tensor, rows: SamplerRows, state: SamplerState | None = None) -> Sampled:

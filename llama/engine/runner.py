@@ -62,11 +62,11 @@ class Runner:
             logits = self.model(batch, self.kv)
         else:
             hidden = self.model.hidden(batch, self.kv)
-            logits = self.model.lm_head(hidden[self._on_device(plan.sample_sources)])
+            logits = self.model.head(hidden, batch, self._on_device(plan.sample_sources))
         result = self._sample(plan, logits)
         self.kv.copy_blocks([(source, target) for source, target in plan.copies.tolist()])
         if hidden is not None and plan.prompt_sources is not None:
-            return result._replace(prompt_logprobs=self._score(plan, hidden))
+            return result._replace(prompt_logprobs=self._score(plan, batch, hidden))
         return result
 
     def validate(self, params: SamplingParams) -> None:
@@ -134,12 +134,12 @@ class Runner:
         logprobs = None if sampled.logprobs is None else _on_host(sampled.logprobs)
         return StepResult(sampled.token_ids.cpu().numpy(), sampled.is_bad.cpu().numpy(), logprobs)
 
-    def _score(self, plan: Plan, hidden: Tensor) -> LogprobArrays:
+    def _score(self, plan: Plan, batch: Batch, hidden: Tensor) -> LogprobArrays:
         """Log-probabilities of the prompt's tokens, a bounded number of rows of logits at a time."""
         sources, targets = self._on_device(plan.prompt_sources), self._on_device(plan.prompt_targets)
         parts = []
         for some, wanted in zip(sources.split(self._scored_rows), targets.split(self._scored_rows), strict=True):
-            logits = self.model.lm_head(hidden[some])
+            logits = self.model.head(hidden, batch, some)
             parts.append(_on_host(kernels.token_logprobs(logits, wanted, plan.num_prompt_logprobs)))
         return LogprobArrays(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
 

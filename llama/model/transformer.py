@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import kernels
@@ -17,6 +18,7 @@ from llama.model.batch import Batch
 from llama.model.config import ModelConfig
 from llama.model.kv_cache import KVCache
 from llama.model.linear import Linear
+from llama.model.lora.slots import LoraStack
 from llama.model.rope import cos_sin, inverse_frequencies
 
 
@@ -26,6 +28,7 @@ class Step(NamedTuple):
     batch: Batch
     cos_sin: Tensor  # [tokens, head_dim] float32
     plan: kernels.AttentionPlan | None
+    adapters: kernels.LoraPlan | None  # None where no token of the step has an adapter
 
 
 class RMSNorm(nn.Module):
@@ -43,6 +46,20 @@ class RMSNorm(nn.Module):
         return kernels.add_rms_norm(x, residual, self.weight, self.eps)
 
 
+class Embedding(nn.Module):
+    """Rows of a table by token id."""
+
+    def __init__(self, config: ModelConfig, *, device: torch.device | str, dtype: torch.dtype) -> None:
+        super().__init__()
+        weight = torch.empty(config.vocab_size, config.hidden_size, device=device, dtype=dtype)
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.lora: LoraStack | None = None
+
+    def forward(self, token_ids: Tensor, adapters: kernels.LoraPlan | None = None) -> Tensor:
+        y = F.embedding(token_ids, self.weight)
+        return y if adapters is None or self.lora is None else self.lora(token_ids, y, adapters)
+
+
 class Attention(nn.Module):
     """Grouped-query attention over the paged cache, with rotary positions."""
 
@@ -58,7 +75,9 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, step: Step, k_cache: Tensor, v_cache: Tensor) -> Tensor:
         batch = step.batch
-        heads = self.qkv_proj(x).unflatten(1, (-1, self.head_dim))  # [tokens, heads + 2 kv_heads, head_dim]
+        heads = self.qkv_proj(x, step.adapters).unflatten(
+            1, (-1, self.head_dim)
+        )  # [tokens, heads + 2 kv_heads, head_dim]
         q, k, v = heads.split((self.num_heads, self.num_kv_heads, self.num_kv_heads), dim=1)
         q = kernels.rope_and_store(q, k, v, step.cos_sin, batch.slots, k_cache, v_cache)
         mixed = kernels.paged_attention(
@@ -74,7 +93,7 @@ class Attention(nn.Module):
             scale=self.scale,
             plan=step.plan,
         )
-        return self.o_proj(mixed.flatten(1))
+        return self.o_proj(mixed.flatten(1), step.adapters)
 
 
 class MLP(nn.Module):
@@ -85,8 +104,8 @@ class MLP(nn.Module):
         self.gate_up_proj = Linear(config.hidden_size, 2 * config.intermediate_size, device=device, dtype=dtype)
         self.down_proj = Linear(config.intermediate_size, config.hidden_size, device=device, dtype=dtype)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(kernels.silu_mul(self.gate_up_proj(x)))
+    def forward(self, x: Tensor, step: Step) -> Tensor:
+        return self.down_proj(kernels.silu_mul(self.gate_up_proj(x, step.adapters)), step.adapters)
 
 
 class Block(nn.Module):
@@ -106,7 +125,7 @@ class Block(nn.Module):
         x, residual = self.input_layernorm(x, residual)
         x = self.self_attn(x, step, k_cache, v_cache)
         x, residual = self.post_attention_layernorm(x, residual)
-        return self.mlp(x), residual
+        return self.mlp(x, step), residual
 
 
 class Transformer(nn.Module):
@@ -127,8 +146,7 @@ class Transformer(nn.Module):
     ) -> None:
         super().__init__()
         self.config = config
-        sizes = (config.vocab_size, config.hidden_size)
-        self.embed_tokens = nn.Embedding(*sizes, _weight=torch.empty(sizes, device=device, dtype=dtype))
+        self.embed_tokens = Embedding(config, device=device, dtype=dtype)
         self.layers = nn.ModuleList(Block(config, device=device, dtype=dtype) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, device=device, dtype=dtype)
         self.lm_head = Linear(config.hidden_size, config.vocab_size, device=device, dtype=dtype)
@@ -165,11 +183,18 @@ class Transformer(nn.Module):
 
     def forward(self, batch: Batch, kv: KVCache) -> Tensor:
         """-> logits [rows, vocab] in the model's dtype, of the tokens `batch.logit_rows` (None = all)."""
-        hidden = self.hidden(batch, kv)
-        return self.lm_head(hidden if batch.logit_rows is None else hidden.index_select(0, batch.logit_rows))
+        return self.head(self.hidden(batch, kv), batch, batch.logit_rows)
+
+    def head(self, hidden: Tensor, batch: Batch, rows: Tensor | None = None) -> Tensor:
+        """Logits of the tokens `rows` (None = all) of what `hidden` returned for `batch`."""
+        slots = batch.adapter_slots
+        if rows is not None:
+            hidden = hidden.index_select(0, rows)
+            slots = None if slots is None else slots.index_select(0, rows)
+        return self.lm_head(hidden, None if slots is None else kernels.plan_lora(slots))
 
     def hidden(self, batch: Batch, kv: KVCache) -> Tensor:
-        """-> [tokens, hidden] after the last norm, of every token; `lm_head` makes logits of it."""
+        """-> [tokens, hidden] after the last norm, of every token; `head` makes logits of it."""
         plan = kernels.plan_attention(
             batch.block_tables,
             batch.query_starts,
@@ -177,16 +202,18 @@ class Transformer(nn.Module):
             num_decodes=batch.num_decodes,
             block_size=kv.block_size,
         )
-        step = Step(batch, cos_sin(batch.positions, self.inv_freq), plan)
-        x, residual = self.embed_tokens(batch.token_ids), None
+        adapters = None if batch.adapter_slots is None else kernels.plan_lora(batch.adapter_slots)
+        step = Step(batch, cos_sin(batch.positions, self.inv_freq), plan, adapters)
+        x, residual = self.embed_tokens(batch.token_ids, adapters), None
         for layer, k_cache, v_cache in zip(self.layers, kv.k, kv.v, strict=True):
             x, residual = layer(x, residual, step, k_cache, v_cache)
         return self.norm(x, residual)[0]
 
-    def logits(self, token_ids: Tensor) -> Tensor:
+    def logits(self, token_ids: Tensor, adapter_slots: Tensor | None = None) -> Tensor:
         """[batch, seq] token ids -> [batch, seq, vocab] logits, float32 (float64 for a float64 model).
 
-        The research entry: no engine, no sampling; the same forward over a cache made for this one call.
+        The research entry: no engine, no sampling; the same forward over a cache made for this one call. adapter_slots
+        [batch] says which slot of `LoraSlots` each sequence uses (0 = none).
         """
         if token_ids.dim() != 2 or token_ids.dtype != torch.int64:
             raise ValueError(f"token_ids must be int64 [batch, seq], got {token_ids.dtype} {list(token_ids.shape)}")
@@ -211,6 +238,7 @@ class Transformer(nn.Module):
             num_decodes=rows if length == 1 else 0,
             max_query_len=length,
             max_context_len=length,
+            adapter_slots=None if adapter_slots is None else adapter_slots.to(row).int().repeat_interleave(length),
         )
         return self(batch, kv).view(rows, length, -1).to(wide)
 

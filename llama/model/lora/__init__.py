@@ -1,0 +1,7 @@
+"""PEFT adapters: read and checked (adapter_config, adapter), and stacked by slot on the device (slots)."""
+
+from llama.model.lora.adapter import Adapter, Pair, read_adapter
+from llama.model.lora.adapter_config import AdapterError
+from llama.model.lora.slots import LoraSlots
+
+__all__ = ["Adapter", "AdapterError", "LoraSlots", "Pair", "read_adapter"]

@@ -1,0 +1,184 @@
+"""A PEFT adapter read from its folder: for each adapted module the pair A, B with y += B (A x), the scale inside B.
+
+Nothing of an adapter is left out in silence: each adapted module has its two tensors, and each tensor of the file
+belongs to an adapted module, or is an exact copy of one of the base model's, which PEFT stores beside some adapters.
+"""
+
+import difflib
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from llama.model.checkpoint.shards import CheckpointError, StoredTensor, read_header, read_into
+from llama.model.config import ModelConfig
+from llama.model.lora.adapter_config import AdaptedModule, AdapterError, module_names, read_adapter_config
+
+if TYPE_CHECKING:
+    from llama.model.transformer import Transformer
+
+_PREFIX = "base_model.model."
+_FILE = "adapter_model.safetensors"
+
+
+class Pair(NamedTuple):
+    """y += b (a x)."""
+
+    a: Tensor  # [rank, in_features]; of the embedding [rank, vocab]
+    b: Tensor  # [out_features, rank], times the scale
+
+
+@dataclass(frozen=True, slots=True)
+class Adapter:
+    """What an adapter computes. `digest` tells two of them apart by content: configuration and weights."""
+
+    pairs: Mapping[str, Pair]  # by the module's Hugging Face name
+    rank: int  # the largest of its modules
+    targets: tuple[str, ...]  # q_proj, ...
+    nbytes: int
+    digest: bytes
+
+
+def read_adapter(path: str | Path, model: "Transformer", *, max_rank: int) -> Adapter:
+    """Read and check a PEFT folder for `model`; its tensors come on the CPU, in the model's dtype.
+
+    Raises AdapterError that names the key, module or tensor which is wrong.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        raise AdapterError(f"{folder}: is no folder; a PEFT adapter is one")
+    modules = read_adapter_config(folder, model.config)
+    for module in modules:
+        if module.rank > max_rank:
+            raise AdapterError(f"{folder}: {module.name} has rank {module.rank}, max_lora_rank is {max_rank}")
+    try:
+        stored = {tensor.name: tensor for tensor in read_header(_weights_file(folder))}
+        wanted = _wanted(modules, model.config)
+        _match(folder, wanted, stored, model)
+        return _read(folder, modules, wanted, stored, model)
+    except CheckpointError as error:
+        raise AdapterError(str(error)) from None
+
+
+def _weights_file(folder: Path) -> Path:
+    path = folder / _FILE
+    if not path.exists():
+        if (folder / "adapter_model.bin").exists():
+            raise AdapterError(f"{folder}: adapter_model.bin is a pickle, which can run code; save it as safetensors")
+        raise AdapterError(f"{folder}: has no {_FILE}")
+    return path
+
+
+def module_sizes(config: ModelConfig, name: str) -> tuple[int, int]:
+    """(in_features, out_features) of a module by its Hugging Face name."""
+    hidden, size = config.hidden_size, config.intermediate_size
+    q, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+    return {
+        "q_proj": (hidden, q),
+        "k_proj": (hidden, kv),
+        "v_proj": (hidden, kv),
+        "o_proj": (q, hidden),
+        "gate_proj": (hidden, size),
+        "up_proj": (hidden, size),
+        "down_proj": (size, hidden),
+        "embed_tokens": (config.vocab_size, hidden),
+        "lm_head": (hidden, config.vocab_size),
+    }[name.rpartition(".")[2]]
+
+
+def _tensor_names(module: str) -> tuple[str, str]:
+    if module == "model.embed_tokens":
+        return f"{_PREFIX}{module}.lora_embedding_A", f"{_PREFIX}{module}.lora_embedding_B"
+    return f"{_PREFIX}{module}.lora_A.weight", f"{_PREFIX}{module}.lora_B.weight"
+
+
+def _wanted(modules: list[AdaptedModule], config: ModelConfig) -> dict[str, tuple[int, int]]:
+    """Tensor name -> shape."""
+    shapes = {}
+    for module in modules:
+        in_features, out_features = module_sizes(config, module.name)
+        a, b = _tensor_names(module.name)
+        shapes[a], shapes[b] = (module.rank, in_features), (out_features, module.rank)
+    return shapes
+
+
+def _match(
+    folder: Path, wanted: Mapping[str, tuple[int, int]], stored: Mapping[str, StoredTensor], model: "Transformer"
+) -> None:
+    extra = [name for name in stored if name not in wanted and not _is_base_copy(stored[name], model)]
+    if extra:
+        candidates = [*wanted, *(_tensor_names(name)[0] for name in module_names(model.config))]
+        nearest = difflib.get_close_matches(extra[0], candidates, n=1, cutoff=0.0)
+        raise AdapterError(
+            f"{folder}: {len(extra)} of {len(stored)} tensors belong to no adapted module: {_some(extra)}; "
+            f"the nearest name to the first is {nearest[0]}"
+        )
+    if missing := [name for name in wanted if name not in stored]:
+        raise AdapterError(f"{folder}: {_FILE} lacks {_some(missing)}, which adapter_config.json calls for")
+    for name, shape in wanted.items():
+        _ = stored[name].dtype  # refuses integers and the like
+        if stored[name].shape != shape:
+            raise AdapterError(f"{folder}: {name} should be {list(shape)}, found {list(stored[name].shape)}")
+
+
+def _some(names: list[str]) -> str:
+    names = sorted(names)
+    return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
+
+
+def _is_base_copy(stored: StoredTensor, model: "Transformer") -> bool:
+    """PEFT stores the embedding's and the head's own weight beside an adapter of theirs; it may not differ from ours."""
+    name = stored.name.removeprefix(_PREFIX).replace(".base_layer.", ".")
+    if name == "model.embed_tokens.weight":
+        base = model.embed_tokens.weight
+    elif name == "lm_head.weight":
+        base = model.lm_head.dense_weight()
+    else:
+        return False
+    if stored.shape != tuple(base.shape):
+        raise AdapterError(f"{stored.path}: {stored.name} is {list(stored.shape)}, the model's is {list(base.shape)}")
+    copy = _load(stored, base.dtype)
+    if not torch.equal(copy, base.cpu()):
+        raise AdapterError(f"{stored.path}: {stored.name} differs from the base model's: it was trained on another one")
+    return True
+
+
+def _load(stored: StoredTensor, dtype: torch.dtype) -> Tensor:
+    tensor = torch.empty(stored.shape, dtype=dtype)
+    with stored.path.open("rb", buffering=0) as file:
+        read_into(file, stored, tensor)
+    return tensor
+
+
+def _read(
+    folder: Path,
+    modules: list[AdaptedModule],
+    wanted: Mapping[str, tuple[int, int]],
+    stored: Mapping[str, StoredTensor],
+    model: "Transformer",
+) -> Adapter:
+    wide = torch.float64 if model.dtype == torch.float64 else torch.float32
+    digest = hashlib.blake2b(digest_size=16)
+    pairs = {}
+    for module in modules:
+        names = _tensor_names(module.name)
+        a, b = (_load(stored[name], wide) for name in names)
+        for name, tensor in zip(names, (a, b), strict=True):
+            if not bool(tensor.isfinite().all()):
+                raise AdapterError(f"{folder}: {name} holds NaN or infinity")
+        digest.update(repr(module).encode())
+        digest.update(a.view(torch.uint8).numpy())
+        digest.update(b.view(torch.uint8).numpy())
+        # The scale goes in before the rounding to the model's dtype, once.
+        pairs[module.name] = Pair(a.to(model.dtype), (b * module.scale).to(model.dtype))
+    return Adapter(
+        pairs=pairs,
+        rank=max(module.rank for module in modules),
+        targets=tuple(dict.fromkeys(module.name.rpartition(".")[2] for module in modules)),
+        nbytes=sum(tensor.nbytes for pair in pairs.values() for tensor in pair),
+        digest=digest.digest(),
+    )
