@@ -32,7 +32,6 @@ def _attend(
     block_table,
     start,
     end,
-    context,
     visible,  # [ROWS] keys that a row sees
     scale_log2,
     HEAD_DIM: tl.constexpr,
@@ -52,7 +51,7 @@ def _attend(
         blocks = load_blocks(block_table, first + BLOCK_KEYS, end, BLOCK_SIZE, BLOCK_KEYS)
         if MASKED or DIMS != HEAD_DIM:
             # Places that are not in use may hold NaN, and 0 * NaN is NaN: they are read as 0.
-            mask = row_mask(keys < context, DIMS, HEAD_DIM)
+            mask = row_mask(keys < end, DIMS, HEAD_DIM)
             k = tl.load(k_head + rows + dims, mask=mask, other=0.0).to(query.dtype)
             v = tl.load(v_head + rows + dims, mask=mask, other=0.0).to(query.dtype)
         else:
@@ -144,7 +143,6 @@ def _prefill_kernel(
             block_tables + sequence.to(tl.int64) * table_stride,
             seen_by_all * masked,
             end if masked else seen_by_all,
-            context,
             visible,
             scale_log2,
             HEAD_DIM,

@@ -1,0 +1,198 @@
+"""The attention kernels in the interpreter, against softmax written out in float64. Tiles are those of the GPU."""
+
+import pytest
+import torch
+
+import kernels
+from kernels.attention import config, decode, paged_attention
+from tests.paged_attention import answer, make_problem
+
+# float16 probabilities and outputs are rounded to 11 bits.
+TOLERANCES = {torch.float32: 3e-6, torch.float16: 3e-3}
+
+
+def check(problem):
+    out = problem.run(paged_attention)
+    assert out.dtype == problem.q.dtype and out.shape == problem.q.shape
+    error = (out.double() - answer(problem)).abs().max()
+    assert error <= TOLERANCES[out.dtype], f"off by {error:.2e}"
+    return out
+
+
+def decodes(contexts, **options):
+    return make_problem([1] * len(contexts), contexts, num_decodes=len(contexts), **options)
+
+
+def decode_with(problem, num_programs):
+    out = torch.full_like(problem.q, torch.nan)
+    decode.decode_attention(
+        out,
+        problem.q,
+        problem.k_cache,
+        problem.v_cache,
+        problem.block_tables,
+        problem.context_lens,
+        problem.scale,
+        num_programs=num_programs,
+    )
+    return out
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+def test_decode_across_edges_of_tiles_and_chunks(dtype):
+    tile = config.decode_tiles(32, dtype.itemsize, 2).keys
+    check(decodes([1, 15, 16, 17, tile, tile + 1, decode.MIN_CHUNK, decode.MIN_CHUNK + 1], dtype=dtype))
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(3, 3), (3, 1), (4, 1), (16, 2), (16, 1), (20, 1)])
+def test_decode_of_groups(heads, kv_heads):
+    check(decodes([40, 100], heads=(heads, kv_heads), head_dim=16))
+
+
+@pytest.mark.parametrize("block_size", [1, 2, 16, 32, 256])
+def test_decode_over_blocks(block_size):
+    check(decodes([1, 37, 300], block_size=block_size, dtype=torch.float16, heads=(2, 1)))
+
+
+@pytest.mark.parametrize("head_dim", [1, 16, 24, 64, 80, 128])
+def test_decode_of_head_dims(head_dim):
+    check(decodes([9, 70], head_dim=head_dim, heads=(2, 1)))
+
+
+def test_decode_of_an_empty_context_is_zero():
+    problem = decodes([0, 5, 0])
+    out = check(problem)
+    assert not out[0].any() and not out[2].any()
+
+
+def test_decode_with_more_chunks_than_the_cap(monkeypatch):
+    monkeypatch.setattr(decode, "MIN_CHUNK", 32)
+    monkeypatch.setattr(decode, "MAX_CHUNKS", 4)
+    monkeypatch.setattr(decode, "_UNROLL", decode.tl.constexpr(2))
+    check(decodes([33, 64, 161, 500], heads=(2, 1)))
+
+
+def test_decode_over_more_sequences_than_one_look(monkeypatch):
+    monkeypatch.setattr(decode, "_SEQUENCES", decode.tl.constexpr(4))
+    monkeypatch.setattr(decode, "_UNROLL", decode.tl.constexpr(2))
+    problem = decodes([3, 0, 70, 5, 33, 1, 64, 0, 129], heads=(1, 1), head_dim=16)
+    assert torch.equal(decode_with(problem, 3), check(problem))
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+def test_decode_does_not_depend_on_who_does_the_work(dtype, monkeypatch):
+    """Any number of programs, so any split of a context among them, gives the same bits; so do any neighbours."""
+    monkeypatch.setattr(decode, "MIN_CHUNK", 64)
+    monkeypatch.setattr(decode, "_UNROLL", decode.tl.constexpr(2))
+    problem = decodes([300, 65, 0, 130], dtype=dtype, heads=(2, 1), head_dim=16, spread=4.0)
+    alone = decode_with(problem, 1)
+    assert (alone.double() - answer(problem)).abs().max() <= TOLERANCES[dtype]
+    for num_programs in (2, 3, 5, 16):
+        assert torch.equal(decode_with(problem, num_programs), alone)
+    assert torch.equal(decode_with(problem.only(0), 3), alone[:1])
+    assert torch.equal(decode_with(problem.only(3, 1), 4), alone[[3, 1]])
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+def test_prefill_of_ragged_sequences(dtype):
+    """A prompt, a chunk at a context's end, an empty sequence, a single query; over edges of tiles."""
+    check(make_problem([40, 9, 0, 1, 33, 5], [40, 150, 0, 64, 65, 7], dtype=dtype))
+
+
+def test_prefill_that_needs_several_query_tiles():
+    rows = config.prefill_tiles(16, 4, 1).rows
+    check(make_problem([rows + 1, 2 * rows], [rows + 1, 2 * rows + 30], heads=(1, 1), head_dim=16))
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(3, 3), (3, 1), (8, 2), (8, 1), (40, 1)])
+def test_prefill_of_groups(heads, kv_heads):
+    check(make_problem([14, 3], [14, 50], heads=(heads, kv_heads), head_dim=16))
+
+
+@pytest.mark.parametrize("block_size", [1, 4, 64, 128])
+def test_prefill_over_blocks(block_size):
+    check(make_problem([7, 20], [70, 133], block_size=block_size, dtype=torch.float16))
+
+
+@pytest.mark.parametrize("head_dim", [8, 64, 80, 128])
+def test_prefill_of_head_dims(head_dim):
+    check(make_problem([6], [41], head_dim=head_dim, heads=(2, 1)))
+
+
+def test_prefill_finds_its_sequence_among_many(monkeypatch):
+    from kernels.attention import prefill
+
+    monkeypatch.setattr(prefill, "_SEQUENCES", prefill.tl.constexpr(4))
+    check(make_problem([2, 0, 3, 1, 40, 1, 0, 5], [9, 0, 3, 8, 40, 33, 1, 20], head_dim=16))
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+def test_decodes_before_prefills(dtype):
+    check(make_problem([1, 1, 1, 20, 1], [33, 0, 129, 52, 9], num_decodes=3, dtype=dtype))
+
+
+def test_chunks_of_a_prompt_give_what_the_whole_gives():
+    whole = make_problem([50], [50], heads=(2, 1), head_dim=16)
+    expected = check(whole)
+    for start, end in ((0, 17), (17, 18), (18, 50)):
+        context = torch.tensor([end], dtype=torch.int32)
+        part = whole.only(0)
+        out = paged_attention(
+            part.q[start:end],
+            part.k_cache,
+            part.v_cache,
+            part.block_tables,
+            torch.tensor([0, end - start], dtype=torch.int32),
+            context,
+            num_decodes=int(end - start == 1),
+            max_query_len=end - start,
+            max_context_len=end,
+            scale=part.scale,
+        )
+        torch.testing.assert_close(out, expected[start:end], rtol=0, atol=3e-6)
+
+
+def test_caches_and_queries_may_be_views():
+    problem = make_problem([1, 6], [20, 30], num_decodes=1)
+    fused = torch.randn(7, 9, 32)
+    fused[:, 3:7] = problem.q
+    both = torch.stack((problem.k_cache, problem.v_cache), dim=1)  # a block's K and V beside one another
+    views = {"q": fused[:, 3:7], "k_cache": both[:, 0], "v_cache": both[:, 1]}
+    out = type(problem)(**{**{n: getattr(problem, n) for n in problem.__dataclass_fields__}, **views})
+    torch.testing.assert_close(out.run(paged_attention), problem.run(paged_attention), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("queries", [1, 3])
+def test_cache_of_more_than_2_to_the_31_elements(queries):
+    """By strides alone: an element that 32 bits cannot count lies in a mapping of which a few pages are touched."""
+    problem = make_problem([queries], [30], num_decodes=int(queries == 1), dtype=torch.float16, heads=(2, 1))
+    blocks, block_size, _, head_dim = problem.k_cache.shape
+    block_stride = (1 << 31) // (blocks - 1) + 16 & ~15
+    storage = torch.empty(block_stride * blocks, dtype=torch.float16)
+    strides = (block_stride, head_dim, head_dim, 1)
+    caches = [
+        storage.as_strided(cache.shape, strides, index * (block_stride // 2)).copy_(cache)
+        for index, cache in enumerate((problem.k_cache, problem.v_cache))
+    ]
+    assert caches[0].stride(0) * (blocks - 1) >= 1 << 31
+    tensors = {n: getattr(problem, n) for n in problem.__dataclass_fields__}
+    check(type(problem)(**{**tensors, "k_cache": caches[0], "v_cache": caches[1]}))
+
+
+def test_public_op_takes_the_kernel():
+    problem = make_problem([1, 4], [20, 4], num_decodes=1)
+    assert torch.equal(problem.run(kernels.paged_attention), problem.run(paged_attention))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"dtype": torch.bfloat16}, "bfloat16"),
+        ({"dtype": torch.float64}, "float64"),
+        ({"block_size": 3}, "power of two"),
+        ({"head_dim": 257}, "head_dim"),
+    ],
+)
+def test_refuses(change, message):
+    with pytest.raises(ValueError, match=message):
+        make_problem([1], [5], num_decodes=1, **change).run(paged_attention)

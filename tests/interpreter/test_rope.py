@@ -1,0 +1,94 @@
+"""rope_and_store in the interpreter against its twin: rotations may be fused there, copies are exact."""
+
+import pytest
+import torch
+
+import kernels
+from kernels import reference, rope
+
+
+# One rounding may fall the other way.
+TOLERANCES = {torch.float32: 1e-6, torch.float16: 2e-3}
+
+
+def make(tokens=5, heads=4, kv_heads=2, head_dim=64, block_size=4, dtype=torch.float32, seed=0):
+    """Arguments over a fused qkv, and NaN caches; the slots are scattered, one of them -1."""
+    generator = torch.Generator().manual_seed(seed)
+    qkv = torch.randn(tokens, heads + 2 * kv_heads, head_dim, generator=generator).to(dtype)
+    angles = torch.rand(tokens, head_dim // 2, generator=generator) * 6
+    blocks = tokens // block_size + 2
+    slots = torch.randperm(blocks * block_size, generator=generator)[:tokens]
+    slots[tokens // 2] = -1
+    caches = [torch.full((blocks, block_size, kv_heads, head_dim), torch.nan, dtype=dtype) for _ in range(2)]
+    q, k, v = qkv.split([heads, kv_heads, kv_heads], dim=1)
+    return q, k, v, torch.cat((angles.cos(), angles.sin()), dim=1), slots, *caches
+
+
+def same(actual, expected):
+    return torch.equal(actual.nan_to_num(nan=77.0), expected.nan_to_num(nan=77.0))
+
+
+def check(arguments):
+    *inputs, k_cache, v_cache = arguments
+    before = [tensor.clone() for tensor in inputs]
+    twin_caches = k_cache.clone(), v_cache.clone()
+    out = rope.rope_and_store(*inputs, k_cache, v_cache)
+    expected = reference.rope_and_store(*inputs, *twin_caches)
+    assert out.is_contiguous()
+    tolerance = TOLERANCES[out.dtype]
+    torch.testing.assert_close(out, expected, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(k_cache, twin_caches[0], rtol=tolerance, atol=tolerance, equal_nan=True)
+    assert same(v_cache, twin_caches[1])
+    assert all(torch.equal(tensor, old) for tensor, old in zip(inputs, before, strict=True))
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "head_dim"), [(1, 1, 2), (3, 1, 16), (9, 3, 64), (5, 5, 80), (32, 8, 128), (6, 2, 256)]
+)
+def test_equals_the_twin(heads, kv_heads, head_dim, dtype):
+    check(make(3, heads, kv_heads, head_dim, dtype=dtype))
+
+
+@pytest.mark.parametrize("block_size", [1, 2, 16, 128])
+def test_block_sizes(block_size):
+    check(make(block_size=block_size))
+
+
+def test_no_tokens():
+    q, k, v, cos_sin, slots, *caches = make()
+    out = rope.rope_and_store(q[:0], k[:0], v[:0], cos_sin[:0], slots[:0], *caches)
+    assert out.shape == (0, 4, 64) and all(cache.isnan().all() for cache in caches)
+
+
+def test_stores_nothing_of_padding():
+    q, k, v, cos_sin, slots, *caches = make()
+    rope.rope_and_store(q, k, v, cos_sin, torch.full_like(slots, -1), *caches)
+    assert all(cache.isnan().all() for cache in caches)
+
+
+def test_slot_beyond_2_to_the_31_elements():
+    """By strides alone: blocks lie 2^30 elements apart, and only the pages of the slots in use are touched."""
+    q, k, v, cos_sin, _, *_ = make(tokens=2, block_size=4, dtype=torch.float16)
+    storage = torch.empty((2 << 30) + (2 << 20), dtype=torch.float16)
+    caches = [storage.as_strided((3, 4, 2, 64), (1 << 30, 128, 64, 1), offset) for offset in (0, 1 << 20)]
+    for cache in caches:
+        cache.fill_(torch.nan)
+    slots = torch.tensor([11, 1])
+    small = [torch.full((3, 4, 2, 64), torch.nan, dtype=torch.float16) for _ in range(2)]
+    rope.rope_and_store(q, k, v, cos_sin, slots, *caches)
+    rope.rope_and_store(q, k, v, cos_sin, slots, *small)
+    assert all(same(cache, expected) for cache, expected in zip(caches, small, strict=True))
+
+
+def test_public_op_takes_the_kernel():
+    arguments = make()
+    others = [tensor.clone() for tensor in arguments]
+    assert torch.equal(kernels.rope_and_store(*arguments), rope.rope_and_store(*others))
+    assert same(arguments[-1], others[-1])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+def test_refuses_what_the_interpreter_cannot(dtype):
+    with pytest.raises(ValueError, match=str(dtype)):
+        rope.rope_and_store(*make(dtype=dtype))

@@ -1,0 +1,129 @@
+"""Problems of paged attention on any device, and their answers in float64, written out plainly.
+
+Whatever no sequence uses is NaN: whole blocks, the places behind a context's end, and what a block table points to past
+the blocks that it needs.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Problem:
+    q: Tensor
+    k_cache: Tensor
+    v_cache: Tensor
+    block_tables: Tensor
+    query_starts: Tensor
+    context_lens: Tensor
+    num_decodes: int
+    scale: float
+
+    def run(self, paged_attention: Any) -> Tensor:
+        """The tensors and sizes as `kernels.paged_attention` takes them."""
+        return paged_attention(
+            self.q,
+            self.k_cache,
+            self.v_cache,
+            self.block_tables,
+            self.query_starts,
+            self.context_lens,
+            num_decodes=self.num_decodes,
+            max_query_len=int(self.query_starts.diff().max()),
+            max_context_len=int(self.context_lens.max()),
+            scale=self.scale,
+        )
+
+    def only(self, *sequences: int) -> "Problem":
+        """The same sequences without the others; caches and block tables stay what they are."""
+        starts = self.query_starts.tolist()
+        lengths = [starts[s + 1] - starts[s] for s in sequences]
+        return replace(
+            self,
+            q=torch.cat([self.q[starts[s] : starts[s + 1]] for s in sequences]),
+            block_tables=self.block_tables[list(sequences)],
+            query_starts=_starts(lengths, self.q.device),
+            context_lens=self.context_lens[list(sequences)],
+            num_decodes=sum(s < self.num_decodes for s in sequences),
+        )
+
+    def rows(self, sequence: int) -> slice:
+        return slice(int(self.query_starts[sequence]), int(self.query_starts[sequence + 1]))
+
+
+def _starts(lengths: list[int], device: Any) -> Tensor:
+    return torch.tensor([0, *lengths]).cumsum(0).to(torch.int32).to(device)
+
+
+def make_problem(
+    queries: list[int],
+    contexts: list[int],
+    *,
+    num_decodes: int = 0,
+    heads: tuple[int, int] = (4, 2),
+    head_dim: int = 32,
+    block_size: int = 16,
+    dtype: torch.dtype = torch.float32,
+    device: Any = "cpu",
+    spread: float = 2.0,
+    seed: int = 0,
+) -> Problem:
+    """Sequence i asks queries[i] queries against contexts[i] keys, in blocks that lie in no order.
+
+    `spread` scales q: the larger, the more a few keys decide the softmax.
+    """
+    generator = torch.Generator(device).manual_seed(seed)
+    needed = [-(-context // block_size) for context in contexts]
+    total = sum(needed) + 2
+    order = torch.randperm(total, generator=torch.Generator().manual_seed(seed)).to(torch.int32)
+    tables = torch.full((len(contexts), max(needed) + 1), int(order[-1]), dtype=torch.int32)
+    shape = (total, block_size, heads[1], head_dim)
+    caches = [torch.full(shape, torch.nan, dtype=dtype, device=device) for _ in range(2)]
+    used = 0
+    for row, (count, context) in enumerate(zip(needed, contexts, strict=True)):
+        tables[row, :count] = order[used : used + count]
+        used += count
+        for cache in caches:
+            blocks = torch.full((count, *shape[1:]), torch.nan, dtype=dtype, device=device)
+            blocks.flatten(0, 1)[:context] = torch.randn(
+                context, heads[1], head_dim, generator=generator, dtype=torch.float32, device=device
+            ).to(dtype)
+            cache[tables[row, :count].long().to(device)] = blocks
+    q = torch.randn(sum(queries), heads[0], head_dim, generator=generator, dtype=torch.float32, device=device)
+    return Problem(
+        q=(q * spread).to(dtype),
+        k_cache=caches[0],
+        v_cache=caches[1],
+        block_tables=tables.to(device),
+        query_starts=_starts(queries, device),
+        context_lens=torch.tensor(contexts, dtype=torch.int32, device=device),
+        num_decodes=num_decodes,
+        scale=head_dim**-0.5,
+    )
+
+
+def answer(problem: Problem) -> Tensor:
+    """Softmax in float64, one sequence and one KV head after the other; 0 for an empty context."""
+    out = torch.zeros(problem.q.shape, dtype=torch.float64, device=problem.q.device)
+    block_size, kv_heads = problem.k_cache.shape[1:3]
+    group = problem.q.shape[1] // kv_heads
+    for sequence, context in enumerate(problem.context_lens.tolist()):
+        rows = problem.rows(sequence)
+        queries = rows.stop - rows.start
+        if context == 0 or queries == 0:
+            continue
+        blocks = problem.block_tables[sequence, : -(-context // block_size)].long()
+        past = torch.arange(context - queries, context, device=out.device)
+        hidden = torch.arange(context, device=out.device) > past[:, None]
+        for head in range(kv_heads):
+            k, v = (
+                cache[blocks, :, head].flatten(0, 1)[:context].double() for cache in (problem.k_cache, problem.v_cache)
+            )
+            heads = slice(head * group, (head + 1) * group)
+            scores = torch.einsum("qgd,kd->gqk", problem.q[rows, heads].double(), k) * problem.scale
+            weights = scores.masked_fill(hidden, -torch.inf).softmax(-1)
+            out[rows, heads] = torch.einsum("gqk,kd->qgd", weights, v)
+    return out
