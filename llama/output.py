@@ -1,4 +1,5 @@
-"""One request's way back: token ids -> text decoder -> stop strings -> pieces, gathered into a RequestOutput.
+"""One request's way back: token ids -> text decoder -> stop strings -> tool calls -> pieces, gathered into a
+RequestOutput.
 
 Shared by LLM and AsyncLLM. `Replies` is an engine together with the requests that it is answering: it routes a step's
 outputs and tells the engine about ends that only the text shows. It is not thread-safe: one thread adds, steps and
@@ -22,6 +23,7 @@ from llama.engine.request import (
     Usage,
 )
 from llama.text.tokenizer import IncrementalDecoder, StopMatcher, Tokenizer
+from llama.text.tool_calls import PYTHON_TAG, ToolCall, ToolCallParser
 
 if TYPE_CHECKING:
     from llama.engine.engine import Engine
@@ -36,6 +38,7 @@ class Request:
     prompt_token_ids: list[int]
     params: SamplingParams
     lora: str | None = None
+    tool_names: tuple[str, ...] = ()  # whose calls are to be found in the answer
 
 
 def named(entries: dict[int, Logprob], tokenizer: Tokenizer | None) -> dict[int, Logprob]:
@@ -46,7 +49,7 @@ def named(entries: dict[int, Logprob], tokenizer: Tokenizer | None) -> dict[int,
 
 
 class _Completion:
-    """One completion on its way: decodes, watches for stop strings, gathers."""
+    """One completion on its way: decodes, watches for stop strings, finds tool calls, gathers."""
 
     def __init__(self, index: int, seed: int | None, request: Request, tokenizer: Tokenizer | None) -> None:
         params = self.params = request.params
@@ -55,12 +58,19 @@ class _Completion:
         if params.logprobs is not None:
             self.output.logprobs, self.output.cumulative_logprob = [], 0.0
         self.text_parts: list[str] = []
-        self.decoder = IncrementalDecoder(tokenizer, request.prompt_token_ids) if tokenizer else None
+        self.parser = ToolCallParser(request.tool_names) if request.tool_names else None
+        self.decoder = self._new_decoder(request.prompt_token_ids)
         self.matcher = self._new_matcher()
         self.held = ""  # text that the matcher keeps back
 
     def _new_matcher(self) -> StopMatcher | None:
         return StopMatcher(self.params.stop, self.params.include_stop_str_in_output) if self.params.stop else None
+
+    def _new_decoder(self, prompt_token_ids: list[int]) -> IncrementalDecoder | None:
+        if self.tokenizer is None:
+            return None
+        tag = self.tokenizer.special_tokens.get(PYTHON_TAG) if self.parser else None  # it announces a call
+        return IncrementalDecoder(self.tokenizer, prompt_token_ids, keep=() if tag is None else (tag,))
 
     @property
     def ended(self) -> bool:
@@ -118,12 +128,27 @@ class _Completion:
 
     def _gather(self, text: str, token_ids: list[int], logprobs: list[dict[int, Logprob]] | None) -> Piece:
         output = self.output
+        calls: list[ToolCall] = []
+        if self.parser is not None:
+            text, calls = self._find_calls(self.parser, text)
         if text:
             self.text_parts.append(text)
         if logprobs is not None and output.logprobs is not None and output.cumulative_logprob is not None:
             output.logprobs.extend(logprobs)
             output.cumulative_logprob += sum(e[t].logprob for t, e in zip(token_ids, logprobs, strict=True))
-        return Piece(output.index, text, token_ids, logprobs, output.finish_reason, output.stop_reason)
+        return Piece(output.index, text, token_ids, logprobs, output.finish_reason, output.stop_reason, calls)
+
+    def _find_calls(self, parser: ToolCallParser, text: str) -> tuple[str, list[ToolCall]]:
+        """What the text makes certain: text that is no call, and calls."""
+        output = self.output
+        events = parser.feed(text)
+        if self.ended:
+            events += parser.finish()
+        calls = [event for event in events if isinstance(event, ToolCall)]
+        output.tool_calls.extend(calls)
+        if output.tool_calls and output.finish_reason is FinishReason.STOP:
+            output.finish_reason = FinishReason.TOOL_CALLS
+        return "".join(event for event in events if isinstance(event, str)), calls
 
 
 class Reply:

@@ -106,12 +106,15 @@ class AsyncLLM:
         lora: str | None = None,
         *,
         request_id: str | None = None,
+        clip: bool = True,
     ) -> Stream:
         """What generate() reads from. Here the engine has taken the request when the call returns, so every refusal
         (ValueError, QueueFullError, EngineClosedError, EngineDeadError) comes before the first piece. The stream must
-        be read to its end or closed."""
+        be read to its end or closed. Without `clip`, max_tokens that the context has no room for are a
+        ContextLengthError."""
         inputs, size = self.llm.inputs, len(prompt) if isinstance(prompt, str | list | tuple) else _INLINE_CHARACTERS
-        return await self._submit(lambda: inputs.request(prompt, sampling_params, lora, request_id=request_id), size)
+        prepare = partial(inputs.request, prompt, sampling_params, lora, request_id=request_id, clip=clip)
+        return await self._submit(prepare, size)
 
     async def submit_chat(
         self,
@@ -121,12 +124,18 @@ class AsyncLLM:
         lora: str | None = None,
         *,
         request_id: str | None = None,
+        clip: bool = True,
     ) -> Stream:
         """submit() for a conversation."""
-
-        def prepare() -> Request:
-            return self.llm.inputs.chat_request(messages, sampling_params, lora, tools=tools, request_id=request_id)
-
+        prepare = partial(
+            self.llm.inputs.chat_request,
+            messages,
+            sampling_params,
+            lora,
+            tools=tools,
+            request_id=request_id,
+            clip=clip,
+        )
         # A template may be slow however short the messages are.
         return await self._submit(prepare, _INLINE_CHARACTERS)
 

@@ -2,15 +2,26 @@
 
 import itertools
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from llama.engine.request import SamplingParams
 from llama.output import Request
 from llama.text.chat import ChatTemplate
+from llama.text.chat.prepare import prepare_tools, tool_name
 from llama.text.tokenizer import Tokenizer
 
 Message = Mapping[str, Any]
 Prompt = str | Sequence[int] | Mapping[str, Any]
+
+
+class ContextLengthError(ValueError):
+    """A request needs more tokens than the context holds: `num_tokens` of `max_model_len`."""
+
+    def __init__(self, message: str, num_tokens: int, max_model_len: int) -> None:
+        super().__init__(message)
+        self.num_tokens = num_tokens
+        self.max_model_len = max_model_len
 
 
 def is_token_ids(value: Any) -> bool:
@@ -78,10 +89,12 @@ class Inputs:
         lora: str | None,
         *,
         request_id: str | None = None,
+        clip: bool = True,
     ) -> Request:
-        """A prompt in any form, checked. ValueError names the parameter and what is legal."""
+        """A prompt in any form, checked. ValueError names the parameter and what is legal. Without `clip`, max_tokens
+        that the context has no room for are a ContextLengthError."""
         text, token_ids = self._encode(prompt)
-        return self._checked(text, token_ids, params, lora, request_id)
+        return self._checked(text, token_ids, params, lora, request_id, clip)
 
     def chat_request(
         self,
@@ -91,13 +104,16 @@ class Inputs:
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
         request_id: str | None = None,
+        clip: bool = True,
     ) -> Request:
         """A conversation, rendered by the checkpoint's template with the assistant's header at its end."""
         if self.template is None:
             raise ValueError("chat needs a tokenizer: this model takes token ids only")
         tools = tools or None
         token_ids = self.template.encode(messages, tools=tools)
-        return self._checked(self.template.render(messages, tools=tools), token_ids, params, lora, request_id)
+        text = self.template.render(messages, tools=tools)
+        request = self._checked(text, token_ids, params, lora, request_id, clip)
+        return replace(request, tool_names=tuple(map(tool_name, prepare_tools(tools) or ())))
 
     def _encode(self, prompt: Prompt) -> tuple[str | None, list[int]]:
         if isinstance(prompt, Mapping):
@@ -132,12 +148,15 @@ class Inputs:
         params: SamplingParams | None,
         lora: str | None,
         request_id: str | None,
+        clip: bool,
     ) -> Request:
         params = self.defaults if params is None else params
         if not isinstance(params, SamplingParams):
             raise ValueError(f"sampling_params must be a SamplingParams, got {type(params).__name__}")
         if lora is not None:
             raise ValueError(f"no adapter named {lora!r} is loaded (none is)")
+        if not clip:
+            self._check_length(len(token_ids), params.max_tokens or 1)
         self._check_prompt(token_ids)
         self._check_params(params)
         return Request(str(next(self._numbers)) if request_id is None else request_id, text, token_ids, params, lora)
@@ -149,9 +168,20 @@ class Inputs:
             wrong = next(t for t in token_ids if type(t) is not int or not 0 <= t < self.vocab_size)
             raise ValueError(f"prompt_token_ids must be integers in [0, {self.vocab_size - 1}], got {wrong!r}")
         if len(token_ids) >= self.max_model_len:
-            raise ValueError(
+            raise ContextLengthError(
                 f"the prompt has {len(token_ids)} tokens and the context is {self.max_model_len}: "
-                "no room is left for an answer (max_model_len)"
+                "no room is left for an answer (max_model_len)",
+                len(token_ids),
+                self.max_model_len,
+            )
+
+    def _check_length(self, prompt_len: int, max_tokens: int) -> None:
+        if prompt_len + max_tokens > self.max_model_len:
+            raise ContextLengthError(
+                f"the prompt has {prompt_len} tokens, with max_tokens={max_tokens} that is more than the context of "
+                f"{self.max_model_len} (max_model_len)",
+                prompt_len + max_tokens,
+                self.max_model_len,
             )
 
     def _check_params(self, params: SamplingParams) -> None:
