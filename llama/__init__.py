@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from llama.engine.request import RequestOutput as RequestOutput
     from llama.engine.request import SamplingParams as SamplingParams
     from llama.llm import LLM as LLM
+    from llama.llm.loras import LoRARequest as LoRARequest
     from llama.model.config import ModelConfig as ModelConfig
     from llama.model.transformer import Transformer as Transformer
 
@@ -23,6 +24,7 @@ _HOMES = {
     "CompletionOutput": "llama.engine.request",
     "FinishReason": "llama.engine.request",
     "LLM": "llama.llm",
+    "LoRARequest": "llama.llm.loras",
     "ModelConfig": "llama.model.config",
     "RequestOutput": "llama.engine.request",
     "SamplingParams": "llama.engine.request",
@@ -34,6 +36,7 @@ __all__ = [
     "AsyncLLM",
     "CompletionOutput",
     "FinishReason",
+    "LoRARequest",
     "ModelConfig",
     "RequestOutput",
     "SamplingParams",

@@ -5,6 +5,7 @@ Tokens without an adapter are not touched, so that theirs is the base model's re
 """
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -40,7 +41,7 @@ def lora_shrink(x: Tensor, a: Tensor, plan: LoraPlan) -> Tensor:
 
 def lora_expand(h: Tensor, y: Tensor, b: Tensor, plan: LoraPlan, slice_starts: tuple[int, ...]) -> None:
     delta = h.new_empty(h.shape[0], y.shape[1])
-    for i, (low, high) in enumerate(zip(slice_starts, slice_starts[1:], strict=False)):
+    for i, (low, high) in enumerate(pairwise(slice_starts)):
         for slot, start, end in plan.segments:
             delta[start:end, low:high] = h[start:end, i] @ b[slot - 1, low:high].t()
     y.index_add_(0, plan.order, delta)

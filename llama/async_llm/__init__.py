@@ -25,6 +25,7 @@ from llama.engine.engine import EngineDeadError, EngineMetrics
 from llama.engine.request import Piece, SamplingParams
 from llama.llm import LLM
 from llama.llm.inputs import Message, Prompt
+from llama.llm.loras import LoraInfo, describe, read_lora
 from llama.model.transformer import Transformer
 from llama.output import Request
 
@@ -159,6 +160,19 @@ class AsyncLLM:
             self._seats.give_back(seat)
             raise
         return stream
+
+    async def load_lora(self, name: str, path: str | Path) -> LoraInfo:
+        """LLM.load_lora while requests run; the files are read off the event loop."""
+        adapter = await asyncio.to_thread(read_lora, self.llm.engine, self.llm.model, name, path)
+        await asyncio.wrap_future(self._stepper.call(partial(self.llm.engine.adapters.add, adapter)))
+        return describe(adapter)
+
+    async def unload_lora(self, name: str) -> None:
+        """LLM.unload_lora while requests run."""
+        await asyncio.wrap_future(self._stepper.call(partial(self.llm.engine.adapters.remove, name)))
+
+    def list_loras(self) -> list[LoraInfo]:
+        return self.llm.list_loras()
 
     @property
     def num_requests(self) -> int:

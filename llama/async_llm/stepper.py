@@ -4,6 +4,7 @@ Streams are how answers leave the thread: it appends pieces, an event loop takes
 """
 
 import asyncio
+import contextlib
 import threading
 import time
 from collections import deque
@@ -205,8 +206,8 @@ class Stepper:
             self._seats.began(stream.seat)
             if reply.finished:
                 self._ended(stream)
-            elif stream.unread_for(now) > self._slow_reader_timeout:
-                self.abort(stream)
+            elif stream.loop.is_closed() or stream.unread_for(now) > self._slow_reader_timeout:
+                self.abort(stream)  # nobody reads it any more
 
     def _deliver(self, news: Iterable[tuple[Stream, Piece]]) -> None:
         _wake(stream for stream, piece in news if stream.put(piece))
@@ -241,16 +242,13 @@ def _run_command(command: Callable[[], Any], future: "Future[Any]") -> None:
 
 
 def _wake(streams: Iterable[Stream]) -> None:
-    """One call into each event loop, however many of its readers have news. A loop that is gone has no readers."""
+    """One call into each event loop, however many of its readers have news."""
     by_loop: dict[asyncio.AbstractEventLoop, list[Stream]] = {}
     for stream in streams:
         by_loop.setdefault(stream.loop, []).append(stream)
     for loop, group in by_loop.items():
-        try:
+        with contextlib.suppress(RuntimeError):  # closed: the next step ends its streams
             loop.call_soon_threadsafe(_wake_all, group)
-        except RuntimeError:
-            for stream in group:
-                stream.close()
 
 
 def _wake_all(streams: list[Stream]) -> None:

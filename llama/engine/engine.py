@@ -13,12 +13,11 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 import torch
 
+from llama.engine.adapters import Adapters
 from llama.engine.blocks import BlockPool
 from llama.engine.memory import fitting_blocks
 from llama.engine.plan import Plan, StepResult
 from llama.engine.request import (
-    NO_ADAPTER,
-    Adapter,
     FinishReason,
     SamplingParams,
     Sequence,
@@ -131,7 +130,7 @@ class Engine:
                 device=model.device,
             )
             num_blocks = kv.num_blocks
-            sizes = {"max_num_seqs": config.max_num_seqs, "max_model_len": config.max_model_len}
+            sizes = {name: getattr(config, name) for name in ("max_num_seqs", "max_model_len", "max_loras")}
             runner = Runner(model, kv, eos_token_ids=eos_token_ids, **sizes)
         elif num_blocks is None:
             raise ValueError("num_blocks must be given with a runner")
@@ -142,6 +141,7 @@ class Engine:
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=config.max_num_batched_tokens,
             max_model_len=config.max_model_len,
+            max_loras=config.max_loras,
             eos_token_ids=eos_token_ids,
             vocab_size=runner.vocab_size,
             model=repr(model.config).encode() if model is not None else b"",
@@ -179,7 +179,7 @@ class Engine:
             raise ValueError("response_format needs a matcher of its grammar")
         prompt = self._checked_prompt(prompt_token_ids)
         limit = self._limit(len(prompt), params.max_tokens)
-        adapter = self._adapter(lora)
+        adapter = self.adapters.get(lora)
         seed = self._seeds.next() if params.seed is None else params.seed
         sequences = [
             Sequence(request_id, i, self._num_requests, params, child_seed(seed, i), prompt, limit, adapter)
@@ -222,10 +222,10 @@ class Engine:
             )
         return limit
 
-    def _adapter(self, name: str | None) -> Adapter:
-        if name is not None:
-            raise ValueError(f"unknown adapter {name!r}: none is loaded")
-        return NO_ADAPTER
+    @property
+    def adapters(self) -> Adapters:
+        """The LoRA adapters that requests can name. Adding and removing is legal while requests run."""
+        return self.scheduler.adapters
 
     def abort(self, request_id: str) -> None:
         """End a request. Unknown ids and requests that have ended are let pass."""

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from llama.engine.request import Logprob, SamplingParams
+from llama.engine.request import Adapter, Logprob, SamplingParams
 
 Ints = NDArray[np.int32]
 LAST_SAMPLED = -1  # in place of a token id
@@ -46,6 +46,7 @@ class Plan:
     table_updates: Ints  # [3, updates] row, column, block: what is new in the block tables
     copies: Ints  # [copies, 2] source and target block, copied when the step's K/V are stored
     joins: tuple[Join, ...] = ()
+    adapters: tuple[Adapter, ...] = ()  # those that some sequence uses; each is to lie in its slot
     adapter_slots: Ints | None = None  # [seqs], None if no sequence has an adapter
     masks: Ints | None = None  # [samples, words] grammar bit masks, None if no sample has one
     prompt_sources: Ints | None = None  # [scored] tokens whose successor in the prompt is to be scored

@@ -49,11 +49,15 @@ class TokenOutput:
     num_cached_tokens: int = 0
 
 
-class Adapter(NamedTuple):
-    """A LoRA adapter as the engine sees it: its slot in the stacked weights (0 = none) and a digest of its content."""
+@dataclass(slots=True, eq=False)
+class Adapter:
+    """A LoRA adapter as the engine sees it. The scheduler says which slot of the device it has, if any."""
 
-    slot: int = 0
-    digest: bytes = b""
+    name: str = ""
+    digest: bytes = b""  # of its content; part of the prefix cache's keys
+    content: Any = None  # what the runner puts into the slot
+    slot: int = 0  # 0 = none
+    num_users: int = 0  # running sequences
 
 
 NO_ADAPTER = Adapter()

@@ -17,6 +17,7 @@ from llama.engine.request import SamplingParams
 from llama.engine.sampler import SamplerTable
 from llama.model.batch import Batch
 from llama.model.kv_cache import KVCache
+from llama.model.lora import LoraSlots
 from llama.model.transformer import Transformer
 
 # Logits of a prompt are scored in pieces: a full [tokens, vocab] tensor of a long prompt would take gigabytes.
@@ -31,6 +32,7 @@ class Runner:
         *,
         max_num_seqs: int,
         max_model_len: int,
+        max_loras: int = 0,
         eos_token_ids: frozenset[int] = frozenset(),
     ) -> None:
         self.model = model
@@ -39,6 +41,7 @@ class Runner:
         self.device = model.device
         self.vocab_size = model.config.vocab_size
         self.lag = 0
+        self._adapters = LoraSlots(model, max_loras)
         # Block tables are kept where they are needed: here to find slots, on the device for attention.
         self._table = np.zeros((max_num_seqs, -(-max_model_len // kv.block_size)), np.int32)
         self._device_table = torch.from_numpy(self._table).to(self.device)
@@ -55,6 +58,8 @@ class Runner:
 
     @torch.inference_mode()
     def _execute(self, plan: Plan) -> StepResult:
+        for adapter in plan.adapters:
+            self._adapters.put(adapter.slot, adapter.content)
         self._take_over_rows(plan)
         batch = self._batch(plan)
         hidden = None
@@ -123,6 +128,7 @@ class Runner:
             max_context_len=longest,
             logit_rows=None if samples_all else self._on_device(plan.sample_sources),
             adapter_slots=None if slot_of_token is None else self._on_device(slot_of_token, np.int32),
+            adapters=self._adapters,
         )
 
     def _sample(self, plan: Plan, logits: Tensor) -> StepResult:

@@ -52,6 +52,8 @@ class Running:
         self.watched[row] = bool(sequence.params.stop_token_ids) or sequence.matcher is not None
         self.masked_step[row] = -1
         self.num_adapters += sequence.adapter.slot > 0
+        if sequence.adapter.slot:
+            sequence.adapter.num_users += 1
         self.num_watched += bool(self.watched[row])
         self._paths[row] = path
         self._extend(row, blocks)
@@ -67,6 +69,8 @@ class Running:
         row = sequence.row
         self.pool.free(self.blocks(row))
         self.num_adapters -= sequence.adapter.slot > 0
+        if sequence.adapter.slot:
+            sequence.adapter.num_users -= 1
         self.num_watched -= bool(self.watched[row])
         self.num_departures += 1
         self._updates = [update[:, update[0] != row] for update in self._updates]

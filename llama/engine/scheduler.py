@@ -16,6 +16,7 @@ from collections.abc import Iterable
 import numpy as np
 from numpy.typing import NDArray
 
+from llama.engine.adapters import Adapters
 from llama.engine.blocks import BlockPool, prefix_root
 from llama.engine.plan import Ints, LogprobArrays, Plan, StepResult
 from llama.engine.request import FinishReason, Sequence, TokenOutput
@@ -31,6 +32,7 @@ class Scheduler:
         max_num_seqs: int,
         max_num_batched_tokens: int,
         max_model_len: int,
+        max_loras: int = 0,
         vocab_size: int,
         eos_token_ids: Iterable[int] = (),
         model: bytes = b"",
@@ -41,6 +43,7 @@ class Scheduler:
         self.max_running = min(max_num_seqs, max_num_batched_tokens)
         self.eos_token_ids = frozenset(eos_token_ids)
         self.running = Running(pool, max_num_seqs, max_model_len)
+        self.adapters = Adapters(max_loras)
         self.waiting: list[Sequence] = []  # by order
         self.num_preemptions = 0
         self.num_queried_tokens = 0  # that the prefix cache was asked for
@@ -134,7 +137,7 @@ class Scheduler:
             return None
         if len(self._constants[0]) != len(rows):
             self._constants = decode_constants(len(rows))
-        plan = step.plan(self.running, rows, self._constants, self._mask_words)
+        plan = step.plan(self.running, self.adapters, rows, self._constants, self._mask_words)
         self._commit(step, plan)
         return plan
 
@@ -176,6 +179,8 @@ class Scheduler:
         needed = -(-known // block_size) - len(hits) + self.pool.count_idle(hits)
         if needed + promised > available:
             self._refused = sequence, available
+            return False
+        if not self.adapters.acquire(sequence.adapter):
             return False
         self._refused = None
         del self.waiting[0]
@@ -352,6 +357,7 @@ class Scheduler:
     def check(self) -> None:
         """Prove the invariants of queue, rows and blocks. AssertionError says what is wrong."""
         self.running.check()
+        self.adapters.check()
         running = [*self.running.prefilling, *self.running.decoding]
         following = [follower for sequence in (*self.waiting, *running) for follower in sequence.followers]
         places = [*self.waiting, *running, *following]

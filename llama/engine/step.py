@@ -5,8 +5,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from llama.engine.adapters import Adapters
 from llama.engine.plan import LAST_SAMPLED, NO_COPIES, Ints, Join, Plan
-from llama.engine.request import Sequence
+from llama.engine.request import Adapter, Sequence
 from llama.engine.running import Running
 
 
@@ -48,7 +49,14 @@ class Step:
         outputs = sequence.output_token_ids.copy()
         self.joins.append(Join(sequence.row, sequence.params, sequence.seed, sequence.prompt, outputs))
 
-    def plan(self, running: Running, rows: Ints, constants: tuple[Ints, Ints, Ints], mask_words: int) -> Plan:
+    def plan(
+        self,
+        running: Running,
+        adapters: Adapters,
+        rows: Ints,
+        constants: tuple[Ints, Ints, Ints],
+        mask_words: int,
+    ) -> Plan:
         """The plan of `decodes`, whose rows are `rows`, and `chunks`. `constants`: see `decode_constants`."""
         contexts = running.computed[rows] + 1
         self.samples = self.decodes
@@ -63,8 +71,10 @@ class Step:
             if scored := [chunk for chunk in self.chunks if chunk.score_to > chunk.score_from]:
                 arrays |= _scored(self.chunks, arrays["query_lens"][len(rows) :], len(rows))
                 num_scored = max(chunk.sequence.params.prompt_logprobs or 0 for chunk in scored)
+        in_use: tuple[Adapter, ...] = ()
         if running.num_adapters:
             arrays["adapter_slots"] = running.adapter_slots[arrays["rows"]]
+            in_use = adapters.running()
         if running.num_watched and (masks := self._masks(mask_words)) is not None:
             arrays["masks"] = masks
         return Plan(
@@ -73,6 +83,7 @@ class Step:
             table_updates=running.take_updates(),
             copies=np.array(self.copies, np.int32) if self.copies else NO_COPIES,
             joins=tuple(self.joins),
+            adapters=in_use,
             num_prompt_logprobs=num_scored,
             **arrays,
         )

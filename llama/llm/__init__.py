@@ -20,6 +20,7 @@ from llama.engine.request import Piece, RequestOutput, SamplingParams
 from llama.llm.arguments import refuse_foreign
 from llama.llm.inputs import Inputs, Message, Prompt, as_conversations, as_prompts, is_conversation, one_per_prompt
 from llama.llm.loading import engine_config, load_defaults, load_model, load_text
+from llama.llm.loras import LoraInfo, LoRARequest, describe, read_lora
 from llama.model.transformer import Transformer
 from llama.output import Replies, Reply, Request
 from llama.text.tokenizer import Tokenizer
@@ -88,6 +89,7 @@ class LLM:
             vocab_size=self.model.config.vocab_size,
             max_model_len=config.max_model_len,
             defaults=defaults,
+            adapters=self.engine.adapters,
         )
         self.replies = Replies(self.engine, self.tokenizer)
 
@@ -97,13 +99,14 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         lora: str | Sequence[str | None] | None = None,
         use_tqdm: bool = True,
+        lora_request: LoRARequest | Sequence[LoRARequest | None] | None = None,
     ) -> list[RequestOutput]:
         """Write on from each prompt; the outputs come in the order asked. Prompts are a string (encoded as the
         checkpoint's tokenizer does it, special-token text parsed), token ids, {"prompt_token_ids": [...]}, or a list of
         these. One mistake in any of them is a ValueError before anything runs."""
         listed = as_prompts(prompts)
         each_params = one_per_prompt("sampling_params", sampling_params, len(listed))
-        each_lora = one_per_prompt("lora", lora, len(listed))
+        each_lora = self._loras(lora, lora_request, len(listed))
         return self._run([self.inputs.request(*r) for r in zip(listed, each_params, each_lora, strict=True)], use_tqdm)
 
     def chat(
@@ -113,11 +116,12 @@ class LLM:
         tools: Sequence[Mapping[str, Any]] | None = None,
         lora: str | Sequence[str | None] | None = None,
         use_tqdm: bool = True,
+        lora_request: LoRARequest | Sequence[LoRARequest | None] | None = None,
     ) -> list[RequestOutput]:
         """Answer one conversation, or each of several. What a message holds is text, never a control token."""
         listed = as_conversations(messages)
         each_params = one_per_prompt("sampling_params", sampling_params, len(listed))
-        each_lora = one_per_prompt("lora", lora, len(listed))
+        each_lora = self._loras(lora, lora_request, len(listed))
         requests = [self.inputs.chat_request(*r, tools=tools) for r in zip(listed, each_params, each_lora, strict=True)]
         return self._run(requests, use_tqdm)
 
@@ -127,9 +131,11 @@ class LLM:
         sampling_params: SamplingParams | None = None,
         tools: Sequence[Mapping[str, Any]] | None = None,
         lora: str | None = None,
+        lora_request: LoRARequest | None = None,
     ) -> Iterator[Piece]:
         """The answer to one prompt or conversation as it is written. Closing the iterator aborts the request; the
         pieces of each completion add up to what generate() or chat() would have given."""
+        [lora] = self._loras(lora, lora_request, 1)
         if is_conversation(prompt_or_messages):
             request = self.inputs.chat_request(prompt_or_messages, sampling_params, lora, tools=tools)
         elif tools:
@@ -137,6 +143,45 @@ class LLM:
         else:
             request = self.inputs.request(prompt_or_messages, sampling_params, lora)
         return self._stream(request)
+
+    def load_lora(self, name: str, path: str | Path) -> LoraInfo:
+        """Load a PEFT adapter's folder; requests ask for it with lora=name. AdapterError (a ValueError) says what is
+        wrong with it. Legal while requests run."""
+        adapter = read_lora(self.engine, self.model, name, path)
+        self.engine.adapters.add(adapter)
+        return describe(adapter)
+
+    def unload_lora(self, name: str) -> None:
+        """From now on no request can ask for it; those that run with it keep it to their end."""
+        self.engine.adapters.remove(name)
+
+    def list_loras(self) -> list[LoraInfo]:
+        return [describe(adapter) for adapter in self.engine.adapters.by_name.values()]
+
+    def _loras(
+        self,
+        lora: str | Sequence[str | None] | None,
+        lora_request: LoRARequest | Sequence[LoRARequest | None] | None,
+        count: int,
+    ) -> list[str | None]:
+        """The adapter's name for each prompt; what a LoRARequest asks for is loaded where it is not yet."""
+        if lora_request is None:
+            return one_per_prompt("lora", lora, count)
+        if lora is not None:
+            raise ValueError("lora and lora_request name the same thing: give one of them")
+        names: list[str | None] = []
+        for request in one_per_prompt("lora_request", lora_request, count):
+            if request is not None:
+                known = self.engine.adapters.by_name.get(request.lora_name)
+                if known is None:
+                    self.load_lora(request.lora_name, request.lora_path)
+                elif known.content.path != str(Path(request.lora_path)):
+                    raise ValueError(
+                        f"an adapter named {request.lora_name!r} is loaded from {known.content.path}, "
+                        f"lora_request says {request.lora_path}"
+                    )
+            names.append(None if request is None else request.lora_name)
+        return names
 
     def _stream(self, request: Request) -> Iterator[Piece]:
         reply = self.replies.add(request)

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from llama.engine.adapters import Adapters
 from llama.engine.request import SamplingParams
 from llama.output import Request
 from llama.text.chat import ChatTemplate
@@ -74,12 +75,14 @@ class Inputs:
         vocab_size: int,
         max_model_len: int,
         defaults: SamplingParams,
+        adapters: Adapters,
     ) -> None:
         self.tokenizer = tokenizer
         self.template = template
         self.vocab_size = vocab_size
         self.max_model_len = max_model_len
         self.defaults = defaults
+        self.adapters = adapters
         self._numbers = itertools.count()
 
     def request(
@@ -153,8 +156,7 @@ class Inputs:
         params = self.defaults if params is None else params
         if not isinstance(params, SamplingParams):
             raise ValueError(f"sampling_params must be a SamplingParams, got {type(params).__name__}")
-        if lora is not None:
-            raise ValueError(f"no adapter named {lora!r} is loaded (none is)")
+        self.adapters.get(lora)
         if not clip:
             self._check_length(len(token_ids), params.max_tokens or 1)
         self._check_prompt(token_ids)

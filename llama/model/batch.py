@@ -5,8 +5,12 @@ compute a single token at the end of their context (decodes) come first, so that
 """
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
+
+if TYPE_CHECKING:
+    from llama.model.lora.slots import AdapterUse, LoraSlots
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,3 +28,10 @@ class Batch:
     max_context_len: int  # an upper bound; grids must not depend on it
     logit_rows: torch.Tensor | None = None  # [rows] int64, tokens whose logits are wanted (repeats allowed); None = all
     adapter_slots: torch.Tensor | None = None  # [tokens] int32, LoRA slot of each token, 0 = none; None = no adapter
+    adapters: "LoraSlots | None" = None  # what the slots hold
+
+    def adapter_use(self, rows: torch.Tensor | None = None) -> "AdapterUse | None":
+        """The adapters of the tokens `rows` (None = all); None where none of the batch has one."""
+        if self.adapters is None or self.adapter_slots is None:
+            return None
+        return self.adapters.use(self.adapter_slots if rows is None else self.adapter_slots.index_select(0, rows))

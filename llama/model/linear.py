@@ -1,14 +1,15 @@
 """Linear: a weight that knows its own matmul. No bias: Llama has none."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels import LoraPlan
-from llama.model.lora.slots import LoraStack
 from llama.model.packed import PackedWeight, pack
+
+if TYPE_CHECKING:
+    from llama.model.lora import AdapterUse
 
 
 class Linear(nn.Module):
@@ -25,12 +26,11 @@ class Linear(nn.Module):
         weight = torch.empty(out_features, in_features, device=device, dtype=dtype)
         self.weight: nn.Parameter | None = nn.Parameter(weight, requires_grad=False)
         self.packed: PackedWeight | None = None
-        self.lora: LoraStack | None = None
 
-    def forward(self, x: Tensor, adapters: LoraPlan | None = None) -> Tensor:
+    def forward(self, x: Tensor, adapters: "AdapterUse | None" = None) -> Tensor:
         """x [tokens, in_features] -> [tokens, out_features]; `adapters` says which tokens use an adapter."""
         y = F.linear(x, self.weight) if self.packed is None else self.packed(x)
-        return y if adapters is None or self.lora is None else self.lora(x, y, adapters)
+        return y if adapters is None else adapters.add(self, x, y)
 
     def prepare(self) -> None:
         """Take the form that is fastest on this machine, if there is a faster one."""

@@ -18,7 +18,7 @@ from llama.model.batch import Batch
 from llama.model.config import ModelConfig
 from llama.model.kv_cache import KVCache
 from llama.model.linear import Linear
-from llama.model.lora.slots import LoraStack
+from llama.model.lora import AdapterUse, LoraSlots
 from llama.model.rope import cos_sin, inverse_frequencies
 
 
@@ -28,7 +28,7 @@ class Step(NamedTuple):
     batch: Batch
     cos_sin: Tensor  # [tokens, head_dim] float32
     plan: kernels.AttentionPlan | None
-    adapters: kernels.LoraPlan | None  # None where no token of the step has an adapter
+    adapters: AdapterUse | None  # None where no token of the step has an adapter
 
 
 class RMSNorm(nn.Module):
@@ -53,11 +53,10 @@ class Embedding(nn.Module):
         super().__init__()
         weight = torch.empty(config.vocab_size, config.hidden_size, device=device, dtype=dtype)
         self.weight = nn.Parameter(weight, requires_grad=False)
-        self.lora: LoraStack | None = None
 
-    def forward(self, token_ids: Tensor, adapters: kernels.LoraPlan | None = None) -> Tensor:
+    def forward(self, token_ids: Tensor, adapters: AdapterUse | None = None) -> Tensor:
         y = F.embedding(token_ids, self.weight)
-        return y if adapters is None or self.lora is None else self.lora(token_ids, y, adapters)
+        return y if adapters is None else adapters.add(self, token_ids, y)
 
 
 class Attention(nn.Module):
@@ -75,9 +74,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, step: Step, k_cache: Tensor, v_cache: Tensor) -> Tensor:
         batch = step.batch
-        heads = self.qkv_proj(x, step.adapters).unflatten(
-            1, (-1, self.head_dim)
-        )  # [tokens, heads + 2 kv_heads, head_dim]
+        heads = self.qkv_proj(x, step.adapters).unflatten(1, (-1, self.head_dim))  # [tokens, heads, head_dim]
         q, k, v = heads.split((self.num_heads, self.num_kv_heads, self.num_kv_heads), dim=1)
         q = kernels.rope_and_store(q, k, v, step.cos_sin, batch.slots, k_cache, v_cache)
         mixed = kernels.paged_attention(
@@ -187,11 +184,9 @@ class Transformer(nn.Module):
 
     def head(self, hidden: Tensor, batch: Batch, rows: Tensor | None = None) -> Tensor:
         """Logits of the tokens `rows` (None = all) of what `hidden` returned for `batch`."""
-        slots = batch.adapter_slots
         if rows is not None:
             hidden = hidden.index_select(0, rows)
-            slots = None if slots is None else slots.index_select(0, rows)
-        return self.lm_head(hidden, None if slots is None else kernels.plan_lora(slots))
+        return self.lm_head(hidden, batch.adapter_use(rows))
 
     def hidden(self, batch: Batch, kv: KVCache) -> Tensor:
         """-> [tokens, hidden] after the last norm, of every token; `head` makes logits of it."""
@@ -202,18 +197,20 @@ class Transformer(nn.Module):
             num_decodes=batch.num_decodes,
             block_size=kv.block_size,
         )
-        adapters = None if batch.adapter_slots is None else kernels.plan_lora(batch.adapter_slots)
+        adapters = batch.adapter_use()
         step = Step(batch, cos_sin(batch.positions, self.inv_freq), plan, adapters)
         x, residual = self.embed_tokens(batch.token_ids, adapters), None
         for layer, k_cache, v_cache in zip(self.layers, kv.k, kv.v, strict=True):
             x, residual = layer(x, residual, step, k_cache, v_cache)
         return self.norm(x, residual)[0]
 
-    def logits(self, token_ids: Tensor, adapter_slots: Tensor | None = None) -> Tensor:
+    def logits(
+        self, token_ids: Tensor, adapters: LoraSlots | None = None, adapter_slots: Tensor | None = None
+    ) -> Tensor:
         """[batch, seq] token ids -> [batch, seq, vocab] logits, float32 (float64 for a float64 model).
 
         The research entry: no engine, no sampling; the same forward over a cache made for this one call. adapter_slots
-        [batch] says which slot of `LoraSlots` each sequence uses (0 = none).
+        [batch] says which slot of `adapters` each sequence uses (0 = none).
         """
         if token_ids.dim() != 2 or token_ids.dtype != torch.int64:
             raise ValueError(f"token_ids must be int64 [batch, seq], got {token_ids.dtype} {list(token_ids.shape)}")
@@ -239,6 +236,7 @@ class Transformer(nn.Module):
             max_query_len=length,
             max_context_len=length,
             adapter_slots=None if adapter_slots is None else adapter_slots.to(row).int().repeat_interleave(length),
+            adapters=adapters,
         )
         return self(batch, kv).view(rows, length, -1).to(wide)
 

@@ -2,6 +2,6 @@
 
 from llama.model.lora.adapter import Adapter, Pair, read_adapter
 from llama.model.lora.adapter_config import AdapterError
-from llama.model.lora.slots import LoraSlots
+from llama.model.lora.slots import AdapterUse, LoraSlots
 
-__all__ = ["Adapter", "AdapterError", "LoraSlots", "Pair", "read_adapter"]
+__all__ = ["Adapter", "AdapterError", "AdapterUse", "LoraSlots", "Pair", "read_adapter"]

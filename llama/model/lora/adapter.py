@@ -36,6 +36,7 @@ class Pair(NamedTuple):
 class Adapter:
     """What an adapter computes. `digest` tells two of them apart by content: configuration and weights."""
 
+    path: str
     pairs: Mapping[str, Pair]  # by the module's Hugging Face name
     rank: int  # the largest of its modules
     targets: tuple[str, ...]  # q_proj, ...
@@ -131,7 +132,7 @@ def _some(names: list[str]) -> str:
 
 
 def _is_base_copy(stored: StoredTensor, model: "Transformer") -> bool:
-    """PEFT stores the embedding's and the head's own weight beside an adapter of theirs; it may not differ from ours."""
+    """PEFT stores the embedding's and the head's own weight beside an adapter of theirs; both must be ours."""
     name = stored.name.removeprefix(_PREFIX).replace(".base_layer.", ".")
     if name == "model.embed_tokens.weight":
         base = model.embed_tokens.weight
@@ -176,6 +177,7 @@ def _read(
         # The scale goes in before the rounding to the model's dtype, once.
         pairs[module.name] = Pair(a.to(model.dtype), (b * module.scale).to(model.dtype))
     return Adapter(
+        path=str(folder),
         pairs=pairs,
         rank=max(module.rank for module in modules),
         targets=tuple(dict.fromkeys(module.name.rpartition(".")[2] for module in modules)),

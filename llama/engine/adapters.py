@@ -1,0 +1,79 @@
+"""Adapters: which there are by name, and which of them lie in the slots of the device. Bookkeeping only; no torch.
+
+A slot is taken when a sequence that needs its adapter starts to run, and given to another adapter, least recently used
+first, once nobody who runs needs it. What is unloaded loses its name at once and lives on in the requests that have it.
+"""
+
+import re
+from collections import OrderedDict
+
+from llama.engine.request import NO_ADAPTER, Adapter
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+
+
+class Adapters:
+    def __init__(self, num_slots: int) -> None:
+        self.by_name: dict[str, Adapter] = {}
+        self._num_slots = num_slots
+        self._free_slots = list(range(num_slots, 0, -1))
+        self._resident: OrderedDict[Adapter, None] = OrderedDict()  # least recently used first
+
+    def check_new(self, name: str) -> None:
+        """Raise ValueError if an adapter cannot be loaded under this name."""
+        if not isinstance(name, str) or not _NAME.fullmatch(name):
+            raise ValueError(f"an adapter's name must match {_NAME.pattern}, got {name!r}")
+        if name in self.by_name:
+            raise ValueError(f"an adapter named {name!r} is loaded already: unload it first")
+        if self._num_slots == 0:
+            raise ValueError("max_loras is 0: this engine takes no adapters")
+
+    def add(self, adapter: Adapter) -> None:
+        self.check_new(adapter.name)
+        self.by_name[adapter.name] = adapter
+
+    def remove(self, name: str) -> None:
+        """Requests that use it go on; new ones cannot name it."""
+        adapter = self.get(name)
+        del self.by_name[name]
+        if adapter in self._resident:
+            self._resident.move_to_end(adapter, last=False)  # its slot is the next to be given away
+
+    def get(self, name: str | None) -> Adapter:
+        """None is the base model; an unknown name is a ValueError that lists those that are known."""
+        if name is None:
+            return NO_ADAPTER
+        if name not in self.by_name:
+            known = ", ".join(sorted(self.by_name)) or "none"
+            raise ValueError(f"no adapter named {name!r} is loaded (loaded: {known})")
+        return self.by_name[name]
+
+    def acquire(self, adapter: Adapter) -> bool:
+        """See to it that the adapter has a slot -> False if all are in use by others."""
+        if adapter is NO_ADAPTER:
+            return True
+        if adapter in self._resident:
+            self._resident.move_to_end(adapter)
+            return True
+        if not self._free_slots:
+            idle = next((other for other in self._resident if not other.num_users), None)
+            if idle is None:
+                return False
+            self._evict(idle)
+        adapter.slot = self._free_slots.pop()
+        self._resident[adapter] = None
+        return True
+
+    def running(self) -> tuple[Adapter, ...]:
+        """Those that some running sequence uses."""
+        return tuple(adapter for adapter in self._resident if adapter.num_users)
+
+    def _evict(self, adapter: Adapter) -> None:
+        del self._resident[adapter]
+        self._free_slots.append(adapter.slot)
+        adapter.slot = 0
+
+    def check(self) -> None:
+        """Prove that every slot is free or one adapter's."""
+        slots = [*self._free_slots, *(adapter.slot for adapter in self._resident)]
+        assert sorted(slots) == list(range(1, self._num_slots + 1)), slots
