@@ -1,0 +1,9 @@
+"""Constrained decoding: what a response may look like, as a mask over the next token.
+
+Needs the extra `structured` (llguidance), which is imported when the first grammar is compiled.
+"""
+
+from llama.text.grammar.compiler import Grammar, GrammarCompiler
+from llama.text.grammar.matcher import GrammarError, Matcher
+
+__all__ = ["Grammar", "GrammarCompiler", "GrammarError", "Matcher"]

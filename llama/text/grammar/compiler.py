@@ -1,0 +1,155 @@
+"""From a response format or tools to a Grammar.
+
+A grammar is compiled twice: in a worker process with a deadline, for a large `multipleOf` alone can take all the time
+and memory there is; and here, if that went well. Compile away from an event loop: for the first grammar llguidance
+reads the vocabulary, which takes a second or more.
+"""
+
+import json
+import threading
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from llama.text.chat.prepare import prepare_tools, tool_name
+from llama.text.grammar.matcher import Matcher, first_line
+from llama.text.grammar.schema import MAX_BYTES, prepared_schema, schema_of_response_format, schema_of_tool
+from llama.text.tokenizer import Tokenizer
+from llama.text.tokenizer.tokenizer import check_unicode
+from llama.text.worker import Worker, WorkerError
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher, LLTokenizer
+
+DEADLINE_SECONDS = 5.0
+_KEPT = 128  # compiled grammars
+
+
+class Grammar:
+    """A compiled grammar. Immutable: every sequence gets a matcher of its own."""
+
+    def __init__(self, prototype: "LLMatcher", vocab_size: int) -> None:
+        self._prototype = prototype
+        self._vocab_size = vocab_size
+        self._lock = threading.Lock()
+
+    def matcher(self) -> Matcher:
+        """At the beginning of the grammar."""
+        with self._lock:
+            return Matcher(self._prototype.deep_copy(), self._vocab_size)
+
+
+class GrammarCompiler:
+    """Compiles grammars for one tokenizer and a model's vocab_size, from any thread; keeps the last ones."""
+
+    def __init__(self, tokenizer: Tokenizer, vocab_size: int, *, deadline_seconds: float = DEADLINE_SECONDS) -> None:
+        tokenizer.check_vocab(vocab_size)
+        self._tokenizer = tokenizer
+        self._vocab_size = vocab_size
+        self._worker = Worker("llama.text.worker.grammars", {}, deadline_seconds=deadline_seconds)
+        self._lock = threading.Lock()
+        self._kept: OrderedDict[str, Grammar] = OrderedDict()
+
+    def compile(self, response_format: Mapping[str, Any] | None) -> Grammar | None:
+        """The grammar of a `response_format`; None for none and for {"type": "text"}.
+
+        Raises ValueError for what is not a response format, exceeds a limit, does not compile in time or asks for what
+        llguidance does not have; ImportError where that is not installed.
+        """
+        if response_format is None:
+            return None
+        if not isinstance(response_format, Mapping):
+            raise ValueError(f"response_format must be an object, got {response_format!r}")
+        kind = response_format.get("type")
+        if kind == "text":
+            return None
+        matcher_class = _llguidance().LLMatcher
+        if kind == "json_object":
+            schema = prepared_schema({"type": "object"}, "response_format")
+            return self._grammar(matcher_class.grammar_from_json_schema(schema), "response_format")
+        if kind == "json_schema":
+            where = "response_format.json_schema"
+            schema = prepared_schema(schema_of_response_format(response_format), where)
+            return self._grammar(matcher_class.grammar_from_json_schema(schema), where)
+        if kind == "regex":
+            regex = _checked_regex(response_format.get("regex"))
+            return self._grammar(matcher_class.grammar_from_regex(regex), "response_format.regex")
+        raise ValueError(f"response_format.type must be text, json_object, json_schema or regex, got {kind!r}")
+
+    def compile_tool_choice(self, tools: Sequence[Mapping[str, Any]], name: str | None = None) -> Grammar:
+        """The grammar of exactly one call, `{"name": N, "parameters": {...}}`, of the named tool or of any.
+
+        Raises what `compile` raises, and ValueError for a name that is not among the tools.
+        """
+        prepared = prepare_tools(tools) or []
+        chosen = [tool for tool in prepared if name is None or tool_name(tool) == name]
+        if not chosen:
+            known = [tool_name(tool) for tool in prepared]
+            raise ValueError(f"tool_choice asks for a call of {name or 'any tool'!r}, the tools are {known}")
+        rules = [f"start: {' | '.join(f'call_{i}' for i in range(len(chosen)))}"]
+        for i, tool in enumerate(chosen):
+            schema = prepared_schema(schema_of_tool(tool), f"the parameters of tool {tool_name(tool)!r}")
+            check_unicode(tool_name(tool))
+            head = f'{{"name": {json.dumps(tool_name(tool), ensure_ascii=False)}, "parameters": '
+            rules.append(f"call_{i}: {json.dumps(head, ensure_ascii=False)} arguments_{i} {json.dumps('}')}")
+            rules.append(f"arguments_{i}: %json {schema}")
+        return self._grammar(_llguidance().LLMatcher.grammar_from_lark("\n".join(rules)), "tools")
+
+    def close(self) -> None:
+        """Ends the worker process; another grammar would start one again."""
+        self._worker.close()
+
+    def _grammar(self, source: str, where: str) -> Grammar:
+        with self._lock:
+            if source in self._kept:
+                self._kept.move_to_end(source)
+                return self._kept[source]
+        try:
+            error = self._worker.ask({"grammar": source})
+        except WorkerError as failure:
+            raise ValueError(f"{where}: {failure}") from None
+        if error:
+            raise ValueError(f"{where}: {first_line(error)}")
+        with self._lock:
+            vocabulary = self._vocabulary
+        prototype = _llguidance().LLMatcher(vocabulary, source, log_level=0)
+        prototype.compute_bitmask()  # what cannot even begin shows here
+        if prototype.is_error():
+            raise ValueError(f"{where}: {first_line(prototype.get_error())}")
+        grammar = Grammar(prototype, self._vocab_size)
+        with self._lock:
+            self._kept[source] = grammar
+            if len(self._kept) > _KEPT:
+                self._kept.popitem(last=False)
+        return grammar
+
+    @cached_property
+    def _vocabulary(self) -> "LLTokenizer":
+        eos = sorted(self._tokenizer.eos_token_ids)
+        if not eos:
+            raise ValueError("a grammar needs a token that ends the text, and the checkpoint names no EOS token")
+        make: type[LLTokenizer] = _llguidance().LLTokenizer
+        try:
+            return make(self._tokenizer.backend_json, n_vocab=self._vocab_size, eos_token=eos)
+        except Exception as error:  # llguidance raises whatever its parser of tokenizer.json finds
+            raise ValueError(f"grammars do not work with this tokenizer: {first_line(str(error))}") from None
+
+
+def _llguidance() -> Any:
+    try:
+        import llguidance
+    except ImportError:
+        raise ImportError(
+            "response_format and tool_choice need llguidance: pip install 'llama-engine[structured]'"
+        ) from None
+    return llguidance
+
+
+def _checked_regex(regex: Any) -> str:
+    if not isinstance(regex, str) or not regex:
+        raise ValueError(f"response_format.regex must be a non-empty string, got {regex!r}")
+    check_unicode(regex)
+    if len(regex.encode()) > MAX_BYTES:
+        raise ValueError(f"response_format.regex has more than {MAX_BYTES} bytes")
+    return regex

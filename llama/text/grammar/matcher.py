@@ -1,0 +1,73 @@
+"""Where one sequence stands in its grammar. Its Sequence owns it; it lives through preemption."""
+
+from typing import TYPE_CHECKING, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher
+
+
+class GrammarError(RuntimeError):
+    """A token that the mask forbids was advanced over, or the grammar exceeded a limit while it ran."""
+
+
+class Matcher:
+    """Follows the tokens of one sequence and says which may come next.
+
+    A finished grammar allows EOS alone; tokens advanced over after its end are counted and otherwise ignored.
+    """
+
+    def __init__(self, matcher: "LLMatcher", vocab_size: int) -> None:
+        self._matcher = matcher
+        self._words = (vocab_size + 31) // 32
+        self._after_end = 0
+
+    def fill_mask(self, row: NDArray[np.int32]) -> None:
+        """Sets bit t of `row` (int32 [ceil(vocab_size / 32)], contiguous) where token t may come next."""
+        if row.dtype != np.int32 or row.shape != (self._words,) or not row.flags.c_contiguous:
+            raise ValueError(f"row must be contiguous int32 [{self._words}], got {row.dtype} {row.shape}")
+        self._matcher.unsafe_compute_mask_ptr(row.ctypes.data, row.nbytes)
+        self._check()
+
+    def advance(self, token_id: int) -> None:
+        """Raises GrammarError for a token that the mask forbids."""
+        if self._matcher.is_stopped():
+            self._check()
+            self._after_end += 1
+        elif not self._matcher.consume_token(token_id):
+            self._check()
+
+    def rollback(self, num_tokens: int) -> None:
+        """Takes the last tokens back."""
+        ignored = min(num_tokens, self._after_end)
+        self._after_end -= ignored
+        if num_tokens > ignored and not self._matcher.rollback(num_tokens - ignored):
+            self._check()
+
+    def fork(self) -> Self:
+        """An independent copy: for another completion of the same prompt."""
+        other = type(self)(self._matcher.deep_copy(), 32 * self._words)
+        other._after_end = self._after_end
+        return other
+
+    @property
+    def is_finished(self) -> bool:
+        """Nothing can follow but EOS."""
+        return self._matcher.is_stopped() and not self._matcher.is_error()
+
+    @property
+    def is_accepting(self) -> bool:
+        """The text so far is complete, though more may follow."""
+        return self.is_finished or self._matcher.is_accepting()
+
+    def _check(self) -> None:
+        if self._matcher.is_error():
+            raise GrammarError(first_line(self._matcher.get_error()))
+
+
+def first_line(error: str) -> str:
+    """llguidance's message without the parser state that it appends."""
+    text = " ".join(error.split("<state>")[0].split())
+    return text[:300] or "the grammar failed"

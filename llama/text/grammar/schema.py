@@ -1,0 +1,112 @@
+"""JSON schemas of strangers: taken out of their wrappings, measured, and closed.
+
+Closing: an object that lists its properties gets `additionalProperties: false` unless it says otherwise. Whatever is
+then generated satisfies the schema as it was sent; without it, a model may go on inventing properties for ever.
+"""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from llama.text.tokenizer.tokenizer import check_unicode
+
+MAX_BYTES = 64 * 1024
+MAX_DEPTH = 64
+MAX_NAMES = 2000
+_COMBINING = frozenset({"allOf", "if", "then", "else", "dependentSchemas"})
+_OPEN_ENDED = frozenset(
+    {"additionalProperties", "patternProperties", "unevaluatedProperties", "anyOf", "oneOf", "$ref"}
+)
+_SCHEMA_MAPS = frozenset({"properties", "patternProperties", "$defs", "definitions"})
+_SCHEMA_LISTS = frozenset({"anyOf", "oneOf", "prefixItems"})
+_SCHEMAS = frozenset({"items", "additionalProperties", "additionalItems", "contains", "not"})
+# The one spelling in which we have models write JSON: that of Llama's own examples. White space cannot run away.
+_SPELLING = {"item_separator": ", ", "key_separator": ": ", "whitespace_flexible": False}
+
+
+def schema_of_response_format(response_format: Mapping[str, Any]) -> Any:
+    """The schema of {"type": "json_schema", "json_schema": ...}, bare or wrapped as OpenAI does."""
+    value = response_format.get("json_schema")
+    if isinstance(value, Mapping) and "schema" in value and "type" not in value:
+        value = value["schema"]
+    if not isinstance(value, Mapping | bool):
+        raise ValueError("response_format.json_schema must be a JSON schema, or an object with one in schema")
+    return value
+
+
+def schema_of_tool(tool: Mapping[str, Any]) -> dict[str, Any]:
+    """What the arguments of a prepared tool must look like: always an object."""
+    parameters = tool["function"].get("parameters")
+    if parameters is None:
+        return {"type": "object", "properties": {}, "additionalProperties": False}
+    if not isinstance(parameters, Mapping) or parameters.get("type", "object") != "object":
+        raise ValueError(f"the parameters of tool {tool['function']['name']!r} must be a JSON schema of an object")
+    if parameters.keys() & {"type", "$ref", "anyOf", "oneOf", "allOf"}:
+        return dict(parameters)
+    return {"type": "object", **parameters}
+
+
+def prepared_schema(schema: Any, where: str) -> str:
+    """The measured and closed schema as JSON, with our spelling. Raises ValueError that names `where`."""
+    try:
+        size = len(json.dumps(schema).encode())
+    except (TypeError, ValueError, RecursionError):
+        raise ValueError(f"{where} is not JSON, or nested too deeply") from None
+    if size > MAX_BYTES:
+        raise ValueError(f"{where} has {size} bytes, more than {MAX_BYTES}")
+    _measure(schema, where)
+    if isinstance(schema, bool):
+        schema = {} if schema else {"not": {}}
+    closed = schema if _combines(schema) else _closed(schema)
+    text = json.dumps({**closed, "x-guidance": _SPELLING}, ensure_ascii=False)
+    check_unicode(text)
+    return text
+
+
+def _measure(schema: Any, where: str) -> None:
+    """Depth of the JSON, and the number of properties and enum values."""
+    names = 0
+    level = [schema]
+    for _ in range(MAX_DEPTH + 1):
+        names += sum(_names(value) for value in level if isinstance(value, Mapping))
+        if names > MAX_NAMES:
+            raise ValueError(f"{where} has more than {MAX_NAMES} properties and enum values")
+        level = [child for value in level for child in _children(value)]
+        if not level:
+            return
+    raise ValueError(f"{where} is nested deeper than {MAX_DEPTH} levels")
+
+
+def _names(value: Mapping[str, Any]) -> int:
+    listed = (value.get(key) for key in ("properties", "patternProperties", "enum"))
+    return sum(len(names) for names in listed if isinstance(names, Mapping | list))
+
+
+def _children(value: Any) -> list[Any]:
+    if isinstance(value, Mapping):
+        return list(value.values())
+    return list(value) if isinstance(value, list | tuple) else []
+
+
+def _combines(value: Any) -> bool:
+    """Whether schemas add to one another anywhere: then no object is complete by itself."""
+    if isinstance(value, Mapping):
+        adds = value.keys() & {"anyOf", "oneOf", "$ref"} and "properties" in value
+        return bool(adds or value.keys() & _COMBINING) or any(map(_combines, value.values()))
+    return isinstance(value, list | tuple) and any(map(_combines, value))
+
+
+def _closed(schema: Any) -> Any:
+    if not isinstance(schema, Mapping):
+        return schema
+    closed: dict[str, Any] = {}
+    for key, value in schema.items():
+        if key in _SCHEMA_MAPS and isinstance(value, Mapping):
+            closed[key] = {name: _closed(child) for name, child in value.items()}
+        elif key in _SCHEMA_LISTS and isinstance(value, list | tuple):
+            closed[key] = [_closed(child) for child in value]
+        else:
+            closed[key] = _closed(value) if key in _SCHEMAS else value
+    if "properties" in schema and not schema.keys() & _OPEN_ENDED:
+        closed["additionalProperties"] = False
+    return closed
