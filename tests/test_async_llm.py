@@ -270,10 +270,10 @@ def test_a_reader_that_stops_reading_is_given_up(scripted):
 
     async def main():
         stream = await llm.submit("Hi", LONG)
-        await anext(stream)
+        first = await anext(stream)
         await until(lambda: not llm.num_requests)
         assert not engine.has_unfinished
-        pieces = [piece async for piece in stream]
+        pieces = [first, *[piece async for piece in stream]]
         assert pieces[-1].finish_reason == "abort" and pieces[-1].usage.completion_tokens > 0
 
     run(main())
@@ -424,6 +424,19 @@ def test_a_dropped_engine_ends_its_thread(parts):
     gc.collect()
     thread.join(PATIENCE)
     assert not thread.is_alive()
+
+
+def test_the_engines_counts_can_be_read_at_any_time(parts):
+    llm = AsyncLLM(LLM(*parts, num_blocks=4, max_model_len=64))
+
+    async def main():
+        async with llm:
+            await (await llm.submit("Hi", SamplingParams(max_tokens=2, ignore_eos=True))).result()
+            metrics = llm.metrics()
+            assert (metrics.num_waiting, metrics.num_running, metrics.num_blocks) == (0, 0, 4)
+            assert (metrics.num_prompt_tokens, metrics.num_generated_tokens) == (2, 2)
+
+    run(main())
 
 
 def test_arguments_are_checked(parts):
