@@ -162,7 +162,7 @@ def test_an_id_is_used_by_one_request_at_a_time():
 
 def test_what_nobody_can_serve_is_refused():
     engine, _ = make()
-    with pytest.raises(ValueError, match="unknown adapter 'x'"):
+    with pytest.raises(ValueError, match="no adapter named 'x'"):
         engine.add("a", [1], SamplingParams(), lora="x")
     with pytest.raises(ValueError, match="response_format"):
         engine.add("a", [1], SamplingParams(response_format={"type": "json_object"}))
