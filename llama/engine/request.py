@@ -3,6 +3,7 @@
 Sequence is the only mutable state of a request, and the scheduler owns it. Everything else here is a value.
 """
 
+from collections.abc import Collection
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -120,6 +121,16 @@ class Sequence:
             return self.prompt[start:stop]
         outputs = np.array(self.output_token_ids[max(0, start - split) : stop - split], np.int32)
         return np.concatenate([self.prompt[start:split], outputs]) if start < split else outputs
+
+    def ending(self, eos_token_ids: Collection[int]) -> tuple[FinishReason | None, int | None]:
+        """Whether the last token ended the sequence, and the id of `stop_token_ids` that did it."""
+        token, params = self.output_token_ids[-1], self.params
+        if len(self.output_token_ids) > params.min_tokens:
+            if token in eos_token_ids and not params.ignore_eos:
+                return FinishReason.STOP, None
+            if token in params.stop_token_ids:
+                return FinishReason.STOP, token
+        return FinishReason.LENGTH if self.num_tokens >= self.limit else None, None
 
     @property
     def wants_prompt_logprobs(self) -> bool:

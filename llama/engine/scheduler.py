@@ -9,6 +9,7 @@ can always go on, so that every scheduled step makes progress.
 between; its token is dropped, and the block that it wrote to was never published.
 """
 
+import logging
 from bisect import insort
 from collections import deque
 from collections.abc import Iterable
@@ -22,6 +23,20 @@ from llama.engine.plan import Ints, LogprobArrays, Plan, StepResult
 from llama.engine.request import FinishReason, Sequence, TokenOutput
 from llama.engine.running import Running, by_order
 from llama.engine.step import Chunk, Step, decode_constants
+
+logger = logging.getLogger(__name__)
+
+
+def _advance(sequence: Sequence, token: int) -> bool:
+    """Tell the sequence's matcher -> False if it cannot go on, which is the end of this sequence and of no other."""
+    if sequence.matcher is None:
+        return True
+    try:
+        sequence.matcher.advance(token)
+    except Exception:
+        logger.exception("a grammar broke off")
+        return False
+    return True
 
 
 class Scheduler:
@@ -263,7 +278,7 @@ class Scheduler:
                     TokenOutput(sequence.request_id, sequence.index, [token], None, None, None, None, cached)
                 )
             elif not sequence.finished:
-                output = self._take(sequence, token, i, result)
+                output = self._take(step, result, i, token)
                 num_failed += not output.token_ids
                 outputs.append(output)
         self.num_generated_tokens += len(outputs) - num_failed
@@ -301,34 +316,22 @@ class Scheduler:
                     sequence.prompt_logprobs.append(scores.entry(row, int(sequence.prompt[position]), num_top))
                 row += 1
 
-    def _take(self, sequence: Sequence, token: int, i: int, result: StepResult) -> TokenOutput:
+    def _take(self, step: Step, result: StepResult, i: int, token: int) -> TokenOutput:
         """Sample i, looked at closely."""
+        sequence = step.samples[i]
         output = TokenOutput(sequence.request_id, sequence.index, [token], num_cached_tokens=sequence.num_cached_tokens)
-        if result.is_bad[i]:
+        if result.is_bad[i] or i in step.without_mask or not _advance(sequence, token):
             return self._fail(sequence)
         sequence.output_token_ids.append(token)
-        if sequence.matcher is not None:
-            sequence.matcher.advance(token)
         num_top = sequence.params.logprobs
         if num_top is not None and result.logprobs is not None:
             output.logprobs = [result.logprobs.entry(i, token, num_top)]
         if sequence.prompt_logprobs is not None:
             output.prompt_logprobs, sequence.prompt_logprobs = sequence.prompt_logprobs, None
-        output.finish_reason = self._ending(sequence, token)
-        if output.finish_reason is FinishReason.STOP and (
-            sequence.params.ignore_eos or token not in self.eos_token_ids
-        ):
-            output.stop_reason = token
+        output.finish_reason, output.stop_reason = sequence.ending(self.eos_token_ids)
         if output.finish_reason is not None:
             self._end(sequence)
         return output
-
-    def _ending(self, sequence: Sequence, token: int) -> FinishReason | None:
-        params = sequence.params
-        is_stop = token in params.stop_token_ids or (token in self.eos_token_ids and not params.ignore_eos)
-        if is_stop and len(sequence.output_token_ids) > params.min_tokens:
-            return FinishReason.STOP
-        return FinishReason.LENGTH if sequence.num_tokens >= sequence.limit else None
 
     def _fail(self, sequence: Sequence) -> TokenOutput:
         """End a sequence whose numbers cannot be trusted; nobody may find what it computed."""

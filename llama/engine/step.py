@@ -1,5 +1,6 @@
 """Step: a step while it is put together, and what is remembered of it until its result is there."""
 
+import logging
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -9,6 +10,8 @@ from llama.engine.adapters import Adapters
 from llama.engine.plan import LAST_SAMPLED, NO_COPIES, Ints, Join, Plan
 from llama.engine.request import Adapter, Sequence
 from llama.engine.running import Running
+
+logger = logging.getLogger(__name__)
 
 
 class Chunk(NamedTuple):
@@ -37,6 +40,7 @@ class Step:
     joins: list[Join] = field(default_factory=list)
     copies: list[tuple[int, int]] = field(default_factory=list)
     samples: list[Sequence] = field(default_factory=list)  # one per drawn token
+    without_mask: set[int] = field(default_factory=set)  # samples whose matcher failed: nothing drawn for them counts
     num_departures: int = 0  # when it was scheduled; later ones mean that rows may have changed hands
 
     @property
@@ -94,7 +98,11 @@ class Step:
             if sequence.matcher is not None:
                 if masks is None:
                     masks = np.full((len(self.samples), mask_words), -1, np.int32)
-                sequence.matcher.fill_mask(masks[i])
+                try:
+                    sequence.matcher.fill_mask(masks[i])
+                except Exception:
+                    logger.exception("a grammar broke off")
+                    self.without_mask.add(i)
         return masks
 
 

@@ -124,6 +124,7 @@ class Driver:
             self.pool,
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,
+            max_loras=2,
             eos_token_ids=eos_token_ids,
             **sizes,
         )

@@ -5,7 +5,7 @@ import pytest
 
 from llama.engine.blocks import prefix_root
 from llama.engine.plan import LAST_SAMPLED
-from llama.engine.request import Adapter, FinishReason, SamplingParams
+from llama.engine.request import NO_ADAPTER, Adapter, FinishReason, SamplingParams
 from tests.engine.fakes import Driver, expected, sequences_of
 
 
@@ -274,13 +274,14 @@ def test_the_last_possible_token_is_known_beforehand_and_wastes_nothing():
 
 def test_adapters_do_not_share_and_tell_their_slot():
     driver = Driver(num_blocks=32)
-    for arrival, adapter in enumerate((Adapter(), Adapter(2, b"two"), Adapter(2, b"two"))):
+    ours = Adapter("ours", b"its weights")
+    for arrival, adapter in enumerate((NO_ADAPTER, ours, ours)):
         sequences = sequences_of(str(arrival), arrival, range(8), SamplingParams(max_tokens=2))
         sequences[0].adapter = adapter
         driver.scheduler.add(sequences)
     plan = driver.scheduler.schedule()
     assert told(plan) == [(0, 8, 8), (1, 8, 8), (2, 4, 8)]
-    assert plan.adapter_slots.tolist() == [0, 2, 2]
+    assert plan.adapter_slots.tolist() == [0, 1, 1] and plan.adapters == (ours,)
 
 
 class EvenOrOdd:
@@ -318,3 +319,32 @@ def test_a_matcher_masks_each_sample_and_is_told_each_token(lag):
     assert [mask[0] for mask in masks] == [0x55555555, ~0x55555555, 0x55555555, ~0x55555555, 0x55555555]
     assert all(mask[0] == mask[1] and mask.get(2, -1) == -1 for mask in masks)
     assert leader.matcher.taken == driver.got[name, 0]
+
+
+class Broken(EvenOrOdd):
+    """Fails when it is asked, or when it is told, after some tokens."""
+
+    def __init__(self, asked_at=99, told_at=99):
+        super().__init__()
+        self.asked_at, self.told_at = asked_at, told_at
+
+    def fill_mask(self, words):
+        if len(self.taken) == self.asked_at:
+            raise RuntimeError("out of fuel")
+        super().fill_mask(words)
+
+    def advance(self, token_id):
+        if len(self.taken) == self.told_at:
+            raise RuntimeError("no such token")
+        super().advance(token_id)
+
+
+@pytest.mark.parametrize("fault", [{"asked_at": 0}, {"asked_at": 2}, {"told_at": 0}, {"told_at": 2}])
+def test_a_matcher_that_fails_ends_its_sequence_alone(fault):
+    driver = Driver(num_blocks=32)
+    name, other = driver.add(range(8)), driver.add(range(8))
+    driver.scheduler.waiting[0].matcher = Broken(**fault)
+    driver.drain()
+    assert driver.ended[name, 0].finish_reason is FinishReason.ERROR
+    assert len(driver.got[name, 0]) == next(iter(fault.values()))
+    assert len(driver.got[other, 0]) == 5
