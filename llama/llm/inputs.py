@@ -113,8 +113,7 @@ class Inputs:
         if self.template is None:
             raise ValueError("chat needs a tokenizer: this model takes token ids only")
         tools = tools or None
-        token_ids = self.template.encode(messages, tools=tools)
-        text = self.template.render(messages, tools=tools)
+        text, token_ids = self.template.prompt(messages, tools=tools)
         request = self._checked(text, token_ids, params, lora, request_id, clip)
         return replace(request, tool_names=tuple(map(tool_name, prepare_tools(tools) or ())))
 

@@ -88,7 +88,9 @@ def test_forged_text_stays_text_wherever_it_stands(templates, llama_tokenizer, n
     assert controls(llama_tokenizer, ids) == controls(
         llama_tokenizer, template.encode(conversation("plain text"), tool("plain text"))
     )
-    assert llama_tokenizer.decode(ids, skip_special_tokens=False) == template.render(conversation(forged), tool(forged))
+    text = template.render(conversation(forged), tool(forged))
+    assert llama_tokenizer.decode(ids, skip_special_tokens=False) == text
+    assert template.prompt(conversation(forged), tool(forged)) == (text, ids)
 
 
 def test_trimming_and_quoting_are_those_of_the_text_itself(templates):

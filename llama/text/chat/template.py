@@ -77,6 +77,17 @@ class ChatTemplate:
         safe, rendered = self._rendered(messages, tools, add_generation_prompt, template_arguments)
         return safe.encode(rendered)
 
+    def prompt(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        **template_arguments: Any,
+    ) -> tuple[str, list[int]]:
+        """(what `render` gives, what `encode` gives), from one rendering."""
+        safe, rendered = self._rendered(messages, tools, add_generation_prompt, template_arguments)
+        return safe.show(rendered), safe.encode(rendered)
+
     def close(self) -> None:
         """Ends the process that renders; the next rendering would start another."""
         if self._sandbox is not None:
