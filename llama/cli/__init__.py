@@ -10,6 +10,7 @@ from llama.cli.errors import UsageError
 _COMMANDS = {
     "chat": "talk with a model",
     "generate": "write on from a prompt, or answer it",
+    "serve": "serve a model over HTTP",
     "info": "say what a model is and what it needs",
 }
 
@@ -39,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(name: str, arguments: Sequence[str]) -> int:
-    from llama.cli.flags import Chat, Generate, parse
+    from llama.cli.flags import Chat, Generate, Serve, parse
 
     command = parse(name, arguments)
     if isinstance(command, Chat):
@@ -50,6 +51,10 @@ def _run(name: str, arguments: Sequence[str]) -> int:
         from llama.cli.generate import run_generate
 
         return run_generate(command)
+    if isinstance(command, Serve):
+        from llama.cli.serve import run_serve
+
+        return run_serve(command)
     from llama.cli.info import run_info
 
     return run_info(command)

@@ -159,6 +159,33 @@ class Generate:
 
 
 @dataclass
+class Serve:
+    """Serve a model over HTTP, in Cloudflare's and OpenAI's dialects. The first SIGTERM drains, a second one ends."""
+
+    model: Model
+    """folder of the checkpoint"""
+    host: Annotated[str, arg(metavar="HOST")] = "127.0.0.1"
+    """address to listen on"""
+    port: Annotated[int, arg(metavar="PORT")] = 8000
+    """port to listen on, 0 = any that is free"""
+    served_model_name: Annotated[Texts, _several("NAME"), NO_HINT] = NO_TEXTS
+    """what clients may call the model (the folder's name)"""
+    api_key: Text = None
+    """key that every request must bring; visible to whoever lists processes"""
+    api_key_file: Text = None
+    """file with such keys, one a line"""
+    max_num_seqs: Annotated[int, arg(metavar="INT")] = 256
+    """completions that may run at once"""
+    max_waiting_requests: Annotated[int, arg(metavar="INT")] = 1024
+    """requests that may wait beyond those"""
+    num_blocks: Int = None
+    """blocks of KV cache (what memory allows)"""
+    shutdown_timeout: Annotated[float, arg(metavar="SECONDS")] = 30.0
+    """for running requests to end, once told to stop"""
+    engine: Engine = field(default_factory=EngineFlags)
+
+
+@dataclass
 class Info:
     """Say what a model is and what it needs, from its config.json alone."""
 
@@ -170,8 +197,8 @@ class Info:
     """dtype of weights and KV cache (the checkpoint's)"""
 
 
-Command = Chat | Generate | Info
-_COMMANDS: dict[str, type[Command]] = {"chat": Chat, "generate": Generate, "info": Info}
+Command = Chat | Generate | Serve | Info
+_COMMANDS: dict[str, type[Command]] = {"chat": Chat, "generate": Generate, "serve": Serve, "info": Info}
 
 
 def parse(name: str, arguments: Sequence[str]) -> Command:

@@ -1,0 +1,68 @@
+"""The ASGI application: both dialects and the operations routes over one Service, behind the Gate."""
+
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.openapi.utils import get_openapi
+from pydantic.json_schema import models_json_schema
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+
+import llama
+from llama.server import cloudflare, openai, operations
+from llama.server.bodies import json_response
+from llama.server.errors import ApiError, dialect_of, internal, no_method, no_route
+from llama.server.gate import Gate
+from llama.server.schemas.cloudflare import RunRequest
+from llama.server.schemas.openai import ChatRequest, CompletionRequest
+from llama.server.service import Service
+
+
+def create_app(service: Service) -> Gate:
+    # The interactive pages of FastAPI load scripts from elsewhere.
+    app = FastAPI(
+        title="llama-engine", version=llama.__version__, docs_url=None, redoc_url=None, redirect_slashes=False
+    )
+    for module in (cloudflare, openai, operations):
+        app.include_router(module.routes(service))
+
+    async def refused(request: Request, error: Exception) -> Response:
+        assert isinstance(error, ApiError)
+        request.state.record.code = error.code
+        dialect = dialect_of(request.url.path)
+        status = error.status_in(dialect)
+        service.metrics.refused(status, error.code)
+        return json_response(error.body(dialect), status, error.headers)
+
+    async def unrouted(request: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        is_method = error.status_code == 405
+        path = request.url.path
+        return await refused(
+            request, no_method(request.method, dict(error.headers or {})) if is_method else no_route(path)
+        )
+
+    async def failed(request: Request, error: Exception) -> Response:
+        return await refused(request, internal(request.state.record.request_id))
+
+    app.add_exception_handler(ApiError, refused)
+    app.add_exception_handler(HTTPException, unrouted)
+    app.add_exception_handler(Exception, failed)
+    _describe(app)
+    return Gate(app, service.config)
+
+
+def _describe(app: FastAPI) -> None:
+    """Put the bodies' schemas, which the routes read themselves, into /openapi.json."""
+
+    def openapi() -> dict[str, Any]:
+        if app.openapi_schema is None:
+            described = get_openapi(title=app.title, version=app.version, routes=app.routes)
+            models = [(model, "validation") for model in (RunRequest, ChatRequest, CompletionRequest)]
+            _, schemas = models_json_schema(models, ref_template="#/components/schemas/{model}")
+            described.setdefault("components", {}).setdefault("schemas", {}).update(schemas["$defs"])
+            app.openapi_schema = described
+        return app.openapi_schema
+
+    app.openapi = openapi  # type: ignore[method-assign]

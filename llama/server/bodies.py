@@ -1,0 +1,74 @@
+"""From the bytes of a request to a checked model, and back to the bytes of an answer."""
+
+import asyncio
+import json
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
+from pydantic_core import from_json
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+
+from llama.server.config import ServerConfig
+from llama.server.errors import ApiError, bad_input, body_too_large, body_too_slow
+from llama.server.schemas.fields import explain, mismatch
+
+_INLINE_BYTES = 1 << 16  # larger bodies are parsed off the event loop
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+async def read_body(request: Request, config: ServerConfig, schema: type[Model]) -> Model:
+    """The request's body as `schema`, whatever its Content-Type says. Raises ApiError."""
+    body = await _bytes(request, config)
+    if len(body) < _INLINE_BYTES:
+        return parse_body(body, schema)
+    return await asyncio.to_thread(parse_body, body, schema)
+
+
+def parse_body(body: bytes | bytearray, schema: type[Model]) -> Model:
+    """Strict JSON: no NaN, no lone surrogates, bounded depth."""
+    try:
+        value = from_json(bytes(body), allow_inf_nan=False)
+    except ValueError as error:
+        raise bad_input(f"the body is not valid JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise bad_input(mismatch((), "object", value))
+    try:
+        return schema.model_validate(value)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        # A union's branch is no place in the body.
+        location = tuple(step for step in first["loc"] if isinstance(step, int) or _is_key(step))
+        raise bad_input(explain(first, location), str(location[0]) if location else None) from None
+
+
+def _is_key(step: str) -> bool:
+    return not (step in ("str", "[key]") or step.startswith(("dict[", "list[", "function-")))
+
+
+async def _bytes(request: Request, config: ServerConfig) -> bytearray:
+    limit = config.max_body_bytes
+    length = request.headers.get("content-length", "0")
+    if not length.isdecimal() or int(length[:20]) > limit:
+        raise body_too_large(limit)
+    body = bytearray()
+    try:
+        async with asyncio.timeout(config.body_timeout):
+            async for chunk in request.stream():
+                body += chunk
+                if len(body) > limit:
+                    raise body_too_large(limit)
+    except TimeoutError:
+        raise body_too_slow(config.body_timeout) from None
+    except ClientDisconnect:
+        raise ApiError(499, 3008, "Aborted: the client has gone") from None
+    return body
+
+
+def dump(value: Any) -> bytes:
+    return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
+
+
+def json_response(value: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+    return Response(dump(value), status, headers, media_type="application/json")

@@ -1,0 +1,40 @@
+"""What a server is started with."""
+
+from dataclasses import dataclass
+
+CLOUDFLARE_PREFIX = "@cf/meta/"
+CLOUDFLARE_NAME = "llama-3.1-70b-instruct"  # what Cloudflare's clients ask for, whatever model is behind it
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerConfig:
+    """`model_names`: what clients may call the model, the first being its own name. `adapters`: names of the LoRA
+    adapters that the engine has loaded. Times in seconds, sizes in bytes."""
+
+    model_names: tuple[str, ...]
+    adapters: tuple[str, ...] = ()
+    api_keys: tuple[str, ...] = ()
+    max_body_bytes: int = 8 * 2**20
+    body_timeout: float = 60.0  # for a client to send its whole body
+    send_timeout: float = 60.0  # for a client to take what is sent to it
+    step_deadline: float = 60.0  # a longer step is not ready, and its stacks are dumped
+    shutdown_timeout: float = 30.0  # for running requests, once told to stop
+
+    def __post_init__(self) -> None:
+        if not self.model_names or not all(self.model_names):
+            raise ValueError("a server needs at least one model name, and none may be empty")
+        if not all(key and key.isascii() and key.isprintable() for key in self.api_keys):
+            raise ValueError("an API key must be printable ASCII and not empty")
+        for name in ("max_body_bytes", "body_timeout", "send_timeout", "step_deadline", "shutdown_timeout"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be above 0, got {getattr(self, name)!r}")
+
+    @property
+    def name(self) -> str:
+        return self.model_names[0]
+
+    def serves(self, model: str) -> bool:
+        """Whether this is a name of the base model, with or without Cloudflare's prefix."""
+        return model.removeprefix(CLOUDFLARE_PREFIX) in (*self.model_names, CLOUDFLARE_NAME) or (
+            model in self.model_names
+        )

@@ -1,0 +1,99 @@
+"""Gate: what every HTTP request passes, whatever its route. Request ids, API keys, the last catch, the access log.
+
+A plain ASGI wrapper: no request or response body is ever copied here.
+"""
+
+import hashlib
+import hmac
+import json
+import logging
+import re
+import time
+import uuid
+from datetime import UTC, datetime
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from llama.server.bodies import json_response
+from llama.server.config import ServerConfig
+from llama.server.errors import dialect_of, internal, unauthorized
+from llama.server.service import Record
+
+logger = logging.getLogger(__name__)
+access = logging.getLogger("llama.access")
+
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+_OPEN_PATHS = frozenset({"/", "/health", "/ready"})
+
+
+class Gate:
+    def __init__(self, app: ASGIApp, config: ServerConfig) -> None:
+        self._app = app
+        self._keys = [_digest(key) for key in config.api_keys]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers = Headers(scope=scope)
+        given = headers.get("x-request-id", "")
+        record = Record(given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex)
+        scope.setdefault("state", {})["record"] = record
+        began, status = time.monotonic(), 0
+
+        async def send_on(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                MutableHeaders(scope=message)["x-request-id"] = record.request_id
+            await send(message)
+
+        try:
+            if scope["path"] in _OPEN_PATHS or self._is_authorized(headers):
+                await self._app(scope, receive, send_on)
+            else:
+                refusal = unauthorized()
+                body = refusal.body(dialect_of(scope["path"]))
+                await json_response(body, refusal.status, refusal.headers)(scope, receive, send_on)
+        except Exception as error:
+            # The server framework answers with 500 and raises again what nobody handled.
+            logger.error("request %s failed: %s", record.request_id, type(error).__name__, exc_info=error)
+            if not status:
+                body = internal(record.request_id).body(dialect_of(scope["path"]))
+                await json_response(body, 500)(scope, receive, send_on)
+        finally:
+            _log(scope, record, status, time.monotonic() - began)
+
+    def _is_authorized(self, headers: Headers) -> bool:
+        if not self._keys:
+            return True
+        scheme, _, key = headers.get("authorization", "").partition(" ")
+        digest = _digest(key.strip())
+        # All keys are compared, each in constant time.
+        matches = [hmac.compare_digest(digest, known) for known in self._keys]
+        return scheme.lower() == "bearer" and any(matches)
+
+
+def _digest(key: str) -> bytes:
+    return hashlib.sha256(key.encode()).digest()
+
+
+def _log(scope: Scope, record: Record, status: int, seconds: float) -> None:
+    if not access.isEnabledFor(logging.INFO):
+        return
+    line = {
+        "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
+        "request_id": record.request_id,
+        "method": scope["method"],
+        "path": scope["path"][:256],
+        "status": status,
+        "seconds": round(seconds, 6),
+    }
+    if record.code is not None:
+        line["code"] = record.code
+    if record.prompt_tokens:
+        line["prompt_tokens"] = record.prompt_tokens
+        line["completion_tokens"] = record.completion_tokens
+        line["finish_reasons"] = record.finish_reasons
+    access.info(json.dumps(line))

@@ -1,0 +1,95 @@
+"""Prometheus metrics under vLLM's names with `llama_` in front, so that its dashboards need one replacement.
+
+Each server has a registry of its own. What the engine counts is read when somebody asks; what requests see (times,
+ends) is observed here.
+"""
+
+from collections.abc import Callable, Iterator
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.exposition import CONTENT_TYPE_LATEST as CONTENT_TYPE
+
+from llama.engine.engine import EngineMetrics
+
+_TIMES = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0)
+_SIZES = tuple(float(digit * 10**power) for power in range(6) for digit in (1, 2, 5))
+
+
+class Metrics:
+    """`engine` gives the engine's counts of now."""
+
+    def __init__(self, engine: Callable[[], EngineMetrics], model_name: str) -> None:
+        self._registry = CollectorRegistry()
+        self._model_name = model_name
+        self._registry.register(_EngineCollector(engine, model_name))
+        self._ends = Counter(
+            "llama_request_success",
+            "Completions that ended, by the reason.",
+            ["model_name", "finished_reason"],
+            registry=self._registry,
+        )
+        self._errors = Counter(
+            "llama_http_errors",
+            "Requests that were answered with an error, by status and code.",
+            ["model_name", "status", "code"],
+            registry=self._registry,
+        )
+        self.time_to_first_token = self._histogram(
+            "llama_time_to_first_token_seconds", "From the request to its first token.", _TIMES
+        )
+        self.inter_token_latency = self._histogram(
+            "llama_inter_token_latency_seconds", "Between two tokens of one completion.", _TIMES
+        )
+        self.e2e_latency = self._histogram(
+            "llama_e2e_request_latency_seconds", "From the request to the end of its answer.", _TIMES
+        )
+        self.prompt_tokens = self._histogram("llama_request_prompt_tokens", "Tokens of a prompt.", _SIZES)
+        self.generation_tokens = self._histogram("llama_request_generation_tokens", "Tokens of an answer.", _SIZES)
+        self.completions = self._histogram("llama_request_params_n", "Completions asked for.", (1, 2, 5, 10, 20, 50))
+
+    def ended(self, reason: str) -> None:
+        self._ends.labels(self._model_name, reason).inc()
+
+    def refused(self, status: int, code: int) -> None:
+        self._errors.labels(self._model_name, str(status), str(code)).inc()
+
+    def exposition(self) -> bytes:
+        return generate_latest(self._registry)
+
+    def _histogram(self, name: str, documentation: str, buckets: tuple[float, ...]) -> Histogram:
+        family = Histogram(name, documentation, ["model_name"], buckets=buckets, registry=self._registry)
+        return family.labels(self._model_name)
+
+
+class _EngineCollector:
+    """The engine's own counts, read at each scrape."""
+
+    def __init__(self, engine: Callable[[], EngineMetrics], model_name: str) -> None:
+        self._engine = engine
+        self._model_name = model_name
+
+    def collect(self) -> Iterator[Metric]:
+        now = self._engine()
+        gauges = {
+            "num_requests_running": ("Completions that run.", now.num_running),
+            "num_requests_waiting": ("Completions that wait.", now.num_waiting),
+            "kv_cache_usage_perc": ("Share of the KV cache in use, 1 = all.", now.num_used_blocks / now.num_blocks),
+            "kv_cache_blocks": ("Blocks of the KV cache.", now.num_blocks),
+        }
+        counters = {
+            "num_preemptions": ("Completions sent back to wait.", now.num_preemptions),
+            "prompt_tokens": ("Tokens of prompts.", now.num_prompt_tokens),
+            "generation_tokens": ("Tokens generated.", now.num_generated_tokens),
+            "prefix_cache_queries": ("Tokens looked up in the prefix cache.", now.num_prefix_queries),
+            "prefix_cache_hits": ("Tokens found in the prefix cache.", now.num_prefix_hits),
+            "engine_steps": ("Steps of the engine.", now.num_steps),
+        }
+        for kind, table in ((GaugeMetricFamily, gauges), (CounterMetricFamily, counters)):
+            for name, (documentation, value) in table.items():
+                family = kind(f"llama_{name}", documentation, labels=["model_name"])
+                family.add_metric([self._model_name], value)
+                yield family
+
+
+__all__ = ["CONTENT_TYPE", "Metrics"]

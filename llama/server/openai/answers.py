@@ -1,0 +1,43 @@
+"""What chat and completions answers have in common: their frame, usage, and the values of log-probabilities."""
+
+import secrets
+import time
+from typing import Any
+
+import llama
+from llama.engine.request import Logprob, Usage
+
+_FINGERPRINT = f"llama-engine-{llama.__version__}"
+_LEAST = -9999.0  # JSON has no infinity
+
+
+def new_id(prefix: str) -> str:
+    return f"{prefix}-{secrets.token_hex(12)}"
+
+
+def frame(answer_id: str, kind: str, model: str, created: int) -> dict[str, Any]:
+    return {"id": answer_id, "object": kind, "created": created, "model": model, "system_fingerprint": _FINGERPRINT}
+
+
+def now() -> int:
+    return int(time.time())
+
+
+def usage_of(usages: list[Usage]) -> dict[str, Any]:
+    prompt = sum(usage.prompt_tokens for usage in usages)
+    completion = sum(usage.completion_tokens for usage in usages)
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": completion,
+        "total_tokens": prompt + completion,
+        "prompt_tokens_details": {"cached_tokens": sum(usage.cached_tokens for usage in usages)},
+    }
+
+
+def value_of(logprob: Logprob) -> float:
+    return max(logprob.logprob, _LEAST)
+
+
+def top_of(entries: dict[int, Logprob], count: int) -> list[tuple[int, Logprob]]:
+    """The `count` most probable of a position's entries, which hold the token itself besides."""
+    return sorted(entries.items(), key=lambda entry: (entry[1].rank, entry[0]))[:count]

@@ -1,0 +1,143 @@
+"""/v1/chat/completions."""
+
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from llama.engine.request import CompletionOutput, Logprob, RequestOutput
+from llama.server.bodies import json_response, read_body
+from llama.server.errors import Dialect, bad_input
+from llama.server.openai.answers import frame, new_id, now, top_of, usage_of, value_of
+from llama.server.openai.sampling import sampling_params
+from llama.server.openai.tools import calls_of, choose_tools
+from llama.server.schemas.openai import ChatRequest
+from llama.server.service import Answer, Ask, Service
+from llama.server.streaming import DONE, EventStream, unless_gone
+
+Endpoint = Callable[[Request], Awaitable[Response]]
+
+
+def chat_endpoint(service: Service) -> Endpoint:
+    async def chat(request: Request) -> Response:
+        """Answer a conversation."""
+        body = await read_body(request, service.config, ChatRequest)
+        ask = _ask(body, service)
+        writer = _Writer(body, service)
+        if body.stream:
+            answer = await service.answer(ask, request.state.record)
+            return EventStream(writer.chunks(answer), [answer], Dialect.OPENAI)
+
+        async def work() -> dict[str, Any]:
+            async with await service.answer(ask, request.state.record) as answer:
+                return writer.whole(answer, await answer.whole())
+
+        return json_response(await unless_gone(request, work()))
+
+    return chat
+
+
+def _ask(body: ChatRequest, service: Service) -> Ask:
+    lora = service.adapter(body.model, body.lora)
+    tools, call_format = choose_tools(body)
+    wanted: dict[str, Any] = {"max_tokens": _max_tokens(body), "logprobs": _num_logprobs(body)}
+    if call_format is not None:
+        wanted["response_format"] = call_format
+    if body.stream_options is not None and not body.stream:
+        raise bad_input("stream_options needs stream", "stream_options")
+    params = sampling_params(body, service.defaults, **wanted)
+    return Ask(messages=body.messages, tools=tools, params=params, lora=lora)
+
+
+def _max_tokens(body: ChatRequest) -> int | None:
+    """None is the rest of the context."""
+    old, new = body.max_tokens, body.max_completion_tokens
+    if old is not None and new is not None and old != new:
+        raise bad_input(f"max_tokens={old} and max_completion_tokens={new} contradict each other", "max_tokens")
+    return new if old is None else old
+
+
+def _num_logprobs(body: ChatRequest) -> int | None:
+    if body.logprobs:
+        return body.top_logprobs or 0
+    if body.top_logprobs:
+        raise bad_input("top_logprobs needs logprobs", "top_logprobs")
+    return None
+
+
+class _Writer:
+    """Writes one answer, whole or in chunks."""
+
+    def __init__(self, body: ChatRequest, service: Service) -> None:
+        self._body = body
+        self._tokenizer = service.llm.llm.tokenizer
+        self._model = body.model or service.config.name
+        self._id, self._created = new_id("chatcmpl"), now()
+
+    def whole(self, answer: Answer, output: RequestOutput) -> dict[str, Any]:
+        return {
+            **frame(self._id, "chat.completion", self._model, self._created),
+            "choices": [self._choice(completion) for completion in output.outputs],
+            "usage": usage_of([answer.usage()]),
+        }
+
+    def _choice(self, completion: CompletionOutput) -> dict[str, Any]:
+        message: dict[str, Any] = {"role": "assistant", "content": completion.text, "refusal": None}
+        if completion.tool_calls:
+            message["tool_calls"] = calls_of(completion.tool_calls, self._body)
+            message["content"] = completion.text or None
+        return {
+            "index": completion.index,
+            "message": message,
+            "logprobs": self._logprobs(completion.token_ids, completion.logprobs),
+            "finish_reason": completion.finish_reason,
+            "stop_reason": completion.stop_reason,
+            "seed": completion.seed,
+        }
+
+    async def chunks(self, answer: Answer) -> AsyncGenerator[Any, None]:
+        options = self._body.stream_options
+        usage = {"usage": None} if options is not None and options.include_usage else {}
+        head = {**frame(self._id, "chat.completion.chunk", self._model, self._created), **usage}
+        outputs = answer.output.outputs
+        num_calls = [0] * len(outputs)
+        for completion in outputs:
+            yield {**head, "choices": [_delta(completion.index, {"role": "assistant", "content": ""})]}
+        async for piece in answer.pieces():
+            delta: dict[str, Any] = {"content": piece.text} if piece.text else {}
+            if calls := calls_of(piece.tool_calls, self._body, num_calls[piece.index]):
+                delta["tool_calls"] = calls
+                num_calls[piece.index] += len(calls)
+            choice = _delta(piece.index, delta)
+            if piece.logprobs is not None:
+                choice["logprobs"] = self._logprobs(piece.token_ids, piece.logprobs)
+            if piece.finish_reason is not None:
+                choice["finish_reason"] = piece.finish_reason
+                choice["stop_reason"] = piece.stop_reason
+                choice["seed"] = outputs[piece.index].seed
+            if delta or piece.logprobs or piece.finish_reason is not None:
+                yield {**head, "choices": [choice]}
+        if usage:
+            yield {**head, "choices": [], "usage": usage_of([answer.usage()])}
+        yield DONE
+
+    def _logprobs(
+        self, token_ids: Sequence[int], logprobs: Sequence[dict[int, Logprob]] | None
+    ) -> dict[str, Any] | None:
+        if logprobs is None:
+            return None
+        count = self._body.top_logprobs or 0
+        content = []
+        for token, entries in zip(token_ids, logprobs, strict=False):
+            top = [self._entry(other, entry) for other, entry in top_of(entries, count)]
+            content.append({**self._entry(token, entries[token]), "top_logprobs": top})
+        return {"content": content, "refusal": None}
+
+    def _entry(self, token: int, entry: Logprob) -> dict[str, Any]:
+        spelled = None if self._tokenizer is None else list(self._tokenizer.token_bytes(token))
+        return {"token": entry.decoded_token or f"token_id:{token}", "logprob": value_of(entry), "bytes": spelled}
+
+
+def _delta(index: int, delta: dict[str, Any]) -> dict[str, Any]:
+    return {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}

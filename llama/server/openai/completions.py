@@ -1,0 +1,203 @@
+"""/v1/completions: text or token ids go on. With echo and logprobs it scores a prompt, as evaluation harnesses do."""
+
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from contextlib import AsyncExitStack
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from llama.engine.request import CompletionOutput, Logprob, Piece, SamplingParams
+from llama.server.bodies import json_response, read_body
+from llama.server.errors import Dialect, bad_input
+from llama.server.openai.answers import frame, new_id, now, top_of, usage_of, value_of
+from llama.server.openai.sampling import sampling_params
+from llama.server.schemas.openai import CompletionRequest
+from llama.server.service import Answer, Ask, Record, Service
+from llama.server.streaming import DONE, EventStream, interleaved, unless_gone
+from llama.text.tokenizer import Tokenizer
+
+_MAX_TOKENS = 16  # OpenAI's default of this route
+
+Endpoint = Callable[[Request], Awaitable[Response]]
+Entries = Sequence[dict[int, Logprob] | None]
+
+
+def completions_endpoint(service: Service) -> Endpoint:
+    async def completions(request: Request) -> Response:
+        """Write on from one prompt or several."""
+        body = await read_body(request, service.config, CompletionRequest)
+        asks = _asks(body, service)
+        record = request.state.record
+        if body.stream:
+            answers = await _submit(asks, service, record)
+            return EventStream(_chunks(answers, body, service), answers, Dialect.OPENAI)
+
+        async def work() -> dict[str, Any]:
+            async with AsyncExitStack() as stack:
+                answers = await _submit(asks, service, record)
+                for answer in answers:
+                    stack.callback(answer.close)
+                return await _whole(answers, body, service)
+
+        return json_response(await unless_gone(request, work()))
+
+    return completions
+
+
+async def _submit(asks: list[Ask], service: Service, record: Record) -> list[Answer]:
+    """All or none."""
+    answers: list[Answer] = []
+    try:
+        for ask in asks:
+            answers.append(await service.answer(ask, record))
+    except BaseException:
+        for answer in answers:
+            answer.close()
+        raise
+    return answers
+
+
+def _asks(body: CompletionRequest, service: Service) -> list[Ask]:
+    lora = service.adapter(body.model, body.lora)
+    params = _params(body, service)
+    if body.stream_options is not None and not body.stream:
+        raise bad_input("stream_options needs stream", "stream_options")
+    prompts = [prompt if isinstance(prompt, str) else {"prompt_token_ids": prompt} for prompt in body.prompt]
+    return [Ask(prompt=prompt, params=params, lora=lora) for prompt in prompts]
+
+
+def _params(body: CompletionRequest, service: Service) -> SamplingParams:
+    if body.best_of not in (None, body.n or 1):
+        raise bad_input("best_of is not supported: it must be absent or equal n", "best_of")
+    max_tokens = _MAX_TOKENS if body.max_tokens is None else body.max_tokens
+    if max_tokens == 0 and not body.echo:
+        raise bad_input("max_tokens=0 needs echo", "max_tokens")
+    return sampling_params(
+        body,
+        service.defaults,
+        max_tokens=max(1, max_tokens),
+        logprobs=body.logprobs,
+        prompt_logprobs=body.logprobs if body.echo else None,
+    )
+
+
+async def _whole(answers: list[Answer], body: CompletionRequest, service: Service) -> dict[str, Any]:
+    for answer in answers:
+        await answer.whole()
+    choices = []
+    for i, answer in enumerate(answers):
+        for completion in answer.output.outputs:
+            choice = _Choice(i, completion, answer, body, service.llm.llm.tokenizer)
+            piece = Piece(
+                completion.index,
+                completion.text,
+                completion.token_ids,
+                completion.logprobs,
+                completion.finish_reason,
+                completion.stop_reason,
+            )
+            choices.append(choice.part(piece))
+    head = frame(new_id("cmpl"), "text_completion", body.model or service.config.name, now())
+    return {**head, "choices": choices, "usage": usage_of([answer.usage() for answer in answers])}
+
+
+async def _chunks(answers: list[Answer], body: CompletionRequest, service: Service) -> AsyncGenerator[Any, None]:
+    options = body.stream_options
+    usage = {"usage": None} if options is not None and options.include_usage else {}
+    head = {**frame(new_id("cmpl"), "text_completion", body.model or service.config.name, now()), **usage}
+    choices: dict[tuple[int, int], _Choice] = {}
+    async for i, piece in interleaved([answer.pieces() for answer in answers]):
+        choice = choices.get((i, piece.index))
+        if choice is None:
+            completion = answers[i].output.outputs[piece.index]
+            choice = choices[i, piece.index] = _Choice(i, completion, answers[i], body, service.llm.llm.tokenizer)
+        part = choice.part(piece)
+        if part["text"] or part["logprobs"] or part["finish_reason"] is not None:
+            yield {**head, "choices": [part]}
+    if usage:
+        yield {**head, "choices": [], "usage": usage_of([answer.usage() for answer in answers])}
+    yield DONE
+
+
+class _Choice:
+    """One completion of one prompt, written in one part or many."""
+
+    def __init__(
+        self,
+        prompt_index: int,
+        completion: CompletionOutput,
+        answer: Answer,
+        body: CompletionRequest,
+        tokenizer: Tokenizer | None,
+    ) -> None:
+        self._index = prompt_index * (body.n or 1) + completion.index
+        self._completion = completion
+        self._answer = answer
+        self._body = body
+        self._tokenizer = tokenizer
+        self._offset = 0
+        self._is_first = True
+
+    def part(self, piece: Piece) -> dict[str, Any]:
+        text, token_ids = piece.text, piece.token_ids
+        entries: Entries | None = piece.logprobs
+        if self._body.max_tokens == 0:
+            text, token_ids, entries = "", [], [] if entries is not None else None
+        if self._is_first and self._body.echo:
+            text = self._prompt_text() + text
+            token_ids = self._answer.prompt_token_ids + token_ids
+            if self._body.logprobs is not None:
+                entries = [*(self._answer.output.prompt_logprobs or ()), *(entries or ())]
+        self._is_first = False
+        choice: dict[str, Any] = {
+            "index": self._index,
+            "text": text,
+            "logprobs": None if entries is None else self._logprobs(token_ids, entries),
+            "finish_reason": piece.finish_reason,
+        }
+        if piece.finish_reason is not None:
+            choice |= {"stop_reason": piece.stop_reason, "seed": self._completion.seed}
+        return choice
+
+    def _prompt_text(self) -> str:
+        prompt = self._answer.output.prompt
+        if prompt is not None or self._tokenizer is None:
+            return prompt or ""
+        return self._tokenizer.decode(self._answer.prompt_token_ids, skip_special_tokens=False)
+
+    def _logprobs(self, token_ids: Sequence[int], entries: Entries) -> dict[str, Any]:
+        tokens = [self._spelled(token) for token in token_ids]
+        offsets = []
+        for token in token_ids:
+            offsets.append(self._offset)
+            self._offset += len(self._text(token))
+        return {
+            "tokens": tokens,
+            "token_logprobs": [
+                None if entry is None else value_of(entry[token])
+                for token, entry in zip(token_ids, entries, strict=False)
+            ],
+            "top_logprobs": [
+                None if entry is None else self._top(t, entry) for t, entry in zip(token_ids, entries, strict=False)
+            ],
+            "text_offset": offsets,
+        }
+
+    def _top(self, token: int, entries: dict[int, Logprob]) -> dict[str, float]:
+        """The most probable tokens and the one that stands there."""
+        shown = dict(top_of(entries, self._body.logprobs or 0)) | {token: entries[token]}
+        return {self._spelled(other): value_of(entry) for other, entry in shown.items()}
+
+    def _text(self, token: int) -> str:
+        return "" if self._tokenizer is None else self._tokenizer.token_text(token)
+
+    def _spelled(self, token: int) -> str:
+        """A name that no other token shares, also where it is a part of a character."""
+        if self._tokenizer is None:
+            return f"token_id:{token}"
+        spelled = self._tokenizer.token_bytes(token)
+        try:
+            return spelled.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in spelled)

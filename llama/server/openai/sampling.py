@@ -1,0 +1,62 @@
+"""From what an OpenAI client asks to SamplingParams: the request's fields over the checkpoint's defaults."""
+
+from dataclasses import fields, replace
+from typing import Any
+
+from llama.engine.request import SamplingParams
+from llama.server.errors import ApiError, bad_input
+from llama.server.schemas.openai import CommonRequest
+
+_SAME = (
+    "n",
+    "temperature",
+    "top_p",
+    "seed",
+    "frequency_penalty",
+    "presence_penalty",
+    "top_k",
+    "min_p",
+    "min_tokens",
+    "repetition_penalty",
+    "ignore_eos",
+    "stop_token_ids",
+    "include_stop_str_in_output",
+)
+_NAMES = frozenset(field.name for field in fields(SamplingParams))
+
+
+def sampling_params(body: CommonRequest, defaults: SamplingParams, **wanted: Any) -> SamplingParams:
+    """`wanted` are the fields that the endpoint decides. Raises ApiError that names the parameter."""
+    given = {name: getattr(body, name) for name in _SAME if getattr(body, name) is not None}
+    given |= {"stop": body.stop, "logit_bias": _bias(body), **wanted}
+    if "response_format" not in given:
+        given["response_format"] = response_format(body.response_format)
+    try:
+        return replace(defaults, **given)
+    except ValueError as error:
+        raise _named(error) from None
+
+
+def response_format(value: dict[str, Any] | None) -> dict[str, Any] | None:
+    """OpenAI wraps a schema: {"type": "json_schema", "json_schema": {"name", "schema", "strict"}}."""
+    if value is None or value.get("type") != "json_schema":
+        return value
+    wrapped = value.get("json_schema")
+    schema = wrapped.get("schema") if isinstance(wrapped, dict) else None
+    if not isinstance(schema, dict):
+        raise bad_input("response_format.json_schema must hold a schema, an object", "response_format")
+    return {"type": "json_schema", "json_schema": schema}
+
+
+def _bias(body: CommonRequest) -> dict[int, float] | None:
+    if body.logit_bias is None:
+        return None
+    for token in body.logit_bias:
+        if not (token.isascii() and token.isdecimal() and len(token) < 10):
+            raise bad_input(f"logit_bias must map token ids to numbers, got the key '{token[:20]}'", "logit_bias")
+    return {int(token): bias for token, bias in body.logit_bias.items()}
+
+
+def _named(error: ValueError) -> ApiError:
+    first = str(error).replace("[", " ").replace(":", " ").split()[0]
+    return bad_input(str(error), first if first in _NAMES else None)

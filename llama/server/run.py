@@ -1,0 +1,129 @@
+"""Running a server: the port before the weights, signals, draining, the watchdog.
+
+The first SIGTERM or SIGINT makes /ready answer 503 and new requests be refused; what runs may end within the shutdown
+timeout, the rest ends with an error; then the port closes. A second signal ends the process at once.
+"""
+
+import asyncio
+import contextlib
+import faulthandler
+import logging
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Iterator
+from types import FrameType
+
+import uvicorn
+
+from llama.async_llm import AsyncLLM
+from llama.server.app import create_app
+from llama.server.config import ServerConfig
+from llama.server.service import Service
+
+logger = logging.getLogger(__name__)
+
+_BACKLOG = 2048
+_MAX_HEADER_BYTES = 64 * 1024
+_FLUSH_SECONDS = 5  # for answers that are complete to reach their clients
+
+
+def take_port(host: str, port: int) -> socket.socket:
+    """A listening socket. Taken before the weights load, so that a second server on the port fails at once; clients
+    that come meanwhile wait. Raises OSError."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    taken = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        taken.bind((host, port))
+        taken.listen(_BACKLOG)
+    except OSError as error:
+        taken.close()
+        raise OSError(f"cannot listen on {host}:{port}: {error.strerror}") from None
+    return taken
+
+
+class Server(uvicorn.Server):
+    """uvicorn with our way to stop."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._draining: asyncio.Task[None] | None = None
+        super().__init__(
+            uvicorn.Config(
+                create_app(service),
+                http="h11",  # it bounds the headers; httptools does not
+                ws="none",
+                lifespan="off",
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                h11_max_incomplete_event_size=_MAX_HEADER_BYTES,
+                timeout_keep_alive=30,
+                timeout_graceful_shutdown=_FLUSH_SECONDS,
+                backlog=_BACKLOG,
+            )
+        )
+
+    async def serve(self, sockets: list[socket.socket] | None = None) -> None:
+        self._loop = asyncio.get_running_loop()
+        watchdog = asyncio.create_task(_watch(self._service))
+        try:
+            await super().serve(sockets)
+        finally:
+            watchdog.cancel()
+            if self._draining is not None:
+                self._draining.cancel()
+            if not self.force_exit:
+                await self._service.llm.close()
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        assert self._loop is not None
+        self._loop.call_soon_threadsafe(self.stop)
+
+    def stop(self) -> None:
+        """Begin to stop; a second call ends everything at once."""
+        if self._draining is not None:
+            self.force_exit = self.should_exit = True
+            return
+        self._draining = asyncio.ensure_future(self._drain())
+
+    async def _drain(self) -> None:
+        llm = self._service.llm
+        logger.info("stopping: %d requests run or wait", llm.num_requests)
+        await llm.drain(self._service.config.shutdown_timeout)
+        self.should_exit = True
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """As uvicorn's, but a server that was asked to stop and did has not failed: no signal is raised again."""
+        if threading.current_thread() is not threading.main_thread():  # only there may signals be listened to
+            yield
+            return
+        before = {number: signal.signal(number, self.handle_exit) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+async def _watch(service: Service) -> None:
+    """Dump all stacks once for each step that takes longer than the deadline."""
+    deadline, dumped = service.config.step_deadline, False
+    while True:
+        await asyncio.sleep(min(1.0, deadline / 4))
+        is_late = service.llm.seconds_in_step > deadline
+        if is_late and not dumped:
+            logger.error("a step of the engine has been running for more than %g s", deadline)
+            with contextlib.suppress(OSError, ValueError):  # stderr may be closed, or no file
+                faulthandler.dump_traceback(sys.stderr)
+        dumped = is_late
+
+
+def serve(llm: AsyncLLM, config: ServerConfig, taken: socket.socket) -> None:
+    """Serve until told to stop."""
+    server = Server(Service(llm, config))
+    asyncio.run(server.serve([taken]))

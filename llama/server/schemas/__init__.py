@@ -1,0 +1,1 @@
+"""What requests may hold, by dialect."""

@@ -1,0 +1,174 @@
+"""Service: one AsyncLLM, what it is called, and how requests reach it. Both dialects ask through it."""
+
+import logging
+import time
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from llama.async_llm import AsyncLLM, Stream
+from llama.engine.request import FinishReason, Piece, RequestOutput, SamplingParams, Usage
+from llama.llm.inputs import Prompt
+from llama.server.config import ServerConfig
+from llama.server.errors import ApiError, aborted, bad_input, from_refusal, internal, no_adapters, no_such_model
+from llama.server.metrics import Metrics
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ask:
+    """What an endpoint wants of the engine: an answer to `messages`, or the continuation of `prompt`."""
+
+    params: SamplingParams
+    messages: Sequence[Mapping[str, Any]] | None = None
+    prompt: Prompt = ""
+    tools: Sequence[Mapping[str, Any]] | None = None
+    lora: str | None = None
+    clip: bool = True
+
+
+class Record:
+    """What the access log tells of a request beyond its route. Never a text."""
+
+    def __init__(self, request_id: str) -> None:
+        self.request_id = request_id
+        self.code: int | None = None
+        self.prompt_tokens = 0
+        self.completion_tokens = 0
+        self.finish_reasons: list[str] = []
+
+
+class Service:
+    def __init__(self, llm: AsyncLLM, config: ServerConfig) -> None:
+        self.llm = llm
+        self.config = config
+        self.metrics = Metrics(llm.metrics, config.name)
+
+    @property
+    def defaults(self) -> SamplingParams:
+        """What the checkpoint wants where a request names nothing."""
+        return self.llm.llm.inputs.defaults
+
+    @property
+    def is_ready(self) -> bool:
+        llm = self.llm
+        return not (llm.is_dead or llm.is_draining) and llm.seconds_in_step < self.config.step_deadline
+
+    def adapter(self, model: str | None, lora: str | None) -> str | None:
+        """The adapter meant by `model` and `lora`; None for the base model. Raises ApiError."""
+        adapters = self.config.adapters
+        if lora is not None:
+            if not adapters:
+                raise no_adapters()
+            if lora not in adapters:
+                raise bad_input(f"no adapter is named '{lora[:100]}': there are {', '.join(adapters)}", "lora")
+        if model is None or self.config.serves(model):
+            return lora
+        if model not in adapters:
+            raise no_such_model(model)
+        if lora not in (None, model):
+            raise bad_input(f"model names the adapter '{model}' and lora another one", "lora")
+        return model
+
+    async def answer(self, ask: Ask, record: Record) -> "Answer":
+        """Begin to answer. When this returns, the engine has taken the request. Raises ApiError."""
+        began = time.monotonic()
+        try:
+            if ask.messages is None:
+                stream = await self.llm.submit(ask.prompt, ask.params, ask.lora, clip=ask.clip)
+            else:
+                stream = await self.llm.submit_chat(ask.messages, ask.params, ask.tools, ask.lora, clip=ask.clip)
+        except Exception as error:
+            refusal = from_refusal(error)
+            if refusal is None:
+                logger.exception("request %s failed", record.request_id)
+                refusal = internal(record.request_id)
+            raise refusal from None
+        return Answer(stream, self, record, began)
+
+
+class Answer:
+    """One request that the engine has taken. Used as a context, which ends the request when it is left."""
+
+    def __init__(self, stream: Stream, service: Service, record: Record, began: float) -> None:
+        self.request_id = record.request_id
+        self.send_timeout = service.config.send_timeout
+        self._stream = stream
+        self._metrics = metrics = service.metrics
+        self._record = record
+        self._began = began
+        self.num_prompt_tokens = len(stream.request.prompt_token_ids)
+        record.prompt_tokens += self.num_prompt_tokens
+        metrics.prompt_tokens.observe(self.num_prompt_tokens)
+        metrics.completions.observe(stream.request.params.n)
+
+    async def __aenter__(self) -> "Answer":
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the request if it still runs."""
+        self._stream.close()
+
+    @property
+    def output(self) -> RequestOutput:
+        """All that has come so far."""
+        assert self._stream.reply is not None
+        return self._stream.reply.output
+
+    @property
+    def prompt_token_ids(self) -> list[int]:
+        return self._stream.request.prompt_token_ids
+
+    async def pieces(self) -> AsyncIterator[Piece]:
+        """What is new, as it comes. A completion that failed raises ApiError after its last piece."""
+        last: dict[int, float] = {}
+        try:
+            async for piece in self._stream:
+                self._observe(piece, last)
+                yield piece
+                self._check(piece.finish_reason)
+        except ApiError:
+            raise
+        except Exception as error:
+            logger.error("request %s: %s", self._record.request_id, type(error).__name__)
+            raise internal(self._record.request_id) from None
+
+    async def whole(self) -> RequestOutput:
+        """The complete answer. Raises ApiError if a completion failed."""
+        async for _ in self.pieces():
+            pass
+        return self.output
+
+    def usage(self) -> Usage:
+        """Known once all has come."""
+        output = self.output
+        return Usage(
+            len(output.prompt_token_ids), sum(len(c.token_ids) for c in output.outputs), output.num_cached_tokens
+        )
+
+    def _check(self, reason: FinishReason | None) -> None:
+        if reason is FinishReason.ABORT:
+            raise aborted()
+        if reason is FinishReason.ERROR:
+            raise internal(self._record.request_id)
+
+    def _observe(self, piece: Piece, last: dict[int, float]) -> None:
+        now, count = time.monotonic(), len(piece.token_ids)
+        if count and piece.index in last:
+            for _ in range(count):
+                self._metrics.inter_token_latency.observe((now - last[piece.index]) / count)
+        elif count and not last:
+            self._metrics.time_to_first_token.observe(now - self._began)
+        if count:
+            last[piece.index] = now
+        if piece.finish_reason is not None:
+            self._metrics.ended(piece.finish_reason)
+            self._record.finish_reasons.append(str(piece.finish_reason))
+        if piece.usage is not None:
+            self._record.completion_tokens += piece.usage.completion_tokens
+            self._metrics.generation_tokens.observe(piece.usage.completion_tokens)
+            self._metrics.e2e_latency.observe(now - self._began)

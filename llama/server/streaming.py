@@ -1,0 +1,115 @@
+"""Answers that take their time: server-sent events, and plain answers that are given up when the client has gone."""
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Sequence
+from contextlib import aclosing
+from typing import Any, TypeVar
+
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from llama.server.bodies import dump
+from llama.server.errors import ApiError, Dialect, internal
+from llama.server.service import Answer
+
+logger = logging.getLogger(__name__)
+
+DONE = "[DONE]"
+T = TypeVar("T")
+
+Events = AsyncGenerator[Any, None]
+
+
+class EventStream(Response):
+    """Each event is a JSON value, or DONE. The answers that they come from are closed, which ends their requests, when
+    the client leaves or takes nothing for the config's send_timeout. An error inside is an event of its own and the
+    last one."""
+
+    def __init__(self, events: Events, answers: Sequence[Answer], dialect: Dialect) -> None:
+        super().__init__(
+            media_type="text/event-stream", headers={"cache-control": "no-cache", "x-accel-buffering": "no"}
+        )
+        del self.headers["content-length"]
+        self._events = events
+        self._answers = answers
+        self._dialect = dialect
+        self._request_id = answers[0].request_id
+        self._send_timeout = answers[0].send_timeout
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        writer = asyncio.ensure_future(self._write(send))
+        leaver = asyncio.ensure_future(_gone(receive))
+        try:
+            await asyncio.wait((writer, leaver), return_when=asyncio.FIRST_COMPLETED)
+            if writer.done():
+                writer.result()
+        finally:
+            for answer in self._answers:
+                answer.close()
+            await _cancelled(writer, leaver)
+
+    async def _write(self, send: Send) -> None:
+        async def write(body: bytes, more: bool = True) -> None:
+            async with asyncio.timeout(self._send_timeout):
+                await send({"type": "http.response.body", "body": body, "more_body": more})
+
+        async with aclosing(self._events) as events:
+            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+            try:
+                async for event in events:
+                    await write(b"data: " + (event.encode() if event is DONE else dump(event)) + b"\n\n")
+            except TimeoutError:
+                logger.info("request %s: its reader stopped reading", self._request_id)
+                raise
+            except Exception as error:
+                if not isinstance(error, ApiError):
+                    logger.exception("request %s failed", self._request_id)
+                    error = internal(self._request_id)
+                await write(b"data: " + dump(error.event(self._dialect)) + b"\n\n")
+            await write(b"", more=False)
+
+
+async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
+    """The work's result. If the client leaves first the work is cancelled, which ends its request, and ApiError."""
+    worker = asyncio.ensure_future(work)
+    leaver = asyncio.ensure_future(_gone(request.receive))
+    try:
+        await asyncio.wait((worker, leaver), return_when=asyncio.FIRST_COMPLETED)
+        if worker.done():
+            return worker.result()
+        raise ApiError(499, 3008, "Aborted: the client has gone")
+    finally:
+        await _cancelled(worker, leaver)
+
+
+async def interleaved(sources: list[AsyncIterator[T]]) -> AsyncGenerator[tuple[int, T], None]:
+    """What several iterators give, as it comes, with the number of its source."""
+    if len(sources) == 1:
+        async for item in sources[0]:
+            yield 0, item
+        return
+    pending = {asyncio.ensure_future(anext(source, None)): i for i, source in enumerate(sources)}
+    try:
+        while pending:
+            done, _ = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
+            for future in done:
+                i = pending.pop(future)
+                item = future.result()
+                if item is not None:
+                    pending[asyncio.ensure_future(anext(sources[i], None))] = i
+                    yield i, item
+    finally:
+        await _cancelled(*pending)
+
+
+async def _gone(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _cancelled(*tasks: "asyncio.Future[Any]") -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
