@@ -103,9 +103,9 @@ def test_builtin_format_ends_a_call_with_eom_and_text_with_eot(llama_tokenizer):
 
 @pytest.fixture(scope="module")
 def peer(demo_model_path):
-    from transformers import AutoTokenizer
+    from transformers import PreTrainedTokenizerFast  # AutoTokenizer imports every model there is
 
-    return AutoTokenizer.from_pretrained(demo_model_path)
+    return PreTrainedTokenizerFast.from_pretrained(demo_model_path)
 
 
 PIECES = [*" \n\t\r<>|_ia0123.,{}\"'\\", "\n\n", "  ", "é", "你", "👩‍👩‍👧", "🇫🇷", "\u00a0", "\x00", "the", "im"]

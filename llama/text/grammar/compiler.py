@@ -113,7 +113,8 @@ class GrammarCompiler:
             raise ValueError(f"{where}: {first_line(error)}")
         with self._lock:
             vocabulary = self._vocabulary
-        prototype = _llguidance().LLMatcher(vocabulary, source, log_level=0)
+        limits = _llguidance().LLParserLimits(verbose_errors=False)  # messages without what was generated
+        prototype = _llguidance().LLMatcher(vocabulary, source, log_level=0, limits=limits)
         prototype.compute_bitmask()  # what cannot even begin shows here
         if prototype.is_error():
             raise ValueError(f"{where}: {first_line(prototype.get_error())}")
