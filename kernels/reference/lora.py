@@ -21,7 +21,7 @@ class LoraPlan:
 
 
 def plan_lora(adapter_slots: Tensor) -> LoraPlan:
-    counts = torch.bincount(adapter_slots).tolist()
+    counts = torch.bincount(adapter_slots, minlength=1).tolist()
     order = torch.argsort(adapter_slots, stable=True)[counts[0] :]
     segments, start = [], 0
     for slot, count in enumerate(counts[1:], 1):

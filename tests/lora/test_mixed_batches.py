@@ -1,0 +1,170 @@
+"""Adapters mixed in one batch: each request gets exactly what it gets alone, however the batch is run."""
+
+import asyncio
+
+import pytest
+import torch
+
+from llama import LLM, AsyncLLM, LoRARequest, SamplingParams
+from llama.model.lora import read_adapter
+from llama.model.transformer import Transformer
+from tests.lora.adapters import VOCAB, make_adapter
+from tools.merge_lora import merge
+
+ADAPTERS = {
+    "r1": {"r": 1, "target_modules": "all-linear"},
+    "r3": {"r": 3, "target_modules": ["q_proj", "v_proj"]},
+    "r8": {"r": 8, "target_modules": ["embed_tokens", "down_proj"]},
+    "r16": {"r": 16, "target_modules": ["k_proj", "o_proj", "gate_proj"], "use_rslora": True},
+    "r20": {"r": 20, "target_modules": ["lm_head", "up_proj"]},
+    "r33": {"r": 33, "target_modules": "all-linear", "rank_pattern": {"q_proj": 5}},
+}
+NAMES = [None, *ADAPTERS, "r3", None][:8] * 3
+PROMPTS = [[(5 * i + 3 * j) % VOCAB for j in range(2 + 3 * (i % 8))] for i in range(24)]
+PARAMS = [
+    SamplingParams(temperature=0 if i % 2 else 1.0, seed=i, max_tokens=10, logprobs=3, ignore_eos=True)
+    for i in range(24)
+]
+
+
+@pytest.fixture(scope="module")
+def model(base_path):
+    return Transformer.from_pretrained(base_path, dtype=torch.float64)
+
+
+@pytest.fixture(scope="module")
+def paths(base_path, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("adapters")
+    for seed, (name, options) in enumerate(ADAPTERS.items()):
+        make_adapter(base_path, folder / name, seed=seed, **options)
+    return {name: folder / name for name in ADAPTERS}
+
+
+def engine(model, paths, names=tuple(ADAPTERS), **options):
+    llm = LLM(model, **({"num_blocks": 200, "block_size": 4, "max_model_len": 64} | options))
+    for name in names:
+        llm.load_lora(name, paths[name])
+    return llm
+
+
+def told(output):
+    completion = output.outputs[0]
+    return list(completion.token_ids), [round(entry[token].logprob, 9) for entry, token in
+                                        zip(completion.logprobs, completion.token_ids, strict=True)]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def alone(model, paths):
+    """Each request on an engine that has seen nothing else."""
+    return [
+        told(engine(model, paths, [n] if n else []).generate([p], s, lora=n)[0])
+        for p, s, n in zip(PROMPTS, PARAMS, NAMES, strict=True)
+    ]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"max_num_batched_tokens": 7},
+        {"max_loras": 2},
+        {"max_loras": 1, "max_num_batched_tokens": 16},
+        {"num_blocks": 24},
+        {"num_blocks": 11, "max_loras": 3, "max_num_batched_tokens": 9, "enable_prefix_caching": False},
+    ],
+    ids=str,
+)
+def test_each_request_is_as_it_is_alone(model, paths, alone, options):
+    llm = engine(model, paths, **options)
+    for _ in range(2):  # the second time with a warm prefix cache
+        outputs = llm.generate(PROMPTS, PARAMS, lora=NAMES)
+        assert [told(output) for output in outputs] == alone
+        llm.engine.check()
+    metrics = llm.engine.metrics()
+    assert metrics.num_used_blocks == 0
+    if "num_blocks" in options:
+        assert metrics.num_preemptions > 0, "the case is meant to be tight"
+
+
+def test_the_base_and_each_adapter_differ(alone):
+    first = {name: tokens for name, (tokens, _) in zip(NAMES[:7], alone[:7], strict=True)}
+    assert len({tuple(tokens) for tokens in first.values()}) == 7
+
+
+def test_the_same_prompt_is_not_shared_between_adapters(model, paths):
+    llm = engine(model, paths, block_size=4)
+    prompt, params = [list(range(24))] * 7, SamplingParams(temperature=0, max_tokens=6)
+    names = [None, *ADAPTERS]
+    cold = llm.generate(prompt, params, lora=names)
+    warm = llm.generate(prompt, params, lora=names)
+    assert [output.num_cached_tokens for output in cold] == [0] * 7
+    assert [output.num_cached_tokens for output in warm] == [20] * 7
+    assert [o.outputs[0].token_ids for o in cold] == [o.outputs[0].token_ids for o in warm]
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_merged_checkpoints_write_the_same(model, paths, base_path, alone, name, tmp_path):
+    merge(base_path, paths[name], tmp_path / "merged", dtype=torch.float64)
+    llm = LLM(Transformer.from_pretrained(tmp_path / "merged"), num_blocks=64, max_model_len=64)
+    at = NAMES.index(name)
+    assert list(llm.generate([PROMPTS[at]], PARAMS[at])[0].outputs[0].token_ids) == alone[at][0]
+
+
+def test_loading_and_unloading_while_requests_run(model, paths, alone):
+    async def one(llm, i):
+        pieces = [piece async for piece in llm.generate(PROMPTS[i], PARAMS[i], lora=NAMES[i])]
+        return [token for piece in pieces for token in piece.token_ids]
+
+    async def churn(llm):
+        for i in range(12):
+            await llm.load_lora(f"other{i}", paths["r33"])
+            await llm.unload_lora(f"other{i}")
+        await llm.unload_lora("r16")  # requests that have it keep it
+
+    async def main():
+        async with AsyncLLM(engine(model, paths, max_loras=2)) as llm:
+            running = [asyncio.create_task(one(llm, i)) for i in range(24)]
+            await asyncio.sleep(0)
+            while llm.num_requests < 24 and not all(task.done() for task in running):
+                await asyncio.sleep(0)
+            await churn(llm)
+            answers = await asyncio.gather(*running)
+            assert [info.name for info in llm.list_loras()] == [name for name in ADAPTERS if name != "r16"]
+            with pytest.raises(ValueError, match="no adapter named 'r16'"):
+                await one(llm, NAMES.index("r16"))
+            return answers
+
+    assert asyncio.run(main()) == [tokens for tokens, _ in alone]
+
+
+def test_vllms_way_of_asking(model, paths, alone):
+    llm = engine(model, paths, [])
+    request = LoRARequest("r3", 1, str(paths["r3"]))
+    at = NAMES.index("r3")
+    for _ in range(2):
+        output = llm.generate([PROMPTS[at]], PARAMS[at], lora_request=request)[0]
+        assert told(output) == alone[at]
+    with pytest.raises(ValueError, match="r3"):
+        llm.generate([PROMPTS[at]], PARAMS[at], lora_request=LoRARequest("r3", 1, str(paths["r8"])))
+    with pytest.raises(ValueError, match="give one of them"):
+        llm.generate([PROMPTS[at]], PARAMS[at], lora="r3", lora_request=request)
+    with pytest.raises(ValueError, match="unload it first"):
+        llm.load_lora("r3", paths["r8"])
+
+
+def test_an_engine_without_slots_refuses(model, paths):
+    with pytest.raises(ValueError, match="max_loras is 0"):
+        engine(model, paths, ["r1"], max_loras=0)
+
+
+def test_the_digest_is_of_the_content(model, paths, base_path, tmp_path):
+    make_adapter(base_path, tmp_path, seed=1, **ADAPTERS["r3"])
+    same, other = read_adapter(tmp_path, model, max_rank=64), read_adapter(paths["r8"], model, max_rank=64)
+    assert same.digest == read_adapter(paths["r3"], model, max_rank=64).digest != other.digest
+
+
+def test_a_batch_without_adapters_runs_the_ops_of_an_engine_without_any(model, paths, monkeypatch):
+    llm = engine(model, paths)
+    llm.generate([[1, 2]], SamplingParams(max_tokens=2), lora="r1")
+    monkeypatch.setattr("kernels.plan_lora", lambda slots: pytest.fail("an adapter op ran"))
+    llm.generate([[1, 2]], SamplingParams(max_tokens=2))

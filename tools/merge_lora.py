@@ -1,0 +1,60 @@
+"""Merge a PEFT adapter into its base model: a checkpoint that computes base and adapter as one, at the base's cost.
+
+python tools/merge_lora.py --base checkpoints/base --adapter adapters/mine --output checkpoints/merged
+"""
+
+import argparse
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+
+from llama.model.lora import read_adapter
+from llama.model.lora.slots import module_places
+from llama.model.transformer import Transformer
+
+_TEXT_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
+               "generation_config.json")  # fmt: skip
+
+
+def merge(base: Path, adapter: Path, output: Path, *, dtype: torch.dtype | str = "auto") -> None:
+    """Write `output` (new or empty): W + B A for every adapted module, all else as in `base`.
+
+    A tied model whose embedding or head alone is adapted has no merged form and is refused.
+    """
+    model = Transformer.from_pretrained(base, dtype=dtype)
+    read = read_adapter(adapter, model, max_rank=1 << 20)
+    tied = sorted({"embed_tokens", "lm_head"}.intersection(read.targets))
+    if model.config.tie_word_embeddings and tied:
+        raise ValueError(f"{base} ties its head to its embedding, so the adapter's {tied[0]} cannot be merged")
+    wide = torch.float64 if model.dtype == torch.float64 else torch.float32
+    for name, pair in read.pairs.items():
+        module, index, starts = module_places(model)[name]
+        delta = pair.b.to(wide) @ pair.a.to(wide)
+        delta, rows = (
+            (delta.t(), slice(None)) if name.endswith("embed_tokens") else (delta, slice(*starts[index : index + 2]))
+        )
+        module.weight[rows] = (module.weight[rows].to(wide) + delta).to(module.weight.dtype)
+    model.save_pretrained(output)
+    for file in _TEXT_FILES:
+        if (base / file).exists():
+            shutil.copyfile(base / file, output / file)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--base", type=Path, required=True, help="the base model's folder")
+    parser.add_argument("--adapter", type=Path, required=True, help="the PEFT adapter's folder")
+    parser.add_argument("--output", type=Path, required=True, help="a new or empty folder")
+    parser.add_argument("--dtype", default="auto", help="of the merged weights: auto (the base's), float32, bfloat16")
+    arguments = parser.parse_args()
+    try:
+        merge(arguments.base, arguments.adapter, arguments.output, dtype=arguments.dtype)
+    except ValueError as error:
+        sys.exit(f"merge_lora: {error}")
+    print(f"wrote {arguments.output}")
+
+
+if __name__ == "__main__":
+    main()
