@@ -13,6 +13,7 @@ from llama.server.config import ServerConfig
 from llama.server.errors import ApiError, bad_input, body_too_large, body_too_slow
 from llama.server.schemas.fields import explain, mismatch
 
+_DISCARDED = 4  # times the limit: how much more of a body that is too large is read
 _INLINE_BYTES = 1 << 16  # larger bodies are parsed off the event loop
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -48,21 +49,25 @@ def _is_key(step: str) -> bool:
 
 
 async def _bytes(request: Request, config: ServerConfig) -> bytearray:
-    limit = config.max_body_bytes
-    length = request.headers.get("content-length", "0")
-    if not length.isdecimal() or int(length[:20]) > limit:
-        raise body_too_large(limit)
+    limit, length = config.max_body_bytes, 0
     body = bytearray()
     try:
         async with asyncio.timeout(config.body_timeout):
             async for chunk in request.stream():
-                body += chunk
-                if len(body) > limit:
-                    raise body_too_large(limit)
+                length += len(chunk)
+                if length <= limit:
+                    body += chunk
+                elif length > _DISCARDED * limit:
+                    break
+                else:
+                    # A client that is still sending when the connection closes does not see the answer.
+                    body.clear()
     except TimeoutError:
         raise body_too_slow(config.body_timeout) from None
     except ClientDisconnect:
         raise ApiError(499, 3008, "Aborted: the client has gone") from None
+    if length > limit:
+        raise body_too_large(limit)
     return body
 
 
