@@ -117,16 +117,16 @@ def _prefill_kernel(
 
     context = tl.load(context_lens + sequence)
     row = tl.arange(0, ROWS)
-    token = first_query + row // GROUP
-    query_head = head * GROUP + row % GROUP
+    token, member = row // GROUP, row % GROUP
     dims = tl.arange(0, DIMS)[None, :]
-    mask = row_mask((token < queries) & (row < QUERIES * GROUP), DIMS, HEAD_DIM)
-    place = (query_start + token).to(tl.int64)
-    query_rows = place * q_token_stride + query_head * q_head_stride
-    query = tl.load(q + query_rows[:, None] + dims, mask=mask, other=0.0)
+    mask = row_mask((first_query + token < queries) & (row < QUERIES * GROUP), DIMS, HEAD_DIM)
+    # One 64-bit offset for the tile and 32 bits within it: rows of 64-bit offsets would stay in registers meanwhile.
+    first_token = (query_start + first_query).to(tl.int64)
+    q += first_token * q_token_stride + head * GROUP * q_head_stride
+    query = tl.load(q + (token * q_token_stride + member * q_head_stride)[:, None] + dims, mask=mask, other=0.0)
 
     past = context - queries
-    visible = past + token + 1
+    visible = past + first_query + token + 1
     seen_by_all = (past + first_query + 1) // BLOCK_KEYS * BLOCK_KEYS
     end = past + tl.minimum(first_query + QUERIES, queries)
     top = tl.full([ROWS], -float("inf"), tl.float32)
@@ -154,8 +154,9 @@ def _prefill_kernel(
             masked == 1,
         )
     # Key 0 is visible to every row: the first tile already gave each a finite maximum.
-    out_rows = (place * (KV_HEADS * GROUP) + query_head) * HEAD_DIM
-    tl.store(out + out_rows[:, None] + dims, (values / total[:, None]).to(out.dtype.element_ty), mask=mask)
+    out += (first_token * KV_HEADS + head) * GROUP * HEAD_DIM
+    result = (values / total[:, None]).to(out.dtype.element_ty)
+    tl.store(out + ((token * KV_HEADS * GROUP + member) * HEAD_DIM)[:, None] + dims, result, mask=mask)
 
 
 def prefill_attention(
