@@ -22,6 +22,7 @@ from llama.engine.request import (
     TokenOutput,
     Usage,
 )
+from llama.text.grammar import Grammar
 from llama.text.tokenizer import IncrementalDecoder, StopMatcher, Tokenizer
 from llama.text.tool_calls import PYTHON_TAG, ToolCall, ToolCallParser
 
@@ -38,6 +39,7 @@ class Request:
     prompt_token_ids: list[int]
     params: SamplingParams
     lora: str | None = None
+    grammar: Grammar | None = None
     tool_names: tuple[str, ...] = ()  # whose calls are to be found in the answer
 
 
@@ -224,7 +226,9 @@ class Replies:
         if request.request_id in self._live:
             raise ValueError(f"request_id {request.request_id!r} is in use")
         queued = time.monotonic() if queued is None else queued
-        seeds = self.engine.add(request.request_id, request.prompt_token_ids, request.params, lora=request.lora)
+        matcher = None if request.grammar is None else request.grammar.matcher()
+        ids, params = request.prompt_token_ids, request.params
+        seeds = self.engine.add(request.request_id, ids, params, lora=request.lora, matcher=matcher)
         reply = self._live[request.request_id] = Reply(request, seeds, self.tokenizer, queued)
         return reply
 

@@ -26,6 +26,7 @@ from llama.engine.request import Piece, SamplingParams
 from llama.llm import LLM
 from llama.llm.inputs import Message, Prompt
 from llama.llm.loras import LoraInfo, describe, read_lora
+from llama.llm.tool_choice import ToolChoice
 from llama.model.transformer import Transformer
 from llama.output import Request
 
@@ -113,8 +114,10 @@ class AsyncLLM:
         (ValueError, QueueFullError, EngineClosedError, EngineDeadError) comes before the first piece. The stream must
         be read to its end or closed. Without `clip`, max_tokens that the context has no room for are a
         ContextLengthError."""
-        inputs, size = self.llm.inputs, len(prompt) if isinstance(prompt, str | list | tuple) else _INLINE_CHARACTERS
-        prepare = partial(inputs.request, prompt, sampling_params, lora, request_id=request_id, clip=clip)
+        size = len(prompt) if isinstance(prompt, str | list | tuple) else _INLINE_CHARACTERS
+        if isinstance(sampling_params, SamplingParams) and sampling_params.response_format is not None:
+            size = _INLINE_CHARACTERS  # a grammar takes its time
+        prepare = partial(self.llm.inputs.request, prompt, sampling_params, lora, request_id=request_id, clip=clip)
         return await self._submit(prepare, size)
 
     async def submit_chat(
@@ -124,6 +127,7 @@ class AsyncLLM:
         tools: Sequence[Mapping[str, Any]] | None = None,
         lora: str | None = None,
         *,
+        tool_choice: ToolChoice = "auto",
         request_id: str | None = None,
         clip: bool = True,
     ) -> Stream:
@@ -134,6 +138,7 @@ class AsyncLLM:
             sampling_params,
             lora,
             tools=tools,
+            tool_choice=tool_choice,
             request_id=request_id,
             clip=clip,
         )

@@ -3,13 +3,15 @@
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 from llama.engine.adapters import Adapters
 from llama.engine.request import SamplingParams
+from llama.llm.tool_choice import ToolChoice, Tools, choose
 from llama.output import Request
 from llama.text.chat import ChatTemplate
-from llama.text.chat.prepare import prepare_tools, tool_name
+from llama.text.grammar import Grammar, GrammarCompiler
 from llama.text.tokenizer import Tokenizer
 
 Message = Mapping[str, Any]
@@ -64,8 +66,8 @@ def one_per_prompt(name: str, value: Any, count: int) -> list[Any]:
 
 
 class Inputs:
-    """What is needed to turn prompts into Requests. Has no mutable state but the count of requests: safe to share
-    between threads."""
+    """What is needed to turn prompts into Requests. Has no mutable state but the count of requests and the grammars it
+    keeps: safe to share between threads."""
 
     def __init__(
         self,
@@ -106,16 +108,17 @@ class Inputs:
         lora: str | None,
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
+        tool_choice: ToolChoice = "auto",
         request_id: str | None = None,
         clip: bool = True,
     ) -> Request:
         """A conversation, rendered by the checkpoint's template with the assistant's header at its end."""
         if self.template is None:
             raise ValueError("chat needs a tokenizer: this model takes token ids only")
-        tools = tools or None
-        text, token_ids = self.template.prompt(messages, tools=tools)
-        request = self._checked(text, token_ids, params, lora, request_id, clip)
-        return replace(request, tool_names=tuple(map(tool_name, prepare_tools(tools) or ())))
+        chosen = choose(tools, tool_choice)
+        text, token_ids = self.template.prompt(messages, tools=chosen.shown)
+        request = self._checked(text, token_ids, params, lora, request_id, clip, chosen)
+        return replace(request, tool_names=chosen.names)
 
     def _encode(self, prompt: Prompt) -> tuple[str | None, list[int]]:
         if isinstance(prompt, Mapping):
@@ -151,6 +154,7 @@ class Inputs:
         lora: str | None,
         request_id: str | None,
         clip: bool,
+        tools: Tools | None = None,
     ) -> Request:
         params = self.defaults if params is None else params
         if not isinstance(params, SamplingParams):
@@ -160,7 +164,24 @@ class Inputs:
             self._check_length(len(token_ids), params.max_tokens or 1)
         self._check_prompt(token_ids)
         self._check_params(params)
-        return Request(str(next(self._numbers)) if request_id is None else request_id, text, token_ids, params, lora)
+        request_id = str(next(self._numbers)) if request_id is None else request_id
+        grammar = self._grammar(params, tools)
+        return Request(request_id, text, token_ids, params, lora, grammar)
+
+    def _grammar(self, params: SamplingParams, tools: Tools | None) -> Grammar | None:
+        """What the answer is held to. A call that must be made goes before a response_format."""
+        try:
+            if tools is not None and tools.must_call:
+                return self._grammars.compile_tool_choice(tools.shown or (), tools.name)
+            return None if params.response_format is None else self._grammars.compile(params.response_format)
+        except ImportError as error:
+            raise ValueError(str(error)) from None
+
+    @cached_property
+    def _grammars(self) -> GrammarCompiler:
+        if self.tokenizer is None:
+            raise ValueError("response_format needs a tokenizer: this model takes token ids only")
+        return GrammarCompiler(self.tokenizer, self.vocab_size)
 
     def _check_prompt(self, token_ids: list[int]) -> None:
         if not token_ids:

@@ -10,6 +10,8 @@ from llama.async_llm import EngineClosedError, QueueFullError
 from llama.llm.inputs import ContextLengthError
 
 BAD_INPUT = 5006
+# Parameters with whose names our checks begin their messages.
+_NAMED = frozenset("messages tools tool_choice prompt response_format logit_bias stop_token_ids".split())
 
 
 class Dialect(Enum):
@@ -151,7 +153,8 @@ def from_refusal(error: Exception) -> ApiError | None:
     if isinstance(error, ContextLengthError):
         return _context_exceeded(error)
     if isinstance(error, ValueError):
-        return bad_input(str(error))
+        first = str(error).replace("[", " ").replace(".", " ").replace(":", " ").split()
+        return bad_input(str(error), first[0] if first and first[0] in _NAMED else None)
     return None
 
 

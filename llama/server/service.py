@@ -9,6 +9,7 @@ from typing import Any
 from llama.async_llm import AsyncLLM, Stream
 from llama.engine.request import FinishReason, Piece, RequestOutput, SamplingParams, Usage
 from llama.llm.inputs import Prompt
+from llama.llm.tool_choice import ToolChoice
 from llama.server.config import ServerConfig
 from llama.server.errors import ApiError, aborted, bad_input, from_refusal, internal, no_adapters, no_such_model
 from llama.server.metrics import Metrics
@@ -24,6 +25,7 @@ class Ask:
     messages: Sequence[Mapping[str, Any]] | None = None
     prompt: Prompt = ""
     tools: Sequence[Mapping[str, Any]] | None = None
+    tool_choice: ToolChoice = "auto"
     lora: str | None = None
     clip: bool = True
 
@@ -78,7 +80,9 @@ class Service:
             if ask.messages is None:
                 stream = await self.llm.submit(ask.prompt, ask.params, ask.lora, clip=ask.clip)
             else:
-                stream = await self.llm.submit_chat(ask.messages, ask.params, ask.tools, ask.lora, clip=ask.clip)
+                stream = await self.llm.submit_chat(
+                    ask.messages, ask.params, ask.tools, ask.lora, tool_choice=ask.tool_choice, clip=ask.clip
+                )
         except Exception as error:
             refusal = from_refusal(error)
             if refusal is None:

@@ -270,7 +270,7 @@ def test_json_mode(tiny):
         "additionalProperties": False,
     }
     for wanted in ({"type": "json_schema", "json_schema": schema},):
-        response = tiny.run({"prompt": "x", "response_format": wanted, "temperature": 0})
+        response = tiny.run({"prompt": "x", "response_format": wanted, "temperature": 0, "max_tokens": 100})
         assert response.status_code == 200, response.text
         assert response.json()["result"]["response"]["a"] in ("x", "yy")
     cut = tiny.run({"prompt": "x", "response_format": {"type": "json_schema", "json_schema": schema}, "max_tokens": 2})

@@ -11,10 +11,10 @@ from llama.server.bodies import json_response, read_body
 from llama.server.errors import Dialect, bad_input
 from llama.server.openai.answers import frame, new_id, now, top_of, usage_of, value_of
 from llama.server.openai.sampling import sampling_params
-from llama.server.openai.tools import calls_of, choose_tools
 from llama.server.schemas.openai import ChatRequest
 from llama.server.service import Answer, Ask, Service
 from llama.server.streaming import DONE, EventStream, unless_gone
+from llama.text.tool_calls import ToolCall
 
 Endpoint = Callable[[Request], Awaitable[Response]]
 
@@ -40,14 +40,12 @@ def chat_endpoint(service: Service) -> Endpoint:
 
 def _ask(body: ChatRequest, service: Service) -> Ask:
     lora = service.adapter(body.model, body.lora)
-    tools, call_format = choose_tools(body)
-    wanted: dict[str, Any] = {"max_tokens": _max_tokens(body), "logprobs": _num_logprobs(body)}
-    if call_format is not None:
-        wanted["response_format"] = call_format
     if body.stream_options is not None and not body.stream:
         raise bad_input("stream_options needs stream", "stream_options")
-    params = sampling_params(body, service.defaults, **wanted)
-    return Ask(messages=body.messages, tools=tools, params=params, lora=lora)
+    params = sampling_params(body, service.defaults, max_tokens=_max_tokens(body), logprobs=_num_logprobs(body))
+    return Ask(
+        messages=body.messages, tools=body.tools, tool_choice=body.tool_choice or "auto", params=params, lora=lora
+    )
 
 
 def _max_tokens(body: ChatRequest) -> int | None:
@@ -85,7 +83,7 @@ class _Writer:
     def _choice(self, completion: CompletionOutput) -> dict[str, Any]:
         message: dict[str, Any] = {"role": "assistant", "content": completion.text, "refusal": None}
         if completion.tool_calls:
-            message["tool_calls"] = calls_of(completion.tool_calls, self._body)
+            message["tool_calls"] = _calls(completion.tool_calls, self._body)
             message["content"] = completion.text or None
         return {
             "index": completion.index,
@@ -106,7 +104,7 @@ class _Writer:
             yield {**head, "choices": [_delta(completion.index, {"role": "assistant", "content": ""})]}
         async for piece in answer.pieces():
             delta: dict[str, Any] = {"content": piece.text} if piece.text else {}
-            if calls := calls_of(piece.tool_calls, self._body, num_calls[piece.index]):
+            if calls := _calls(piece.tool_calls, self._body, num_calls[piece.index]):
                 delta["tool_calls"] = calls
                 num_calls[piece.index] += len(calls)
             choice = _delta(piece.index, delta)
@@ -137,6 +135,18 @@ class _Writer:
     def _entry(self, token: int, entry: Logprob) -> dict[str, Any]:
         spelled = None if self._tokenizer is None else list(self._tokenizer.token_bytes(token))
         return {"token": entry.decoded_token or f"token_id:{token}", "logprob": value_of(entry), "bytes": spelled}
+
+
+def _calls(calls: Sequence[ToolCall], body: ChatRequest, first_index: int | None = None) -> list[dict[str, Any]]:
+    """With `first_index` they are parts of a stream, where `index` says which call it is."""
+    if body.parallel_tool_calls is False:
+        calls = calls[: 1 - (first_index or 0)]
+    listed = []
+    for i, call in enumerate(calls, start=first_index or 0):
+        function = {"name": call.name, "arguments": call.arguments_json}
+        entry = {"id": new_id("call"), "type": "function", "function": function}
+        listed.append(entry if first_index is None else {"index": i, **entry})
+    return listed
 
 
 def _delta(index: int, delta: dict[str, Any]) -> dict[str, Any]:

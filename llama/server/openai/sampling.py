@@ -29,23 +29,11 @@ def sampling_params(body: CommonRequest, defaults: SamplingParams, **wanted: Any
     """`wanted` are the fields that the endpoint decides. Raises ApiError that names the parameter."""
     given = {name: getattr(body, name) for name in _SAME if getattr(body, name) is not None}
     given |= {"stop": body.stop, "logit_bias": _bias(body), **wanted}
-    if "response_format" not in given:
-        given["response_format"] = response_format(body.response_format)
+    given["response_format"] = body.response_format
     try:
         return replace(defaults, **given)
     except ValueError as error:
         raise _named(error) from None
-
-
-def response_format(value: dict[str, Any] | None) -> dict[str, Any] | None:
-    """OpenAI wraps a schema: {"type": "json_schema", "json_schema": {"name", "schema", "strict"}}."""
-    if value is None or value.get("type") != "json_schema":
-        return value
-    wrapped = value.get("json_schema")
-    schema = wrapped.get("schema") if isinstance(wrapped, dict) else None
-    if not isinstance(schema, dict):
-        raise bad_input("response_format.json_schema must hold a schema, an object", "response_format")
-    return {"type": "json_schema", "json_schema": schema}
 
 
 def _bias(body: CommonRequest) -> dict[int, float] | None:

@@ -1,0 +1,42 @@
+"""tool_choice, as OpenAI spells it: which tools the model is shown, and whether it must call one."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from llama.text.chat.prepare import prepare_tools, tool_name
+
+ToolChoice = str | Mapping[str, Any]
+
+LEGAL = '"auto", "none", "required" or {"type": "function", "function": {"name": ...}} with the name of a tool'
+
+
+@dataclass(frozen=True, slots=True)
+class Tools:
+    """`shown` to the model, prepared; None for none. `must_call` one of them, or the one called `name`."""
+
+    shown: list[dict[str, Any]] | None
+    must_call: bool = False
+    name: str | None = None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(map(tool_name, self.shown or ()))
+
+
+def choose(tools: Sequence[Mapping[str, Any]] | None, choice: ToolChoice) -> Tools:
+    """Raises ValueError for tools that cannot be meant and for a choice that is none of theirs."""
+    prepared = prepare_tools(tools or None)
+    if choice == "auto":
+        return Tools(prepared)
+    if choice == "none":
+        return Tools(None)
+    if prepared is None:
+        raise ValueError("tool_choice needs tools")
+    if choice == "required":
+        return Tools(prepared, must_call=True)
+    function = choice.get("function") if isinstance(choice, Mapping) and choice.get("type") == "function" else None
+    name = function.get("name") if isinstance(function, Mapping) else None
+    if not isinstance(name, str) or name not in map(tool_name, prepared):
+        raise ValueError(f"tool_choice must be {LEGAL}")
+    return Tools(prepared, must_call=True, name=name)
