@@ -55,17 +55,17 @@ def sample(logits: Tensor, rows: SamplerRows, state: SamplerState | None) -> Sam
 
     tiling = Tiling.of(num_rows, vocab)
     per_split = (num_rows, tiling.splits)
-    maxima, best_scores, best_depths = torch.empty(3, *per_split, dtype=torch.float32, device=device)
+    maxima, best_scores = torch.empty(2, *per_split, dtype=torch.float32, device=device)
     argmaxima, best_ids = torch.empty(2, *per_split, dtype=torch.int32, device=device)
     histogram = torch.empty(num_rows, BINS.value, dtype=torch.int32, device=device)
     totals = torch.empty(num_rows, 2, dtype=torch.int64, device=device)
     num_candidates = torch.empty(num_rows, dtype=torch.int32, device=device)
     candidates = torch.empty(num_rows, vocab if rows.any_filter else 0, dtype=torch.int64, device=device)
-    values = torch.empty(num_rows, dtype=torch.float32, device=device)
     cuts = torch.empty(num_rows, dtype=torch.int64, device=device)
 
     walk = {"splits": tiling.splits, "tiles": tiling.tiles_per_split, **flags, "VOCAB": vocab, "TILE": tiling.tile}
-    options = {"num_warps": 8, "enable_fp_fusion": False}
+    # Five programs of 4 warps then share a multiprocessor, enough to have many loads in flight, and nothing spills.
+    options = {"num_warps": 4, "enable_fp_fusion": False, "maxnreg": 96}
     row_constants = {"MAX_SPLITS": tiling.max_splits, "ID_BITS": tiling.id_bits}
     scan_kernel[per_split](rules, maxima, argmaxima, histogram, totals, num_candidates, **walk, **options)
     if rows.any_filter and not rows.all_greedy:
@@ -80,7 +80,6 @@ def sample(logits: Tensor, rows: SamplerRows, state: SamplerState | None) -> Sam
             num_candidates,
             best_scores,
             best_ids,
-            best_depths,
             **walk,
             **row_constants,
             **options,
@@ -96,18 +95,17 @@ def sample(logits: Tensor, rows: SamplerRows, state: SamplerState | None) -> Sam
         num_candidates,
         best_scores,
         best_ids,
-        best_depths,
         token_ids,
         is_bad,
-        values,
         cuts,
         splits=tiling.splits,
         has_state=int(counts_here),
         VOCAB=vocab,
         **row_constants,
-        **options,
+        num_warps=8,
+        enable_fp_fusion=False,
     )
-    draw = Draw(is_bad, rows.logprobs_modes, maxima, values, cuts, tiling.splits)
+    draw = Draw(is_bad, rows.logprobs_modes, maxima, cuts, tiling.splits)
     return Sampled(token_ids, is_bad, _logprobs(rules, token_ids, rows, draw, flags))
 
 

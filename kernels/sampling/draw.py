@@ -1,6 +1,6 @@
 """The kernels that turn logits into tokens. Rows are split over programs; a row's splits meet between launches.
 
-    scan     changed logits -> maximum and lowest argmax per split; NaN poisons. A greedy row needs no more.
+    scan     changed logits -> maximum per split, in a greedy row with its lowest id. NaN counts as infinite.
     count    (filters.py) tokens per bin of depth, and the mass of the row. Only rows with filters.
     choose   tokens surely kept: the best of noise - depth per split. Tokens near a cut, which only an exact search can
              decide: a list of candidates per row, in any order.
@@ -27,8 +27,8 @@ from kernels.sampling.filters import (
 )
 from kernels.sampling.rules import depths, gumbel, is_finite, load_changed, row_maximum
 
-# Noise lies in [-2.82, 16.64], so a token this much deeper than the best never wins.
-_NOISE_SPAN = tl.constexpr(19.5)
+# Above all noise: a token that lies deeper than this below a score does not reach it.
+_MOST_NOISE = tl.constexpr(16.64)
 
 
 @triton.jit(do_not_specialize=["splits", "tiles", "has_bias", "has_state", "has_mask"])
@@ -54,19 +54,19 @@ def scan_kernel(
         tl.store(totals + row * 2 + tl.arange(0, 2), tl.zeros((2,), tl.int64))
         tl.store(num_candidates + row, 0)
 
-    best = tl.full((TILE // 32, 32), -float("inf"), tl.float32)
-    best_ids = tl.full((TILE // 32, 32), VOCAB, tl.int32)
-    poisoned = tl.zeros((TILE // 32, 32), tl.int32)
+    greedy = tl.load(rules.temperature + row) == 0
+    best = -float("inf")
+    best_id = VOCAB + 0
     for tile in range(tiles):
         first = (split * tiles + tile) * TILE
         ids, logits = load_changed(rules, row, first, has_bias, has_state, has_mask, VOCAB, TILE)
-        poisoned |= (logits != logits).to(tl.int32)
-        better = logits > best
-        best = tl.where(better, logits, best)
-        best_ids = tl.where(better, ids, best_ids)
-    maximum = tl.max(best)
-    tl.store(argmaxima + row * splits + split, tl.min(tl.where(best == maximum, best_ids, VOCAB)))
-    tl.store(maxima + row * splits + split, tl.where(tl.max(poisoned) != 0, float("nan"), maximum))
+        logits = tl.where(logits != logits, float("inf"), logits)
+        maximum = tl.max(logits)
+        if greedy & (maximum > best):
+            best_id = tl.min(tl.where(logits == maximum, ids, VOCAB))
+        best = tl.maximum(best, maximum)
+    tl.store(maxima + row * splits + split, best)
+    tl.store(argmaxima + row * splits + split, best_id)
 
 
 @triton.jit(do_not_specialize=["splits", "tiles", "has_bias", "has_state", "has_mask"])
@@ -79,7 +79,6 @@ def choose_kernel(
     num_candidates,  # [rows] added to
     best_scores,  # [rows, splits] out
     best_ids,  # [rows, splits] out
-    best_depths,  # [rows, splits] out
     splits,
     tiles,
     has_bias,
@@ -102,10 +101,11 @@ def choose_kernel(
             begin, end, _ = bracket(rules, row, histogram, totals)
             min_p = tl.load(rules.min_p + row)
 
-        scores = tl.full((TILE // 32, 32), -float("inf"), tl.float32)
-        score_ids = tl.full((TILE // 32, 32), VOCAB, tl.int32)
-        score_depths = tl.full((TILE // 32, 32), float("inf"), tl.float32)
-        mass = tl.zeros((TILE // 32, 32), tl.int64)
+        # The mass before the candidates matters to top_p alone.
+        weighs = (begin > 0) & (begin < BINS)
+        best = -float("inf")
+        best_id = VOCAB + 0
+        mass = tl.zeros((), tl.int64)
         for tile in range(tiles):
             first = (split * tiles + tile) * TILE
             ids, logits = load_changed(rules, row, first, has_bias, has_state, has_mask, VOCAB, TILE)
@@ -114,27 +114,26 @@ def choose_kernel(
             place = bin_of(depth)
 
             kept = alive & (place < begin)
-            if tl.min(tl.where(kept, depth, float("inf"))) < _NOISE_SPAN:
+            if weighs:
+                mass += tl.sum(tl.where(kept, masses(depth), 0))
+            if best + tl.min(tl.where(kept, depth, float("inf"))) < _MOST_NOISE:
                 score = tl.where(kept, gumbel(ids, rules.keys, row) - depth, -float("inf"))
-                better = score > scores
-                scores = tl.where(better, score, scores)
-                score_ids = tl.where(better, ids, score_ids)
-                score_depths = tl.where(better, depth, score_depths)
-            mass += tl.where(kept, masses(depth), 0)
+                highest = tl.max(score)
+                if highest > best:
+                    best = highest
+                    best_id = tl.min(tl.where(score == highest, ids, VOCAB))
 
-            chosen = tl.reshape((alive & (place >= begin) & (place <= end)).to(tl.int32), (TILE,))
-            count = tl.sum(chosen)
+            chosen = (alive & (place >= begin) & (place <= end)).to(tl.int32)
+            counts = tl.sum(chosen, axis=1)
+            count = tl.sum(counts)
             if count > 0:
-                at = tl.atomic_add(num_candidates + row, count, sem="relaxed") + tl.cumsum(chosen) - 1
-                packed = tl.reshape(pack(depth, ids, ID_BITS), (TILE,))
-                tl.store(candidates + row * VOCAB + at, packed, mask=chosen != 0)
+                at = tl.atomic_add(num_candidates + row, count, sem="relaxed") + tl.cumsum(counts) - counts
+                at = at[:, None] + tl.cumsum(chosen, axis=1) - 1
+                tl.store(candidates + row * VOCAB + at, pack(depth, ids, ID_BITS), mask=chosen != 0)
 
-        score = tl.max(scores)
-        best_id = tl.min(tl.where(scores == score, score_ids, VOCAB))
-        tl.store(best_scores + row * splits + split, score)
+        tl.store(best_scores + row * splits + split, best)
         tl.store(best_ids + row * splits + split, best_id)
-        tl.store(best_depths + row * splits + split, tl.min(tl.where(score_ids == best_id, score_depths, float("inf"))))
-        tl.atomic_add(totals + row * 2 + 1, tl.sum(mass), sem="relaxed")
+        tl.atomic_add(totals + row * 2 + 1, mass, sem="relaxed")
 
 
 @triton.jit
@@ -157,10 +156,8 @@ def finish_kernel(
     num_candidates,
     best_scores,
     best_ids,
-    best_depths,
     token_ids,  # [rows] out
     is_bad,  # [rows] out
-    values,  # [rows] out: the token's -depth, or its changed logit in a greedy row
     cuts,  # [rows] out: the largest packed value kept
     splits,
     has_state,  # whether to count the token here
@@ -173,7 +170,6 @@ def finish_kernel(
     temperature = tl.load(rules.temperature + row)
     bad = 1 - is_finite(maximum).to(tl.int32)
     token = tl.zeros((), tl.int32)
-    value = maximum
     cut = tl.full((), NO_CUT, tl.int64)
     split = tl.arange(0, MAX_SPLITS)
     at = row * splits + split
@@ -187,8 +183,6 @@ def finish_kernel(
             ids = tl.load(best_ids + at, mask=split < splits, other=VOCAB)
             score = tl.max(scores)
             token = tl.min(tl.where(scores == score, ids, VOCAB))
-            below = tl.load(best_depths + at, mask=split < splits, other=float("inf"))
-            depth = tl.min(tl.where(ids == token, below, float("inf")))
             count = tl.load(num_candidates + row)
             if count > 0:
                 candidates += row * VOCAB
@@ -205,10 +199,7 @@ def finish_kernel(
                     if (best > score) | ((best == score) & (best_id < token)):
                         score = best
                         token = best_id
-                        depth = tl.min(tl.where(packed_ids == best_id, packed_depths, float("inf")))
-            value = -depth
     tl.store(token_ids + row, token.to(tl.int64))
     tl.store(is_bad + row, bad != 0)
-    tl.store(values + row, value)
     tl.store(cuts + row, cut)
     count_token(rules, row, token, bad, has_state, VOCAB)

@@ -66,7 +66,6 @@ def logprob_parts_kernel(
     token_ids,
     modes,  # DRAWN: [rows]
     row_maxima,  # DRAWN: [rows, splits] of changed logits
-    values,  # DRAWN: [rows], each token's own value in a processed row
     cuts,  # DRAWN: [rows]
     own,  # [rows] out: each token's own value
     maxima,  # [rows, num_splits] out
@@ -92,13 +91,16 @@ def logprob_parts_kernel(
     if DRAWN:
         mode = tl.load(modes + row).to(tl.int32)
     if mode != _OFF:
-        token = tl.load(token_ids + row)
+        token = tl.load(token_ids + row).to(tl.int32)
         value = tl.load(rules.logits + row * rules.logits_stride + token).to(tl.float32)
         ids, x = load_raw(rules, row, first, VOCAB, TILE)
         if DRAWN and mode == _PROCESSED:
             maximum = row_maximum(row_maxima, row, splits, MAX_SPLITS)
-            value = tl.load(values + row)
             cut = tl.load(cuts + row)
+            near, own_x = _drawn_values(
+                rules, row, token // 32 * 32, maximum, cut, has_bias, has_state, has_mask, VOCAB, 32, ID_BITS
+            )
+            value = tl.max(tl.where(near == token, own_x, -float("inf")))
             ids, x = _drawn_values(rules, row, first, maximum, cut, has_bias, has_state, has_mask, VOCAB, TILE, ID_BITS)
         at = row * num_splits + split
         maximum = tl.max(x)
@@ -179,7 +181,6 @@ class Draw(NamedTuple):
     is_bad: Tensor
     modes: Tensor
     maxima: Tensor  # [rows, splits]
-    values: Tensor
     cuts: Tensor
     splits: int
 
@@ -204,7 +205,7 @@ def compute_logprobs(
     sums = torch.empty(shape, dtype=torch.float32, device=device)
     greater = torch.empty(shape, dtype=torch.int32, device=device)
     best = torch.empty(*shape, num_top, dtype=torch.int64, device=device)
-    drawn = draw or Draw(token_ids, token_ids, maxima, own, token_ids, 1)
+    drawn = draw or Draw(token_ids, token_ids, maxima, token_ids, 1)
     flags = flags or {"has_bias": 0, "has_state": 0, "has_mask": 0}
     constants = {"DRAWN": draw is not None, "VOCAB": vocab, "MAX_SPLITS": tiling.max_splits, "ID_BITS": tiling.id_bits}
     logprob_parts_kernel[shape](
@@ -212,7 +213,6 @@ def compute_logprobs(
         token_ids,
         drawn.modes,
         drawn.maxima,
-        drawn.values,
         drawn.cuts,
         own,
         maxima,
@@ -225,7 +225,7 @@ def compute_logprobs(
         **flags,
         **constants,
         TILE=tiling.tile,
-        num_warps=8,
+        num_warps=4,
         enable_fp_fusion=False,
     )
     logprob_merge_kernel[(rows,)](

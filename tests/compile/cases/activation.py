@@ -1,4 +1,4 @@
-"""silu_mul at the widths of Llama 3.1 8B and 70B and of SmolLM2-135M."""
+"""silu_mul at the widths of Llama 3.1 8B and of SmolLM2-135M."""
 
 from collections.abc import Iterator
 
@@ -9,7 +9,6 @@ from tests.compile.harness import Case
 
 
 def cases() -> Iterator[Case]:
-    shapes = [(size, torch.bfloat16) for size in (14336, 28672, 1536)]
-    for size, dtype in [*shapes, (14336, torch.float16), (14336, torch.float32)]:
+    for size, dtype in ((14336, torch.bfloat16), (1536, torch.bfloat16), (14336, torch.float32)):
         gate_up = torch.empty(64, 2 * size, dtype=dtype, device="meta")
         yield Case(f"silu_mul {size} {str(dtype)[6:]}", lambda x=gate_up: silu_mul(x), wide_loads=("_silu_mul_kernel",))

@@ -15,11 +15,12 @@ def _call(add: bool, hidden: int, dtype: torch.dtype) -> object:
 
 
 def cases() -> Iterator[Case]:
-    shapes = [(hidden, torch.bfloat16) for hidden in (4096, 8192, 16384, 576, 32768)]
-    for hidden, dtype in [*shapes, (4096, torch.float16), (4096, torch.float32)]:
-        for add in (False, True):
-            yield Case(
-                f"{'add_' if add else ''}rms_norm {hidden} {str(dtype)[6:]}",
-                lambda arguments=(add, hidden, dtype): _call(*arguments),
-                wide_loads=("_norm_kernel",),
-            )
+    bf16 = torch.bfloat16
+    shapes = [(True, hidden, bf16) for hidden in (4096, 8192, 576, 32768)]
+    shapes += [(False, 4096, bf16), (False, 16384, bf16), (True, 4096, torch.float32)]
+    for add, hidden, dtype in shapes:
+        yield Case(
+            f"{'add_' if add else ''}rms_norm {hidden} {str(dtype)[6:]}",
+            lambda arguments=(add, hidden, dtype): _call(*arguments),
+            wide_loads=("_norm_kernel",),
+        )
