@@ -109,6 +109,11 @@ def body_too_large(limit: int) -> ApiError:
     )
 
 
+def headers_too_large(limit: int) -> ApiError:
+    message = f"Request is too large: its headers may have {limit} bytes"
+    return ApiError(431, 3006, message, headers={"connection": "close"})
+
+
 def body_too_slow(seconds: float) -> ApiError:
     return ApiError(
         408, 3007, f"Timeout: the body did not arrive within {seconds:g} s", headers={"connection": "close"}

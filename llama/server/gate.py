@@ -17,13 +17,14 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from llama.server.bodies import json_response
 from llama.server.config import ServerConfig
-from llama.server.errors import dialect_of, internal, unauthorized
+from llama.server.errors import ApiError, dialect_of, headers_too_large, internal, unauthorized
 from llama.server.service import Record
 
 logger = logging.getLogger(__name__)
 access = logging.getLogger("llama.access")
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+MAX_HEADER_BYTES = 64 * 1024
 _OPEN_PATHS = frozenset({"/", "/health", "/ready"})
 
 
@@ -50,10 +51,11 @@ class Gate:
             await send(message)
 
         try:
-            if scope["path"] in _OPEN_PATHS or self._is_authorized(headers):
+            refusal = self._refusal(scope, headers)
+            if refusal is None:
                 await self._app(scope, receive, send_on)
             else:
-                refusal = unauthorized()
+                record.code = refusal.code
                 body = refusal.body(dialect_of(scope["path"]))
                 await json_response(body, refusal.status, refusal.headers)(scope, receive, send_on)
         except Exception as error:
@@ -65,9 +67,15 @@ class Gate:
         finally:
             _log(scope, record, status, time.monotonic() - began)
 
+    def _refusal(self, scope: Scope, headers: Headers) -> ApiError | None:
+        # The HTTP parser bounds what is incomplete alone.
+        if sum(len(name) + len(value) for name, value in headers.raw) > MAX_HEADER_BYTES:
+            return headers_too_large(MAX_HEADER_BYTES)
+        if scope["path"] in _OPEN_PATHS or not self._keys or self._is_authorized(headers):
+            return None
+        return unauthorized()
+
     def _is_authorized(self, headers: Headers) -> bool:
-        if not self._keys:
-            return True
         scheme, _, key = headers.get("authorization", "").partition(" ")
         digest = _digest(key.strip())
         # All keys are compared, each in constant time.

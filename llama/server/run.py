@@ -20,12 +20,12 @@ import uvicorn
 from llama.async_llm import AsyncLLM
 from llama.server.app import create_app
 from llama.server.config import ServerConfig
+from llama.server.gate import MAX_HEADER_BYTES
 from llama.server.service import Service
 
 logger = logging.getLogger(__name__)
 
 _BACKLOG = 2048
-_MAX_HEADER_BYTES = 64 * 1024
 _FLUSH_SECONDS = 5  # for answers that are complete to reach their clients
 
 
@@ -60,7 +60,7 @@ class Server(uvicorn.Server):
                 log_config=None,
                 access_log=False,
                 server_header=False,
-                h11_max_incomplete_event_size=_MAX_HEADER_BYTES,
+                h11_max_incomplete_event_size=MAX_HEADER_BYTES,
                 timeout_keep_alive=30,
                 timeout_graceful_shutdown=_FLUSH_SECONDS,
                 backlog=_BACKLOG,

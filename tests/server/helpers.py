@@ -111,8 +111,8 @@ def scripted_llm(**limits) -> tuple[AsyncLLM, ServedEngine]:
 
 
 def real_llm(**arguments) -> AsyncLLM:
-    model = tiny_model(vocab_size=VOCAB_SIZE)
-    return AsyncLLM(model, TOKENIZER, **{"num_blocks": 64, "max_num_seqs": 8, "max_model_len": 256, **arguments})
+    model = tiny_model(vocab_size=VOCAB_SIZE, max_position_embeddings=2048)
+    return AsyncLLM(model, TOKENIZER, **{"num_blocks": 256, "max_num_seqs": 8, **arguments})
 
 
 class Running:

@@ -1,0 +1,250 @@
+"""Keys, limits, disconnects, the queue, draining, the watchdog, logs: what a server owes to those who run it."""
+
+import asyncio
+import json
+import logging
+import socket
+import threading
+import time
+
+import pytest
+
+from tests.server.helpers import NAME, RUN, events_of, running, scripted_llm, user
+
+PATIENCE = 60  # seconds after which a test that waits for something has failed
+
+
+def until(condition):
+    deadline = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def begin(server, body, path=RUN) -> socket.socket:
+    """A request on a socket of its own, whose answer nobody reads yet."""
+    data = json.dumps(body).encode()
+    connection = socket.create_connection(("127.0.0.1", server.port), timeout=PATIENCE)
+    head = f"POST {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: {len(data)}\r\n\r\n"
+    connection.sendall(head.encode() + data)
+    return connection
+
+
+def read_all(connection) -> str:
+    parts = []
+    with connection:
+        while part := connection.recv(65536):
+            parts.append(part)
+    return b"".join(parts).decode()
+
+
+FOREVER = {"prompt": "forever", "max_tokens": 3000}
+
+
+def test_health_readiness_version_metrics(scripted):
+    client = scripted.server.client
+    assert (client.get("/health").status_code, client.get("/ready").status_code) == (200, 200)
+    assert client.get("/version").json()["version"]
+    scripted.run({"prompt": "Hello"})
+    scripted.run({"prompt": "Hello", "temperature": 9})
+    response = client.get("/metrics")
+    assert response.headers["content-type"].startswith("text/plain")
+    lines = dict(line.rsplit(" ", 1) for line in response.text.splitlines() if not line.startswith("#"))
+    label = f'{{model_name="{NAME}"}}'
+    assert float(lines[f"llama_num_requests_running{label}"]) == 0
+    assert float(lines[f"llama_time_to_first_token_seconds_count{label}"]) > 0
+    assert float(lines[f'llama_request_success_total{{finished_reason="stop",model_name="{NAME}"}}']) > 0
+    assert float(lines[f'llama_http_errors_total{{code="5006",model_name="{NAME}",status="400"}}']) > 0
+    names = {line.split("{")[0] for line in lines}
+    for name in ("kv_cache_usage_perc", "num_requests_waiting", "prompt_tokens_total", "prefix_cache_hits_total"):
+        assert f"llama_{name}" in names
+    for name in ("inter_token_latency_seconds", "e2e_request_latency_seconds", "request_generation_tokens"):
+        assert f"llama_{name}_bucket" in names
+
+
+def test_openapi_names_every_route_and_schema(scripted):
+    described = scripted.server.client.get("/openapi.json").json()
+    assert {"/ai/run/{model}", "/v1/chat/completions", "/v1/completions", "/v1/models"} <= described["paths"].keys()
+    schema = described["paths"]["/ai/run/{model}"]["post"]["requestBody"]["content"]["application/json"]["schema"]
+    assert schema["$ref"].removeprefix("#/components/schemas/") in described["components"]["schemas"]
+
+
+def test_request_ids(scripted):
+    given = scripted.run({"prompt": "x"}, headers={"X-Request-Id": "abc-1.2_3"})
+    assert given.headers["x-request-id"] == "abc-1.2_3"
+    made = {scripted.run({"prompt": "x"}, headers={"X-Request-Id": "not\tlegal"}).headers["x-request-id"] for _ in "12"}
+    assert len(made) == 2 and all(len(name) == 32 for name in made)
+
+
+def test_keys():
+    llm, _ = scripted_llm()
+    with running(llm, api_keys=("first", "second")) as server:
+        for headers in (
+            {},
+            {"Authorization": "Bearer wrong"},
+            {"Authorization": "Basic first"},
+            {"Authorization": "first"},
+        ):
+            response = server.run({"prompt": "x"}, headers=headers)
+            assert response.status_code == 401 and response.headers["www-authenticate"] == "Bearer"
+            assert response.json()["errors"] == [{"message": "Authentication error", "code": 10000}]
+            for path in ("/v1/models", "/metrics", "/openapi.json", "/version"):
+                assert server.client.get(path, headers=headers).status_code == 401
+        assert server.client.get("/v1/models").json()["error"]["code"] == "invalid_api_key"
+        for key in ("first", "second"):
+            assert server.run({"prompt": "x"}, headers={"Authorization": f"Bearer {key}"}).status_code == 200
+        assert server.client.get("/health").status_code == server.client.get("/ready").status_code == 200
+
+
+def test_the_access_log_has_no_texts(scripted, caplog):
+    secret = "a very private text"
+    with caplog.at_level(logging.INFO):
+        scripted.run({"prompt": secret}, headers={"X-Request-Id": "logged"})
+        scripted.run({"prompt": "fail", "stream": True})
+        scripted.run({"messages": [user(secret), {"role": secret, "content": secret}]})
+        until(lambda: len([r for r in caplog.records if r.name == "llama.access"]) >= 3)
+    assert secret not in caplog.text
+    lines = [json.loads(record.message) for record in caplog.records if record.name == "llama.access"]
+    (line,) = [line for line in lines if line["request_id"] == "logged"]
+    assert (line["method"], line["path"], line["status"]) == ("POST", RUN, 200)
+    assert line["completion_tokens"] == len(secret) + 1 and line["finish_reasons"] == ["stop"]
+
+
+@pytest.mark.parametrize("body", [FOREVER, FOREVER | {"stream": True}])
+def test_a_client_that_leaves_ends_its_request(scripted, body):
+    scripted.engine.before_step = lambda: time.sleep(0.001)
+    try:
+        connection = begin(scripted.server, body)
+        until(lambda: scripted.engine.running)
+        if body.get("stream"):
+            assert connection.recv(10)
+        connection.close()
+        until(lambda: not scripted.engine.running and scripted.server.llm.num_requests == 0)
+    finally:
+        scripted.engine.before_step = lambda: None
+    assert scripted.run({"prompt": "next"}).json()["result"]["response"] == "next"
+
+
+def test_a_full_queue_answers_at_once():
+    llm, engine = scripted_llm(max_waiting_requests=0)
+    engine.before_step = lambda: time.sleep(0.001)
+    with running(llm) as server:
+        connections = [begin(server, FOREVER) for _ in range(8)]
+        until(lambda: len(engine.running) == 8)
+        response = server.run({"prompt": "x"})
+        assert response.status_code == 429 and int(response.headers["retry-after"]) >= 1
+        assert response.json()["errors"][0]["code"] == 3040
+        response = server.run({"messages": [user("x")]}, path="/v1/chat/completions")
+        assert (response.status_code, response.json()["error"]["code"]) == (429, "rate_limit_exceeded")
+        for connection in connections:
+            connection.close()
+        until(lambda: llm.num_requests == 0)
+        assert server.run({"prompt": "x"}).status_code == 200
+
+
+def test_a_reader_that_stops_reading_is_given_up():
+    llm, engine = scripted_llm(slow_reader_timeout=0.3)
+    engine.before_step = lambda: time.sleep(0.0002)
+    with running(llm, send_timeout=0.3) as server:
+        body = {"messages": [user("x" * 900)], "stream": True, "n": 64, "logprobs": True, "max_tokens": 3000}
+        connection = begin(server, body | {"ignore_eos": False}, "/v1/chat/completions")
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
+        until(lambda: engine.running)
+        until(lambda: llm.num_requests == 0)
+        assert server.run({"prompt": "x"}).status_code == 200
+        connection.close()
+
+
+def test_a_slow_body_and_a_large_header(scripted):
+    llm, _ = scripted_llm()
+    with running(llm, body_timeout=0.2) as server:
+        connection = socket.create_connection(("127.0.0.1", server.port), timeout=PATIENCE)
+        connection.sendall(f"POST {RUN} HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\nabc".encode())
+        answer = b""
+        while b"3007" not in answer:
+            part = connection.recv(65536)
+            assert part
+            answer += part
+        assert b" 408 " in answer.splitlines()[0]
+        connection.close()
+        connection = socket.create_connection(("127.0.0.1", server.port), timeout=PATIENCE)
+        connection.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\nX-Large: " + b"a" * 100_000 + b"\r\n\r\n")
+        # Refused by the gate, or by the HTTP parser if it came in parts.
+        assert read_all(connection).split()[1] in ("431", "400")
+
+
+def test_draining_finishes_what_runs_and_refuses_the_rest():
+    llm, engine = scripted_llm()
+    gate = threading.Event()
+    engine.before_step = lambda: gate.wait(PATIENCE)
+    with running(llm, shutdown_timeout=PATIENCE) as server:
+        connections = [begin(server, {"prompt": f"text {i}", "stream": bool(i % 2)}) for i in range(6)]
+        until(lambda: llm.num_requests == 6)
+        server.stop()
+        until(lambda: llm.is_draining)
+        assert server.client.get("/ready").json() == {"status": "draining"}
+        assert server.client.get("/health").status_code == 200
+        refused = server.run({"prompt": "x"})
+        assert refused.status_code == 503 and "retry-after" in refused.headers
+        gate.set()
+        for i, connection in enumerate(connections):
+            answer = read_all(connection)
+            assert answer.startswith("HTTP/1.1 200")
+            body = answer.split("\r\n\r\n", 1)[1]
+            assert body.rstrip().endswith("data: [DONE]\n\n\r\n0") if i % 2 else f'"response":"text {i}"' in body
+        server.thread.join(PATIENCE)
+
+
+def test_what_outlasts_the_shutdown_ends_with_an_error():
+    llm, engine = scripted_llm()
+    engine.before_step = lambda: time.sleep(0.001)
+    with running(llm, shutdown_timeout=0.2) as server:
+        streamed, plain = begin(server, FOREVER | {"stream": True}), begin(server, FOREVER)
+        until(lambda: len(engine.running) == 2)
+        server.stop()
+        answer = read_all(plain)
+        assert answer.startswith("HTTP/1.1 408") and '"code":3008' in answer
+        answer = read_all(streamed)
+        assert '"code":3008' in answer and "[DONE]" not in answer
+
+
+def test_the_engine_s_death_is_an_internal_error_and_unready():
+    llm, engine = scripted_llm()
+
+    def die():
+        raise RuntimeError("secret internals")
+
+    engine.before_step = die
+    with running(llm) as server:
+        for path, body in ((RUN, {"prompt": "x"}), ("/v1/chat/completions", {"messages": [user("x")]})):
+            response = server.run(body, path=path)
+            assert response.status_code == 500 and "secret" not in response.text
+        assert server.client.get("/ready").json() == {"status": "dead"}
+        assert server.client.get("/health").status_code == 200
+
+
+def test_a_step_that_hangs_is_dumped_and_unready(capfd):
+    llm, engine = scripted_llm()
+    gate = threading.Event()
+    engine.before_step = lambda: gate.wait(PATIENCE)
+    with running(llm, step_deadline=0.1) as server:
+        connection = begin(server, {"prompt": "x"})
+        until(lambda: server.client.get("/ready").status_code == 503)
+        seen = []
+        until(lambda: seen.append(capfd.readouterr().err) or "Thread 0x" in "".join(seen))
+        gate.set()
+        assert "200 OK" in read_all(connection)
+        until(lambda: server.client.get("/ready").status_code == 200)
+
+
+def test_the_event_loop_turns_while_many_stream(scripted):
+    async def main():
+        loop = asyncio.get_running_loop()
+        requests = [
+            loop.run_in_executor(None, scripted.run, {"prompt": f"text {i}", "stream": True}) for i in range(24)
+        ]
+        return await asyncio.gather(*requests)
+
+    for i, response in enumerate(asyncio.run(main())):
+        *texts, _, done = events_of(response.text)
+        assert done == "[DONE]" and "".join(event["response"] for event in texts) == f"text {i}"
