@@ -107,8 +107,9 @@ def _decode(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) 
     """One query per sequence: the heads of a group become the queries of their KV head."""
     sequences, heads, head_dim = q.shape
     kv_heads = k.shape[1]
-    k, v = (x.view(sequences, -1, kv_heads, head_dim).transpose(1, 2) for x in (k, v))
-    grouped = q.unflatten(1, (kv_heads, heads // kv_heads))
+    k = k.view(sequences, -1, kv_heads, head_dim).transpose(1, 2)
+    v = v.view(sequences, -1, kv_heads, head_dim).transpose(1, 2)
+    grouped = q.view(sequences, kv_heads, heads // kv_heads, head_dim)
     return F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask, scale=scale).reshape(q.shape)
 
 
@@ -117,7 +118,7 @@ def _causal(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     queries, heads, head_dim = q.shape
     context, kv_heads = k.shape[:2]
     group = heads // kv_heads
-    q = q.unflatten(1, (kv_heads, group)).permute(1, 2, 0, 3)  # KV heads take the place of a batch
+    q = q.view(queries, kv_heads, group, head_dim).permute(1, 2, 0, 3)  # KV heads take the place of a batch
     k, v = (x.transpose(0, 1)[:, None].expand(-1, group, -1, -1) for x in (k, v))
     if queries == context:
         mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)

@@ -28,37 +28,21 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
 def rope_and_store(
     q: Tensor, k: Tensor, v: Tensor, cos_sin: Tensor, slots: Tensor, k_cache: Tensor, v_cache: Tensor
 ) -> Tensor:
-    cos, sin = cos_sin.to(_wide(q.dtype)).unsqueeze(1).chunk(2, dim=-1)  # [tokens, 1, head_dim / 2]
-    heads = q.shape[1]
-    both = _neighbours(q, k)
-    if both is None:
-        q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
-    else:
-        q, k = _rotate(both, cos, sin).split((heads, k.shape[1]), dim=1)
+    wide = torch.cat((q, k), dim=1).to(_wide(q.dtype))
+    cos, sin = cos_sin.to(wide.dtype).unsqueeze(1).chunk(2, dim=-1)  # [tokens, 1, head_dim / 2]
+    first, second = wide.chunk(2, dim=-1)
+    rotated = torch.empty_like(wide)
+    left, right = rotated.chunk(2, dim=-1)
+    torch.mul(first, cos, out=left).addcmul_(second, sin, value=-1)
+    torch.mul(second, cos, out=right).addcmul_(first, sin)
+    rotated = rotated.to(q.dtype)
+    q, k = rotated[:, : q.shape[1]], rotated[:, q.shape[1] :]
     if -1 in slots.tolist():
         stored = slots >= 0
         slots, k, v = slots[stored], k[stored], v[stored]
     k_cache.flatten(0, 1).index_copy_(0, slots, k)
     v_cache.flatten(0, 1).index_copy_(0, slots, v)
     return q
-
-
-def _neighbours(q: Tensor, k: Tensor) -> Tensor | None:
-    """q and k as one tensor, where they are slices of one projection with k right behind q."""
-    same = q.untyped_storage().data_ptr() == k.untyped_storage().data_ptr() and q.stride() == k.stride()
-    tokens, heads, head_dim = q.shape
-    if not same or q.stride(1) != head_dim or k.storage_offset() != q.storage_offset() + heads * head_dim:
-        return None
-    return q.as_strided((tokens, heads + k.shape[1], head_dim), q.stride(), q.storage_offset())
-
-
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    first, second = x.to(cos.dtype).chunk(2, dim=-1)
-    out = torch.empty(x.shape, dtype=cos.dtype, device=x.device)
-    left, right = out.chunk(2, dim=-1)
-    torch.mul(first, cos, out=left).addcmul_(second, sin, value=-1)
-    torch.mul(second, cos, out=right).addcmul_(first, sin)
-    return out.to(x.dtype)
 
 
 def silu_mul(gate_up: Tensor) -> Tensor:

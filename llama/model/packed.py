@@ -10,7 +10,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-_ROWS = 256  # of the identity, to read a packed weight back
+_LARGEST = torch.finfo(torch.float16).max
+_SMALL_BITS = torch.tensor(2.0**-17, dtype=torch.bfloat16).view(torch.int16).item()
 
 
 class PackedWeight(Protocol):
@@ -70,10 +71,14 @@ class Float16Weight:
     def of(cls, weight: Tensor) -> "Float16Weight | None":
         """None where values are too large for float16, or so many are too small that rounding them might matter."""
         weight = weight.detach()
-        half = weight.half()
-        if not bool(half.isfinite().all()):
+        lowest, highest = weight.aminmax()
+        if not (lowest >= -_LARGEST and highest <= _LARGEST):  # NaN compares false
             return None
-        small = (half.to(weight.dtype) != weight).flatten().nonzero().flatten()
+        if weight.dtype == torch.float16:
+            return cls(weight, torch.empty(0, dtype=torch.int64))
+        # Where 0 < |w| < 2^-17: the bits of a positive bfloat16 grow with its value, and zero's come before them all.
+        magnitude = weight.view(torch.int16) & 0x7FFF
+        small = ((magnitude > 0) & (magnitude < _SMALL_BITS)).flatten().nonzero().flatten()
         return cls(weight, small) if len(small) * 50 <= weight.numel() else None
 
     def __call__(self, x: Tensor) -> Tensor:

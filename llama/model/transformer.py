@@ -74,8 +74,9 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, step: Step, k_cache: Tensor, v_cache: Tensor) -> Tensor:
         batch = step.batch
-        heads = self.qkv_proj(x, step.adapters).unflatten(1, (-1, self.head_dim))  # [tokens, heads, head_dim]
-        q, k, v = heads.split((self.num_heads, self.num_kv_heads, self.num_kv_heads), dim=1)
+        heads = self.num_heads + 2 * self.num_kv_heads
+        qkv = self.qkv_proj(x, step.adapters).view(x.shape[0], heads, self.head_dim)
+        q, k, v = qkv.split((self.num_heads, self.num_kv_heads, self.num_kv_heads), dim=1)
         q = kernels.rope_and_store(q, k, v, step.cos_sin, batch.slots, k_cache, v_cache)
         mixed = kernels.paged_attention(
             q,

@@ -1,0 +1,103 @@
+"""Packed weights: the same products within the dtype's rounding, the same weight back bit for bit, moves and saves."""
+
+import pytest
+import torch
+
+from llama.model import packed
+from llama.model.linear import Linear
+from llama.model.packed import Float16Weight, OneDNNWeight, pack
+from llama.model.transformer import Transformer
+from tests.model.models import hugging_face_weights, tiny_model
+
+TOLERANCES = {torch.float32: 1e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
+
+
+def weight(rows, columns, dtype, scale=0.02):
+    values = torch.randn(rows, columns, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    return (values * scale).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@pytest.mark.parametrize("shape", [(1, 1), (7, 5), (96, 64), (33, 300)], ids=str)
+@pytest.mark.parametrize("tokens", [0, 1, 2, 17])
+def test_products(dtype, shape, tokens):
+    w = weight(*shape, dtype)
+    x = weight(tokens, shape[1], dtype, scale=1.0)
+    result = pack(w)(x)
+    assert result.dtype == dtype
+    expected = x.double() @ w.double().T
+    bound = TOLERANCES[dtype] * (x.double().abs() @ w.double().abs().T)
+    assert result.shape == expected.shape
+    assert bool(((result.double() - expected).abs() <= bound).all())
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+def test_the_weight_comes_back_bit_for_bit(dtype):
+    w = weight(64, 96, dtype)
+    w[3, :5] = torch.tensor([0.0, 2.0**-17, -(2.0**-18) * 1.5, 3e-9, -1e-7], dtype=dtype)
+    assert torch.equal(pack(w).dense(), w)
+
+
+def test_forms_of_16_bit_weights():
+    """The one for CPUs that do not compute in bfloat16, whatever this machine is."""
+    w = weight(64, 96, torch.bfloat16)
+    form = Float16Weight.of(w)
+    assert torch.equal(form.dense(), w)
+    x = weight(3, 96, torch.bfloat16, scale=1.0)
+    torch.testing.assert_close(form(x), x @ w.T, atol=4e-3, rtol=2e-2)
+
+
+@pytest.mark.parametrize("value", [7e4, -7e4, float("inf"), float("nan")])
+def test_what_float16_cannot_hold_stays_plain(value):
+    w = weight(8, 8, torch.bfloat16)
+    w[2, 2] = value
+    assert Float16Weight.of(w) is None
+
+
+def test_many_tiny_weights_stay_plain():
+    assert Float16Weight.of(weight(8, 8, torch.bfloat16, scale=1e-6)) is None
+
+
+def test_float64_and_other_devices_stay_plain():
+    assert pack(weight(4, 4, torch.float64)) is None
+    assert pack(torch.empty(4, 4, device="meta")) is None
+
+
+def test_without_the_libraries_weights_stay_plain(monkeypatch):
+    monkeypatch.setattr(packed.torch.backends.mkldnn, "is_available", lambda: False)
+    assert pack(weight(4, 4, torch.float32)) is None
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_prepared_model_is_the_same_model(dtype, tied, tmp_path):
+    plain, prepared = (tiny_model(dtype=dtype, tie_word_embeddings=tied) for _ in range(2))
+    prepared.prepare()
+    prepared.prepare()
+    linears = [module for module in prepared.modules() if isinstance(module, Linear)]
+    assert all(isinstance(linear.packed, OneDNNWeight | Float16Weight) for linear in linears)
+    assert all(linear.weight is None for linear in linears)
+
+    ids = torch.arange(30)[None]
+    expected = plain.logits(ids)
+    bound = {torch.float32: 1e-5, torch.float16: 0.02, torch.bfloat16: 0.2}[dtype] * expected.abs().max()
+    assert (prepared.logits(ids) - expected).abs().max() <= bound
+
+    wanted = hugging_face_weights(plain)
+    for name, tensor in hugging_face_weights(prepared).items():
+        assert torch.equal(tensor, wanted[name]), name
+    for name, tensor in prepared.state_dict().items():
+        assert torch.equal(tensor, plain.state_dict()[name]), name
+    prepared.save_pretrained(tmp_path / "new")
+    loaded = Transformer.from_pretrained(tmp_path / "new")
+    assert torch.equal(loaded.logits(ids), expected)
+
+
+def test_a_cast_undoes_it():
+    model = tiny_model(dtype=torch.float32, tie_word_embeddings=True)
+    model.prepare()
+    model = model.double()
+    assert model.lm_head.weight is model.embed_tokens.weight
+    expected = tiny_model(dtype=torch.float32, tie_word_embeddings=True).double()
+    ids = torch.arange(10)[None]
+    assert torch.equal(model.logits(ids), expected.logits(ids))
