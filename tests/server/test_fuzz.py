@@ -1,0 +1,128 @@
+"""Bad requests at random: never a 5xx, never a hanging request, the engine as good as before.
+
+In process, without a socket: what is sent to the parser of HTTP itself is the parser's business.
+"""
+
+import asyncio
+import json
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from llama.server.app import create_app
+from llama.server.config import ServerConfig
+from llama.server.schemas.cloudflare import RunRequest
+from llama.server.schemas.openai import ChatRequest, CompletionRequest
+from llama.server.service import Service
+from tests.server.helpers import NAME, RUN, real_llm
+
+ROUTES = {RUN: RunRequest, "/v1/chat/completions": ChatRequest, "/v1/completions": CompletionRequest}
+FINE = {
+    RUN: {"prompt": "x", "max_tokens": 1},
+    "/v1/chat/completions": {"messages": [{"role": "user", "content": "x"}], "max_tokens": 1},
+    "/v1/completions": {"prompt": "x", "max_tokens": 1},
+}
+NUMBERS = st.one_of(
+    st.integers(-3, 3),
+    st.sampled_from([2**31, 2**63, -(2**63), 10**30, 10**400, 1e308, -1e308, 0.5, 5e-324]),
+    st.floats(allow_nan=False, allow_infinity=False),
+)
+TEXTS = st.one_of(
+    st.text(max_size=12),
+    st.sampled_from(["", "user", "assistant", "tool", "system", "auto", "required", "json_object", "text", "function"]),
+    st.sampled_from(["<|eot_id|>", "\x00", "\ud7ff", "🙂", "{{ 1 }}", "../..", NAME]),
+)
+KEYS = st.one_of(
+    st.sampled_from(["role", "content", "type", "text", "name", "function", "parameters", "arguments", "tool_calls"]),
+    st.sampled_from(["json_schema", "schema", "regex", "properties", "items", "enum", "$ref", "anyOf", "65", "-1"]),
+    st.text(max_size=5),
+)
+VALUES = st.recursive(
+    st.one_of(st.none(), st.booleans(), NUMBERS, TEXTS),
+    lambda inner: st.one_of(st.lists(inner, max_size=4), st.dictionaries(KEYS, inner, max_size=4)),
+    max_leaves=8,
+)
+
+
+@st.composite
+def requests(draw):
+    """(path, bytes): a fine request with some of its fields replaced, or bytes that are no request at all."""
+    path = draw(st.sampled_from(sorted(ROUTES)))
+    if draw(st.integers(0, 19)) == 0:
+        return path, draw(st.one_of(st.binary(max_size=40), VALUES.map(lambda value: json.dumps(value).encode())))
+    fields = st.one_of(st.sampled_from(sorted(ROUTES[path].model_fields)), KEYS)
+    return path, json.dumps(FINE[path] | draw(st.dictionaries(fields, VALUES, min_size=1, max_size=3))).encode()
+
+
+class Process:
+    """The application with an engine of its own, called without a socket."""
+
+    def __init__(self) -> None:
+        self.llm = real_llm(max_num_seqs=64, max_model_len=128)
+        self.app = create_app(Service(self.llm, ServerConfig(model_names=(NAME,))))
+        self.loop = asyncio.new_event_loop()
+
+    def post(self, path: str, body: bytes) -> int:
+        return self.loop.run_until_complete(asyncio.wait_for(self._post(path, body), 60))
+
+    async def _post(self, path: str, body: bytes) -> int:
+        sent, status = False, 0
+        done = asyncio.Event()
+
+        async def receive():
+            nonlocal sent
+            if sent:
+                await done.wait()
+                return {"type": "http.disconnect"}
+            sent = True
+            return {"type": "http.request", "body": body, "more_body": False}
+
+        async def send(message):
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+
+        headers = [(b"content-length", str(len(body)).encode())]
+        scope = {"type": "http", "method": "POST", "path": path, "raw_path": path.encode(), "query_string": b""}
+        scope |= {"headers": headers, "scheme": "http", "http_version": "1.1", "server": ("x", 80), "root_path": ""}
+        await self.app(scope, receive, send)
+        done.set()
+        return status
+
+    def close(self) -> None:
+        self.loop.run_until_complete(self.llm.close())
+        self.loop.close()
+
+
+@pytest.fixture(scope="module")
+def process():
+    made = Process()
+    yield made
+    for path, body in FINE.items():
+        assert made.post(path, json.dumps(body).encode()) == 200
+    assert made.llm.num_requests == 0 and made.llm.metrics().num_used_blocks == 0
+    made.llm.llm.engine.check()
+    made.close()
+
+
+def check(process, request):
+    path, body = request
+    status = process.post(path, body)
+    assert status in (200, 400, 404, 405, 413), (status, path, body)
+
+
+CHECKS = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture, HealthCheck.data_too_large]
+
+
+@settings(max_examples=500, suppress_health_check=CHECKS)
+@given(requests())
+def test_bad_requests(process, request_):
+    check(process, request_)
+
+
+@pytest.mark.slow
+@settings(max_examples=20_000, suppress_health_check=CHECKS)
+@given(requests())
+def test_many_bad_requests(process, request_):
+    check(process, request_)
