@@ -1,5 +1,7 @@
 """Rows for the sampling ops out of plain dicts, for the tests of every tier. Needs torch alone."""
 
+import math
+
 import torch
 
 from kernels.types import LOGPROBS_OFF, LOGPROBS_PROCESSED, LOGPROBS_RAW, SamplerRows, SamplerState
@@ -77,3 +79,16 @@ def make_state(vocab: int, slots: list[tuple[list[int], list[int]]], device="cpu
     for slot, (prompt, generated) in enumerate(slots):
         state.rebuild(slot, prompt, generated)
     return state
+
+
+def gumbel(token: int, key: tuple[int, int]) -> float:
+    """The noise of a token under a row's key words, in Python's own integers and floats."""
+
+    def lowbias32(x: int) -> int:
+        x = (x ^ (x >> 16)) * 0x7FEB352D % 2**32
+        x = (x ^ (x >> 15)) * 0x846CA68B % 2**32
+        return x ^ (x >> 16)
+
+    low, high = (word % 2**32 for word in key)
+    bits = lowbias32(lowbias32(token ^ low) ^ high) >> 8
+    return -math.log(-math.log(max(bits, 1) * 2.0**-24))
