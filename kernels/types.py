@@ -84,7 +84,8 @@ class SamplerState:
 
     def reset(self, slot: int, prompt_token_ids: Sequence[int] | torch.Tensor) -> None:
         """Starts a sequence in `slot`: its prompt seen, nothing generated."""
-        ids = self._ids(prompt_token_ids).unique()  # each token once, so that adding its bit is setting it
+        # Each token once, so that adding its bit is setting it; told apart before they are sent, as nobody waits then.
+        ids = self._ids(torch.as_tensor(prompt_token_ids, dtype=torch.int64).unique())
         bits = (1 << (ids % 32)).to(torch.int32)
         self.prompt_mask[slot] = 0
         self.prompt_mask[slot].index_add_(0, ids // 32, bits)
@@ -104,4 +105,4 @@ class SamplerState:
         self.counts[slot].index_add_(0, ids, torch.ones_like(ids, dtype=torch.int32))
 
     def _ids(self, token_ids: Sequence[int] | torch.Tensor) -> torch.Tensor:
-        return torch.as_tensor(token_ids, dtype=torch.int64, device=self.counts.device)
+        return torch.as_tensor(token_ids, dtype=torch.int64).to(self.counts.device, non_blocking=True)

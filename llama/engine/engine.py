@@ -131,7 +131,7 @@ class Engine:
             )
             num_blocks = kv.num_blocks
             sizes = {name: getattr(config, name) for name in ("max_num_seqs", "max_model_len", "max_loras")}
-            runner = Runner(model, kv, eos_token_ids=eos_token_ids, **sizes)
+            runner = Runner(model, kv, eos_token_ids=eos_token_ids, enforce_eager=config.enforce_eager, **sizes)
         elif num_blocks is None:
             raise ValueError("num_blocks must be given with a runner")
         self.runner = runner
@@ -152,12 +152,14 @@ class Engine:
         self._death: str | None = None
 
     def _fitting_blocks(self, model: Transformer, most: int) -> int:
+        config = self.config
         return fitting_blocks(
-            model.config,
-            block_size=self.config.block_size,
-            dtype=model.dtype,
-            device=model.device,
-            gpu_memory_utilization=self.config.gpu_memory_utilization,
+            model,
+            block_size=config.block_size,
+            gpu_memory_utilization=config.gpu_memory_utilization,
+            max_num_batched_tokens=config.max_num_batched_tokens,
+            max_num_seqs=config.max_num_seqs,
+            has_graphs=not config.enforce_eager,
             most=most,
         )
 

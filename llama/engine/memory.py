@@ -1,18 +1,26 @@
-"""How many KV blocks fit into the memory that is really free."""
+"""How many KV blocks fit into the memory that is really free, and what steps need of it beside them."""
 
 import logging
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
-from llama.model.config import ModelConfig
+import kernels
+from kernels.types import LOGPROBS_PROCESSED, SamplerRows, SamplerState
+from llama.engine.params import MAX_LOGPROBS
+from llama.model.batch import Batch
 from llama.model.kv_cache import KVCache
+from llama.model.transformer import Transformer
 
 logger = logging.getLogger(__name__)
 
 # Of the free RAM when the engine starts. The rest is for activations, the page cache and everybody else; pages of the
 # cache that were never written cost nothing.
 CPU_FRACTION = 0.4
+# Logits of a prompt are scored in pieces: a full [tokens, vocab] tensor of a long prompt would take gigabytes.
+SCORED_LOGITS_BYTES = 32 << 20
 
 
 def free_cpu_bytes() -> int:
@@ -36,21 +44,121 @@ def free_cuda_bytes(device: torch.device, utilization: float) -> int:
     return int(total * utilization) - (total - free)
 
 
+def num_scored_rows(vocab_size: int) -> int:
+    """Tokens of a prompt that are scored in one piece."""
+    return max(1, SCORED_LOGITS_BYTES // (8 * vocab_size))
+
+
+def _rows_with_everything(count: int, vocab_size: int, device: torch.device, dtype: torch.dtype) -> SamplerRows:
+    """Rows to sample that use every rule and want log-probabilities, each with a penalty state of its own."""
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+
+    def full(value: float, dtype: torch.dtype = wide) -> torch.Tensor:
+        return torch.full((count,), value, dtype=dtype, device=device)
+
+    return SamplerRows(
+        slots=torch.arange(count, dtype=torch.int32, device=device),
+        keys=torch.zeros(count, 2, dtype=torch.int32, device=device),
+        temperature=full(1.0),
+        top_p=full(0.9),
+        top_k=full(max(1, vocab_size // 2), torch.int32),
+        min_p=full(0.001),
+        repetition_penalty=full(1.1),
+        frequency_penalty=full(0.1),
+        presence_penalty=full(0.1),
+        logprobs_modes=full(LOGPROBS_PROCESSED, torch.int8),
+        mask=torch.full((count, -(-vocab_size // 32)), -1, dtype=torch.int32, device=device),
+        num_logprobs=min(MAX_LOGPROBS, vocab_size),
+        any_penalty=True,
+        any_filter=True,
+        any_processed=True,
+    )
+
+
+@torch.inference_mode()
+def worst_step(model: Transformer, *, num_tokens: int, num_samples: int, block_size: int, is_decode: bool) -> None:
+    """A step as large as any: one prompt of num_tokens, or num_samples decodes, and every row sampled by every rule.
+
+    How much memory attention takes depends on the number of tokens and not on what they see: all K and V are those of
+    a single block, which nothing is stored to.
+    """
+    device, vocab_size = model.device, model.config.vocab_size
+    kv = KVCache(model.config, 1, block_size, dtype=model.dtype, device=device)
+    kv.data.zero_()
+    seqs, tokens = (num_samples, num_samples) if is_decode else (1, num_tokens)
+    query_len = tokens // seqs
+    batch = Batch(
+        token_ids=torch.zeros(tokens, dtype=torch.int64, device=device),
+        positions=torch.zeros(tokens, dtype=torch.int64, device=device),
+        slots=torch.full((tokens,), -1, dtype=torch.int64, device=device),
+        query_starts=torch.arange(0, tokens + 1, query_len, dtype=torch.int32, device=device),
+        context_lens=torch.full((seqs,), query_len, dtype=torch.int32, device=device),
+        block_tables=torch.zeros(seqs, -(-query_len // block_size), dtype=torch.int32, device=device),
+        num_decodes=seqs if query_len == 1 else 0,
+        max_query_len=query_len,
+        max_context_len=query_len,
+    )
+    hidden = model.hidden(batch, kv)
+    logits = model.head(hidden, batch, torch.zeros(num_samples, dtype=torch.int64, device=device))
+    state = SamplerState(num_samples, vocab_size, device)
+    kernels.sample(logits, _rows_with_everything(num_samples, vocab_size, device, model.dtype), state)
+    if not is_decode:
+        scored = torch.zeros(num_scored_rows(vocab_size), dtype=torch.int64, device=device)
+        kernels.token_logprobs(model.head(hidden, batch, scored), scored, min(MAX_LOGPROBS, vocab_size))
+
+
+def peak_cuda_bytes(device: torch.device, run: Callable[[], None]) -> int:
+    """What the allocator takes from the device at most while `run` runs, beside what it had. Kernels stay compiled."""
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_reserved(device)
+    run()
+    torch.cuda.synchronize(device)
+    peak = torch.cuda.max_memory_reserved(device) - before
+    torch.cuda.empty_cache()
+    return peak
+
+
+def bytes_of_steps(
+    model: Transformer, *, max_num_batched_tokens: int, max_num_seqs: int, block_size: int, has_graphs: bool
+) -> int:
+    """Memory that steps take on a CUDA device. The graphs of decodes keep theirs to themselves."""
+    started = time.monotonic()
+    sizes = {"num_tokens": max_num_batched_tokens, "num_samples": max_num_seqs, "block_size": block_size}
+    with torch.cuda.device(model.device):
+        total = peak_cuda_bytes(model.device, lambda: worst_step(model, is_decode=False, **sizes))
+        if has_graphs:
+            total += peak_cuda_bytes(model.device, lambda: worst_step(model, is_decode=True, **sizes))
+            total += max_num_seqs * model.config.vocab_size * model.dtype.itemsize  # logits between model and sampler
+    logger.info("memory profile: steps take up to %.2f GiB (%.2f s)", total / 2**30, time.monotonic() - started)
+    return total
+
+
 def fitting_blocks(
-    config: ModelConfig,
+    model: Transformer,
     *,
     block_size: int,
-    dtype: torch.dtype,
-    device: torch.device,
     gpu_memory_utilization: float,
+    max_num_batched_tokens: int,
+    max_num_seqs: int,
+    has_graphs: bool,
     most: int,
 ) -> int:
     """Blocks that fit, `most` at most: more than all sequences together can fill are of no use. MemoryError if none."""
-    if device.type == "cuda":
-        free, share = free_cuda_bytes(device, gpu_memory_utilization), f"{gpu_memory_utilization:.0%} of the device"
+    if model.device.type == "cuda":
+        # Measured first: kernels and libraries that it loads take memory too, and are then among what is not free.
+        steps = bytes_of_steps(
+            model,
+            max_num_batched_tokens=max_num_batched_tokens,
+            max_num_seqs=max_num_seqs,
+            block_size=block_size,
+            has_graphs=has_graphs,
+        )
+        free = free_cuda_bytes(model.device, gpu_memory_utilization) - steps
+        share = f"{gpu_memory_utilization:.0%} of the device"
     else:
         free, share = int(free_cpu_bytes() * CPU_FRACTION), f"{CPU_FRACTION:.0%} of the free memory"
-    per_block = KVCache.bytes_per_block(config, block_size, dtype)
+    per_block = KVCache.bytes_per_block(model.config, block_size, model.dtype)
     blocks = min(free // per_block, most)
     if blocks < 1:
         raise MemoryError(f"one KV block takes {per_block} bytes, but only {max(0, free)} are free ({share})")

@@ -1,27 +1,30 @@
 """Runner: plans into tokens. It owns the model, its KV cache and what is kept per row on the device.
 
 A plan goes to the device as a Batch, through the model, and its logits through the sampler. Sampled tokens stay on the
-device as their row's last token, where the next plan finds them; the host gets a small copy.
+device as their row's last token, where the next plan finds them; the host gets a small copy. On CUDA `launch` waits for
+nothing, so that the host prepares a step while the device computes the one before, and decodes run as graphs.
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 import kernels
-from kernels.types import Logprobs
-from llama.engine.plan import LogprobArrays, Plan, StepResult
+from llama.engine.decodes import GraphedDecodes, fetched, packed
+from llama.engine.graphs import CudaRecord, Record
+from llama.engine.memory import num_scored_rows
+from llama.engine.plan import Ints, LogprobArrays, Plan, StepResult
 from llama.engine.request import SamplingParams
 from llama.engine.sampler import SamplerTable
+from llama.engine.transfer import Packed, to_device
 from llama.model.batch import Batch
 from llama.model.kv_cache import KVCache
 from llama.model.lora import LoraSlots
 from llama.model.transformer import Transformer
-
-# Logits of a prompt are scored in pieces: a full [tokens, vocab] tensor of a long prompt would take gigabytes.
-SCORED_LOGITS_BYTES = 32 << 20
 
 
 class Runner:
@@ -34,44 +37,67 @@ class Runner:
         max_model_len: int,
         max_loras: int = 0,
         eos_token_ids: frozenset[int] = frozenset(),
+        enforce_eager: bool = False,
+        record: Record | None = None,
     ) -> None:
+        """`record` makes the graphs that decodes run as; None = CUDA's on CUDA, unless `enforce_eager`, else none."""
         self.model = model
         self.kv = kv
         self.block_size = kv.block_size
         self.device = model.device
         self.vocab_size = model.config.vocab_size
-        self.lag = 0
+        self.lag = 1 if self.device.type == "cuda" else 0
         self._adapters = LoraSlots(model, max_loras)
-        # Block tables are kept where they are needed: here to find slots, on the device for attention.
-        self._table = np.zeros((max_num_seqs, -(-max_model_len // kv.block_size)), np.int32)
+        # Block tables are kept where they are needed: here to find slots, on the device for attention. The last row is
+        # nobody's: padding reads and writes it.
+        self._table = np.zeros((max_num_seqs + 1, -(-max_model_len // kv.block_size)), np.int32)
         self._device_table = torch.from_numpy(self._table).to(self.device)
-        self._last_tokens = torch.zeros(max_num_seqs, dtype=torch.int64, device=self.device)
+        self._last_tokens = torch.zeros(max_num_seqs + 1, dtype=torch.int64, device=self.device)
         self._sampler = SamplerTable(
             max_num_seqs, self.vocab_size, eos_token_ids, device=self.device, dtype=model.dtype
         )
-        self._scored_rows = max(1, SCORED_LOGITS_BYTES // (8 * self.vocab_size))
-
-    def launch(self, plan: Plan) -> Callable[[], StepResult]:
-        """Compute one step -> what waits for its result."""
-        result = self._execute(plan)
-        return lambda: result
+        self._scored_rows = num_scored_rows(self.vocab_size)
+        self._decodes: GraphedDecodes | None = None
+        if record is None and self.device.type == "cuda" and not enforce_eager:
+            record = CudaRecord(self.device)
+        if record is not None:
+            self._decodes = GraphedDecodes(
+                model,
+                kv,
+                adapters=self._adapters,
+                sampler=self._sampler,
+                table=self._device_table,
+                last_tokens=self._last_tokens,
+                record=record,
+            )
 
     @torch.inference_mode()
-    def _execute(self, plan: Plan) -> StepResult:
-        for adapter in plan.adapters:
-            self._adapters.put(adapter.slot, adapter.content)
-        self._take_over_rows(plan)
+    def launch(self, plan: Plan) -> Callable[[], StepResult]:
+        """Set the device to one step -> what waits for its result."""
+        with torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext():
+            for adapter in plan.adapters:
+                self._adapters.put(adapter.slot, adapter.content)
+            self._take_over_rows(plan)
+            if self._decodes is not None and self._decodes.takes(plan):
+                return self._decodes.launch(plan, self._kv_slots(plan.rows, plan.context_lens - 1))
+            return self._compute(plan)
+
+    def _compute(self, plan: Plan) -> Callable[[], StepResult]:
         batch = self._batch(plan)
-        hidden = None
-        if plan.prompt_sources is None and len(plan.sample_rows):
-            logits = self.model(batch, self.kv)
-        else:
-            hidden = self.model.hidden(batch, self.kv)
-            logits = self.model.head(hidden, batch, self._on_device(plan.sample_sources))
-        result = self._sample(plan, logits)
+        hidden = self.model.hidden(batch, self.kv)
+        draws = self._draw(plan, batch, hidden)
         self.kv.copy_blocks([(source, target) for source, target in plan.copies.tolist()])
-        if hidden is not None and plan.prompt_sources is not None:
-            return result._replace(prompt_logprobs=self._score(plan, batch, hidden))
+        scores = [] if plan.prompt_sources is None else self._score(plan, batch, hidden)
+        result_of, scores_of = fetched(draws, len(plan.sample_rows)), [part.fetch() for part in scores]
+
+        def result() -> StepResult:
+            drawn = result_of()
+            if not scores_of:
+                return drawn
+            parts = [wait() for wait in scores_of]
+            logprobs = LogprobArrays(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
+            return drawn._replace(prompt_logprobs=logprobs)
+
         return result
 
     def validate(self, params: SamplingParams) -> None:
@@ -93,7 +119,8 @@ class Runner:
         if len(rows):
             self._table[rows, columns] = blocks
             if self.device.type != "cpu":  # there both tables are one
-                self._device_table[self._on_device(rows), self._on_device(columns)] = self._on_device(blocks, np.int32)
+                updates = self._on_device(plan.table_updates)
+                self._device_table.index_put_((updates[0], updates[1]), updates[2].int())
         for join in plan.joins:
             self._sampler.set_row(join.row, join.params, join.seed, join.prompt, join.output_token_ids)
 
@@ -111,15 +138,13 @@ class Runner:
             token_ids = self._on_device(plan.token_ids)
             decoding = self._on_device(rows[: plan.num_decodes])
             token_ids[: plan.num_decodes] = self._last_tokens[decoding]
-        slots = self._table[rows, positions // self.block_size].astype(np.int64) * self.block_size
-        slots += positions % self.block_size
         longest = int(contexts.max())
         samples_all = len(plan.sample_sources) == plan.num_tokens and plan.num_decodes == len(lens)
         slot_of_token = None if plan.adapter_slots is None else np.repeat(plan.adapter_slots, lens)
         return Batch(
             token_ids=token_ids,
             positions=self._on_device(positions),
-            slots=self._on_device(slots),
+            slots=self._on_device(self._kv_slots(rows, positions)),
             query_starts=self._on_device(starts, np.int32),
             context_lens=self._on_device(contexts, np.int32),
             block_tables=self._device_table[self._on_device(plan.rows), : -(-longest // self.block_size)],
@@ -131,29 +156,32 @@ class Runner:
             adapters=self._adapters,
         )
 
-    def _sample(self, plan: Plan, logits: Tensor) -> StepResult:
+    def _kv_slots(self, rows: Ints, positions: Ints) -> NDArray[np.int64]:
+        """Where in the cache the tokens at these positions of these rows are."""
+        blocks = self._table[rows, positions // self.block_size].astype(np.int64)
+        return blocks * self.block_size + positions % self.block_size
+
+    def _draw(self, plan: Plan, batch: Batch, hidden: Tensor) -> Packed:
+        """Draw the plan's samples and keep them for the next step."""
         if not len(plan.sample_rows):
-            return StepResult(np.zeros(0, np.int64), np.zeros(0, np.bool_))
+            nothing = torch.empty(0, dtype=torch.int64, device=self.device)
+            return Packed.of((nothing, nothing.bool()))
+        logits = self.model.head(hidden, batch, batch.logit_rows)
         rows = self._sampler.rows(plan.sample_rows, plan.sample_positions, plan.masks)
         sampled = kernels.sample(logits, rows, self._sampler.state)
-        self._last_tokens[self._on_device(plan.sample_rows)] = sampled.token_ids
-        logprobs = None if sampled.logprobs is None else _on_host(sampled.logprobs)
-        return StepResult(sampled.token_ids.cpu().numpy(), sampled.is_bad.cpu().numpy(), logprobs)
+        self._last_tokens.index_copy_(0, self._on_device(plan.sample_rows), sampled.token_ids)
+        return packed(sampled)
 
-    def _score(self, plan: Plan, batch: Batch, hidden: Tensor) -> LogprobArrays:
+    def _score(self, plan: Plan, batch: Batch, hidden: Tensor) -> list[Packed]:
         """Log-probabilities of the prompt's tokens, a bounded number of rows of logits at a time."""
         sources, targets = self._on_device(plan.prompt_sources), self._on_device(plan.prompt_targets)
         parts = []
         for some, wanted in zip(sources.split(self._scored_rows), targets.split(self._scored_rows), strict=True):
             logits = self.model.head(hidden, batch, some)
-            parts.append(_on_host(kernels.token_logprobs(logits, wanted, plan.num_prompt_logprobs)))
-        return LogprobArrays(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
+            scores = kernels.token_logprobs(logits, wanted, plan.num_prompt_logprobs)
+            parts.append(Packed.of((scores.logprob, scores.rank, scores.top_ids, scores.top_logprobs)))
+        return parts
 
     def _on_device(self, array: np.ndarray, dtype: type = np.int64) -> Tensor:
-        """A tensor of its own: plans share arrays, and a tensor that aliased one could change it."""
-        return torch.from_numpy(array.astype(dtype)).to(self.device)
-
-
-def _on_host(logprobs: Logprobs) -> LogprobArrays:
-    tensors = (logprobs.logprob, logprobs.rank, logprobs.top_ids, logprobs.top_logprobs)
-    return LogprobArrays(*(tensor.cpu().numpy() for tensor in tensors))
+        """Plans share arrays, and a tensor that aliased one could change it: this one does not."""
+        return to_device(array, self.device, dtype)

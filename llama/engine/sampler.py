@@ -6,8 +6,8 @@ Seeds end here: the ops see two key words per row, mixed from (seed, position).
 """
 
 import secrets
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from kernels.types import LOGPROBS_OFF, LOGPROBS_PROCESSED, LOGPROBS_RAW, SamplerRows, SamplerState
 from llama.engine.request import MAX_SEED, SamplingParams
+from llama.engine.transfer import to_device
 
 _MASK64 = 2**64 - 1
 _GOLDEN = 0x9E3779B97F4A7C15
@@ -72,6 +73,30 @@ def _splitmix64(z: NDArray[np.uint64]) -> None:
     z ^= z >> np.uint64(31)
 
 
+class Flags(NamedTuple):
+    """What SamplerRows knows of its tensors' content."""
+
+    num_logprobs: int = -1
+    any_penalty: bool = False
+    any_filter: bool = False
+    all_greedy: bool = True
+    any_processed: bool = False
+
+
+# What a row that is drawn for nobody is to hold: greedy, every rule off.
+_PADDING = {
+    "temperature": 0,
+    "top_p": 1,
+    "min_p": 0,
+    "repetition_penalty": 1,
+    "frequency_penalty": 0,
+    "presence_penalty": 0,
+    "slots": -1,
+    "top_k": 0,
+    "logprobs_modes": LOGPROBS_OFF,
+}
+
+
 class SamplerTable:
     """One entry per row of the engine, and the penalty state of the rows that need one.
 
@@ -107,7 +132,11 @@ class SamplerTable:
         self._chosen_seeds = self._seeds[:0]
         self._chosen_ban_until: NDArray[np.int64] | None = None  # None: stop ids are banned in none of them
         self._chosen_bans: bytes | None = None
-        self._chosen: dict[str, Any] = {}
+        self._chosen_entries = self._entries[:0]
+        self._flags = Flags()
+        self._tensors: dict[str, torch.Tensor] | None = None
+        self._bias_tensors: dict[str, torch.Tensor | None] = {}
+        self._written: NDArray[Any] | None = None  # the entries that the arrays of `write` hold
 
     def validate(self, params: SamplingParams) -> None:
         """Raises ValueError for a token id that the vocabulary does not have."""
@@ -162,32 +191,63 @@ class SamplerTable:
 
         masks [rows, ceil(vocab / 32)] are grammar bit masks, all bits set for rows without a grammar.
         """
-        if row_ids.tobytes() != self._chosen_ids:
-            self._choose(row_ids)
-        if self._chosen_ban_until is not None:
-            self._set_bias(row_ids, positions < self._chosen_ban_until)
-        keys = self._to_device(noise_keys(self._chosen_seeds, positions))
-        mask = None if masks is None else self._to_device(masks)
-        return SamplerRows(keys=keys, mask=mask, **self._chosen)
+        self._choose(row_ids, positions)
+        if self._tensors is None:
+            entries = self._chosen_entries
+            self._tensors = {name: to_device(entries[name], self._device) for name in entries.dtype.names or ()}
+        keys = to_device(noise_keys(self._chosen_seeds, positions), self._device)
+        mask = None if masks is None else to_device(masks, self._device)
+        return SamplerRows(keys=keys, mask=mask, **self._tensors, **self._bias_tensors, **self._flags._asdict())
 
-    def _choose(self, row_ids: NDArray[np.integer[Any]]) -> None:
-        """Makes all tensors that stay while the same rows are asked for."""
-        entries = self._entries[row_ids]
-        names = entries.dtype.names or ()
-        self._chosen = {name: self._to_device(entries[name].copy()) for name in names}
-        self._chosen |= {
-            "num_logprobs": int(self._num_logprobs[row_ids].max(initial=-1)),
-            "any_penalty": bool((entries["slots"] >= 0).any()),
-            "any_filter": bool(((entries["top_k"] > 0) | (entries["top_p"] < 1) | (entries["min_p"] > 0)).any()),
-            "all_greedy": not entries["temperature"].any(),
-            "any_processed": bool((entries["logprobs_modes"] == LOGPROBS_PROCESSED).any()),
-        }
-        self._chosen_seeds = self._seeds[row_ids]
-        ban_until = self._ban_until[row_ids]
-        self._chosen_ban_until = ban_until if ban_until.any() else None
-        self._chosen_bans = None
-        self._set_bias(row_ids, np.zeros(len(row_ids), np.bool_))
-        self._chosen_ids = row_ids.tobytes()
+    @property
+    def fields(self) -> dict[str, tuple[tuple[int, ...], Any]]:
+        """Shape of one row and dtype of the arrays that `write` fills."""
+        dtypes = self._entries.dtype
+        return {"keys": ((2,), np.int32)} | {name: ((), dtypes[name].type) for name in dtypes.names or ()}
+
+    def write(
+        self,
+        row_ids: NDArray[np.integer[Any]],
+        positions: NDArray[np.integer[Any]],
+        arrays: Mapping[str, NDArray[Any]],
+    ) -> Flags | None:
+        """Put what `rows` would hold into arrays that are the same in every call; behind it they hold padding rows.
+
+        None if some row has a bias, which has no fixed place: then only `rows` can tell.
+        """
+        self._choose(row_ids, positions)
+        if self._bias_tensors["bias_ids"] is not None:
+            return None
+        count = len(row_ids)
+        if self._written is not self._chosen_entries:
+            for name, neutral in _PADDING.items():
+                arrays[name][:count] = self._chosen_entries[name]
+                arrays[name][count:] = neutral
+            self._written = self._chosen_entries
+        arrays["keys"][:count] = noise_keys(self._chosen_seeds, positions)
+        return self._flags
+
+    def _choose(self, row_ids: NDArray[np.integer[Any]], positions: NDArray[np.integer[Any]]) -> None:
+        """Look up all that stays while the same rows are asked for, and the bias, which may end at a position."""
+        if row_ids.tobytes() != self._chosen_ids:
+            entries = self._chosen_entries = self._entries[row_ids]
+            self._flags = Flags(
+                num_logprobs=int(self._num_logprobs[row_ids].max(initial=-1)),
+                any_penalty=bool((entries["slots"] >= 0).any()),
+                any_filter=bool(((entries["top_k"] > 0) | (entries["top_p"] < 1) | (entries["min_p"] > 0)).any()),
+                all_greedy=not entries["temperature"].any(),
+                any_processed=bool((entries["logprobs_modes"] == LOGPROBS_PROCESSED).any()),
+            )
+            self._tensors = None
+            self._chosen_seeds = self._seeds[row_ids]
+            ban_until = self._ban_until[row_ids]
+            self._chosen_ban_until = ban_until if ban_until.any() else None
+            self._chosen_bans = None
+            self._chosen_ids = row_ids.tobytes()
+        bans = np.zeros(len(row_ids), np.bool_)
+        if self._chosen_ban_until is not None:
+            bans = positions < self._chosen_ban_until
+        self._set_bias(row_ids, bans)
 
     def _set_bias(self, row_ids: NDArray[np.integer[Any]], bans: NDArray[np.bool_]) -> None:
         """Makes the bias tensors, unless they hold these bans already."""
@@ -201,7 +261,6 @@ class SamplerTable:
             arrays["bias_starts"] = np.cumsum([0, *map(len, biases)], dtype=np.int32)
             arrays["bias_ids"] = np.array([token_id for bias in biases for token_id in bias], np.int32)
             arrays["bias_values"] = np.array([value for bias in biases for value in bias.values()], self._float)
-        self._chosen |= {name: None if array is None else self._to_device(array) for name, array in arrays.items()}
-
-    def _to_device(self, array: NDArray[Any]) -> torch.Tensor:
-        return torch.from_numpy(array).to(self._device, non_blocking=True)
+        self._bias_tensors = {
+            name: None if array is None else to_device(array, self._device) for name, array in arrays.items()
+        }

@@ -37,5 +37,5 @@ class KVCache:
         """Copy whole blocks (source, target) in every layer; sources are read before any target is written."""
         if not pairs:
             return
-        sources, targets = torch.tensor(pairs, device=self.data.device).unbind(1)
+        sources, targets = torch.tensor(pairs).to(self.data.device, non_blocking=True).unbind(1)
         self.data.index_copy_(2, targets, self.data.index_select(2, sources))

@@ -1,0 +1,96 @@
+"""Graphs: functions that are recorded once and replayed, by key. What is recorded is fixed for good: addresses, shapes,
+Python values. What changes from call to call must lie in tensors that do not move.
+
+A key's function runs as it is the first time: that makes its kernels ready, which a recording may not do, and a shape
+that never comes again costs no graph. The second time it is recorded, from then on replayed. Nothing here knows what
+the functions do.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Hashable
+from typing import Any, Protocol, TypeVar
+
+import torch
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+
+class Record(Protocol):
+    """Takes down what a function would do, without doing it -> what does it, on whatever the tensors hold by then."""
+
+    def __call__(self, function: Callable[[], T]) -> Callable[[], T]: ...
+
+
+class CudaRecord:
+    """CUDA graphs. They share one pool of memory, as only one of them runs at a time: what a graph leaves in memory of
+    its own lasts until another one is replayed."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def __call__(self, function: Callable[[], T]) -> Callable[[], T]:
+        graph = torch.cuda.CUDAGraph()
+        # Other threads may go on using the device while this one records.
+        with (
+            torch.cuda.device(self._device),
+            torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"),
+        ):
+            result = function()
+
+        def replay() -> T:
+            graph.replay()
+            return result
+
+        return replay
+
+
+def bucket_of(count: int) -> int:
+    """`count` rounded up to a size that has a graph: four sizes per power of two, and at most a fifth is padding."""
+    granularity = 1 << max(0, (count - 1).bit_length() - 3)
+    return -(-count // granularity) * granularity
+
+
+class Graphs:
+    def __init__(self, record: Record) -> None:
+        self._record = record
+        self._ready: set[Hashable] = set()  # their functions have run once
+        self._replays: dict[Hashable, Callable[[], Any]] = {}
+        self._is_full = False
+
+    def __len__(self) -> int:
+        return len(self._replays)
+
+    def run(self, key: Hashable, function: Callable[[], T]) -> T:
+        """Do what `function` does. It must be the same for the same key, but for what tensors hold."""
+        replay = self._replays.get(key)
+        if replay is None and key in self._ready and not self._is_full:
+            replay = self._take_down(key, function)
+        if replay is not None:
+            return replay()
+        result = function()
+        self._ready.add(key)
+        return result
+
+    def forget(self, is_stale: Callable[[Any], bool]) -> None:
+        """Drop all keys that are stale: tensors that their graphs use have moved."""
+        if any(is_stale(key) for key in self._replays) and torch.cuda.is_initialized():
+            torch.cuda.synchronize()  # one of them may be running
+        self._ready = {key for key in self._ready if not is_stale(key)}
+        self._replays = {key: replay for key, replay in self._replays.items() if not is_stale(key)}
+
+    def _take_down(self, key: Hashable, function: Callable[[], T]) -> Callable[[], T] | None:
+        """None if there is no memory for one more graph: those that exist are kept, all else runs as it is."""
+        started = time.monotonic()
+        try:
+            replay = self._replays[key] = self._record(function)
+        except torch.OutOfMemoryError as error:
+            self._is_full = True
+            logger.warning("no memory for more than %d graphs: the others' steps run without (%s)", len(self), error)
+            return None
+        level = logging.INFO if len(self) == 1 else logging.DEBUG
+        logger.log(level, "graph %d of %s recorded in %.3f s", len(self), key, time.monotonic() - started)
+        return replay

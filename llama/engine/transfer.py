@@ -1,0 +1,87 @@
+"""Between host and device without waiting: each of these puts one copy into the device's queue and returns.
+
+A copy runs beside the host only from and to pinned memory. PyTorch's allocator of such memory gives a block away again
+no earlier than the copies that use it have ended, so nothing here keeps account of them.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+# Fields of a mirror begin at multiples of it, as tensors of their own would: kernels load and copy in wide pieces.
+ALIGNMENT = 256
+
+
+def to_device(array: NDArray[Any], device: torch.device, dtype: type | None = None) -> Tensor:
+    """A tensor of its own, which does not see what becomes of `array`."""
+    copied = torch.from_numpy(array.astype(array.dtype if dtype is None else dtype))
+    return copied if device.type == "cpu" else copied.pin_memory().to(device, non_blocking=True)
+
+
+class Packed(NamedTuple):
+    """Several tensors of a device behind one another in one, which one copy brings to the host."""
+
+    data: Tensor  # uint8
+    shapes: tuple[tuple[int, ...], ...]
+    dtypes: tuple[torch.dtype, ...]
+
+    @classmethod
+    def of(cls, tensors: Sequence[Tensor]) -> "Packed":
+        data = torch.cat([tensor.contiguous().view(-1).view(torch.uint8) for tensor in tensors])
+        return cls(data, tuple(tuple(tensor.shape) for tensor in tensors), tuple(tensor.dtype for tensor in tensors))
+
+    def fetch(self) -> Callable[[], list[NDArray[Any]]]:
+        """Start the copy -> what waits for it and gives the arrays."""
+        if self.data.device.type == "cpu":
+            return lambda: self._unpack(self.data)
+        host = torch.empty(self.data.shape, dtype=torch.uint8, pin_memory=True)
+        host.copy_(self.data, non_blocking=True)
+        copied = torch.cuda.Event()
+        copied.record(torch.cuda.current_stream(self.data.device))
+
+        def wait() -> list[NDArray[Any]]:
+            copied.synchronize()
+            return self._unpack(host)
+
+        return wait
+
+    def _unpack(self, data: Tensor) -> list[NDArray[Any]]:
+        arrays, start = [], 0
+        for shape, dtype in zip(self.shapes, self.dtypes, strict=True):
+            like = torch.empty(0, dtype=dtype).numpy()
+            size = int(np.prod(shape)) * dtype.itemsize
+            arrays.append(data.numpy()[start : start + size].view(like.dtype).reshape(shape))
+            start += size
+        return arrays
+
+
+class Mirror:
+    """Named arrays of fixed sizes: `host` is written by the host, `send` brings all of them to `device` in one copy.
+
+    The device's tensors never move. They change in `send` alone, in the order of the queue: what was launched before
+    still finds the old values.
+    """
+
+    def __init__(self, fields: Mapping[str, tuple[tuple[int, ...], type]], device: torch.device) -> None:
+        starts, size = {}, 0
+        for name, (shape, dtype) in fields.items():
+            starts[name] = size
+            size += -(-int(np.prod(shape)) * np.dtype(dtype).itemsize // ALIGNMENT) * ALIGNMENT
+        self._bytes = np.zeros(size, np.uint8)
+        self._data = torch.zeros(size, dtype=torch.uint8, device=device)
+        self.host: dict[str, NDArray[Any]] = {}
+        self.device: dict[str, Tensor] = {}
+        for name, (shape, dtype) in fields.items():
+            places = slice(starts[name], starts[name] + int(np.prod(shape)) * np.dtype(dtype).itemsize)
+            self.host[name] = self._bytes[places].view(dtype).reshape(shape)
+            self.device[name] = self._data[places].view(torch.from_numpy(self.host[name]).dtype).view(shape)
+
+    def send(self) -> None:
+        staged = torch.from_numpy(self._bytes)
+        if self._data.device.type != "cpu":
+            staged = staged.pin_memory()  # a copy, in a place that no copy under way reads
+        self._data.copy_(staged, non_blocking=True)
