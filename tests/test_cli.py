@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import itertools
 import json
 import os
 import subprocess
@@ -9,7 +10,10 @@ import sys
 
 import make_tiny
 import pytest
+import torch
+from safetensors.torch import save_file
 
+from llama import LLM
 from llama.cli import chat as chat_command
 from llama.cli import main
 from llama.cli.common import Timed, sampling_values
@@ -24,6 +28,23 @@ def tiny(tmp_path_factory) -> str:
     folder = tmp_path_factory.mktemp("cli") / "tiny"
     config = dataclasses.replace(make_tiny.TINY, max_position_embeddings=256)
     make_tiny.make(folder, config, dtype="float32", seed=0)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def adapter(tiny, tmp_path_factory) -> str:
+    """A PEFT adapter of all q_proj and v_proj of the tiny model, strong enough to change its answers."""
+    folder = tmp_path_factory.mktemp("adapter")
+    sizes = {"q_proj": 64, "v_proj": 32}
+    options = {"peft_type": "LORA", "r": 4, "lora_alpha": 64, "target_modules": list(sizes)}
+    (folder / "adapter_config.json").write_text(json.dumps(options))
+    generator = torch.Generator().manual_seed(0)
+    tensors = {}
+    for layer, (name, size) in itertools.product(range(2), sizes.items()):
+        module = f"base_model.model.model.layers.{layer}.self_attn.{name}"
+        tensors[f"{module}.lora_A.weight"] = torch.randn(4, 64, generator=generator)
+        tensors[f"{module}.lora_B.weight"] = torch.randn(size, 4, generator=generator)
+    save_file(tensors, folder / "adapter_model.safetensors")
     return str(folder)
 
 
@@ -63,7 +84,7 @@ print([name for name in ("torch", "numpy", "tokenizers", "typeguard") if name in
 
 def test_help_names_the_commands_and_every_sampling_flag(capsys):
     code, out, _ = run(capsys, "--help")
-    assert code == 0 and all(f"  {name} " in out for name in ("chat", "generate", "info")) and "serve" not in out
+    assert code == 0 and all(f"  {name} " in out for name in ("chat", "generate", "serve", "info"))
     with pytest.raises(SystemExit) as stop:
         main(["generate", "--help"])
     out = capsys.readouterr().out
@@ -75,8 +96,8 @@ def test_help_names_the_commands_and_every_sampling_flag(capsys):
 @pytest.mark.parametrize(
     "arguments, words",
     [
-        ([], "there are chat, generate, info"),
-        (["serve", "x"], "'serve' is not a command"),
+        ([], "there are chat, generate, serve, info"),
+        (["sing", "x"], "'sing' is not a command"),
         (["generate", "folder"], "PROMPT"),
         (["generate", "folder", "p", "--temprature", "1"], "perhaps --temperature"),
         (["generate", "folder", "p", "--top-k", "many"], "--top-k: it takes an integer, got 'many'"),
@@ -87,6 +108,8 @@ def test_help_names_the_commands_and_every_sampling_flag(capsys):
         (["generate", "folder", "p", "--logprobs", "2"], "--json"),
         (["generate", "folder", "p", "--system", "s"], "--chat"),
         (["generate", "folder", "p", "--response-format", "{"], "JSON"),
+        (["generate", "folder", "p", "--lora", "name"], "NAME=PATH"),
+        (["chat", "folder", "--lora", "=path"], "NAME=PATH"),
         (["chat", "folder", "--n", "2"], "one answer"),
         (["info", "folder", "--memory", "many"], None),
     ],
@@ -191,7 +214,7 @@ def test_generate_reads_stdin_and_lists_several_answers(capsys, tiny, monkeypatc
 
 
 def test_a_failure_of_the_model_is_one_line_and_code_1(capsys, tiny, monkeypatch):
-    def stream(self, prompt, params):
+    def stream(self, prompt, params, lora):
         return iter([Piece(0, "Hel", [1]), Piece(0, "", [], finish_reason=FinishReason.ERROR, usage=Usage(3, 1))])
 
     monkeypatch.setattr("llama.llm.LLM.stream", stream)
@@ -206,6 +229,25 @@ def test_generate_as_chat_uses_the_chat_format(capsys, tiny):
     assert answer["prompt"].endswith("<|start_header_id|>assistant<|end_header_id|>\n\n")
 
 
+def test_generate_with_an_adapter(capsys, tiny, adapter):
+    llm = LLM(tiny, max_model_len=64)
+    llm.load_lora("mine", adapter)
+    greedy = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
+    base, adapted = (output.outputs[0] for output in llm.generate(["Hi", "Hi"], greedy, lora=[None, "mine"]))
+    assert base.token_ids != adapted.token_ids
+    flags = "--max-tokens 8 --temperature 0 --ignore-eos --lora".split()
+    code, out, _ = run(capsys, "generate", tiny, "Hi", *flags, f"mine={adapter}", "--json")
+    assert code == 0 and json.loads(out)["outputs"][0]["token_ids"] == adapted.token_ids
+    code, out, _ = run(capsys, "generate", tiny, "Hi", *flags, f"mine={adapter}")
+    assert (code, out) == (0, adapted.text + "\n")
+
+
+@pytest.mark.parametrize("given, words", [("mine=none", "none: is no folder"), ("a/b={}", "must match")])
+def test_an_adapter_that_cannot_be_used_is_one_line_and_code_1(capsys, tiny, adapter, given, words):
+    code, out, err = run(capsys, "generate", tiny, "Hi", "--lora", given.format(adapter), "--max-tokens", "1")
+    assert (code, out) == (1, "") and one_line(err) and words in err
+
+
 def test_a_prompt_beyond_the_context_is_one_line_with_both_numbers(capsys, tiny):
     code, out, err = run(capsys, "generate", tiny, "x" * 300)
     assert (code, out) == (1, "") and one_line(err) and "301" in err and "256" in err
@@ -217,8 +259,10 @@ class FakeLLM:
     def __init__(self, stop_at=None):
         self.stop_at = stop_at
         self.seen = []
+        self.loras = []
 
-    def stream(self, messages, params):
+    def stream(self, messages, params, lora):
+        self.loras.append(lora)
         if sum(len(m["content"]) for m in messages) > 100:
             raise ValueError("the prompt has 101 tokens and the context is 100")
         self.seen.append(messages)
@@ -233,7 +277,7 @@ class FakeLLM:
 
 def talk(monkeypatch, capsys, llm, *lines, arguments=()):
     monkeypatch.setattr(sys, "stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
-    monkeypatch.setattr(chat_command, "load", lambda model, flags, max_num_seqs: llm)
+    monkeypatch.setattr(chat_command, "load", lambda model, flags, max_num_seqs, adapter: llm)
     monkeypatch.setattr(chat_command, "params_for", lambda llm, values: SamplingParams(**values))
     return run(capsys, "chat", "folder", *arguments)
 
@@ -257,6 +301,13 @@ def test_chat_keeps_the_conversation(monkeypatch, capsys, tmp_path):
     assert [m["role"] for m in llm.seen[2]] == ["system", "user"]
 
 
+def test_every_answer_of_a_chat_comes_from_its_adapter(monkeypatch, capsys):
+    for arguments, name in ((["--lora", "mine=folder"], "mine"), ([], None)):
+        llm = FakeLLM()
+        code, _, _ = talk(monkeypatch, capsys, llm, "one", "/reset", "two", arguments=arguments)
+        assert code == 0 and llm.loras == [name, name]
+
+
 def test_chat_commands(monkeypatch, capsys, tmp_path):
     code, out, err = talk(monkeypatch, capsys, FakeLLM(), "/help", f"/save {tmp_path}/no/where", "/quit", "one")
     assert (code, out) == (0, "") and "/reset forgets" in err and "cannot save" in err
@@ -275,9 +326,9 @@ def test_a_refused_message_leaves_the_conversation_as_it_was(monkeypatch, capsys
     assert code == 0 and out == "I see 1 messages\n" and "101 tokens" in err and "/reset" in err
 
 
-def test_chat_answers_with_a_real_model(capsys, tiny, monkeypatch):
+def test_chat_answers_with_a_real_model(capsys, tiny, adapter, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.StringIO("Hello\n/quit\n"))
-    code, out, err = run(capsys, "chat", tiny, "--max-tokens", "3", "--seed", "1")
+    code, out, err = run(capsys, "chat", tiny, "--max-tokens", "3", "--seed", "1", "--lora", f"mine={adapter}")
     assert code == 0 and out.endswith("\n") and "prompt tokens" in err and "Traceback" not in err
 
 

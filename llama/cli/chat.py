@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from llama.cli.common import Timed, load, params_for, sampling_values
+from llama.cli.common import Timed, load, named_adapter, params_for, sampling_values
 from llama.cli.errors import UsageError
 from llama.cli.flags import Chat
 
@@ -16,8 +16,9 @@ def run_chat(command: Chat) -> int:
     values = sampling_values(command.sampling)
     if values.get("n", 1) > 1:
         raise UsageError("--n is for llama generate: a conversation has one answer")
-    llm = load(command.model, command.engine, max_num_seqs=1)
-    conversation = Conversation(llm, params_for(llm, values), command.system)
+    adapter = named_adapter(command.lora)
+    llm = load(command.model, command.engine, max_num_seqs=1, adapter=adapter)
+    conversation = Conversation(llm, params_for(llm, values), command.system, adapter and adapter[0])
     if sys.stdin.isatty():
         import readline  # noqa: F401  its import gives input() a line editor
 
@@ -45,9 +46,10 @@ def _read() -> str | None:
 class Conversation:
     """The messages so far and what the next answer is made with."""
 
-    def __init__(self, llm: Any, params: Any, system: str | None) -> None:
+    def __init__(self, llm: Any, params: Any, system: str | None, lora: str | None) -> None:
         self._llm = llm
         self._params = params
+        self._lora = lora
         self._start = [] if system is None else [{"role": "system", "content": system}]
         self.messages: list[dict[str, str]] = list(self._start)
 
@@ -68,7 +70,7 @@ class Conversation:
         """Stream the answer. Ctrl-C stops it and keeps what came; a refusal leaves the conversation as it was."""
         messages = [*self.messages, {"role": "user", "content": text}]
         try:
-            pieces = Timed(self._llm.stream(messages, self._params))
+            pieces = Timed(self._llm.stream(messages, self._params, lora=self._lora))
         except ValueError as error:
             print(f"{error}; /reset begins anew", file=sys.stderr)
             return

@@ -10,6 +10,9 @@ from llama.cli.errors import UsageError
 from llama.cli.flags import NO_TEXTS, EngineFlags, SamplingFlags
 from llama.engine.request import Piece, SamplingParams, Usage
 
+# Beyond any that is published: who names one adapter of their own needs no limit on what requests may ask for.
+MAX_LORA_RANK = 1024
+
 
 def sampling_values(flags: SamplingFlags) -> dict[str, Any]:
     """The fields of SamplingParams that the command line names, checked on their own. Raises UsageError."""
@@ -50,17 +53,32 @@ def _json(flag: str, text: str) -> Any:
         raise UsageError(f"{flag} takes JSON: {error}") from None
 
 
-def load(model: str, flags: EngineFlags, max_num_seqs: int) -> Any:
+def named_adapter(text: str | None) -> tuple[str, str] | None:
+    """(name, path) that --lora gives. Raises UsageError."""
+    if text is None:
+        return None
+    name, equals, path = text.partition("=")
+    if not (name and equals and path):
+        raise UsageError(f"--lora takes NAME=PATH, got {text!r}")
+    return name, path
+
+
+def load(model: str, flags: EngineFlags, max_num_seqs: int, adapter: tuple[str, str] | None = None) -> Any:
     """-> LLM. It is imported here because torch comes with it."""
     from llama.llm import LLM
 
-    return LLM(
+    llm = LLM(
         model,
         device=flags.device,
         dtype=flags.dtype,
         max_model_len=flags.max_model_len,
         max_num_seqs=max_num_seqs,
+        max_loras=0 if adapter is None else 1,
+        max_lora_rank=MAX_LORA_RANK,
     )
+    if adapter is not None:
+        llm.load_lora(*adapter)
+    return llm
 
 
 def params_for(llm: Any, values: dict[str, Any]) -> SamplingParams:

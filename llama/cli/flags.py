@@ -61,6 +61,7 @@ Int = Annotated[Optional[int], _one(int, "INT", "an integer"), NO_HINT]
 Float = Annotated[Optional[float], _one(float, "NUMBER", "a number"), NO_HINT]
 Text = Annotated[Optional[str], _one(str, "TEXT", "a text"), NO_HINT]
 Json = Annotated[Optional[str], _one(str, "JSON", "JSON"), NO_HINT]
+Adapter = Annotated[Optional[str], _one(str, "NAME=PATH", "NAME=PATH"), NO_HINT]
 Mode = Annotated[Optional[str], _one(str, "MODE", "a mode"), NO_HINT]
 Switch = Annotated[bool, NO_HINT]
 Model = Annotated[Positional[str], arg(metavar="MODEL"), NO_HINT]
@@ -136,6 +137,8 @@ class Chat:
     """folder of the checkpoint"""
     system: Text = None
     """the system message"""
+    lora: Adapter = None
+    """answer with this adapter: a name for it and its PEFT folder"""
     sampling: Sampling = field(default_factory=SamplingFlags)
     engine: Engine = field(default_factory=EngineFlags)
 
@@ -152,6 +155,8 @@ class Generate:
     """take the prompt as a user's message"""
     system: Text = None
     """the system message, with --chat"""
+    lora: Adapter = None
+    """write with this adapter: a name for it and its PEFT folder"""
     json: Switch = False
     """print one JSON object when all is done"""
     sampling: Sampling = field(default_factory=SamplingFlags)

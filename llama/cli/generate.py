@@ -4,7 +4,7 @@ import json
 import sys
 from typing import Any
 
-from llama.cli.common import Timed, load, params_for, sampling_values
+from llama.cli.common import Timed, load, named_adapter, params_for, sampling_values
 from llama.cli.errors import UsageError
 from llama.cli.flags import Generate
 from llama.engine.request import CompletionOutput, FinishReason, RequestOutput
@@ -18,16 +18,16 @@ def run_generate(command: Generate) -> int:
         if name in values and not command.json:
             raise UsageError(f"--{name.replace('_', '-')} needs --json")
     text = sys.stdin.read().removesuffix("\n") if command.prompt == "-" else command.prompt
-    llm = load(command.model, command.engine, max_num_seqs=max(1, values.get("n", 1)))
-    params = params_for(llm, values)
+    adapter = named_adapter(command.lora)
+    llm = load(command.model, command.engine, max_num_seqs=max(1, values.get("n", 1)), adapter=adapter)
+    params, lora = params_for(llm, values), adapter and adapter[0]
     prompt: Any = _messages(command.system, text) if command.chat else text
     if command.json or params.n > 1:
-        outputs = (
-            llm.chat(prompt, params, use_tqdm=False) if command.chat else llm.generate(prompt, params, use_tqdm=False)
-        )
+        answer = llm.chat if command.chat else llm.generate
+        outputs = answer(prompt, params, lora=lora, use_tqdm=False)
         print(json.dumps(_as_json(outputs[0]), ensure_ascii=False) if command.json else _listed(outputs[0]))
         return 0
-    pieces, last = Timed(llm.stream(prompt, params)), None
+    pieces, last = Timed(llm.stream(prompt, params, lora=lora)), None
     for last in pieces:
         print(last.text, end="", flush=True)
     print(flush=True)
