@@ -115,7 +115,7 @@ class SamplerTable:
         self.vocab_size = vocab_size
         self.state: SamplerState | None = None  # made with the first row that has a penalty
         self._device = torch.device(device)
-        self._eos_token_ids = frozenset(eos_token_ids)
+        self._eos_token_ids = frozenset(token for token in eos_token_ids if token < vocab_size)
         self._float = np.float64 if dtype == torch.float64 else np.float32
         names = ("temperature", "top_p", "min_p", "repetition_penalty", "frequency_penalty", "presence_penalty")
         floats = [(name, self._float) for name in names]
@@ -191,7 +191,7 @@ class SamplerTable:
 
         masks [rows, ceil(vocab / 32)] are grammar bit masks, all bits set for rows without a grammar.
         """
-        self._choose(row_ids, positions)
+        self._choose(row_ids, positions, masks)
         if self._tensors is None:
             entries = self._chosen_entries
             self._tensors = {name: to_device(entries[name], self._device) for name in entries.dtype.names or ()}
@@ -227,7 +227,12 @@ class SamplerTable:
         arrays["keys"][:count] = noise_keys(self._chosen_seeds, positions)
         return self._flags
 
-    def _choose(self, row_ids: NDArray[np.integer[Any]], positions: NDArray[np.integer[Any]]) -> None:
+    def _choose(
+        self,
+        row_ids: NDArray[np.integer[Any]],
+        positions: NDArray[np.integer[Any]],
+        masks: NDArray[np.int32] | None = None,
+    ) -> None:
         """Look up all that stays while the same rows are asked for, and the bias, which may end at a position."""
         if row_ids.tobytes() != self._chosen_ids:
             entries = self._chosen_entries = self._entries[row_ids]
@@ -247,7 +252,18 @@ class SamplerTable:
         bans = np.zeros(len(row_ids), np.bool_)
         if self._chosen_ban_until is not None:
             bans = positions < self._chosen_ban_until
+            if masks is not None:
+                for i in np.flatnonzero(bans):
+                    bans[i] = self._leaves_any(int(row_ids[i]), masks[i])
         self._set_bias(row_ids, bans)
+
+    def _leaves_any(self, row: int, mask: NDArray[np.int32]) -> bool:
+        """Whether the mask allows anything but what is banned in the row: a text that its grammar has completed can
+        only end, also before min_tokens."""
+        banned = np.array([token for token, value in self._banned[row].items() if value == -np.inf], np.uint32)
+        left = mask.astype(np.uint32)
+        np.bitwise_and.at(left, banned >> 5, ~(np.uint32(1) << (banned & 31)))
+        return bool(left.any())
 
     def _set_bias(self, row_ids: NDArray[np.integer[Any]], bans: NDArray[np.bool_]) -> None:
         """Makes the bias tensors, unless they hold these bans already."""

@@ -149,6 +149,27 @@ def test_min_tokens_with_ignore_eos_forbids_stop_ids_alone():
     assert rows_of(table, [0, 1], [4, 4]).bias_ids is None
 
 
+def test_a_completed_grammar_may_end_before_min_tokens():
+    """Where the mask allows nothing but ends, banning them would leave no token at all."""
+    table = make_table(*[SamplingParams(min_tokens=2, stop_token_ids=[63])] * 3)
+    masks = np.zeros((3, 4), np.int32)
+    masks[:2, 0] = 1 << 2  # the first EOS token
+    masks[:2, 1] = -(1 << 31)  # 63
+    masks[1, 3] = 1 << 3  # 99, which does not end
+    masks[2] = -1
+    rows = rows_of(table, [0, 1, 2], [3, 3, 3], masks)
+    banned = {2: -np.inf, 3: -np.inf, 63: -np.inf}
+    assert [bias_of(rows, row) for row in range(3)] == [{}, banned, banned]
+    assert not sample(torch.zeros(3, VOCAB), rows, None).is_bad.any()
+
+
+def test_an_eos_id_beyond_the_vocabulary_is_never_banned():
+    """generation_config.json may name one; as a place in the logits it would end every request of the step."""
+    table = SamplerTable(1, VOCAB, {2, VOCAB})
+    table.set_row(0, SamplingParams(min_tokens=2), 0, [1])
+    assert bias_of(rows_of(table, [0], [1]), 0) == {2: -np.inf}
+
+
 def test_ids_beyond_the_vocabulary_are_refused():
     table = make_table()
     table.validate(SamplingParams(logit_bias={99: 1.0}, stop_token_ids=[99]))
