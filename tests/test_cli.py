@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import make_tiny
 import pytest
@@ -16,9 +17,18 @@ from safetensors.torch import save_file
 from llama import LLM
 from llama.cli import chat as chat_command
 from llama.cli import main
-from llama.cli.common import Timed, sampling_values
+from llama.cli.common import Timed, params_for, sampling_values
+from llama.cli.errors import UsageError
 from llama.cli.flags import Chat, Generate, SamplingFlags, parse
-from llama.engine.request import FinishReason, Piece, SamplingParams, Usage
+from llama.engine.request import (
+    CompletionOutput,
+    FinishReason,
+    Piece,
+    RequestMetrics,
+    RequestOutput,
+    SamplingParams,
+    Usage,
+)
 from llama.model.config import ModelConfig
 
 
@@ -111,6 +121,9 @@ def test_help_names_the_commands_and_every_sampling_flag(capsys):
         (["generate", "folder", "p", "--lora", "name"], "NAME=PATH"),
         (["chat", "folder", "--lora", "=path"], "NAME=PATH"),
         (["chat", "folder", "--n", "2"], "one answer"),
+        (["generate", "folder", "p", "--dtype", "int8"], "--dtype must be one of auto,"),
+        (["chat", "folder", "--device", "tpu"], "--device must be auto,"),
+        (["generate", "folder", "p", "--max-model-len", "1"], "--max-model-len must be at least 2, got 1"),
         (["info", "folder", "--memory", "many"], None),
     ],
 )
@@ -153,6 +166,16 @@ def test_flags_become_sampling_params():
 def test_a_zero_on_the_command_line_is_a_value():
     command = parse("generate", ["m", "p", "--temperature", "0", "--seed", "0", "--min-tokens", "0", "--top-k", "0"])
     assert sampling_values(command.sampling) == {"temperature": 0.0, "seed": 0, "min_tokens": 0, "top_k": 0}
+
+
+def test_min_tokens_are_held_against_the_max_tokens_that_will_count():
+    values = sampling_values(SamplingFlags(min_tokens=300))
+    generous, plain = (
+        SimpleNamespace(inputs=SimpleNamespace(defaults=SamplingParams(max_tokens=n))) for n in (400, 256)
+    )
+    assert params_for(generous, values).min_tokens == 300
+    with pytest.raises(UsageError, match="min_tokens must be at most max_tokens"):
+        params_for(plain, values)
 
 
 def test_info_of_70b(capsys, llama_70b):
@@ -220,6 +243,18 @@ def test_a_failure_of_the_model_is_one_line_and_code_1(capsys, tiny, monkeypatch
     monkeypatch.setattr("llama.llm.LLM.stream", stream)
     code, out, err = run(capsys, "generate", tiny, "Hello")
     assert (code, out) == (1, "Hel\n") and err.endswith("llama: the model failed while it wrote this answer\n")
+
+
+@pytest.mark.parametrize("how", [["--json"], ["--n", "2"]])
+def test_a_failure_is_code_1_also_where_nothing_is_streamed(capsys, tiny, monkeypatch, how):
+    def generate(self, prompt, params, lora, use_tqdm):
+        completions = [CompletionOutput(0, finish_reason=FinishReason.STOP)]
+        completions.append(CompletionOutput(1, finish_reason=FinishReason.ERROR))
+        return [RequestOutput("0", prompt, [1], completions, RequestMetrics(0.0), finished=True)]
+
+    monkeypatch.setattr("llama.llm.LLM.generate", generate)
+    code, out, err = run(capsys, "generate", tiny, "Hello", *how)
+    assert code == 1 and out and err == "llama: the model failed while it wrote this answer\n"
 
 
 def test_generate_as_chat_uses_the_chat_format(capsys, tiny):

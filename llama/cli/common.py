@@ -1,6 +1,7 @@
 """What chat and generate share: sampling flags to SamplingParams, loading, and the line with the rates."""
 
 import json
+import re
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import fields, replace
@@ -12,6 +13,7 @@ from llama.engine.request import Piece, SamplingParams, Usage
 
 # Beyond any that is published: who names one adapter of their own needs no limit on what requests may ask for.
 MAX_LORA_RANK = 1024
+DTYPES = ("auto", "float64", "float32", "float16", "bfloat16")
 
 
 def sampling_values(flags: SamplingFlags) -> dict[str, Any]:
@@ -25,7 +27,7 @@ def sampling_values(flags: SamplingFlags) -> dict[str, Any]:
     if "response_format" in given:
         given["response_format"] = _json("--response-format", given["response_format"])
     try:
-        SamplingParams(**given)
+        SamplingParams(**({"max_tokens": None} | given))  # the checkpoint's own may allow more min_tokens than ours
     except ValueError as error:
         raise UsageError(str(error)) from None
     return given
@@ -63,8 +65,19 @@ def named_adapter(text: str | None) -> tuple[str, str] | None:
     return name, path
 
 
+def check_engine(flags: EngineFlags) -> None:
+    """Refuse what no model and no machine could mean, before torch is imported. Raises UsageError."""
+    if flags.dtype not in DTYPES:
+        raise UsageError(f"--dtype must be one of {', '.join(DTYPES)}, got {flags.dtype!r}")
+    if not re.fullmatch(r"auto|cpu|cuda(:[0-9]+)?", flags.device):
+        raise UsageError(f"--device must be auto, cpu, cuda or cuda:NUMBER, got {flags.device!r}")
+    if flags.max_model_len is not None and flags.max_model_len < 2:
+        raise UsageError(f"--max-model-len must be at least 2, got {flags.max_model_len}")
+
+
 def load(model: str, flags: EngineFlags, max_num_seqs: int, adapter: tuple[str, str] | None = None) -> Any:
     """-> LLM. It is imported here because torch comes with it."""
+    check_engine(flags)
     from llama.llm import LLM
 
     llm = LLM(

@@ -26,7 +26,7 @@ def run_generate(command: Generate) -> int:
         answer = llm.chat if command.chat else llm.generate
         outputs = answer(prompt, params, lora=lora, use_tqdm=False)
         print(json.dumps(_as_json(outputs[0]), ensure_ascii=False) if command.json else _listed(outputs[0]))
-        return 0
+        return _code([completion.finish_reason for completion in outputs[0].outputs])
     pieces, last = Timed(llm.stream(prompt, params, lora=lora)), None
     for last in pieces:
         print(last.text, end="", flush=True)
