@@ -179,6 +179,14 @@ class Serve:
     """key that every request must bring; visible to whoever lists processes"""
     api_key_file: Text = None
     """file with such keys, one a line"""
+    lora: Annotated[Texts, _several("NAME=PATH"), NO_HINT] = NO_TEXTS
+    """adapters to load at the start"""
+    lora_dir: Text = None
+    """folder whose sub-folders are adapters, loaded by name when first asked for"""
+    max_loras: Annotated[int, arg(metavar="INT")] = 8
+    """adapters that may work in one step, where there are any"""
+    max_lora_rank: Annotated[int, arg(metavar="INT")] = 64
+    """the largest rank of an adapter"""
     max_num_seqs: Annotated[int, arg(metavar="INT")] = 256
     """completions that may run at once"""
     max_waiting_requests: Annotated[int, arg(metavar="INT")] = 1024

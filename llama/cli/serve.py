@@ -4,40 +4,48 @@ import logging
 import sys
 from pathlib import Path
 
+from llama.cli.common import named_adapter
 from llama.cli.errors import UsageError
 from llama.cli.flags import Serve
+from llama.server.config import ServerConfig
+from llama.server.port import take_port
 
 
 def run_serve(command: Serve) -> int:
-    keys = _keys(command)
+    keys, loras = _keys(command), [named_adapter(text) for text in command.lora]
     if not 0 <= command.port <= 65535:
         raise UsageError(f"--port must be from 0 to 65535, got {command.port}")
-    try:
-        from llama.server.config import ServerConfig
-        from llama.server.run import serve, take_port
-    except ModuleNotFoundError as error:
-        raise UsageError(f"serving needs {error.name}: install llama-engine[server]") from None
-    from llama.async_llm import AsyncLLM
-
     config = ServerConfig(
         model_names=tuple(command.served_model_name) or (Path(command.model).resolve().name,),
         api_keys=keys,
+        lora_dir=None if command.lora_dir is None else Path(command.lora_dir),
         shutdown_timeout=command.shutdown_timeout,
     )
     taken = take_port(command.host, command.port)
+    # What follows imports torch.
+    from llama.async_llm import AsyncLLM
+    from llama.llm import LLM
+
+    try:
+        from llama.server.run import serve
+    except ModuleNotFoundError as error:
+        raise UsageError(f"serving needs {error.name}: install llama-engine[server]") from None
     _log_to_stderr()
-    llm = AsyncLLM(
+    llm = LLM(
         command.model,
         device=command.engine.device,
         dtype=command.engine.dtype,
         max_model_len=command.engine.max_model_len,
         max_num_seqs=command.max_num_seqs,
-        max_waiting_requests=command.max_waiting_requests,
         num_blocks=command.num_blocks,
+        max_loras=command.max_loras if loras or command.lora_dir else 0,
+        max_lora_rank=command.max_lora_rank,
     )
+    for name, path in loras:
+        llm.load_lora(name, path)
     host, port = taken.getsockname()[:2]
     print(f"llama: serving {config.name} on http://{f'[{host}]' if ':' in host else host}:{port}", file=sys.stderr)
-    serve(llm, config, taken)
+    serve(AsyncLLM(llm, max_waiting_requests=command.max_waiting_requests), config, taken)
     return 0
 
 

@@ -11,7 +11,7 @@ from starlette.responses import Response
 
 from llama.engine.request import CompletionOutput, SamplingParams, Usage
 from llama.server.bodies import json_response, read_body
-from llama.server.errors import Dialect, bad_input, json_mode_failed
+from llama.server.errors import Dialect, bad_input, json_mode_failed, no_such_model
 from llama.server.schemas.cloudflare import RunRequest
 from llama.server.schemas.fields import mismatch
 from llama.server.service import Answer, Ask, Service
@@ -27,9 +27,10 @@ def routes(service: Service) -> APIRouter:
     async def run(request: Request) -> Response:
         """Run the model on a prompt or on messages."""
         model = request.path_params["model"]
-        service.adapter(model, None)
+        if not service.knows(model):
+            raise no_such_model(model)
         body = await read_body(request, service.config, RunRequest)
-        ask = _ask(body, model, service)
+        ask = await _ask(body, model, service)
         record = request.state.record
         if body.stream:
             answer = await service.answer(ask, record)
@@ -55,7 +56,7 @@ def routes(service: Service) -> APIRouter:
     return router
 
 
-def _ask(body: RunRequest, model: str, service: Service) -> Ask:
+async def _ask(body: RunRequest, model: str, service: Service) -> Ask:
     """Raises ApiError for what no single field shows."""
     named = body.model_fields_set
     if {"messages", "prompt"} <= named:
@@ -66,7 +67,7 @@ def _ask(body: RunRequest, model: str, service: Service) -> Ask:
         raise bad_input("'/image' is not supported: this model takes text only", "image")
     if body.stream and "response_format" in named:
         raise bad_input("'/response_format' is not supported with stream", "response_format")
-    lora = service.adapter(model, body.lora if "lora" in named else None)
+    lora = await service.adapter(model, body.lora if "lora" in named else None)
     messages = _messages(body)
     common: dict[str, Any] = {"params": _params(body), "lora": lora, "clip": False}
     if not body.raw:

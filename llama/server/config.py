@@ -1,6 +1,7 @@
 """What a server is started with."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 CLOUDFLARE_PREFIX = "@cf/meta/"
 CLOUDFLARE_NAME = "llama-3.1-70b-instruct"  # what Cloudflare's clients ask for, whatever model is behind it
@@ -8,12 +9,12 @@ CLOUDFLARE_NAME = "llama-3.1-70b-instruct"  # what Cloudflare's clients ask for,
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServerConfig:
-    """`model_names`: what clients may call the model, the first being its own name. `adapters`: names of the LoRA
-    adapters that the engine has loaded. Times in seconds, sizes in bytes."""
+    """`model_names`: what clients may call the model, the first being its own name. `lora_dir`: its sub-folders are
+    adapters, loaded when they are first asked for. Times in seconds, sizes in bytes."""
 
     model_names: tuple[str, ...]
-    adapters: tuple[str, ...] = ()
     api_keys: tuple[str, ...] = ()
+    lora_dir: Path | None = None
     max_body_bytes: int = 8 * 2**20
     body_timeout: float = 60.0  # for a client to send its whole body
     send_timeout: float = 60.0  # for a client to take what is sent to it
@@ -25,6 +26,8 @@ class ServerConfig:
             raise ValueError("a server needs at least one model name, and none may be empty")
         if not all(key and key.isascii() and key.isprintable() for key in self.api_keys):
             raise ValueError("an API key must be printable ASCII and not empty")
+        if self.lora_dir is not None and not self.lora_dir.is_dir():
+            raise ValueError(f"the folder of adapters does not exist: {self.lora_dir}")
         for name in ("max_body_bytes", "body_timeout", "send_timeout", "step_deadline", "shutdown_timeout"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)!r}")

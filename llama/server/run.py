@@ -1,4 +1,4 @@
-"""Running a server: the port before the weights, signals, draining, the watchdog.
+"""Running a server: signals, draining, the watchdog.
 
 The first SIGTERM or SIGINT makes /ready answer 503 and new requests be refused; what runs may end within the shutdown
 timeout, the rest ends with an error; then the port closes. A second signal ends the process at once.
@@ -21,27 +21,12 @@ from llama.async_llm import AsyncLLM
 from llama.server.app import create_app
 from llama.server.config import ServerConfig
 from llama.server.gate import MAX_HEADER_BYTES
+from llama.server.port import BACKLOG
 from llama.server.service import Service
 
 logger = logging.getLogger(__name__)
 
-_BACKLOG = 2048
 _FLUSH_SECONDS = 5  # for answers that are complete to reach their clients
-
-
-def take_port(host: str, port: int) -> socket.socket:
-    """A listening socket. Taken before the weights load, so that a second server on the port fails at once; clients
-    that come meanwhile wait. Raises OSError."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    taken = socket.socket(family, socket.SOCK_STREAM)
-    try:
-        taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        taken.bind((host, port))
-        taken.listen(_BACKLOG)
-    except OSError as error:
-        taken.close()
-        raise OSError(f"cannot listen on {host}:{port}: {error.strerror}") from None
-    return taken
 
 
 class Server(uvicorn.Server):
@@ -63,7 +48,7 @@ class Server(uvicorn.Server):
                 h11_max_incomplete_event_size=MAX_HEADER_BYTES,
                 timeout_keep_alive=30,
                 timeout_graceful_shutdown=_FLUSH_SECONDS,
-                backlog=_BACKLOG,
+                backlog=BACKLOG,
             )
         )
 

@@ -10,8 +10,9 @@ from llama.async_llm import AsyncLLM, Stream
 from llama.engine.request import FinishReason, Piece, RequestOutput, SamplingParams, Usage
 from llama.llm.inputs import Prompt
 from llama.llm.tool_choice import ToolChoice
+from llama.server.adapters import AdapterShelf
 from llama.server.config import ServerConfig
-from llama.server.errors import ApiError, aborted, bad_input, from_refusal, internal, no_adapters, no_such_model
+from llama.server.errors import ApiError, aborted, bad_input, from_refusal, internal, no_such_model
 from llama.server.metrics import Metrics
 
 logger = logging.getLogger(__name__)
@@ -46,6 +47,7 @@ class Service:
         self.llm = llm
         self.config = config
         self.metrics = Metrics(llm.metrics, config.name)
+        self.adapters = AdapterShelf(llm, config.lora_dir)
 
     @property
     def defaults(self) -> SamplingParams:
@@ -57,21 +59,18 @@ class Service:
         llm = self.llm
         return not (llm.is_dead or llm.is_draining) and llm.seconds_in_step < self.config.step_deadline
 
-    def adapter(self, model: str | None, lora: str | None) -> str | None:
-        """The adapter meant by `model` and `lora`; None for the base model. Raises ApiError."""
-        adapters = self.config.adapters
-        if lora is not None:
-            if not adapters:
-                raise no_adapters()
-            if lora not in adapters:
-                raise bad_input(f"no adapter is named '{lora[:100]}': there are {', '.join(adapters)}", "lora")
-        if model is None or self.config.serves(model):
-            return lora
-        if model not in adapters:
-            raise no_such_model(model)
-        if lora not in (None, model):
-            raise bad_input(f"model names the adapter '{model}' and lora another one", "lora")
-        return model
+    def knows(self, model: str) -> bool:
+        return self.config.serves(model) or model in self.adapters.names()
+
+    async def adapter(self, model: str | None, lora: str | None) -> str | None:
+        """The adapter meant by `model` and `lora`, loaded; None for the base model. Raises ApiError."""
+        if model is not None and not self.config.serves(model):
+            if model not in self.adapters.names():
+                raise no_such_model(model)
+            if lora not in (None, model):
+                raise bad_input(f"model names the adapter '{model}' and lora another one", "lora")
+            lora = model
+        return None if lora is None else await self.adapters.take(lora)
 
     async def answer(self, ask: Ask, record: Record) -> "Answer":
         """Begin to answer. When this returns, the engine has taken the request. Raises ApiError."""

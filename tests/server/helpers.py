@@ -15,7 +15,8 @@ from llama.engine.engine import EngineMetrics
 from llama.engine.request import FinishReason, TokenOutput
 from llama.output import Replies
 from llama.server.config import ServerConfig
-from llama.server.run import Server, take_port
+from llama.server.port import take_port
+from llama.server.run import Server
 from llama.server.service import Service
 from llama.text.tokenizer import Tokenizer
 from tests.fakes import ScriptedEngine

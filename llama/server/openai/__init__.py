@@ -50,7 +50,7 @@ def routes(service: Service) -> APIRouter:
 def _models(service: Service) -> list[dict[str, Any]]:
     config = service.config
     base = [{**_model(name), "max_model_len": service.llm.llm.inputs.max_model_len} for name in config.model_names]
-    return [*base, *({**_model(name), "parent": config.name} for name in config.adapters)]
+    return [*base, *({**_model(name), "parent": config.name} for name in service.adapters.names())]
 
 
 def _model(name: str) -> dict[str, Any]:

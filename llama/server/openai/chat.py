@@ -23,7 +23,7 @@ def chat_endpoint(service: Service) -> Endpoint:
     async def chat(request: Request) -> Response:
         """Answer a conversation."""
         body = await read_body(request, service.config, ChatRequest)
-        ask = _ask(body, service)
+        ask = await _ask(body, service)
         writer = _Writer(body, service)
         if body.stream:
             answer = await service.answer(ask, request.state.record)
@@ -38,8 +38,8 @@ def chat_endpoint(service: Service) -> Endpoint:
     return chat
 
 
-def _ask(body: ChatRequest, service: Service) -> Ask:
-    lora = service.adapter(body.model, body.lora)
+async def _ask(body: ChatRequest, service: Service) -> Ask:
+    lora = await service.adapter(body.model, body.lora)
     if body.stream_options is not None and not body.stream:
         raise bad_input("stream_options needs stream", "stream_options")
     params = sampling_params(body, service.defaults, max_tokens=_max_tokens(body), logprobs=_num_logprobs(body))

@@ -27,7 +27,7 @@ def completions_endpoint(service: Service) -> Endpoint:
     async def completions(request: Request) -> Response:
         """Write on from one prompt or several."""
         body = await read_body(request, service.config, CompletionRequest)
-        asks = _asks(body, service)
+        asks = await _asks(body, service)
         record = request.state.record
         if body.stream:
             answers = await _submit(asks, service, record)
@@ -58,8 +58,8 @@ async def _submit(asks: list[Ask], service: Service, record: Record) -> list[Ans
     return answers
 
 
-def _asks(body: CompletionRequest, service: Service) -> list[Ask]:
-    lora = service.adapter(body.model, body.lora)
+async def _asks(body: CompletionRequest, service: Service) -> list[Ask]:
+    lora = await service.adapter(body.model, body.lora)
     params = _params(body, service)
     if body.stream_options is not None and not body.stream:
         raise bad_input("stream_options needs stream", "stream_options")

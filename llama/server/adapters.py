@@ -1,0 +1,66 @@
+"""The adapters that requests may name: those loaded at the start, and sub-folders of one folder, loaded on first use.
+
+No path ever comes from a request: a name is looked up among the sub-folders and must not lead outside.
+"""
+
+import asyncio
+import logging
+import re
+from pathlib import Path
+
+from llama.async_llm import AsyncLLM
+from llama.server.errors import ApiError, bad_input, no_adapters
+
+logger = logging.getLogger(__name__)
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+
+
+class AdapterShelf:
+    """`folder` holds adapters by name; None where only those loaded at the start are served."""
+
+    def __init__(self, llm: AsyncLLM, folder: Path | None) -> None:
+        self._llm = llm
+        self._folder = None if folder is None else folder.resolve()
+        self._loading = asyncio.Lock()
+
+    def names(self) -> list[str]:
+        """All that a request may name, loaded or not."""
+        on_disk = [] if self._folder is None else [path.name for path in self._folder.iterdir()]
+        return sorted({*self._loaded(), *(name for name in on_disk if self._path(name) is not None)})
+
+    async def take(self, name: str) -> str:
+        """The name, once it is loaded. Raises ApiError, which lists the names for one that there is not."""
+        if name in self._loaded():
+            return name
+        async with self._loading:
+            if name not in self._loaded():
+                await self._load(name)
+        return name
+
+    async def _load(self, name: str) -> None:
+        path = self._path(name)
+        if path is None:
+            raise self._unknown(name)
+        try:
+            await self._llm.load_lora(name, path)
+        except (ValueError, OSError) as error:
+            logger.error("adapter %s: %s", name, error)
+            raise bad_input(f"the adapter '{name}' cannot be loaded: the server's log says why", "lora") from None
+
+    def _unknown(self, name: str) -> ApiError:
+        names = self.names()
+        if not names:
+            return no_adapters()
+        return bad_input(f"no adapter is named '{name[:100]}': there are {', '.join(names)}", "lora")
+
+    def _loaded(self) -> list[str]:
+        return [info.name for info in self._llm.list_loras()]
+
+    def _path(self, name: str) -> Path | None:
+        """The sub-folder of that name if it holds an adapter and lies inside, links followed."""
+        if self._folder is None or not _NAME.fullmatch(name):
+            return None
+        path = (self._folder / name).resolve()
+        is_adapter = path.is_relative_to(self._folder) and (path / "adapter_config.json").is_file()
+        return path if is_adapter else None

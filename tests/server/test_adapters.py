@@ -1,0 +1,105 @@
+"""Adapters over HTTP: by `lora`, as `model`, from a folder on first use, and never from a path."""
+
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from llama import LLM, SamplingParams
+from llama.async_llm import AsyncLLM
+from tests.lora.adapters import make_adapter, save_base
+from tests.server.helpers import NAME, RUN, running
+
+PROMPT = [5, 6, 7, 8, 9]
+GREEDY = {"temperature": 0, "max_tokens": 8, "ignore_eos": True, "logprobs": 0}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    root = tmp_path_factory.mktemp("adapters")
+    base = save_base(root / "base", tied=False)
+    shelf = root / "shelf"
+    shelf.mkdir()
+    for seed, path in enumerate((root / "first", shelf / "second", root / "outside")):
+        make_adapter(base, path, seed=seed, target_modules=["q_proj", "v_proj", "down_proj"])
+    (shelf / "linked").symlink_to(root / "outside")
+    (shelf / "broken").mkdir()
+    (shelf / "broken" / "adapter_config.json").write_text("{")
+    (shelf / "empty").mkdir()
+    return root
+
+
+@pytest.fixture(scope="module")
+def expected(folders):
+    """Greedy tokens by adapter, from the library."""
+    llm = LLM(folders / "base", dtype="float64", num_blocks=64, max_num_seqs=4)
+    llm.load_lora("first", folders / "first")
+    llm.load_lora("second", folders / "shelf" / "second")
+    params = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
+    names = (None, "first", "second")
+    return {name: llm.generate([PROMPT], params, lora=name, use_tqdm=False)[0].outputs[0].token_ids for name in names}
+
+
+@pytest.fixture(scope="module")
+def server(folders):
+    llm = LLM(folders / "base", dtype="float64", num_blocks=64, max_num_seqs=4)
+    llm.load_lora("first", folders / "first")
+    with running(AsyncLLM(llm), lora_dir=folders / "shelf") as made:
+        yield made
+
+
+def tokens_of(response) -> list[int]:
+    assert response.status_code == 200, response.text
+    names = response.json()["choices"][0]["logprobs"]["tokens"]
+    return [int(name.removeprefix("token_id:")) for name in names]
+
+
+def complete(server, **more):
+    return server.run({"prompt": PROMPT, **GREEDY, **more}, path="/v1/completions")
+
+
+def test_each_request_of_a_batch_gets_its_own_adapter(server, expected):
+    assert len({tuple(tokens) for tokens in expected.values()}) == 3
+    asked = [{}, {"lora": "first"}, {"model": "first"}, {"lora": "second"}, {"model": "second"}, {"model": NAME}] * 2
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(lambda more: complete(server, **more), asked))
+    for more, answer in zip(asked, answers, strict=True):
+        name = more.get("lora") or more.get("model")
+        assert tokens_of(answer) == expected[None if name == NAME else name]
+
+
+def test_adapters_are_listed_with_their_parent(server):
+    data = server.client.get("/v1/models").json()["data"]
+    assert [(entry["id"], entry["parent"]) for entry in data] == [
+        (NAME, None),
+        ("broken", NAME),
+        ("first", NAME),
+        ("second", NAME),
+    ]
+    assert server.client.get("/v1/models/second").json()["parent"] == NAME
+
+
+@pytest.mark.parametrize(
+    "name", ["other", "linked", "empty", "../first", "..", ".", "", "/etc", "shelf/second", "\x00"]
+)
+def test_unknown_names_are_refused_and_the_known_listed(server, name):
+    response = complete(server, lora=name)
+    assert response.status_code == 400
+    assert response.json()["error"]["message"].endswith("there are broken, first, second")
+    if name:
+        assert complete(server, model=name).status_code == 404
+
+
+def test_a_broken_adapter_is_refused_without_its_path(server, folders):
+    response = complete(server, lora="broken")
+    assert response.status_code == 400 and str(folders) not in response.text
+    assert complete(server, model="first", lora="second").status_code == 400
+
+
+def test_cloudflare_s_field_and_model(server):
+    response = server.run({"prompt": "x", "lora": "other"})
+    assert response.json()["errors"][0]["code"] == 5006
+    assert server.run({"prompt": "x"}, path="/ai/run/other").json()["errors"][0]["code"] == 5007
+    # This model has no tokenizer: what matters is which error comes, and that the names are known.
+    for body, path in (({"prompt": "x", "lora": "first"}, RUN), ({"prompt": "x"}, "/ai/run/second")):
+        message = server.run(body, path=path).json()["errors"][0]["message"]
+        assert message == "AiError: Bad input: Error: chat needs a tokenizer: this model takes token ids only"
