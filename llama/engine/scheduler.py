@@ -142,7 +142,7 @@ class Scheduler:
     def schedule(self, max_tokens: int | None = None) -> Plan | None:
         """Hand out at most `max_tokens` tokens (None = the whole budget); None if nobody can use one now."""
         budget = self.max_num_batched_tokens if max_tokens is None else min(max_tokens, self.max_num_batched_tokens)
-        step = Step(self._num_steps, num_preemptions=self.num_preemptions)
+        step = Step(self._num_steps)
         self.running.reserve_decodes(*self._ready(budget), self.preempt)
         rows, step.decodes = self._ready(budget)
         if self.waiting or self.running.prefilling:
@@ -169,9 +169,8 @@ class Scheduler:
         for sequence in sorted(self.running.prefilling, key=by_order):
             if budget > 0 and sequence.row >= 0:
                 budget -= self._add_chunk(step, sequence, budget)
-        # Who has just taken blocks from somebody leaves none to newcomers.
         promised = self.running.num_promised_blocks(self.running.prefilling) if self.waiting else 0
-        while self.waiting and budget > 0 and self.num_preemptions == step.num_preemptions:
+        while self.waiting and budget > 0:
             sequence = self.waiting[0]
             if len(self.running) >= self.max_running or not self._admit(step, sequence, promised):
                 return
@@ -266,7 +265,7 @@ class Scheduler:
         assert step.number == plan.step
         if result.prompt_logprobs is not None:
             self._take_scores(step, result.prompt_logprobs)
-        self._publish_decoded(step, plan, result)
+        self._publish_decoded(step, plan)
         outputs = []
         num_failed = 0
         needs_care = self._needs_care(step, plan, result).tolist()
@@ -298,12 +297,12 @@ class Scheduler:
             care[:] = True
         return care
 
-    def _publish_decoded(self, step: Step, plan: Plan, result: StepResult) -> None:
+    def _publish_decoded(self, step: Step, plan: Plan) -> None:
         """Blocks that decoding rows have filled; with a lag, their tokens were not known when they were scheduled."""
         contexts = plan.context_lens[: plan.num_decodes]
         for i in (contexts % self.pool.block_size == 0).nonzero()[0].tolist():
             sequence = step.decodes[i]
-            if sequence.row == plan.rows[i] and not result.is_bad[i]:
+            if sequence.row >= 0:
                 self.running.publish(sequence, int(contexts[i]))
 
     def _take_scores(self, step: Step, scores: LogprobArrays) -> None:

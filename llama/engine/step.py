@@ -33,7 +33,6 @@ class Chunk(NamedTuple):
 @dataclass(slots=True)
 class Step:
     number: int
-    num_preemptions: int  # before the step
     decodes: list[Sequence] = field(default_factory=list)
     chunks: list[Chunk] = field(default_factory=list)
     published: list[int] = field(default_factory=list)  # blocks that enter the prefix cache before they are computed

@@ -9,7 +9,7 @@ from hashlib import blake2b
 
 import numpy as np
 
-from llama.engine.blocks import BlockPool
+from llama.engine.blocks import BlockPool, _key, prefix_root
 from llama.engine.plan import LAST_SAMPLED, LogprobArrays, Plan, StepResult
 from llama.engine.request import FinishReason, SamplingParams, Sequence, TokenOutput
 from llama.engine.scheduler import Scheduler
@@ -51,6 +51,7 @@ class FakeRunner:
 
     def execute(self, plan: Plan) -> StepResult:
         rows, columns, blocks = plan.table_updates
+        assert len(set(zip(rows.tolist(), columns.tolist(), strict=True))) == len(rows)
         self.table[rows, columns] = blocks
         for join in plan.joins:
             self.seeds[join.row] = join.seed
@@ -132,6 +133,7 @@ class Driver:
         self.vocab_size, self.max_model_len = vocab_size, max_model_len
         self.lag = lag
         self.in_flight: deque[tuple[Plan, StepResult]] = deque()
+        self.prompts: dict[str, list[int]] = {}
         self.expected: dict[tuple[str, int], list[int]] = {}
         self.got: dict[tuple[str, int], list[int]] = {}
         self.ended: dict[tuple[str, int], TokenOutput] = {}
@@ -139,8 +141,9 @@ class Driver:
 
     def add(self, prompt, params: SamplingParams | None = None, *, seed: int = 0) -> str:
         params = params or SamplingParams(max_tokens=5)
-        number = len({name for name, _ in self.expected})
+        number = len(self.prompts)
         request_id = f"request {number}"
+        self.prompts[request_id] = list(prompt)
         sequences = sequences_of(request_id, number, prompt, params, seed=seed, max_model_len=self.max_model_len)
         ends = set(params.stop_token_ids) | (set() if params.ignore_eos else self.scheduler.eos_token_ids)
         for s in sequences:
@@ -161,7 +164,19 @@ class Driver:
         while len(self.in_flight) > (self.lag if plan is not None else 0):
             self.take(self.scheduler.update(*self.in_flight.popleft()))
         self.scheduler.check()
+        self.check_published()
         return plan
+
+    def check_published(self) -> None:
+        """What a running sequence has in the prefix cache is kept under the key of its own tokens."""
+        running, block_size = self.scheduler.running, self.pool.block_size
+        for sequence in (*running.prefilling, *running.decoding):
+            key = prefix_root(b"", sequence.adapter.digest)
+            for i, block in enumerate(running.blocks(sequence.row)[: sequence.num_tokens // block_size]):
+                tokens = sequence.tokens_between(i * block_size, (i + 1) * block_size).tobytes()
+                key = _key(key, tokens)
+                if self.pool._tokens[block] is not None:
+                    assert self.pool._tokens[block] == tokens and self.pool._key_of(block) == key
 
     def take(self, outputs: list[TokenOutput]) -> None:
         self.outputs = outputs
@@ -170,6 +185,9 @@ class Driver:
             assert key not in self.ended, "something comes after the end"
             self.got[key] += output.token_ids
             assert self.got[key] == self.expected[key][: len(self.got[key])]
+            if output.prompt_logprobs is not None:
+                scored = [next(iter(entry)) for entry in output.prompt_logprobs[1:]]
+                assert scored == self.prompts[output.request_id][1:]
             if output.finish_reason is not None:
                 self.ended[key] = output
 

@@ -117,6 +117,21 @@ def test_what_lies_behind_an_evicted_block_is_found_again_once_its_prefix_is_bac
     pool.check([blocks, again])
 
 
+def test_an_equal_block_before_the_tip_may_be_evicted():
+    """Its content is missing from then on, and nothing that is found is wrong."""
+    pool = BlockPool(4, 1)
+    theirs, ours = pool.allocate(1), pool.allocate(2)
+    publish(pool, theirs, packed(1))
+    path = publish(pool, ours, packed(1, 2))  # behind theirs, which holds what ours[0] holds
+    pool.free(theirs)
+    others = pool.allocate(2)
+    assert pool.is_current(path) and path.length == 2
+    assert pool.match(ROOT, packed(1, 2), 2) == []
+    pool.check([ours, others])
+    publish(pool, others[:1], packed(1))
+    assert pool.match(ROOT, packed(1, 2), 2) == [others[0], ours[1]]
+
+
 def test_a_path_whose_tip_is_gone_is_published_anew():
     pool = BlockPool(4, 1)
     theirs, ours = pool.allocate(1), pool.allocate(2)
@@ -129,6 +144,22 @@ def test_a_path_whose_tip_is_gone_is_published_anew():
     pool.publish(path, ours, packed(1, 2))
     assert pool.match(ROOT, packed(1, 2), 2) == ours
     pool.check([theirs, ours])
+
+
+def test_blocks_that_are_still_published_stay_so_when_their_path_is_published_anew():
+    pool = BlockPool(8, 1)
+    ours, theirs = pool.allocate(3), pool.allocate(1)
+    publish(pool, ours[:2], packed(1, 2))
+    pool.publish(pool.path(ROOT, ours[:2]), theirs, packed(3))
+    path = pool.path(ROOT, ours[:2])
+    pool.publish(path, ours[2:], packed(3))
+    assert path.tip == theirs[0]
+    pool.unpublish(ours[:1])
+    pool.unpublish(theirs)
+    path.restart()
+    pool.publish(path, ours, packed(1, 2, 3))
+    pool.check([ours, theirs])
+    assert pool.match(ROOT, packed(1, 2, 3), 3) == ours
 
 
 def test_tokens_are_compared_when_keys_are_equal(monkeypatch):
@@ -178,7 +209,7 @@ class PoolMachine(RuleBasedStateMachine):
     @initialize(block_size=st.integers(1, 3))
     def start(self, block_size):
         self.pool = BlockPool(12, block_size)
-        self.some_unpublished = False
+        self.some_withdrawn = False
         self.content: dict[int, tuple] = {}
         self.sequences: list[tuple[bytes, list[int], list[int], PrefixPath]] = []  # root, tokens, blocks, path
 
@@ -196,6 +227,7 @@ class PoolMachine(RuleBasedStateMachine):
         if missing + self.pool.count_idle(hits) > self.pool.num_available:
             return
         self.pool.share(hits)
+        self.some_withdrawn |= missing > self.pool.num_available - self.pool.num_cached
         path = self.pool.path(root, hits)
         blocks = hits + self.pool.allocate(missing)
         self.content |= {block: (root, piece) for block, piece in zip(blocks, pieces, strict=True)}
@@ -216,8 +248,9 @@ class PoolMachine(RuleBasedStateMachine):
         assert [self.content[block] for block in found] == [
             (root, piece) for piece in self.pieces(tokens)[: len(found)]
         ]
-        # Blocks before the tip may be unpublished by another owner; then they are missing until somebody brings them.
-        assert len(found) == stop or self.some_unpublished
+        # Blocks before the tip that the sequence does not own may be evicted, and its own ones unpublished by another
+        # owner; then they are missing until somebody brings them.
+        assert len(found) == stop or self.some_withdrawn
 
     @rule(data=st.data())
     def unpublish(self, data):
@@ -225,7 +258,7 @@ class PoolMachine(RuleBasedStateMachine):
             _, _, blocks, _ = data.draw(st.sampled_from(self.sequences))
             gone = blocks[data.draw(st.integers(0, len(blocks))) :]
             self.pool.unpublish(gone)
-            self.some_unpublished = True
+            self.some_withdrawn = True
             for root, tokens, _, _ in self.sequences:
                 assert not set(gone) & set(self.pool.match(root, packed(*tokens), len(self.pieces(tokens))))
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from llama.engine.blocks import prefix_root
+from llama.engine.blocks import PrefixPath, prefix_root
 from llama.engine.plan import LAST_SAMPLED
 from llama.engine.request import NO_ADAPTER, Adapter, FinishReason, SamplingParams
 from tests.engine.fakes import Driver, expected, sequences_of
@@ -39,6 +39,16 @@ def test_block_tables_are_told_as_they_grow():
     assert driver.step().table_updates.shape == (3, 0)  # position 3 still has a place
     assert driver.step().table_updates.tolist() == [[0], [2], [2]]
     driver.drain()
+
+
+def test_a_row_that_changes_hands_within_a_step_tells_of_its_last_owner():
+    driver = Driver(num_blocks=8, block_size=2)
+    running = driver.scheduler.running
+    first, second = (sequences_of(str(i), i, range(8))[0] for i in range(2))
+    running.enter(first, driver.pool.allocate(3), 0, PrefixPath(b""))
+    running.leave(first)
+    running.enter(second, driver.pool.allocate(2), 0, PrefixPath(b""))
+    assert running.take_updates().tolist() == [[0, 0], [0, 1], running.blocks(0)]
 
 
 def test_first_come_first_served_within_max_num_seqs():
@@ -144,6 +154,19 @@ def test_completions_outlive_the_one_that_computes_their_prompt():
     assert set(driver.ended) == {(name, 1), (name, 2)}
 
 
+def test_completions_publish_what_is_theirs_after_the_others_have_ended():
+    driver = Driver(num_blocks=32)
+    name = driver.add(range(8), SamplingParams(n=2, max_tokens=20))
+    for _ in range(6):
+        driver.step()
+    driver.scheduler.finish(name, 0)
+    driver.drain()
+    driver.add([*range(8), *driver.got[name, 1]], SamplingParams(max_tokens=1))
+    driver.step()
+    assert driver.outputs[0].num_cached_tokens >= 16
+    driver.drain()
+
+
 def test_the_newest_is_preempted_and_gives_the_same_tokens():
     driver = Driver(num_blocks=6, max_model_len=24)
     first = driver.add(range(8), SamplingParams(max_tokens=12))
@@ -153,6 +176,19 @@ def test_the_newest_is_preempted_and_gives_the_same_tokens():
         driver.step()
     assert [s.request_id for s in driver.scheduler.waiting] == [second]
     assert driver.scheduler.num_preemptions == 1 and len(driver.got[second, 0]) == 5
+    driver.drain()
+    assert set(driver.ended) == {(first, 0), (second, 0)}
+
+
+def test_the_newest_preempts_itself_when_nobody_newer_has_blocks():
+    driver = Driver(num_blocks=6, max_model_len=24)
+    first = driver.add(range(7), SamplingParams(max_tokens=12))
+    second = driver.add(range(20, 28), SamplingParams(max_tokens=12))
+    driver.step()
+    while not driver.scheduler.waiting:
+        driver.step()
+    assert [s.request_id for s in driver.scheduler.waiting] == [second]
+    assert len(driver.scheduler.running.blocks(0)) == 3  # the first one has got none: the second one needed it
     driver.drain()
     assert set(driver.ended) == {(first, 0), (second, 0)}
 

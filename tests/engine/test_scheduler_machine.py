@@ -20,16 +20,16 @@ PREFIX = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8, 9, 7, 9, 3, 2, 3, 8, 4]
 class SchedulerMachine(RuleBasedStateMachine):
     @initialize(
         block_size=st.sampled_from([1, 2, 4, 16]),
-        extra=st.floats(1, 3),
+        room=st.sampled_from([1, 1.2, 2, 3]),
         max_num_seqs=st.integers(1, 6),
         budget=st.sampled_from([1, 2, 5, 16, 64]),
         lag=st.integers(0, 1),
         caching=st.booleans(),
         vocab_size=st.sampled_from([10, 50]),
     )
-    def start(self, block_size, extra, max_num_seqs, budget, lag, caching, vocab_size):
+    def start(self, block_size, room, max_num_seqs, budget, lag, caching, vocab_size):
         self.driver = Driver(
-            num_blocks=int(-(-MAX_MODEL_LEN // block_size) * extra),
+            num_blocks=int(-(-MAX_MODEL_LEN // block_size) * room),
             block_size=block_size,
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=budget,
@@ -58,6 +58,20 @@ class SchedulerMachine(RuleBasedStateMachine):
     )
     def add(self, shared, own, seed, **fields):
         self.driver.add(PREFIX[:shared] + own, SamplingParams(**fields), seed=seed)
+
+    @rule(numbers=st.lists(st.integers(0, 9), min_size=2, max_size=6, unique=True), max_tokens=st.integers(8, 15))
+    def add_a_crowd(self, numbers, max_tokens):
+        for number in numbers:
+            self.driver.add([number] * (number + 4), SamplingParams(max_tokens=max_tokens))
+
+    @precondition(lambda self: any(self.driver.got.values()))
+    @rule(data=st.data(), own=st.lists(st.integers(0, 9), max_size=3), max_tokens=st.integers(1, 15))
+    def go_on_with_an_answer(self, data, own, max_tokens):
+        """What was generated is found by the next turn, and nothing else than what was generated."""
+        key = data.draw(st.sampled_from(sorted(key for key, tokens in self.driver.got.items() if tokens)))
+        prompt = [*self.driver.prompts[key[0]], *self.driver.got[key], *own]
+        if len(prompt) < MAX_MODEL_LEN:
+            self.driver.add(prompt, SamplingParams(n=1, max_tokens=max_tokens))
 
     @rule(count=st.integers(1, 5))
     def step(self, count):
