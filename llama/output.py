@@ -189,7 +189,8 @@ class Reply:
         output = self._output
         if new.prompt_logprobs is not None:
             output.prompt_logprobs = [p if p is None else named(p, self.tokenizer) for p in new.prompt_logprobs]
-        output.num_cached_tokens = max(output.num_cached_tokens, new.num_cached_tokens)
+        if new.index == 0:  # the others may find what it computed
+            output.num_cached_tokens = new.num_cached_tokens
         if output.metrics.first_token is None and new.token_ids:
             output.metrics.first_token = time.monotonic()
         return self._closed(completion.push(new))

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import make_tiny
+import numpy as np
 import pytest
 import torch
 
@@ -147,6 +148,12 @@ def test_n_completions_differ_and_the_first_is_that_of_n_1(llm):
     assert third.outputs[0].token_ids == output.outputs[2].token_ids
 
 
+def test_what_completions_find_of_one_another_is_not_called_cached():
+    llm = LLM(tiny_model(), num_blocks=32, max_num_seqs=1, seed=0)
+    asked = SamplingParams(n=3, max_tokens=2)
+    assert [llm.generate([5] * 40, asked, use_tqdm=False)[0].num_cached_tokens for _ in range(2)] == [0, 32]
+
+
 def test_stop_strings_cut_the_text_and_end_the_request(llm):
     whole = llm.generate("Hi", dataclasses.replace(GREEDY, max_tokens=40), use_tqdm=False)[0].outputs[0]
     stop = next(c for c in whole.text[5:] if c.isprintable() and c.isascii() and c not in whole.text[:5])
@@ -177,6 +184,9 @@ def test_without_a_tokenizer_ids_come_as_the_oracle_says(ids_only):
     for output, prompt in zip(outputs, ([1, 2, 3], [200, 4]), strict=True):
         assert output.outputs[0].token_ids == naive.generate(weights, model.config, prompt, 12)
         assert output.outputs[0].text == "" and output.prompt is None
+    as_numpy = llm.generate(list(np.array([1, 2, 3])), GREEDY, use_tqdm=False)[0]
+    assert as_numpy.outputs[0].token_ids == outputs[0].outputs[0].token_ids
+    assert set(map(type, as_numpy.prompt_token_ids)) == {int}
     with pytest.raises(ValueError, match="need a tokenizer"):
         llm.generate("text")
     with pytest.raises(ValueError, match="needs a tokenizer"):
@@ -249,10 +259,10 @@ def test_bad_parameters_are_refused_by_name(llm):
 
 
 def test_a_refusal_by_the_engine_leaves_nothing_of_the_batch(llm, monkeypatch):
-    def add(request_id, prompt, params, *, lora=None, really=llm.engine.add):
+    def add(request_id, prompt, params, *, really=llm.engine.add, **rest):
         if len(prompt) == 4:
             raise ValueError("can never fit")
-        return really(request_id, prompt, params, lora=lora)
+        return really(request_id, prompt, params, **rest)
 
     monkeypatch.setattr(llm.engine, "add", add)
     with pytest.raises(ValueError, match="never fit"):
@@ -265,7 +275,11 @@ def test_constructor_refuses_by_name(folder, tmp_path):
         ({"device": "tpu"}, "device must be"),
         ({"dtype": "int8"}, "dtype must be"),
         ({"load_format": "pickle"}, "load_format must be"),
-        ({"max_model_len": 257}, r"max_model_len must be in \[2, 256\]"),
+        ({"max_model_len": 257}, r"max_model_len must be an integer in \[2, 256\].* got 257"),
+        ({"max_model_len": "64"}, r"max_model_len must be an integer in \[2, 256\].* got '64'"),
+        ({"gpu_memory_utilization": "0.9"}, r"gpu_memory_utilization must be in \(0, 1\], got '0.9'"),
+        ({"enable_prefix_caching": "no"}, "enable_prefix_caching must be True or False, got 'no'"),
+        ({"enforce_eager": 1}, "enforce_eager must be True or False, got 1"),
         ({"tensor_parallel_size": 2}, r"tensor_parallel_size=2 is not supported \(only 1\)"),
         ({"trust_remote_code": True}, "trust_remote_code=True"),
         ({"quantization": "awq"}, "quantization='awq'"),
@@ -281,6 +295,8 @@ def test_constructor_refuses_by_name(folder, tmp_path):
     model = tiny_model()
     with pytest.raises(ValueError, match="a Transformer has its weights"):
         LLM(model, load_format="dummy")
+    with pytest.raises(ValueError, match="device must be"):
+        LLM(model, device="tpu")
     with pytest.raises(ValueError, match="convert it first"):
         LLM(model, dtype="float32")
     if not torch.cuda.is_available():

@@ -4,6 +4,7 @@ import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
+from numbers import Integral
 from typing import Any
 
 from llama.engine.adapters import Adapters
@@ -28,7 +29,7 @@ class ContextLengthError(ValueError):
 
 
 def is_token_ids(value: Any) -> bool:
-    return isinstance(value, list | tuple) and bool(value) and isinstance(value[0], int)
+    return isinstance(value, list | tuple) and bool(value) and isinstance(value[0], Integral)
 
 
 def is_conversation(value: Any) -> bool:
@@ -160,6 +161,8 @@ class Inputs:
         if not isinstance(params, SamplingParams):
             raise ValueError(f"sampling_params must be a SamplingParams, got {type(params).__name__}")
         self.adapters.get(lora)
+        if not set(map(type, token_ids)) <= {int}:
+            token_ids = [int(t) if isinstance(t, Integral) and not isinstance(t, bool) else t for t in token_ids]
         if not clip:
             self._check_length(len(token_ids), params.max_tokens or 1)
         self._check_prompt(token_ids)

@@ -92,7 +92,7 @@ def _check_given(model: Transformer, device: str | torch.device, dtype: torch.dt
         raise ValueError('load_format="dummy" needs a folder as model: a Transformer has its weights')
     if dtype not in (None, model.dtype):
         raise ValueError(f"dtype={dtype} for a Transformer of {model.dtype}: convert it first, or leave dtype out")
-    if str(device) != "auto" and torch.device(device).type != model.device.type:
+    if str(device) != "auto" and resolve_device(device).type != model.device.type:
         raise ValueError(f"device={str(device)!r} for a Transformer on {model.device}: move it, or leave device out")
 
 
@@ -101,8 +101,10 @@ def engine_config(
 ) -> EngineConfig:
     limit = model.config.max_position_embeddings
     max_model_len = limit if max_model_len is None else max_model_len
-    if not 1 < max_model_len <= limit:
-        raise ValueError(f"max_model_len must be in [2, {limit}] (max_position_embeddings), got {max_model_len}")
+    if isinstance(max_model_len, bool) or not isinstance(max_model_len, int) or not 1 < max_model_len <= limit:
+        raise ValueError(
+            f"max_model_len must be an integer in [2, {limit}] (max_position_embeddings), got {max_model_len!r}"
+        )
     if max_num_batched_tokens is None:
         max_num_batched_tokens = BATCHED_TOKENS[model.device.type]
     return EngineConfig(max_model_len=max_model_len, max_num_batched_tokens=max_num_batched_tokens, **rest)
