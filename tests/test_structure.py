@@ -20,6 +20,11 @@ WITHOUT_TORCH = (
     "llama/text/",
     "llama/engine/request.py",
     "llama/engine/blocks.py",
+    "llama/engine/params.py",
+    "llama/engine/adapters.py",
+    "llama/engine/plan.py",
+    "llama/engine/running.py",
+    "llama/engine/step.py",
     "llama/engine/scheduler.py",
     "llama/model/config.py",
 )
