@@ -5,14 +5,11 @@ step. Both ways in turn, on the same weights, in one run.
 """
 
 import argparse
-import json
-import platform
-import statistics
-import sys
 import time
 
 import torch
 
+from benchmarks.common import close, ratio, summary
 from llama import Transformer
 from llama.engine.engine import Engine, EngineConfig
 from llama.engine.request import SamplingParams
@@ -62,21 +59,17 @@ def main() -> None:
             seconds[caching].append(elapsed)
             hits = max(hits, found)
             print(f"prefix cache {'on ' if caching else 'off'}: {elapsed:.2f} s")
-    medians = {caching: statistics.median(times) for caching, times in seconds.items()}
+    faster = ratio(seconds[False], seconds[True])
     equal = sum(answers[True][name] == answers[False][name] for name in answers[True])
-    print(f"{medians[False] / medians[True]:.2f} times faster with the cache; {hits:.0%} of the prompts found in it")
+    print(f"{faster:.2f} times faster with the cache; {hits:.0%} of the prompts found in it")
     print(f"{equal} of {NUM_REQUESTS} answers are the same")
-    document = {
-        "name": "prefix_sharing",
-        "machine": platform.processor() or platform.machine(),
-        "dtype": args.dtype,
-        "shapes": {"requests": NUM_REQUESTS, "shared": SHARED, "own": OWN, "new": NEW},
-        "median": medians[True],
-        "n": args.rounds,
-        "ratios": {"without / with": medians[False] / medians[True], "equal answers": equal / NUM_REQUESTS},
-        "versions": {"python": sys.version.split()[0], "torch": torch.__version__},
-    }
-    print(json.dumps(document))
+    close(
+        "prefix_sharing",
+        dtype=args.dtype,
+        shapes={"requests": NUM_REQUESTS, "shared": SHARED, "own": OWN, "new": NEW},
+        **summary(seconds[True]),
+        ratios={"without / with": faster, "equal answers": equal / NUM_REQUESTS},
+    )
 
 
 if __name__ == "__main__":

@@ -5,16 +5,11 @@ the prefix cache costs a prompt that hits nothing, and what a long sequence cost
 """
 
 import argparse
-import json
-import platform
-import statistics
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 
 import numpy as np
 
+from benchmarks.common import close, summary, timed
 from llama.engine.blocks import BlockPool, prefix_root
 from llama.engine.engine import Engine, EngineConfig
 from llama.engine.plan import Plan, StepResult
@@ -56,12 +51,6 @@ def make_engine(num_seqs: int) -> Engine:
     return Engine(None, config, runner=NullRunner(), eos_token_ids={128001, 128008, 128009})
 
 
-def timed(function: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    function()
-    return (time.perf_counter() - start) * 1e6
-
-
 def steady(num_seqs: int, steps: int) -> list[float]:
     """Microseconds of each step while everybody decodes; prompts differ in length, so that blocks fill at any time."""
     engine = make_engine(num_seqs)
@@ -71,7 +60,7 @@ def steady(num_seqs: int, steps: int) -> list[float]:
         engine.step()
     for _ in range(20):
         engine.step()
-    return [timed(engine.step) for _ in range(steps)]
+    return [timed(engine.step) * 1e6 for _ in range(steps)]
 
 
 def stream(num_seqs: int, steps: int) -> list[float]:
@@ -82,7 +71,7 @@ def stream(num_seqs: int, steps: int) -> list[float]:
         while len(engine.scheduler.running) + engine.metrics().num_waiting < min(num_seqs, step * num_seqs // 64 + 1):
             engine.add(str(count), [count % 1000, *range(127)], params)
             count += 1
-        times.append(timed(engine.step))
+        times.append(timed(engine.step) * 1e6)
     return times[64:]
 
 
@@ -100,7 +89,7 @@ def prefix_cache(rounds: int) -> list[float]:
             path = pool.path(root, pool.match(root, packed, 62))
             pool.publish(path, blocks, packed[: 62 * 64])
 
-        times.append(timed(look_up_and_publish))
+        times.append(timed(look_up_and_publish) * 1e6)
         pool.free(blocks)
     return times
 
@@ -111,18 +100,9 @@ def long_sequence(rounds: int) -> tuple[list[float], list[float]]:
     allocations, frees = [], []
     for _ in range(rounds):
         blocks: list[int] = []
-        allocations.append(timed(lambda blocks=blocks: blocks.extend(pool.allocate(8192))) / 8192)
-        frees.append(timed(lambda blocks=blocks: pool.free(blocks)) / 8192)
+        allocations.append(timed(lambda blocks=blocks: blocks.extend(pool.allocate(8192))) * 1e6 / 8192)
+        frees.append(timed(lambda blocks=blocks: pool.free(blocks)) * 1e6 / 8192)
     return allocations, frees
-
-
-def summary(times: list[float]) -> dict[str, float | int]:
-    tenths = statistics.quantiles(times, n=10)
-    return {"median": statistics.median(times), "p10": tenths[0], "p90": tenths[-1], "n": len(times)}
-
-
-def commit() -> str:
-    return subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
 
 
 def main() -> None:
@@ -144,16 +124,7 @@ def main() -> None:
         f"target / median, {num_seqs} running": target / results[f"steady decode, {num_seqs} running"]["median"]
         for num_seqs, target in TARGETS_US.items()
     }
-    document = {
-        "name": "scheduler",
-        "machine": platform.processor() or platform.machine(),
-        "unit": "us",
-        "results": results,
-        "ratios": ratios,
-        "versions": {"python": sys.version.split()[0], "numpy": np.__version__},
-        "commit": commit(),
-    }
-    print(json.dumps(document))
+    close("scheduler", unit="us", results=results, ratios=ratios)
 
 
 if __name__ == "__main__":
