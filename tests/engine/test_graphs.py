@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from llama import SamplingParams
+from llama.engine import decodes
 from llama.engine.engine import Engine, EngineConfig
 from llama.engine.graphs import Graphs, bucket_of
 from llama.engine.memory import worst_step
@@ -63,12 +64,10 @@ def graph_engine(case: Case, stand: Stand, model_=None, **options) -> Engine:
 
 
 def poison(engine: Engine) -> None:
-    decodes = engine.runner._decodes
-    if decodes is None:
-        return
-    decodes._logits.fill_(float("nan"))
-    decodes._inputs._data.random_(0, 256)
-    engine.runner._last_tokens[-1] = 0  # nobody's token is any, but it is one
+    graphed = engine.runner._decodes
+    if graphed is not None:
+        graphed._logits.fill_(float("nan"))
+        graphed._inputs._data.random_(0, 256)
 
 
 class PoisonedRun(Run):
@@ -98,7 +97,9 @@ CASES = {
 
 
 @pytest.mark.parametrize("changes", CASES.values(), ids=CASES)
-def test_tokens_are_the_oracles(changes):
+def test_tokens_are_the_oracles(changes, monkeypatch):
+    if "max_num_seqs" not in changes:
+        monkeypatch.setattr(decodes, "bucket_of", lambda count: 1000)  # every step is padded to all rows
     case, stand = replace(Case(), **changes), Stand()
     engine = graph_engine(case, stand)
     if case.poison:
