@@ -1,0 +1,34 @@
+"""Recorded decodes with every op in Triton's interpreter: the kernels see padding rows, and inputs that are views."""
+
+import pytest
+import torch
+
+from llama import SamplingParams
+from llama.engine import decodes
+from tests.engine.test_graphs import Stand, graph_engine, run
+from tests.model.models import tiny_model
+from tests.test_equivalence import Case
+
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # infinities meet on purpose
+
+ASKS = {
+    "a": SamplingParams(temperature=0, max_tokens=3, ignore_eos=True),
+    "b": SamplingParams(temperature=1.0, top_p=0.9, seed=3, max_tokens=4, ignore_eos=True),
+    "c": SamplingParams(temperature=0.9, frequency_penalty=0.5, logprobs=2, seed=4, max_tokens=4, ignore_eos=True),
+}
+
+
+def test_padding_and_views_change_nothing(monkeypatch):
+    monkeypatch.setattr(decodes, "bucket_of", lambda count: 1000)
+    model = tiny_model(dtype=torch.float32)
+    stand, told = Stand(), []
+    for has_graphs in (True, False):
+        engine = graph_engine(Case(lag=1, max_num_seqs=4, num_tokens=64), stand, model)
+        engine.runner.kv.data.fill_(float("nan"))
+        if not has_graphs:
+            engine.runner._decodes = None
+        for i, (name, params) in enumerate(ASKS.items()):
+            engine.add(name, [i + 1, 5, 7], params)
+        told.append(run(engine))
+    assert told[0] == told[1]
+    assert stand.num_replays > 2
