@@ -5,6 +5,7 @@ The model knows neither requests nor CUDA graphs nor quantisation: those live in
 stream is in the model's dtype; norms, rotary embedding and softmax compute in at least float32.
 """
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -247,9 +248,9 @@ class Transformer(nn.Module):
         Each weight is kept once, in its packed form (a head tied to the embedding is a second copy). Idempotent; moving
         or casting the model undoes it.
         """
-        for module in self.modules():
-            if isinstance(module, Linear):
-                module.prepare()
+        # Packing runs on one core per weight.
+        with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+            list(pool.map(Linear.prepare, (module for module in self.modules() if isinstance(module, Linear))))
 
     def _fill_randomly(self, seed: int) -> None:
         generator = torch.Generator(self.device).manual_seed(seed)
