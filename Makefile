@@ -7,8 +7,11 @@ READY := $(VENV)/.ready
 DEMO_MODEL := checkpoints/smollm2-135m-instruct
 META_TOKENIZER := .cache/meta-llama3-tokenizer
 PYTEST := $(BIN)/python -m pytest
+# A version of Triton other than the pinned one, for test-compile.
+TRITON ?=
+COMPILER := $(if $(TRITON),.venv-triton-$(TRITON),$(VENV))
 
-.PHONY: setup demo demo-model test test-slow test-kernels lint bench
+.PHONY: setup demo demo-model test test-slow test-kernels test-compile lint bench
 
 setup: $(READY)
 
@@ -36,6 +39,7 @@ demo: $(DEMO_MODEL) | $(READY)
 
 test: demo-model $(READY)
 	$(PYTEST)
+	$(MAKE) test-kernels
 
 test-slow: demo-model $(READY)
 	$(PYTEST) -m slow --hypothesis-profile new-examples
@@ -43,6 +47,19 @@ test-slow: demo-model $(READY)
 # The Triton kernels in the interpreter; elsewhere they run on a GPU alone.
 test-kernels: $(READY)
 	TRITON_INTERPRET=1 $(PYTEST) tests/interpreter
+
+# The kernels compiled for GPUs that need not be there. make test-compile TRITON=3.6.0 does it with that version, in a
+# venv of its own; UPDATE=1 writes that version's expectations anew.
+test-compile: $(COMPILER)/.ready
+	TRITON_CACHE_DIR=.cache/triton $(COMPILER)/bin/python -m tests.compile.run $(if $(UPDATE),--update)
+
+# Everything but Triton comes from the project's own venv.
+.venv-triton-%/.ready: $(READY)
+	$(BIN)/python -m venv .venv-triton-$*
+	.venv-triton-$*/bin/python -m pip install --quiet triton==$*
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > \
+		$$(.venv-triton-$*/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/project.pth
+	touch $@
 
 lint: $(READY)
 	$(BIN)/ruff check .
