@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 # Entries of one mask at most (queries x keys), which bounds what a chunk of a long prompt allocates.
-MASK_ENTRIES = 1 << 20
+MASK_ENTRIES = 1 << 22
 
 Rows = slice | Tensor  # of a cache [slots, kv_heads, head_dim]: a run, or indices
 

@@ -152,7 +152,7 @@ def test_logits_of_nothing():
 def test_131072_tokens_of_context():
     """One layer of one head: prefill in chunks, then decode, against the oracle's last rows."""
     length, chunk = 131_072, 4096
-    sizes = {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}
+    sizes = {"num_hidden_layers": 1, "num_attention_heads": 1, "num_key_value_heads": 1, "head_dim": 8}
     scaling = ModelConfig.preset("llama-3.1-8b").rope_scaling
     model = tiny_model(**sizes, hidden_size=16, max_position_embeddings=length, rope_scaling=scaling)
     (text,) = prompts(5, length)
