@@ -29,6 +29,12 @@ else:
 collect_ignore = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["interpreter"]
 
 
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Asked for the GPU tests alone, look nowhere else: their machine need not have what other tests import."""
+    is_elsewhere = collection_path.relative_to(Path(__file__).parent).parts[:1] not in ((), ("gpu",))
+    return True if is_elsewhere and config.option.markexpr == "gpu" else None
+
+
 def _fetched(relative: str) -> Path:
     path = REPOSITORY / relative
     if not path.is_dir():

@@ -217,9 +217,9 @@ def test_an_engine_that_enforces_eager_and_one_on_the_cpu_have_no_graphs():
     assert engine.runner._decodes is None and engine.runner.lag == 0
 
 
-@pytest.fixture(scope="module")
-def adapters(tmp_path_factory):
-    folder, generator = tmp_path_factory.mktemp("adapters"), torch.Generator().manual_seed(0)
+def save_adapters(folder):
+    """Adapters of tiny_model() named small and large, in folders of their names."""
+    generator = torch.Generator().manual_seed(0)
     for name, rank in {"small": 4, "large": 40}.items():
         (folder / name).mkdir()
         (folder / name / "adapter_config.json").write_text(
@@ -233,6 +233,11 @@ def adapters(tmp_path_factory):
                 tensors[f"{prefix}.lora_B.weight"] = torch.randn(size_out, rank, generator=generator) * 0.3
         save_file(tensors, folder / name / "adapter_model.safetensors")
     return folder
+
+
+@pytest.fixture(scope="module")
+def adapters(tmp_path_factory):
+    return save_adapters(tmp_path_factory.mktemp("adapters"))
 
 
 def test_graphs_with_adapters_are_apart_and_recorded_anew_when_their_tensors_move(adapters, monkeypatch):
