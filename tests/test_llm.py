@@ -292,7 +292,13 @@ def test_constructor_refuses_by_name(folder, tmp_path):
     LLM(folder, **small, tensor_parallel_size=1, trust_remote_code=False, swap_space=4, quantization=None)
     with pytest.raises(ValueError, match="there is no such folder"):
         LLM(tmp_path / "missing")
+    with pytest.raises(ValueError, match="model must be a folder or a Transformer, got NoneType"):
+        LLM(None)
+    with pytest.raises(ConfigError, match=r"generation_config\.json: cannot be read: Not a directory"):
+        LLM(folder / "config.json", tokenizer=folder)
     model = tiny_model()
+    with pytest.raises(MemoryError, match=r"num_blocks=1000000000000 blocks of 16 tokens take [0-9]+ bytes"):
+        LLM(model, num_blocks=10**12)
     with pytest.raises(ValueError, match="a Transformer has its weights"):
         LLM(model, load_format="dummy")
     with pytest.raises(ValueError, match="device must be"):

@@ -18,13 +18,13 @@ _UNITS = {"": 1, "B": 1} | {
 
 
 def run_info(command: Info) -> int:
+    if command.dtype is not None and command.dtype not in BYTES:
+        raise UsageError(f"--dtype must be one of {', '.join(BYTES)}, got {command.dtype!r}")
+    memory = _machine_memory() if command.memory is None else _size(command.memory)
     config = ModelConfig.from_pretrained(command.model)
     folder = Path(command.model)
     generation = GenerationConfig.from_pretrained(folder if folder.is_dir() else folder.parent)
     dtype = command.dtype or config.dtype or "bfloat16"
-    if dtype not in BYTES:
-        raise UsageError(f"--dtype must be one of {', '.join(BYTES)}, got {dtype!r}")
-    memory = _machine_memory() if command.memory is None else _size(command.memory)
     where = "this machine" if command.memory is None else command.memory
     rows = [
         ("architecture", _architecture(config)),

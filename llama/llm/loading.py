@@ -53,6 +53,8 @@ def resolve_dtype(dtype: str | torch.dtype) -> torch.dtype | None:
 def load_text(model: Any, tokenizer: Any) -> tuple[Tokenizer | None, ChatTemplate | None]:
     """The tokenizer asked for, or the one in the model's folder, with the chat template that lies beside it (the
     built-in Llama 3.1 format where there is none)."""
+    if not isinstance(model, str | Path | Transformer):
+        raise ValueError(f"model must be a folder or a Transformer, got {type(model).__name__}")
     folder = model if tokenizer is None or isinstance(tokenizer, Tokenizer) else tokenizer
     if not isinstance(folder, str | Path):
         return tokenizer, None if tokenizer is None else ChatTemplate(tokenizer)

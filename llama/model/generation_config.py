@@ -37,7 +37,9 @@ class GenerationConfig:
             values = json.loads(file.read_text(encoding="utf-8"))
         except FileNotFoundError:
             return cls()
-        except (OSError, ValueError, RecursionError) as error:
+        except OSError as error:
+            raise ConfigError(f"{file}: cannot be read: {error.strerror}") from None
+        except (ValueError, RecursionError) as error:
             raise ConfigError(f"{file}: is not JSON: {error}") from None
         if not isinstance(values, dict):
             raise ConfigError(f"{file}: must hold a JSON object, got {type(values).__name__}")

@@ -25,7 +25,13 @@ class KVCache:
         self.block_size = block_size
         shape = (num_blocks, block_size, config.num_key_value_heads, config.head_dim)
         # Not cleared: that would touch gigabytes before the first answer, and nobody reads what was never stored.
-        self.data = torch.empty(config.num_hidden_layers, 2, *shape, dtype=dtype, device=device)
+        try:
+            self.data = torch.empty(config.num_hidden_layers, 2, *shape, dtype=dtype, device=device)
+        except RuntimeError:  # torch.OutOfMemoryError is one too
+            size = num_blocks * self.bytes_per_block(config, block_size, dtype)
+            raise MemoryError(
+                f"num_blocks={num_blocks} blocks of {block_size} tokens take {size} bytes, more than {device} has"
+            ) from None
         self.k = [layer[0] for layer in self.data]
         self.v = [layer[1] for layer in self.data]
 
