@@ -153,7 +153,7 @@ def test_embedding(rank):
 def test_public_ops_take_the_kernels():
     x, a, y, b, slots = make([1, 0, 2])
     plan, actual = kernels.plan_lora(slots), y.clone()
-    assert plan.slots is slots and plan.order is None
+    assert plan.slots is slots and plan.rows is None
     kernels.lora_expand(kernels.lora_shrink(x, a, plan), actual, b, plan, QKV)
     assert torch.equal(actual, apply(lora, x, a, y, b, slots))
 
