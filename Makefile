@@ -11,7 +11,7 @@ PYTEST := $(BIN)/python -m pytest
 TRITON ?=
 COMPILER := $(if $(TRITON),.venv-triton-$(TRITON),$(VENV))
 
-.PHONY: setup demo demo-model test test-slow test-kernels test-compile lint bench
+.PHONY: setup demo demo-model test test-slow test-kernels test-compile test-browser lint bench
 
 setup: $(READY)
 
@@ -60,6 +60,11 @@ test-compile: $(COMPILER)/.ready
 	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > \
 		$$(.venv-triton-$*/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/project.pth
 	touch $@
+
+# The playground in Chromium, which Debian's packages bring where they are missing and may be installed.
+test-browser: $(READY)
+	command -v chromium chromedriver > /dev/null || { apt-get update && apt-get install -y chromium chromium-driver; }
+	$(PYTEST) -m browser tests/browser
 
 lint: $(READY)
 	$(BIN)/ruff check .

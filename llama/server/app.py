@@ -10,7 +10,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 import llama
-from llama.server import cloudflare, openai, operations
+from llama.server import cloudflare, openai, operations, playground
 from llama.server.bodies import json_response
 from llama.server.errors import ApiError, dialect_of, internal, no_method, no_route
 from llama.server.gate import Gate
@@ -26,6 +26,7 @@ def create_app(service: Service) -> Gate:
     )
     for module in (cloudflare, openai, operations):
         app.include_router(module.routes(service))
+    app.include_router(playground.routes())
 
     async def refused(request: Request, error: Exception) -> Response:
         assert isinstance(error, ApiError)

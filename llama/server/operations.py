@@ -1,4 +1,4 @@
-"""Routes for those who run the server: health, readiness, version, metrics; and the playground."""
+"""Routes for those who run the server: health, readiness, version, metrics."""
 
 from fastapi import APIRouter
 from starlette.responses import Response

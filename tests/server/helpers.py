@@ -11,6 +11,7 @@ import httpx
 
 from llama import LLM
 from llama.async_llm import AsyncLLM
+from llama.engine.adapters import Adapters
 from llama.engine.engine import EngineMetrics
 from llama.engine.request import FinishReason, TokenOutput
 from llama.output import Replies
@@ -77,6 +78,7 @@ class ServedEngine(ScriptedEngine):
     def __init__(self) -> None:
         super().__init__(say_what_the_user_says)
         self.config = SimpleNamespace(max_num_seqs=8, max_model_len=4096)
+        self.adapters = Adapters(0)
         self.asked: list[SimpleNamespace] = []
 
     def add(self, request_id, prompt, params, *, lora=None, **more):
