@@ -1,0 +1,85 @@
+"""Engines on a GPU for tests: tiny models whose float64 twin on the CPU is the oracle, and larger ones in bfloat16."""
+
+from collections.abc import Callable
+
+import torch
+
+from llama.engine.engine import Engine, EngineConfig
+from llama.engine.runner import Runner
+from llama.model.config import ModelConfig
+from llama.model.kv_cache import KVCache
+from llama.model.transformer import Transformer
+from tests.model.models import tiny_model
+from tests.test_equivalence import EOS, Case
+
+DEVICE = "cuda"
+
+
+def tiny() -> Transformer:
+    """The oracle's model of tests.test_equivalence in float32, in which none of its tokens flips."""
+    return tiny_model(dtype=torch.float32).to(DEVICE)
+
+
+def small(**changes) -> Transformer:
+    """Shapes like a real model's, in bfloat16."""
+    values = {
+        "vocab_size": 4003,
+        "hidden_size": 512,
+        "intermediate_size": 1408,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+        "head_dim": 64,
+        "max_position_embeddings": 131_072,
+    }
+    return Transformer(ModelConfig(**{**values, **changes}), device=DEVICE, dtype=torch.bfloat16, seed=1)
+
+
+def engine(model: Transformer, case: Case | None = None, *, record: Callable | None = None, **options) -> Engine:
+    """`record` stands in for CUDA graphs."""
+    case = case or Case()
+    sizes = {
+        "max_model_len": 256,
+        "max_num_batched_tokens": case.budget,
+        "max_num_seqs": case.max_num_seqs,
+        "block_size": case.block_size,
+        "num_blocks": max(case.num_tokens // case.block_size, 1),
+        "enable_prefix_caching": case.cache != "off",
+    }
+    config = EngineConfig(**{**sizes, **options})
+    if record is None:
+        made = Engine(model, config, eos_token_ids={EOS})
+    else:
+        kv = KVCache(model.config, config.num_blocks, config.block_size, dtype=model.dtype, device=model.device)
+        names = ("max_num_seqs", "max_model_len", "max_loras")
+        kept = {name: getattr(config, name) for name in names}
+        runner = Runner(model, kv, eos_token_ids=frozenset({EOS}), record=record, **kept)
+        made = Engine(model, config, eos_token_ids={EOS}, runner=runner)
+    made.runner.lag = case.lag
+    return made
+
+
+def unrecorded(function: Callable) -> Callable:
+    """In place of a graph: the same function on the same tensors, launched kernel by kernel."""
+    return function
+
+
+def poison(made: Engine) -> None:
+    """Garbage into whatever a step must write before it reads."""
+    graphed = made.runner._decodes
+    if graphed is not None:
+        graphed._logits.fill_(float("nan"))
+        graphed._inputs._data.random_(0, 256)
+
+
+def run(made: Engine, before_step: Callable[[], None] = lambda: None) -> dict[tuple[str, int], tuple[list, list]]:
+    """-> tokens and log-probabilities of every completion."""
+    told: dict[tuple[str, int], tuple[list, list]] = {}
+    while made.has_unfinished:
+        before_step()
+        for output in made.step():
+            tokens, logprobs = told.setdefault((output.request_id, output.index), ([], []))
+            tokens += output.token_ids
+            logprobs += output.logprobs or []
+        made.check()
+    return told
