@@ -69,16 +69,15 @@ class Conversation:
     def ask(self, text: str) -> None:
         """Stream the answer. Ctrl-C stops it and keeps what came; a refusal leaves the conversation as it was."""
         messages = [*self.messages, {"role": "user", "content": text}]
-        try:
-            pieces = Timed(self._llm.stream(messages, self._params, lora=self._lora))
-        except ValueError as error:
-            print(f"{error}; /reset begins anew", file=sys.stderr)
-            return
         answer: list[str] = []
         try:
+            pieces = Timed(self._llm.stream(messages, self._params, lora=self._lora))
             for piece in pieces:
                 answer.append(piece.text)
                 print(piece.text, end="", flush=True)
+        except ValueError as error:  # of stream(), or of the engine when the first piece is asked for
+            print(f"{error}; /reset begins anew", file=sys.stderr)
+            return
         except KeyboardInterrupt:
             print(" [stopped]", end="", file=sys.stderr)
         print(flush=True)

@@ -4,7 +4,7 @@ import logging
 import sys
 from pathlib import Path
 
-from llama.cli.common import named_adapter
+from llama.cli.common import check_engine, named_adapter
 from llama.cli.errors import UsageError
 from llama.cli.flags import Serve
 from llama.server.config import ServerConfig
@@ -15,6 +15,7 @@ def run_serve(command: Serve) -> int:
     keys, loras = _keys(command), [named_adapter(text) for text in command.lora]
     if not 0 <= command.port <= 65535:
         raise UsageError(f"--port must be from 0 to 65535, got {command.port}")
+    check_engine(command.engine)
     config = ServerConfig(
         model_names=tuple(command.served_model_name) or (Path(command.model).resolve().name,),
         api_keys=keys,

@@ -116,6 +116,10 @@ class ModelConfig:
             raise ConfigError(f"{path}: there is no such file; a model folder needs a config.json") from None
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"{path}: cannot be read: {error}") from None
+        if text.startswith("version https://git-lfs"):
+            raise ConfigError(f"{path}: is a Git LFS pointer, not the file itself; fetch it with `git lfs pull`")
+        if text.lstrip()[:9].lower() in ("<!doctype", "<html>"):
+            raise ConfigError(f"{path}: is an HTML page, not the file itself; was the download redirected?")
         try:
             values = json.loads(text)
         except (ValueError, RecursionError) as error:

@@ -144,6 +144,8 @@ class Transformer(nn.Module):
         seed: int | None = 0,
     ) -> None:
         super().__init__()
+        if dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
+            raise ValueError(f"dtype must be torch.float64, float32, float16 or bfloat16, got {dtype!r}")
         self.config = config
         self.embed_tokens = Embedding(config, device=device, dtype=dtype)
         self.layers = nn.ModuleList(Block(config, device=device, dtype=dtype) for _ in range(config.num_hidden_layers))
@@ -214,8 +216,8 @@ class Transformer(nn.Module):
         The research entry: no engine, no sampling; the same forward over a cache made for this one call. adapter_slots
         [batch] says which slot of `adapters` each sequence uses (0 = none).
         """
-        if token_ids.dim() != 2 or token_ids.dtype != torch.int64:
-            raise ValueError(f"token_ids must be int64 [batch, seq], got {token_ids.dtype} {list(token_ids.shape)}")
+        if not isinstance(token_ids, Tensor) or token_ids.dim() != 2 or token_ids.dtype != torch.int64:
+            raise ValueError(f"token_ids must be an int64 tensor [batch, seq], got {token_ids!r}")
         if token_ids.numel() and not 0 <= int(token_ids.min()) <= int(token_ids.max()) < self.config.vocab_size:
             raise ValueError(f"token ids must be in [0, {self.config.vocab_size})")
         rows, length = token_ids.shape

@@ -162,3 +162,12 @@ def test_131072_tokens_of_context():
     logits = torch.cat([pages.step([(0, [token])]) for token in text[-2:]])
     expected = naive.forward(hugging_face_weights(model), model.config, text, last=2)
     torch.testing.assert_close(logits, expected, atol=1e-10, rtol=0)
+
+
+def test_what_is_no_model_dtype_or_no_ids_is_refused():
+    config = ModelConfig.preset("tiny")
+    for dtype in (torch.int8, "float32", None):
+        with pytest.raises(ValueError, match="dtype must be torch.float64"):
+            Transformer(config, dtype=dtype)
+    with pytest.raises(ValueError, match="int64 tensor"):
+        Transformer(config).logits([[1, 2]])
