@@ -150,7 +150,7 @@ def test_bad_configs_are_refused_in_one_line(case, tmp_path):
         (b"<!DOCTYPE html><html></html>", "is an HTML page"),
         (None, "there is no such file"),
     ],
-    ids=["cut", "deep", "binary", "list", "lfs", "absent"],
+    ids=["cut", "deep", "binary", "list", "lfs", "html", "absent"],
 )
 def test_files_that_are_no_config(content, message, tmp_path):
     if content is not None:

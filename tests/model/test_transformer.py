@@ -167,7 +167,7 @@ def test_131072_tokens_of_context():
 def test_what_is_no_model_dtype_or_no_ids_is_refused():
     config = ModelConfig.preset("tiny")
     for dtype in (torch.int8, "float32", None):
-        with pytest.raises(ValueError, match="dtype must be torch.float64"):
+        with pytest.raises(ValueError, match=r"dtype must be torch\.float64"):
             Transformer(config, dtype=dtype)
     with pytest.raises(ValueError, match="int64 tensor"):
         Transformer(config).logits([[1, 2]])
