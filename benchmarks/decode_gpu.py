@@ -1,0 +1,254 @@
+"""Decode steps over their byte floor and prefills over the matmul rate: the whole engine on a preset's shapes.
+
+python -m benchmarks.decode_gpu                                 on a GPU: Llama 3.1 8B in bfloat16, random weights
+python -m benchmarks.decode_gpu --preset tiny --contexts 16 100 --prefill 64     anywhere, as a dry run
+
+A step is timed from result to result while steps follow one another, scheduling, sampling and bookkeeping included.
+Beside it stands transformers on a static cache, compiled with CUDA graphs where there is a GPU, with an argmax.
+"""
+
+import argparse
+import time
+from collections.abc import Callable
+
+import torch
+
+from benchmarks.common import close, summary, timed
+from benchmarks.device import Timer, ceilings
+from llama import LLM, ModelConfig, SamplingParams, Transformer
+
+WARM_STEPS = 8  # kernels compile, graphs are recorded
+PREFILL_ROUNDS = 3
+PEER_CHUNK = 2048
+
+
+def prompt_of(length: int, vocab_size: int) -> list[int]:
+    return torch.randint(0, vocab_size, (length,), generator=torch.Generator().manual_seed(length)).tolist()
+
+
+def floor_bytes(model: Transformer, batch: int, context: int) -> int:
+    """What a decode step must read: every weight but the input embedding's other rows, and K and V."""
+    config = model.config
+    weights = config.num_parameters - (0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size)
+    return (weights + batch * context * config.kv_values_per_token) * model.dtype.itemsize
+
+
+def prefill_flops(config: ModelConfig, length: int) -> int:
+    body = config.num_parameters - config.vocab_size * config.hidden_size * (1 if config.tie_word_embeddings else 2)
+    return 2 * length * body + 2 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * length**2
+
+
+class DeviceClock:
+    """Seconds that the device spends on each step that `llm` launches; on the CPU there is no telling them apart."""
+
+    def __init__(self, llm: LLM) -> None:
+        self.runner, self.marks = llm.engine.runner, []
+        self.is_cuda = llm.model.device.type == "cuda"
+        self.launch = self.runner.launch
+
+    def __enter__(self) -> "DeviceClock":
+        if self.is_cuda:
+            self.runner.launch = self._launch
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.runner.launch = self.launch
+
+    def _launch(self, plan):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        result_of = self.launch(plan)
+        end.record()
+        self.marks.append((start, end))
+        return result_of
+
+    def seconds(self) -> list[float]:
+        if self.is_cuda:
+            torch.cuda.synchronize()
+        return [start.elapsed_time(end) / 1e3 for start, end in self.marks]
+
+
+def decode(llm: LLM, batch: int, context: int, rounds: int, params: dict) -> dict:
+    engine, vocab_size = llm.engine, llm.model.config.vocab_size
+    steps = rounds + WARM_STEPS
+    length = min(context, engine.config.max_model_len - steps - 2)
+    settings = SamplingParams(max_tokens=steps + 1, ignore_eos=True, seed=0, **params)
+    for i in range(batch):
+        engine.add(f"{i}", prompt_of(length + i % 2, vocab_size), settings)
+    while engine.scheduler.waiting or engine.scheduler.running.prefilling:
+        engine.step()
+    for _ in range(WARM_STEPS):
+        engine.step()
+    with DeviceClock(llm) as clock:
+        seconds = [timed(engine.step) for _ in range(rounds - 2)]
+    for i in range(batch):
+        engine.abort(f"{i}")
+    while engine.has_unfinished:
+        engine.step()
+    row = {"batch": batch, "context": length, **summary(seconds), "bytes": floor_bytes(llm.model, batch, length)}
+    if device_seconds := clock.seconds():
+        row["device"] = summary(device_seconds)
+        row["engine_overhead"] = 1 - row["device"]["median"] / row["median"]
+    return row
+
+
+def prefill(llm: LLM, length: int) -> dict:
+    length = min(length, llm.engine.config.max_model_len - 1)
+    prompt = prompt_of(length, llm.model.config.vocab_size)
+
+    def once() -> None:
+        llm.engine.add("prefill", prompt, SamplingParams(temperature=0, max_tokens=1, ignore_eos=True))
+        while llm.engine.has_unfinished:
+            llm.engine.step()
+
+    once()
+    seconds = [timed(once) for _ in range(PREFILL_ROUNDS)]
+    return {"length": length, **summary(seconds), "flops": prefill_flops(llm.model.config, length)}
+
+
+class Peer:
+    """transformers' Llama of the same shapes and dtype, with random weights of its own."""
+
+    def __init__(self, model: Transformer, compiled: bool) -> None:
+        from transformers import AutoModelForCausalLM, LlamaConfig
+
+        ours = model.config
+        names = ("vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads head_dim rms_norm_eps "
+                 "num_key_value_heads max_position_embeddings tie_word_embeddings").split()  # fmt: skip
+        self.config = LlamaConfig(**{name: getattr(ours, name) for name in names})
+        with torch.device(model.device):
+            self.model = AutoModelForCausalLM.from_config(self.config, dtype=model.dtype).eval()
+        self.forward: Callable = self.model
+        if compiled:
+            self.forward = torch.compile(self.model, mode="reduce-overhead", fullgraph=True)
+
+    @torch.inference_mode()
+    def decode(self, batch: int, context: int, rounds: int) -> dict:
+        from transformers import StaticCache
+
+        device = self.model.device
+        length = min(context, self.config.max_position_embeddings - rounds - WARM_STEPS - 2)
+        cache = StaticCache(config=self.config, max_cache_len=length + rounds + WARM_STEPS + 2)
+        ids = torch.tensor([prompt_of(length, self.config.vocab_size)] * batch, device=device)
+        for chunk in ids.split(PEER_CHUNK, dim=1):
+            logits = self.model(chunk, past_key_values=cache, logits_to_keep=1).logits
+        tokens = logits[:, -1:].argmax(-1)
+
+        def step() -> None:
+            nonlocal tokens
+            # A copy: compiled with CUDA graphs, an output's memory is the next call's.
+            tokens = self.forward(tokens, past_key_values=cache).logits[:, -1:].argmax(-1).clone()
+            tokens.tolist()  # as an engine must tell its callers
+
+        for _ in range(WARM_STEPS):
+            step()
+        return summary([timed(step) for _ in range(rounds)])
+
+    @torch.inference_mode()
+    def prefill(self, length: int) -> dict:
+        ids = torch.tensor([prompt_of(length, self.config.vocab_size)], device=self.model.device)
+
+        def once() -> None:
+            self.model(ids, use_cache=True, logits_to_keep=1).logits[:, -1].argmax(-1).tolist()
+
+        once()
+        return summary([timed(once) for _ in range(PREFILL_ROUNDS)])
+
+
+def beside(row: dict, run: Callable[[], dict] | None) -> None:
+    """Put the peer's time into the row, or why it has none."""
+    if run is None:
+        return
+    try:
+        row["peer"] = run()
+        row["ratio"] = row["peer"]["median"] / row["median"]
+    except Exception as error:  # out of memory, or what this version cannot compile
+        row["peer_failed"] = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def show(name: str, row: dict, ceiling: str) -> None:
+    told = f"{name:<28} " + " ".join(f"{row[key] * 1e3:10.3f}" for key in ("median", "p10", "p90"))
+    told += f"  {row['of_ceiling']:6.1%} of {ceiling}"
+    if "engine_overhead" in row:
+        told += f", device {row['device']['median'] * 1e3:.3f} ms, overhead {row['engine_overhead']:.1%}"
+    if "peer" in row:
+        told += f", transformers {row['peer']['median'] * 1e3:.3f} ms ({row['ratio']:.2f}x)"
+    print(told + (f", transformers: {row['peer_failed']}" if "peer_failed" in row else ""), flush=True)
+
+
+def build(arguments: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> tuple[LLM, dict[str, float]]:
+    """-> an engine with room for all that is asked for, and the seconds that its parts took."""
+    seconds = {}
+    started = time.perf_counter()
+    model = Transformer(ModelConfig.preset(arguments.preset), device=device, dtype=dtype)
+    seconds["fill"] = time.perf_counter() - started
+    longest = min(model.config.max_position_embeddings, max(*arguments.contexts, *arguments.prefill, 0) + 256)
+    tokens = max(arguments.batch) * (max(arguments.contexts, default=0) + arguments.rounds + 64)
+    started = time.perf_counter()
+    llm = LLM(
+        model,
+        max_model_len=longest,
+        num_blocks=-(-max(tokens, longest) // 16) + max(arguments.batch),
+        max_num_seqs=max(arguments.batch),
+        enable_prefix_caching=False,
+        enforce_eager=arguments.enforce_eager,
+    )
+    seconds["engine"] = time.perf_counter() - started
+    return llm, seconds
+
+
+def measure(llm: LLM, limits: dict, params: dict, arguments: argparse.Namespace) -> dict[str, dict]:
+    is_cuda = llm.model.device.type == "cuda"
+    peer = None if arguments.no_peer else Peer(llm.model, compiled=is_cuda)
+    print(f"{'ms':<28} {'median':>10} {'p10':>10} {'p90':>10}")
+    rows = {}
+    for batch in arguments.batch:
+        for context in arguments.contexts:
+            name = f"decode batch {batch} context {context}"
+            row = rows[name] = decode(llm, batch, context, arguments.rounds, params)
+            row["of_ceiling"] = row["bytes"] / limits["copy_bytes_per_second"] / row["median"]
+            has_peer = peer is not None and context <= arguments.peer_up_to
+            beside(row, (lambda b=batch, c=row["context"]: peer.decode(b, c, arguments.rounds)) if has_peer else None)
+            show(name, row, "the byte floor")
+    for length in arguments.prefill:
+        name = f"prefill {length}"
+        row = rows[name] = prefill(llm, length)
+        row["of_ceiling"] = row["flops"] / limits["matmul_flops_per_second"] / row["median"]
+        has_peer = peer is not None and length <= arguments.peer_up_to
+        beside(row, (lambda n=row["length"]: peer.prefill(n)) if has_peer else None)
+        show(name, row, "the matmul rate")
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", default="llama-3.1-8b", help="its shapes, with random weights (%(default)s)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", help="bfloat16 on a GPU, else float32")
+    parser.add_argument("--contexts", nargs="*", type=int, default=[128, 1024, 8192, 131_072])
+    parser.add_argument("--prefill", nargs="*", type=int, default=[2048, 8192, 131_072])
+    parser.add_argument("--batch", nargs="+", type=int, default=[1])
+    parser.add_argument("--sampling", action="store_true", help="temperature, top_p and top_k, in place of greedy")
+    parser.add_argument("--rounds", type=int, default=60)
+    parser.add_argument("--enforce-eager", action="store_true", help="without CUDA graphs")
+    parser.add_argument("--no-peer", action="store_true")
+    parser.add_argument("--peer-up-to", type=int, default=8192, help="longest context and prompt for transformers")
+    arguments = parser.parse_args()
+    device, is_cuda = torch.device(arguments.device), arguments.device.startswith("cuda")
+    dtype = getattr(torch, arguments.dtype or ("bfloat16" if is_cuda else "float32"))
+    limits = ceilings(Timer(device, 20 if is_cuda else 3), dtype, tiny=not is_cuda)
+    llm, seconds = build(arguments, device, dtype)
+    print(
+        f"{arguments.preset}, {dtype}, {device}: copy {limits['copy_bytes_per_second'] / 1e9:.1f} GB/s, "
+        f"matmul {limits['matmul_flops_per_second'] / 1e12:.2f} TFLOP/s, {seconds}"
+    )
+    params = {"temperature": 0.7, "top_p": 0.9, "top_k": 50} if arguments.sampling else {"temperature": 0}
+    rows = measure(llm, limits, params, arguments)
+    shapes = {name: getattr(arguments, name) for name in ("preset", "batch", "enforce_eager")} | {"sampling": params}
+    close("decode_gpu", unit="s", dtype=str(dtype)[6:], shapes=shapes, ceilings=limits, seconds=seconds, rows=rows)
+
+
+if __name__ == "__main__":
+    main()
