@@ -11,7 +11,7 @@ PYTEST := $(BIN)/python -m pytest
 TRITON ?=
 COMPILER := $(if $(TRITON),.venv-triton-$(TRITON),$(VENV))
 
-.PHONY: setup demo demo-model test test-slow test-kernels test-compile test-browser lint bench
+.PHONY: setup demo demo-model test test-slow test-kernels test-compile test-browser test-gpu memcheck lint bench bench-gpu
 
 setup: $(READY)
 
@@ -61,6 +61,15 @@ test-compile: $(COMPILER)/.ready
 		$$(.venv-triton-$*/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/project.pth
 	touch $@
 
+# On a GPU machine, with its own python3: they want torch for CUDA, Triton, safetensors and pytest, and fetch nothing.
+test-gpu:
+	$(PYTHON) -m pytest -m gpu
+
+# Accesses outside of any allocation. Each tensor is one of its own here, or its neighbours would hide them.
+memcheck:
+	PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 1 \
+		$(PYTHON) -m pytest -m gpu tests/gpu/test_memcheck_gpu.py
+
 # The playground in Chromium, which Debian's packages bring where they are missing and may be installed.
 test-browser: $(READY)
 	command -v chromium chromedriver > /dev/null || { apt-get update && apt-get install -y chromium chromium-driver; }
@@ -74,3 +83,8 @@ lint: $(READY)
 bench: $(DEMO_MODEL) $(READY)
 	$(BIN)/python benchmarks/latency.py --model $(DEMO_MODEL)
 	$(BIN)/python benchmarks/throughput.py --model $(DEMO_MODEL)
+
+# Like the GPU's tests; both end with one line of JSON.
+bench-gpu:
+	$(PYTHON) -m benchmarks.ops --op all
+	$(PYTHON) -m benchmarks.decode_gpu
