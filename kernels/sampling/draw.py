@@ -1,7 +1,9 @@
 """The kernels that turn logits into tokens. Rows are split over programs; a row's splits meet between launches.
 
-    scan     changed logits -> maximum per split, in a greedy row with its lowest id. NaN counts as infinite.
-    count    (filters.py) tokens per bin of depth, and the mass of the row. Only rows with filters.
+    scan     changed logits -> maximum per split, in a greedy row with its lowest id, and maxima of groups of 32 tokens.
+             NaN counts as infinite. A greedy row needs no more.
+    plan     (plan.py) rows with filters: the candidates, where few groups can hold them.
+    count    (filters.py) other rows with filters: tokens per bin of depth, and the mass of the row.
     choose   tokens surely kept: the best of noise - depth per split. Tokens near a cut, which only an exact search can
              decide: a list of candidates per row, in any order.
     finish   one program per row: the exact cut within the candidates, the winner, its count.
@@ -25,28 +27,32 @@ from kernels.sampling.filters import (
     pack,
     unpack_depth,
 )
-from kernels.sampling.rules import depths, gumbel, is_finite, load_changed, row_maximum
+from kernels.sampling.rules import depths, gumbel, is_finite, load_changed, load_tile, row_maximum
 
 # Above all noise: a token that lies deeper than this below a score does not reach it.
 _MOST_NOISE = tl.constexpr(16.64)
 
 
-@triton.jit(do_not_specialize=["splits", "tiles", "has_bias", "has_state", "has_mask"])
+@triton.jit(do_not_specialize=["splits", "tiles", "keeps", "has_bias", "has_state", "has_mask"])
 def scan_kernel(
     rules,
     maxima,  # [rows, splits] out
     argmaxima,  # [rows, splits] out
+    group_maxima,  # [rows, splits * tiles * TILE / 32] out
+    changed,  # [rows, VOCAB] out where `keeps`
     histogram,  # [rows, BINS] out, zeros
     totals,  # [rows, 2] out, zeros
     num_candidates,  # [rows] out, zeros
     splits,
     tiles,  # per split
+    keeps,
     has_bias,
     has_state,
     has_mask,
     VOCAB: tl.constexpr,
     TILE: tl.constexpr,
 ):
+    GROUPS: tl.constexpr = TILE // 32
     row = tl.program_id(0).to(tl.int64)
     split = tl.program_id(1)
     if split == 0:
@@ -60,8 +66,12 @@ def scan_kernel(
     for tile in range(tiles):
         first = (split * tiles + tile) * TILE
         ids, logits = load_changed(rules, row, first, has_bias, has_state, has_mask, VOCAB, TILE)
+        if keeps != 0:
+            tl.store(changed + row * VOCAB + ids, logits, mask=ids < VOCAB)
         logits = tl.where(logits != logits, float("inf"), logits)
-        maximum = tl.max(logits)
+        peaks = tl.max(logits, axis=1)
+        tl.store(group_maxima + row * splits * tiles * GROUPS + first // 32 + tl.arange(0, GROUPS), peaks)
+        maximum = tl.max(peaks)
         if greedy & (maximum > best):
             best_id = tl.min(tl.where(logits == maximum, ids, VOCAB))
         best = tl.maximum(best, maximum)
@@ -69,21 +79,21 @@ def scan_kernel(
     tl.store(argmaxima + row * splits + split, best_id)
 
 
-@triton.jit(do_not_specialize=["splits", "tiles", "has_bias", "has_state", "has_mask"])
+@triton.jit(do_not_specialize=["splits", "tiles"])
 def choose_kernel(
     rules,
+    source,
+    stride,
     maxima,
+    is_few,
     histogram,
-    totals,  # [rows, 2] the second added to: mass of the tokens surely kept
+    totals,  # [rows, 2] added to: mass of the row if it is few, mass of the tokens surely kept if not
     candidates,  # [rows, VOCAB] out, packed
     num_candidates,  # [rows] added to
     best_scores,  # [rows, splits] out
     best_ids,  # [rows, splits] out
     splits,
     tiles,
-    has_bias,
-    has_state,
-    has_mask,
     VOCAB: tl.constexpr,
     TILE: tl.constexpr,
     MAX_SPLITS: tl.constexpr,
@@ -97,25 +107,32 @@ def choose_kernel(
         begin = BINS + 0
         end = BINS + 0
         min_p = 0.0
+        weighs = False
+        place_of_mass = 1
         if is_filtered(rules, row, VOCAB):
-            begin, end, _ = bracket(rules, row, histogram, totals)
             min_p = tl.load(rules.min_p + row)
-
-        # The mass before the candidates matters to top_p alone.
-        weighs = (begin > 0) & (begin < BINS)
+            if tl.load(is_few + row) != 0:
+                begin = 0
+                end = -1
+                place_of_mass = 0
+                weighs = (tl.load(rules.top_k + row) <= 0) & (tl.load(rules.top_p + row) < 1)
+                tiles = tl.where(weighs, tiles, 0)
+            else:
+                begin, end, _ = bracket(rules, row, histogram, totals)
+                weighs = (begin > 0) & (begin < BINS)
         best = -float("inf")
         best_id = VOCAB + 0
         mass = tl.zeros((), tl.int64)
         for tile in range(tiles):
             first = (split * tiles + tile) * TILE
-            ids, logits = load_changed(rules, row, first, has_bias, has_state, has_mask, VOCAB, TILE)
+            ids, logits = load_tile(source, stride, row, first, VOCAB, TILE)
             depth = depths(logits, maximum, temperature)
             alive = is_alive(depth, min_p)
             place = bin_of(depth)
 
             kept = alive & (place < begin)
             if weighs:
-                mass += tl.sum(tl.where(kept, masses(depth), 0))
+                mass += tl.sum(tl.where(kept | (alive & (end < 0)), masses(depth), 0))
             if best + tl.min(tl.where(kept, depth, float("inf"))) < _MOST_NOISE:
                 score = tl.where(kept, gumbel(ids, rules.keys, row) - depth, -float("inf"))
                 highest = tl.max(score)
@@ -133,7 +150,7 @@ def choose_kernel(
 
         tl.store(best_scores + row * splits + split, best)
         tl.store(best_ids + row * splits + split, best_id)
-        tl.atomic_add(totals + row * 2 + 1, mass, sem="relaxed")
+        tl.atomic_add(totals + row * 2 + place_of_mass, mass, sem="relaxed")
 
 
 @triton.jit

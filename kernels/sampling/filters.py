@@ -9,7 +9,7 @@ neither on how a row is split nor on its neighbours, and atomics do no harm.
 import triton
 import triton.language as tl
 
-from kernels.sampling.rules import depths, is_finite, load_changed, row_maximum
+from kernels.sampling.rules import depths, is_finite, load_tile, row_maximum
 
 # Depth bins: 1/16 wide to depth 12, then 1/4 wide to 27.75, about where an integer mass becomes 0, then the rest.
 BINS = tl.constexpr(256)
@@ -61,23 +61,31 @@ def bin_of(depth):
 
 
 @triton.jit
-def _edge(index):
+def edge_of(index):
     """The least depth of a bin."""
     x = index.to(tl.float32)
     return tl.where(index < _FINE_BINS, x / _FINE, _FINE_DEPTH + (x - _FINE_BINS) / _COARSE)
 
 
-@triton.jit(do_not_specialize=["splits", "tiles", "has_bias", "has_state", "has_mask"])
+@triton.jit
+def count_bins(depth, min_p, SIZE: tl.constexpr):
+    """How many of SIZE tokens lie in each bin, alive ones alone."""
+    alive = is_alive(depth, min_p)
+    counts = tl.histogram(tl.where(alive, bin_of(depth), BINS - 1), BINS)
+    return counts - tl.where(tl.arange(0, BINS) == BINS - 1, SIZE - tl.sum(alive.to(tl.int32)), 0)
+
+
+@triton.jit(do_not_specialize=["splits", "tiles"])
 def count_kernel(
     rules,
+    source,
+    stride,
     maxima,
+    is_few,
     histogram,  # [rows, BINS] added to
     totals,  # [rows, 2] the first added to: mass of the row
     splits,
-    tiles,
-    has_bias,
-    has_state,
-    has_mask,
+    tiles,  # per split
     VOCAB: tl.constexpr,
     TILE: tl.constexpr,
     MAX_SPLITS: tl.constexpr,
@@ -85,23 +93,22 @@ def count_kernel(
     row = tl.program_id(0).to(tl.int64)
     split = tl.program_id(1)
     maximum = row_maximum(maxima, row, splits, MAX_SPLITS)
-    if is_filtered(rules, row, VOCAB) & is_finite(maximum):
+    if is_filtered(rules, row, VOCAB) & is_finite(maximum) & (tl.load(is_few + row) == 0):
         temperature = tl.load(rules.temperature + row)
         min_p = tl.load(rules.min_p + row)
+        weighs = tl.load(rules.top_k + row) <= 0
         bins = tl.arange(0, BINS)
         counts = tl.zeros((BINS,), tl.int32)
-        mass = tl.zeros((TILE // 32, 32), tl.int64)
+        mass = tl.zeros((), tl.int64)
         for tile in range(tiles):
-            first = (split * tiles + tile) * TILE
-            _, logits = load_changed(rules, row, first, has_bias, has_state, has_mask, VOCAB, TILE)
+            _, logits = load_tile(source, stride, row, (split * tiles + tile) * TILE, VOCAB, TILE)
             depth = depths(logits, maximum, temperature)
             alive = is_alive(depth, min_p)
-            mass += tl.where(alive, masses(depth), 0)
-            places = tl.where(alive, bin_of(depth), BINS - 1)
-            counts += tl.histogram(tl.reshape(places, (TILE,), can_reorder=True), BINS)
-            counts -= tl.where(bins == BINS - 1, TILE - tl.sum(alive.to(tl.int32)), 0)
+            if weighs:
+                mass += tl.sum(tl.where(alive, masses(depth), 0))
+            counts += count_bins(tl.reshape(depth, (TILE,), can_reorder=True), min_p, TILE)
         tl.atomic_add(histogram + row * BINS + bins, counts, mask=counts != 0, sem="relaxed")
-        tl.atomic_add(totals + row * 2, tl.sum(mass), sem="relaxed")
+        tl.atomic_add(totals + row * 2, mass, sem="relaxed")
 
 
 @triton.jit
@@ -128,8 +135,8 @@ def bracket(rules, row, histogram, totals):
         if top_p < 1:
             total = tl.load(totals + row * 2).to(tl.float32) / ONE
             goal = tl.maximum(top_p * total, 1e-6)
-            most = counts.to(tl.float32) * tl.exp(-_edge(bins))
-            least = tl.where(bins < BINS - 1, counts.to(tl.float32) * tl.exp(-_edge(bins + 1)), 0.0)
+            most = counts.to(tl.float32) * tl.exp(-edge_of(bins))
+            least = tl.where(bins < BINS - 1, counts.to(tl.float32) * tl.exp(-edge_of(bins + 1)), 0.0)
             most_upto = tl.cumsum(most)
             least_upto = tl.cumsum(least)
             # Bounds of the mass before a bin's last token, from above, and before its first, from below.

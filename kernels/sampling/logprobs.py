@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kernels.sampling.draw import count_token
 from kernels.sampling.filters import NO_CUT, is_alive, pack
-from kernels.sampling.rules import Rules, Tiling, depths, load_changed, load_raw, row_maximum
+from kernels.sampling.rules import Rules, Tiling, depths, load_tile, row_maximum
 from kernels.types import LOGPROBS_OFF, LOGPROBS_PROCESSED, LOGPROBS_RAW, Logprobs
 
 _OFF = tl.constexpr(LOGPROBS_OFF)
@@ -38,20 +38,10 @@ def _unpack_value(packed, ID_BITS: tl.constexpr):
 
 @triton.jit
 def _drawn_values(
-    rules,
-    row,
-    first,
-    maximum,
-    cut,
-    has_bias,
-    has_state,
-    has_mask,
-    VOCAB: tl.constexpr,
-    TILE: tl.constexpr,
-    ID_BITS: tl.constexpr,
+    rules, source, stride, row, first, maximum, cut, VOCAB: tl.constexpr, TILE: tl.constexpr, ID_BITS: tl.constexpr
 ):
     """What a processed row's softmax is of: changed logits if greedy, else -depth within the support."""
-    ids, logits = load_changed(rules, row, first, has_bias, has_state, has_mask, VOCAB, TILE)
+    ids, logits = load_tile(source, stride, row, first, VOCAB, TILE)
     temperature = tl.load(rules.temperature + row)
     if temperature != 0:
         depth = depths(logits, maximum, temperature)
@@ -60,9 +50,11 @@ def _drawn_values(
     return ids, logits
 
 
-@triton.jit(do_not_specialize=["splits", "num_splits", "num_top", "has_bias", "has_state", "has_mask"])
+@triton.jit(do_not_specialize=["splits", "num_splits", "num_top"])
 def logprob_parts_kernel(
     rules,
+    source,  # DRAWN: the changed logits
+    stride,
     token_ids,
     modes,  # DRAWN: [rows]
     row_maxima,  # DRAWN: [rows, splits] of changed logits
@@ -75,9 +67,6 @@ def logprob_parts_kernel(
     splits,
     num_splits,
     num_top,
-    has_bias,
-    has_state,
-    has_mask,
     DRAWN: tl.constexpr,
     VOCAB: tl.constexpr,
     TILE: tl.constexpr,
@@ -93,15 +82,13 @@ def logprob_parts_kernel(
     if mode != _OFF:
         token = tl.load(token_ids + row).to(tl.int32)
         value = tl.load(rules.logits + row * rules.logits_stride + token).to(tl.float32)
-        ids, x = load_raw(rules, row, first, VOCAB, TILE)
+        ids, x = load_tile(rules.logits, rules.logits_stride, row, first, VOCAB, TILE)
         if DRAWN and mode == _PROCESSED:
             maximum = row_maximum(row_maxima, row, splits, MAX_SPLITS)
             cut = tl.load(cuts + row)
-            near, own_x = _drawn_values(
-                rules, row, token // 32 * 32, maximum, cut, has_bias, has_state, has_mask, VOCAB, 32, ID_BITS
-            )
+            near, own_x = _drawn_values(rules, source, stride, row, token // 32 * 32, maximum, cut, VOCAB, 32, ID_BITS)
             value = tl.max(tl.where(near == token, own_x, -float("inf")))
-            ids, x = _drawn_values(rules, row, first, maximum, cut, has_bias, has_state, has_mask, VOCAB, TILE, ID_BITS)
+            ids, x = _drawn_values(rules, source, stride, row, first, maximum, cut, VOCAB, TILE, ID_BITS)
         at = row * num_splits + split
         maximum = tl.max(x)
         tl.store(own + row, value)
@@ -178,6 +165,8 @@ def logprob_merge_kernel(
 class Draw(NamedTuple):
     """What `sample` leaves behind for the log-probabilities of its tokens."""
 
+    source: Tensor  # the changed logits
+    stride: int
     is_bad: Tensor
     modes: Tensor
     maxima: Tensor  # [rows, splits]
@@ -186,7 +175,7 @@ class Draw(NamedTuple):
 
 
 def compute_logprobs(
-    rules: Rules, token_ids: Tensor, num_top: int, draw: Draw | None = None, flags: dict[str, int] | None = None
+    rules: Rules, token_ids: Tensor, num_top: int, draw: Draw | None = None, has_state: bool = False
 ) -> Logprobs:
     """Of the rules' logits as they came; after a draw, of what each row's mode asks for, and the tokens are counted."""
     (rows, vocab), device = rules.logits.shape, token_ids.device
@@ -205,11 +194,12 @@ def compute_logprobs(
     sums = torch.empty(shape, dtype=torch.float32, device=device)
     greater = torch.empty(shape, dtype=torch.int32, device=device)
     best = torch.empty(*shape, num_top, dtype=torch.int64, device=device)
-    drawn = draw or Draw(token_ids, token_ids, maxima, token_ids, 1)
-    flags = flags or {"has_bias": 0, "has_state": 0, "has_mask": 0}
+    drawn = draw or Draw(rules.logits, 0, token_ids, token_ids, maxima, token_ids, 1)
     constants = {"DRAWN": draw is not None, "VOCAB": vocab, "MAX_SPLITS": tiling.max_splits, "ID_BITS": tiling.id_bits}
     logprob_parts_kernel[shape](
         rules,
+        drawn.source,
+        drawn.stride,
         token_ids,
         drawn.modes,
         drawn.maxima,
@@ -222,7 +212,6 @@ def compute_logprobs(
         drawn.splits,
         tiling.num_tiles,
         num_top,
-        **flags,
         **constants,
         TILE=tiling.tile,
         num_warps=4,
@@ -244,7 +233,7 @@ def compute_logprobs(
         logprobs.top_logprobs,
         tiling.num_tiles,
         num_top,
-        flags["has_state"],
+        int(has_state),
         **constants,
         num_warps=4,
     )

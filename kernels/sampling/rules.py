@@ -1,7 +1,8 @@
-"""What every kernel of the sampler reads: a row's logits after the rules that change them, and a token's noise.
+"""A row's logits after the rules that change them, how rows are cut into tiles, and a token's noise.
 
-No kernel stores the changed logits: each recomputes them, which moves fewer bytes than a float32 copy of the row would.
-All kernels are compiled without fused multiply-adds and divide with IEEE rounding, so that they agree on every bit.
+`scan` alone applies the rules; where there are any it leaves the changed logits in float32 for the other kernels, which
+otherwise read the logits as they came. All kernels are compiled without fused multiply-adds, so that they agree on
+every bit of what they compute twice.
 """
 
 from typing import NamedTuple
@@ -101,17 +102,16 @@ def _bits(words, first, VOCAB: tl.constexpr, TILE: tl.constexpr):
 
 
 @triton.jit
-def load_raw(rules, row, first, VOCAB: tl.constexpr, TILE: tl.constexpr):
-    """Ids and logits in float32 of one tile of a row; -inf past the vocabulary."""
+def load_tile(source, stride, row, first, VOCAB: tl.constexpr, TILE: tl.constexpr):
+    """Ids and values in float32 of one tile of a row; -inf past the vocabulary."""
     ids = tile_ids(first, TILE)
-    logits = tl.load(rules.logits + row * rules.logits_stride + ids, mask=ids < VOCAB, other=-float("inf"))
-    return ids, logits.to(tl.float32)
+    return ids, tl.load(source + row * stride + ids, mask=ids < VOCAB, other=-float("inf")).to(tl.float32)
 
 
 @triton.jit
 def load_changed(rules, row, first, has_bias, has_state, has_mask, VOCAB: tl.constexpr, TILE: tl.constexpr):
     """Ids and logits of one tile after bias, penalties and mask, in this order."""
-    ids, logits = load_raw(rules, row, first, VOCAB, TILE)
+    ids, logits = load_tile(rules.logits, rules.logits_stride, row, first, VOCAB, TILE)
     WORDS: tl.constexpr = (VOCAB + 31) // 32
 
     if has_bias != 0:

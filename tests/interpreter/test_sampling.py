@@ -7,7 +7,7 @@ import triton.language as tl
 
 import kernels
 from kernels.reference import sampling as twin
-from kernels.sampling import filters, rules
+from kernels.sampling import filters, plan, rules
 from kernels.types import SamplerState
 from tests.naive_sampling import M32, lowbias32
 from tests.sampling_rows import make_rows, make_state
@@ -126,12 +126,22 @@ FILTERS = [
 ]
 
 
+@pytest.fixture
+def many_groups(monkeypatch):
+    """Takes the way of rows whose cuts lie among very many tokens."""
+    monkeypatch.setattr(plan, "FEW_GROUPS", tl.constexpr(0))
+
+
 @pytest.mark.parametrize("scale", [0.2, 3.0])
 def test_filters(scale):
     _check(_logits(len(FILTERS), 600, scale=scale), FILTERS)
 
 
-def test_filters_among_ties():
+def test_filters_by_the_long_way(many_groups):
+    _check(_logits(len(FILTERS), 600, seed=2), FILTERS, seed=2)
+
+
+def test_filters_among_ties(many_groups):
     # Few different values, so every cut falls into a crowd of equals.
     logits = (_logits(len(FILTERS), 600, scale=1.5) * 2).round() / 2
     _check(logits, FILTERS)
@@ -143,7 +153,7 @@ def test_filters_in_float16_with_forbidden_tokens():
     _check(logits, FILTERS)
 
 
-def test_filters_without_few(monkeypatch):
+def test_filters_without_few(monkeypatch, many_groups):
     # What is surely kept then takes part in the draw before the candidates do.
     monkeypatch.setattr(filters, "_FEW", tl.constexpr(8))
     params = [
@@ -158,7 +168,7 @@ def test_filters_without_few(monkeypatch):
         _check(_logits(len(params), 600, scale=scale, seed=1), params, seed=1)
 
 
-def test_more_candidates_than_one_chunk():
+def test_more_candidates_than_one_chunk(many_groups):
     params = [{"top_k": 2500, "top_p": 0.9}, {"top_p": 0.6}, {"top_k": 1500}, {"top_p": 0.4, "min_p": 0.2}]
     logits = _logits(4, 3000, scale=0.3)
     logits[3] = 0
@@ -262,6 +272,7 @@ def test_bad_rows_are_flagged_and_harm_nobody():
 
 
 def test_results_do_not_depend_on_splits_or_neighbours(monkeypatch):
+    monkeypatch.setattr(plan, "FEW_GROUPS", tl.constexpr(8))
     params = [*FILTERS[4:15:2], {}, {"temperature": 0.0}]
     logits = _logits(len(params), 900)
 
