@@ -1,0 +1,121 @@
+"""What a graph records touches nothing but the device: proven on tensors without content, where nothing can be read.
+
+Triton's kernels are not launched; all around them runs. A tensor of the host among the arguments, or an operation whose
+shape depends on values, would be a place where the host waits for the device: no graph can hold it.
+"""
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from triton.runtime.jit import JITFunction
+
+import kernels
+from kernels.types import SamplerState
+from llama.engine.decodes import GraphedDecodes
+from llama.engine.memory import worst_step
+from llama.engine.sampler import Flags, SamplerTable
+from llama.llm.loras import read_lora
+from llama.model.config import ModelConfig
+from llama.model.kv_cache import KVCache
+from llama.model.lora import LoraSlots
+from llama.model.transformer import Transformer
+from tests.engine.test_graphs import Stand, graph_engine, save_adapters
+from tests.model.models import tiny_config, tiny_model
+from tests.test_equivalence import Case
+
+READS = {torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default, torch.ops.aten.equal.default}
+
+
+class OnDeviceAlone(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.num_ops = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func not in READS, func
+        for leaf in tree_leaves((args, kwargs or {})):
+            assert not isinstance(leaf, torch.Tensor) or leaf.device.type == "meta", f"{func} of a tensor of the host"
+        self.num_ops += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """Names of the Triton kernels that would have run."""
+    names = []
+    monkeypatch.setattr(kernels, "_INTERPRETED", True)
+    monkeypatch.setattr(JITFunction, "run", lambda self, *args, **kwargs: names.append(self.fn.__name__))
+    return names
+
+
+def graphed(config: ModelConfig, dtype: torch.dtype) -> tuple[GraphedDecodes, LoraSlots, SamplerTable]:
+    rows, blocks = 16, 40
+    model = Transformer(config, device="meta", dtype=dtype)
+    adapters = LoraSlots(model, 2)
+    sampler = SamplerTable(rows, config.vocab_size, (), device="cpu", dtype=dtype)
+    sampler.state = SamplerState(rows, config.vocab_size, "meta")
+    made = GraphedDecodes(
+        model,
+        KVCache(config, blocks, 16, dtype=dtype, device="meta"),
+        adapters=adapters,
+        sampler=sampler,
+        table=torch.zeros(rows + 1, 8, dtype=torch.int32, device="meta"),
+        last_tokens=torch.zeros(rows + 1, dtype=torch.int64, device="meta"),
+        record=Stand(),
+    )
+    return made, adapters, sampler
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_a_models_step(launched, dtype):
+    made, _, _ = graphed(ModelConfig.preset("llama-3.2-1b"), dtype)
+    with torch.inference_mode(), OnDeviceAlone() as seen:
+        made._compute(10, False)
+    layers = 16
+    assert launched.count("_decode_kernel") == launched.count("_rope_and_store_kernel") == layers
+    assert launched.count("_silu_mul_kernel") == layers and not [name for name in launched if "shrink" in name]
+    assert seen.num_ops > 100
+
+
+def test_a_step_with_adapters(launched, tmp_path):
+    made, adapters, _ = graphed(tiny_config(), torch.bfloat16)
+    folder = save_adapters(tmp_path)
+    adapter = read_lora(graph_engine(Case(), Stand(), max_loras=1), tiny_model(), "large", folder / "large")
+    adapters.put(1, adapter.content)
+    with torch.inference_mode(), OnDeviceAlone():
+        made._compute(3, True)
+    assert len([name for name in launched if "shrink" in name]) == 4  # two layers, two modules each
+    assert len([name for name in launched if "expand" in name]) == 4
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        Flags(),
+        Flags(all_greedy=False),
+        Flags(all_greedy=False, any_filter=True),
+        Flags(all_greedy=False, any_filter=True, any_penalty=True, num_logprobs=20, any_processed=True),
+        Flags(num_logprobs=0),
+    ],
+    ids=str,
+)
+def test_a_samplers_step(launched, flags):
+    made, _, _ = graphed(tiny_config(), torch.bfloat16)
+    with torch.inference_mode(), OnDeviceAlone():
+        draws = made._draw(5, flags)
+    assert {"scan_kernel", "finish_kernel"} <= set(launched)
+    assert ("count_kernel" in launched) == flags.any_filter and ("choose_kernel" in launched) != flags.all_greedy
+    assert draws.data.shape[0] == sum(
+        torch.empty(shape, dtype=dtype).nbytes for shape, dtype in zip(draws.shapes, draws.dtypes, strict=True)
+    )
+
+
+@pytest.mark.parametrize("is_decode", [False, True])
+def test_the_worst_step(launched, is_decode):
+    """It must need nothing of the host either: kernels take their parts of it as they do in a real step."""
+    model = Transformer(ModelConfig.preset("llama-3.1-8b"), device="meta", dtype=torch.bfloat16)
+    with OnDeviceAlone():
+        worst_step(model, num_tokens=8192, num_samples=256, block_size=16, is_decode=is_decode)
+    assert ("_decode_kernel" in launched) == is_decode and ("_prefill_kernel" in launched) != is_decode
+    assert {"choose_kernel", "count_kernel", "logprob_merge_kernel"} <= set(launched)
