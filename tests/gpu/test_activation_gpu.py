@@ -9,7 +9,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 
 DEVICE = "cuda"
 # Relative error: silu and its product with `up` are rounded once each. float32: exp in the last places as well.
-BUDGET = {torch.bfloat16: 2.1 * 2**-9, torch.float16: 2.1 * 2**-11, torch.float32: 2e-6}
+BUDGET = {torch.bfloat16: 2.1 * 2**-8, torch.float16: 2.1 * 2**-11, torch.float32: 2e-6}
 LEAST = {torch.bfloat16: 1e-30, torch.float16: 2**-14, torch.float32: 1e-30}  # below it values are subnormal
 
 

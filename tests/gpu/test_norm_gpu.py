@@ -10,7 +10,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 DEVICE = "cuda"
 EPS = 1e-5
 # Relative error: the normed value and its product with the weight are rounded once each. float32: the sum as well.
-BUDGET = {torch.bfloat16: 2.1 * 2**-9, torch.float16: 2.1 * 2**-11, torch.float32: 2e-6}
+BUDGET = {torch.bfloat16: 2.1 * 2**-8, torch.float16: 2.1 * 2**-11, torch.float32: 2e-6}
 SHAPES = [(1, 4096), (256, 4096), (33, 8192), (7, 576), (5, 3072), (3, 16384), (3, 20000), (5, 1001), (2, 1)]
 
 

@@ -1,0 +1,168 @@
+"""The attention kernels on a GPU against float64: error budgets, long contexts, 64-bit offsets, bits and graphs.
+
+Every problem has NaN wherever no sequence's keys lie, so each test is one of poisoned memory as well.
+"""
+
+import pytest
+import torch
+
+import kernels
+from kernels.attention import decode, paged_attention
+from tests.paged_attention import answer, make_problem
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
+
+DEVICE = "cuda"
+# ||out - answer|| / ||answer||. 16 bits: probabilities and output are rounded once each, by a quarter of this on
+# average or a bit more. float32: exponentials and sums of some thousand terms.
+BUDGET = {torch.bfloat16: 2**-8, torch.float16: 2**-11, torch.float32: 5e-6}
+# head_dim, (heads, KV heads), block size: Llama 3.1 8B and 70B, 3.2 1B, SmolLM2, one KV head per GPU, padded, wide
+SHAPES = [
+    (128, (32, 8), 16),
+    (128, (64, 8), 128),
+    (64, (32, 8), 16),
+    (64, (9, 3), 32),
+    (128, (16, 1), 1),
+    (80, (8, 8), 16),
+    (256, (8, 1), 64),
+]
+MIXED = {"queries": [1, 1, 1, 1, 300, 1, 0, 17, 128], "contexts": [1, 129, 0, 5000, 300, 64, 0, 2049, 1000]}
+
+
+def problem(queries, contexts, **options):
+    return make_problem(queries, contexts, device=DEVICE, **options)
+
+
+def decodes(contexts, **options):
+    return problem([1] * len(contexts), contexts, num_decodes=len(contexts), **options)
+
+
+def check(case, out=None):
+    out = case.run(kernels.paged_attention) if out is None else out
+    expected = answer(case)
+    error = ((out.double() - expected).norm() / expected.norm()).item()
+    assert error <= BUDGET[out.dtype], f"relative error {error:.2e}"  # NaN fails
+    return out
+
+
+@pytest.mark.parametrize("dtype", BUDGET, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_error_budget(shape, dtype):
+    head_dim, heads, block_size = shape
+    for spread in (1.0, 8.0):  # many keys matter; few do
+        check(
+            problem(
+                **MIXED,
+                num_decodes=4,
+                head_dim=head_dim,
+                heads=heads,
+                block_size=block_size,
+                dtype=dtype,
+                spread=spread,
+            )
+        )
+
+
+@pytest.mark.parametrize("group", range(1, 17))
+def test_every_group(group):
+    case = problem([1, 1, 50], [77, 600, 90], num_decodes=2, heads=(group * 2, 2), head_dim=64, dtype=torch.bfloat16)
+    check(case)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_context_of_131072_tokens(dtype):
+    options = {"heads": (8, 2), "head_dim": 128, "dtype": dtype}
+    check(decodes([131_072, 131_071, 1], **options))
+    check(problem([1, 33], [131_072, 131_072], num_decodes=1, **options))
+
+
+@pytest.mark.parametrize("queries", [1, 40])
+def test_cache_of_more_than_2_to_the_31_elements(queries):
+    """The blocks in use are the last of a cache of 4.3 GB each for K and V."""
+    small = problem([queries], [500], num_decodes=int(queries == 1), heads=(32, 8), head_dim=128, dtype=torch.bfloat16)
+    blocks = small.k_cache.shape[0]
+    total = (1 << 31) // small.k_cache[0].numel() + blocks
+    caches = []
+    for cache in (small.k_cache, small.v_cache):
+        caches.append(torch.full((total, *cache.shape[1:]), torch.nan, dtype=cache.dtype, device=DEVICE))
+        caches[-1][total - blocks :] = cache
+    tensors = {name: getattr(small, name) for name in small.__dataclass_fields__}
+    tensors |= {"k_cache": caches[0], "v_cache": caches[1], "block_tables": small.block_tables + (total - blocks)}
+    assert torch.equal(type(small)(**tensors).run(paged_attention), check(small))
+
+
+def test_decode_has_the_same_bits_in_any_company():
+    """Alone, in another order, among 255 others; and however many programs share the work."""
+    contexts = [131, 4097, 1, 20_000, 64, 8192, 700, 3]
+    case = decodes(contexts, heads=(32, 8), head_dim=128, dtype=torch.bfloat16)
+    together = check(case)
+    for sequence in range(len(contexts)):
+        assert torch.equal(case.only(sequence).run(paged_attention), together[sequence : sequence + 1])
+    order = [5, 2, 7, 0, 1, 3, 6, 4]
+    assert torch.equal(case.only(*order).run(paged_attention), together[order])
+    crowd = [i % len(contexts) for i in range(256)]
+    assert torch.equal(case.only(*crowd).run(paged_attention), together[crowd])
+    for num_programs in (1, 7, 132, 1000):
+        out = torch.full_like(case.q, torch.nan)
+        tensors = (case.q, case.k_cache, case.v_cache, case.block_tables, case.context_lens, case.scale)
+        decode.decode_attention(out, *tensors, num_programs=num_programs)
+        assert torch.equal(out, together)
+
+
+def test_decode_of_300_sequences():
+    case = decodes([(37 * i) % 400 for i in range(300)], heads=(8, 2), head_dim=64, dtype=torch.bfloat16)
+    check(case)
+
+
+def test_prefill_has_the_same_bits_in_any_company():
+    case = problem([64, 1, 130, 9, 500], [64, 300, 1000, 9, 700], heads=(32, 8), head_dim=128, dtype=torch.bfloat16)
+    together = check(case)
+    for sequence in range(5):
+        assert torch.equal(case.only(sequence).run(paged_attention), together[case.rows(sequence)])
+
+
+def test_prefill_of_a_whole_prompt():
+    check(problem([8192], [8192], heads=(8, 2), head_dim=128, dtype=torch.bfloat16))
+
+
+def test_graph_of_decodes_holds_for_any_contexts():
+    """Captured at short contexts, replayed at long ones and with padding rows: the bits of an eager call."""
+    case = decodes([1, 9, 30, 2], heads=(32, 8), head_dim=128, dtype=torch.bfloat16)
+    longer = decodes([5000, 0, 70, 129], heads=(32, 8), head_dim=128, dtype=torch.bfloat16)
+    width = longer.block_tables.shape[1]
+    q, lens = case.q.clone(), case.context_lens.clone()
+    tables = torch.zeros(4, width, dtype=torch.int32, device=DEVICE)
+    tables[:, : case.block_tables.shape[1]] = case.block_tables
+    caches = [torch.full_like(cache, torch.nan) for cache in (longer.k_cache, longer.v_cache)]
+    for cache, filled in zip(caches, (case.k_cache, case.v_cache), strict=True):
+        cache[: filled.shape[0]] = filled
+
+    def step():
+        sizes = {"num_decodes": 4, "max_query_len": 1, "max_context_len": width * 16, "scale": case.scale}
+        return paged_attention(q, *caches, tables, case.query_starts, lens, **sizes)
+
+    step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = step()
+    graph.replay()
+    check(case, out.clone())
+
+    q.copy_(longer.q)
+    lens.copy_(longer.context_lens)
+    tables.copy_(longer.block_tables)
+    for cache, filled in zip(caches, (longer.k_cache, longer.v_cache), strict=True):
+        cache.copy_(filled)
+    for _ in range(3):
+        out.fill_(torch.nan)
+        graph.replay()
+        assert torch.equal(out, step())
+    check(longer, out)
+
+
+def test_repeated_calls_have_the_same_bits():
+    case = decodes([3000] * 30, heads=(32, 8), head_dim=128, dtype=torch.bfloat16)
+    first = check(case)
+    for _ in range(50):
+        assert torch.equal(case.run(paged_attention), first)

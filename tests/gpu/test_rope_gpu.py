@@ -1,0 +1,79 @@
+"""rope_and_store on a GPU against float64, with budgets counted in roundings of the dtype."""
+
+import pytest
+import torch
+
+import kernels
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
+
+DEVICE = "cuda"
+# Relative to |x1 cos| + |x2 sin|, as cancellation may leave less: 16 bits are rounded once, float32 three times.
+BUDGET = {torch.bfloat16: 1.1 * 2**-8, torch.float16: 1.1 * 2**-11, torch.float32: 3 * 2**-24}
+
+
+def make(tokens, heads, kv_heads, head_dim, dtype, *, blocks, block_size=16, seed=0):
+    generator = torch.Generator(DEVICE).manual_seed(seed)
+    shape = (tokens, heads + 2 * kv_heads, head_dim)
+    qkv = torch.randn(shape, generator=generator, device=DEVICE).to(dtype)
+    angles = torch.rand(tokens, head_dim // 2, generator=generator, device=DEVICE) * 6
+    caches = [torch.full((blocks, block_size, kv_heads, head_dim), torch.nan, dtype=dtype, device=DEVICE) for _ in "kv"]
+    return *qkv.split([heads, kv_heads, kv_heads], dim=1), torch.cat((angles.cos(), angles.sin()), dim=1), *caches
+
+
+def is_rotation(actual, x, cos_sin):
+    cos, sin = cos_sin.double()[:, None].chunk(2, dim=-1)
+    first, second = x.double().chunk(2, dim=-1)
+    expected = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    size = torch.cat(((first * cos).abs() + (second * sin).abs(), (second * cos).abs() + (first * sin).abs()), dim=-1)
+    # Below 2^-14 float16 is subnormal: its unit is absolute there.
+    allowed = BUDGET[actual.dtype] * size.clamp_min(2**-14 if actual.dtype == torch.float16 else 0)
+    return bool(((actual.double() - expected).abs() <= allowed).all())
+
+
+@pytest.mark.parametrize("dtype", BUDGET, ids=str)
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "head_dim"), [(32, 8, 128), (64, 8, 128), (9, 3, 64), (5, 5, 80), (3, 1, 2), (8, 1, 256)]
+)
+@pytest.mark.parametrize("tokens", [1, 3, 1000])
+def test_error_budget(tokens, heads, kv_heads, head_dim, dtype):
+    q, k, v, cos_sin, k_cache, v_cache = make(tokens, heads, kv_heads, head_dim, dtype, blocks=tokens // 16 + 3)
+    slots = torch.randperm(k_cache.shape[0] * 16, device=DEVICE)[:tokens]
+    out = kernels.rope_and_store(q, k, v, cos_sin, slots, k_cache, v_cache)
+    assert is_rotation(out, q, cos_sin)
+    assert is_rotation(k_cache.flatten(0, 1)[slots], k, cos_sin)
+    assert torch.equal(v_cache.flatten(0, 1)[slots], v)
+    for cache in (k_cache, v_cache):  # nothing else was written
+        untouched = torch.ones(cache.shape[0] * 16, dtype=torch.bool, device=DEVICE)
+        untouched[slots] = False
+        assert cache.flatten(0, 1)[untouched].isnan().all()
+
+
+def test_padding_stores_nothing():
+    q, k, v, cos_sin, *caches = make(8, 32, 8, 128, torch.bfloat16, blocks=2)
+    slots = torch.full((8,), -1, device=DEVICE)
+    assert is_rotation(kernels.rope_and_store(q, k, v, cos_sin, slots, *caches), q, cos_sin)
+    assert all(cache.isnan().all() for cache in caches)
+
+
+def test_cache_of_more_than_2_to_the_31_elements():
+    blocks = (1 << 31) // (16 * 8 * 128) + 2
+    q, k, v, cos_sin, k_cache, v_cache = make(4, 32, 8, 128, torch.bfloat16, blocks=blocks)
+    slots = torch.tensor([blocks * 16 - 1, 0, blocks * 16 - 17, 5], device=DEVICE)
+    kernels.rope_and_store(q, k, v, cos_sin, slots, k_cache, v_cache)
+    assert is_rotation(k_cache.flatten(0, 1)[slots], k, cos_sin)
+    assert torch.equal(v_cache.flatten(0, 1)[slots], v)
+
+
+def test_a_token_does_not_depend_on_its_batch():
+    q, k, v, cos_sin, *caches = make(256, 32, 8, 128, torch.bfloat16, blocks=17)
+    slots = torch.arange(256, device=DEVICE)
+    together = kernels.rope_and_store(q, k, v, cos_sin, slots, *caches)
+    others = [torch.full_like(cache, torch.nan) for cache in caches]
+    for token in (0, 100, 255):
+        one = slice(token, token + 1)
+        alone = kernels.rope_and_store(q[one], k[one], v[one], cos_sin[one], slots[one], *others)
+        assert torch.equal(alone, together[one])
+        assert all(
+            torch.equal(a.flatten(0, 1)[token], b.flatten(0, 1)[token]) for a, b in zip(caches, others, strict=True)
+        )
