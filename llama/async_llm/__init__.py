@@ -145,12 +145,19 @@ class AsyncLLM:
         # A template may be slow however short the messages are.
         return await self._submit(prepare, _INLINE_CHARACTERS)
 
-    async def _submit(self, prepare: Callable[[], Request], size: int) -> Stream:
-        queued = time.monotonic()
+    def check_accepts(self, num_coming: int = 0) -> None:
+        """Raises what any request would be refused with now: EngineDeadError, EngineClosedError, QueueFullError. For
+        those who would rather know before they read and encode one. `num_coming`: how many they have let in and not
+        yet answered, which may have no seats yet."""
         if (dead := self._stepper.dead) is not None:
             raise dead
         if self._draining:
             raise EngineClosedError("the engine is draining or closed: it takes no new requests")
+        self._seats.check(num_coming)
+
+    async def _submit(self, prepare: Callable[[], Request], size: int) -> Stream:
+        queued = time.monotonic()
+        self.check_accepts()
         seat = self._seats.take()
         stream = None
         try:

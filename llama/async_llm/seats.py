@@ -37,13 +37,18 @@ class Seats:
         self._last_end = 0.0
         self._interval = 1.0  # seconds between ends of requests, a moving average
 
+    def check(self, num_coming: int = 0) -> None:
+        """Raises QueueFullError if no seat is free now, or none will be once those that come have theirs."""
+        taken = max(self.taken, num_coming)
+        if taken >= self.num_requests:
+            raise QueueFullError(
+                f"{taken} requests run or wait, and no more than {self.num_requests} may", self._retry_after()
+            )
+
     def take(self) -> Seat:
         """A seat for a request whose prompt is not yet encoded. Raises QueueFullError."""
         with self._lock:
-            if self.taken >= self.num_requests:
-                raise QueueFullError(
-                    f"{self.taken} requests run or wait, and no more than {self.num_requests} may", self._retry_after()
-                )
+            self.check()
             if not self.taken:
                 self._last_end = time.monotonic()
             self.taken += 1

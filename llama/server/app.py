@@ -30,11 +30,9 @@ def create_app(service: Service) -> Gate:
 
     async def refused(request: Request, error: Exception) -> Response:
         assert isinstance(error, ApiError)
-        request.state.record.code = error.code
         dialect = dialect_of(request.url.path)
-        status = error.status_in(dialect)
-        service.metrics.refused(status, error.code)
-        return json_response(error.body(dialect), status, error.headers)
+        service.refused(error, dialect, request.state.record)
+        return json_response(error.body(dialect), error.status_in(dialect), error.headers)
 
     async def unrouted(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
@@ -51,7 +49,7 @@ def create_app(service: Service) -> Gate:
     app.add_exception_handler(HTTPException, unrouted)
     app.add_exception_handler(Exception, failed)
     _describe(app)
-    return Gate(app, service.config)
+    return Gate(app, service)
 
 
 def _describe(app: FastAPI) -> None:

@@ -16,9 +16,8 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from llama.server.bodies import json_response
-from llama.server.config import ServerConfig
 from llama.server.errors import ApiError, dialect_of, headers_too_large, internal, unauthorized
-from llama.server.service import Record
+from llama.server.service import Record, Service
 
 logger = logging.getLogger(__name__)
 access = logging.getLogger("llama.access")
@@ -29,9 +28,10 @@ _OPEN_PATHS = frozenset({"/", "/health", "/ready"})
 
 
 class Gate:
-    def __init__(self, app: ASGIApp, config: ServerConfig) -> None:
+    def __init__(self, app: ASGIApp, service: Service) -> None:
         self._app = app
-        self._keys = [_digest(key) for key in config.api_keys]
+        self._service = service
+        self._keys = [_digest(key) for key in service.config.api_keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -53,11 +53,12 @@ class Gate:
         try:
             refusal = self._refusal(scope, headers)
             if refusal is None:
-                await self._app(scope, receive, send_on)
+                await self._pass(scope, receive, send_on)
             else:
-                record.code = refusal.code
-                body = refusal.body(dialect_of(scope["path"]))
-                await json_response(body, refusal.status, refusal.headers)(scope, receive, send_on)
+                dialect = dialect_of(scope["path"])
+                self._service.refused(refusal, dialect, record)
+                response = json_response(refusal.body(dialect), refusal.status_in(dialect), refusal.headers)
+                await response(scope, receive, send_on)
         except Exception as error:
             # The server framework answers with 500 and raises again what nobody handled.
             logger.error("request %s failed: %s", record.request_id, type(error).__name__, exc_info=error)
@@ -67,13 +68,24 @@ class Gate:
         finally:
             _log(scope, record, status, time.monotonic() - began)
 
+    async def _pass(self, scope: Scope, receive: Receive, send: Send) -> None:
+        counted = scope["method"] == "POST"
+        self._service.num_in_flight += counted
+        try:
+            await self._app(scope, receive, send)
+        finally:
+            self._service.num_in_flight -= counted
+
     def _refusal(self, scope: Scope, headers: Headers) -> ApiError | None:
         # The HTTP parser bounds what is incomplete alone.
         if sum(len(name) + len(value) for name, value in headers.raw) > MAX_HEADER_BYTES:
             return headers_too_large(MAX_HEADER_BYTES)
-        if scope["path"] in _OPEN_PATHS or not self._keys or self._is_authorized(headers):
+        if scope["path"] not in _OPEN_PATHS and self._keys and not self._is_authorized(headers):
+            return unauthorized()
+        if scope["method"] != "POST":
             return None
-        return unauthorized()
+        # In a crowd even reading what will be refused takes longer than the clients should wait to hear of it.
+        return self._service.refusal_now()
 
     def _is_authorized(self, headers: Headers) -> bool:
         scheme, _, key = headers.get("authorization", "").partition(" ")

@@ -6,13 +6,13 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from llama.async_llm import AsyncLLM, Stream
+from llama.async_llm import AsyncLLM, EngineClosedError, EngineDeadError, QueueFullError, Stream
 from llama.engine.request import FinishReason, Piece, RequestOutput, SamplingParams, Usage
 from llama.llm.inputs import Prompt
 from llama.llm.tool_choice import ToolChoice
 from llama.server.adapters import AdapterShelf
 from llama.server.config import ServerConfig
-from llama.server.errors import ApiError, aborted, bad_input, from_refusal, internal, no_such_model
+from llama.server.errors import ApiError, Dialect, aborted, bad_input, from_refusal, internal, no_such_model
 from llama.server.metrics import Metrics
 
 logger = logging.getLogger(__name__)
@@ -46,6 +46,7 @@ class Service:
     def __init__(self, llm: AsyncLLM, config: ServerConfig) -> None:
         self.llm = llm
         self.config = config
+        self.num_in_flight = 0  # POST requests that passed the gate and are not yet answered
         self.metrics = Metrics(llm.metrics, config.name)
         self.adapters = AdapterShelf(llm, config.lora_dir)
 
@@ -58,6 +59,21 @@ class Service:
     def is_ready(self) -> bool:
         llm = self.llm
         return not (llm.is_dead or llm.is_draining) and llm.seconds_in_step < self.config.step_deadline
+
+    def refusal_now(self) -> ApiError | None:
+        """What any request would be refused with at this moment because the queue is full or the server stops."""
+        try:
+            self.llm.check_accepts(self.num_in_flight)
+        except (QueueFullError, EngineClosedError) as error:
+            return from_refusal(error)
+        except EngineDeadError:
+            pass  # told with the request's id, where requests are answered
+        return None
+
+    def refused(self, error: ApiError, dialect: Dialect, record: Record) -> None:
+        """Note it for the metrics and the access log."""
+        record.code = error.code
+        self.metrics.refused(error.status_in(dialect), error.code)
 
     def knows(self, model: str) -> bool:
         return self.config.serves(model) or model in self.adapters.names()
