@@ -10,6 +10,7 @@ Sampled tokens stay on the device, where the next step finds them: what the host
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor
 import kernels
 from kernels.types import Sampled, SamplerRows
 from llama.engine.graphs import Graphs, Record, bucket_of
+from llama.engine.params import MAX_LOGPROBS
 from llama.engine.plan import LogprobArrays, Plan, StepResult
 from llama.engine.sampler import Flags, SamplerTable
 from llama.engine.transfer import Mirror, Packed, to_device
@@ -79,6 +81,20 @@ class GraphedDecodes:
         self._query_starts = torch.arange(rows + 1, dtype=torch.int32, device=device)
         self._logits = torch.empty(rows, model.config.vocab_size, dtype=model.dtype, device=device)
 
+    @torch.inference_mode()
+    def prepare(self) -> None:
+        """Record the largest step before all others, for nobody. They then find room in the memory that it leaves
+        behind; in rising order each would take more, and never give it back."""
+        self._fill({}, 0)
+        nothing = np.zeros(0, np.int64)
+        self._sampler.write(nothing, nothing, self._inputs.host)
+        self._inputs.send()
+        num_logprobs = min(MAX_LOGPROBS, self._logits.shape[1])
+        flags = Flags(num_logprobs, any_filter=True, all_greedy=False, any_processed=True)
+        for _ in range(2):
+            self._run_model(self._nobody, has_adapters=False)
+            self._run_sampler(self._nobody, flags)
+
     @staticmethod
     def takes(plan: Plan) -> bool:
         return plan.num_decodes == len(plan.rows) and plan.prompt_sources is None and not len(plan.copies)
@@ -88,31 +104,31 @@ class GraphedDecodes:
         if self._generation != self._adapters.generation:
             self._generation = self._adapters.generation
             self._graphs.forget(lambda key: key[0] == "model" and key[2])
-        count = len(plan.rows)
+        host, count = self._inputs.host, len(plan.rows)
         bucket = min(bucket_of(count), self._nobody)
         has_adapters = plan.adapter_slots is not None and bool(plan.adapter_slots.any())
-        flags = self._fill(plan, kv_slots)
-        self._graphs.run(("model", bucket, has_adapters), partial(self._compute, bucket, has_adapters))
-        if flags is None:
-            return fetched(self._draw_unrecorded(plan), count)
-        return fetched(self._graphs.run(("sampler", bucket, flags), partial(self._draw, bucket, flags)), count)
-
-    def _fill(self, plan: Plan, kv_slots: NDArray[np.int64]) -> Flags | None:
-        """Send the step's numbers to their places -> the sampler's flags; None where not all of it has a place."""
-        host, count = self._inputs.host, len(plan.rows)
-        numbers = {
-            "row_ids": (plan.rows, self._nobody),
-            "positions": (plan.context_lens - 1, 0),
-            "kv_slots": (kv_slots, -1),
-            "context_lens": (plan.context_lens, 0),
-            "adapter_slots": (0 if plan.adapter_slots is None else plan.adapter_slots, 0),
-        }
-        for name, (values, padding) in numbers.items():
-            host[name][:count] = values
-            host[name][count:] = padding
+        numbers = {"row_ids": plan.rows, "positions": plan.context_lens - 1, "context_lens": plan.context_lens}
+        numbers |= {"kv_slots": kv_slots, "adapter_slots": plan.adapter_slots if has_adapters else 0}
+        self._fill(numbers, count)
+        # Where not all of the sampler's input has a place, there are no flags.
         flags = None if plan.masks is not None else self._sampler.write(plan.rows, plan.sample_positions, host)
         self._inputs.send()
-        return flags
+        self._run_model(bucket, has_adapters)
+        draws = self._draw_unrecorded(plan) if flags is None else self._run_sampler(bucket, flags)
+        return fetched(draws, count)
+
+    def _fill(self, numbers: dict[str, Any], count: int) -> None:
+        """Put the numbers of `count` sequences to their places, and padding behind them."""
+        padding = {"row_ids": self._nobody, "positions": 0, "kv_slots": -1, "context_lens": 0, "adapter_slots": 0}
+        for name, neutral in padding.items():
+            self._inputs.host[name][:count] = numbers.get(name, neutral)
+            self._inputs.host[name][count:] = neutral
+
+    def _run_model(self, bucket: int, has_adapters: bool) -> None:
+        self._graphs.run(("model", bucket, has_adapters), partial(self._compute, bucket, has_adapters))
+
+    def _run_sampler(self, bucket: int, flags: Flags) -> Packed:
+        return self._graphs.run(("sampler", bucket, flags), partial(self._draw, bucket, flags))
 
     # What follows is recorded: it must depend on its arguments and on tensors that do not move, and never wait.
 

@@ -30,15 +30,14 @@ class CudaRecord:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
+        self._stream = torch.cuda.Stream(device)
         self._pool = torch.cuda.graph_pool_handle()
 
     def __call__(self, function: Callable[[], T]) -> Callable[[], T]:
         graph = torch.cuda.CUDAGraph()
         # Other threads may go on using the device while this one records.
-        with (
-            torch.cuda.device(self._device),
-            torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"),
-        ):
+        recording = torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local")
+        with torch.cuda.device(self._device), recording:
             result = function()
 
         def replay() -> T:

@@ -58,7 +58,8 @@ class Runner:
         )
         self._scored_rows = num_scored_rows(self.vocab_size)
         self._decodes: GraphedDecodes | None = None
-        if record is None and self.device.type == "cuda" and not enforce_eager:
+        is_default = record is None and self.device.type == "cuda" and not enforce_eager
+        if is_default:
             record = CudaRecord(self.device)
         if record is not None:
             self._decodes = GraphedDecodes(
@@ -70,6 +71,9 @@ class Runner:
                 last_tokens=self._last_tokens,
                 record=record,
             )
+        if is_default:
+            with torch.cuda.device(self.device):
+                self._decodes.prepare()
 
     @torch.inference_mode()
     def launch(self, plan: Plan) -> Callable[[], StepResult]:

@@ -1,5 +1,7 @@
 """From the arguments of LLM to its parts: model, tokenizer and chat template, engine configuration, defaults."""
 
+import logging
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,8 @@ from llama.model.generation_config import GenerationConfig
 from llama.model.transformer import Transformer
 from llama.text.chat import ChatTemplate
 from llama.text.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
 
 DTYPES = {
     "float64": torch.float64,
@@ -70,6 +74,7 @@ def load_model(
 ) -> Transformer:
     if load_format not in ("auto", "dummy"):
         raise ValueError(f'load_format must be "auto" or "dummy", got {load_format!r}')
+    started = time.monotonic()
     wanted = resolve_dtype(dtype)
     if isinstance(model, Transformer):
         _check_given(model, device, wanted, load_format)
@@ -84,6 +89,7 @@ def load_model(
     else:
         loaded = Transformer.from_pretrained(model, device=where, dtype=wanted or "auto")
     loaded.prepare()
+    logger.info("model loaded as %s on %s (%.2f s)", loaded.dtype, where, time.monotonic() - started)
     return loaded
 
 
