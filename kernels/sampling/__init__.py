@@ -76,8 +76,7 @@ def sample(logits: Tensor, rows: SamplerRows, state: SamplerState | None) -> Sam
     cuts = scratch(num_rows, dtype=torch.int64)
 
     walk = {"splits": tiling.splits, "tiles": tiling.tiles_per_split, "VOCAB": vocab, "TILE": tiling.tile}
-    # Five programs of 4 warps then share a multiprocessor, enough to have many loads in flight, and nothing spills.
-    options = {"num_warps": 4, "enable_fp_fusion": False, "maxnreg": 96}
+    options = {"num_warps": 4, "enable_fp_fusion": False}
     row_options = {"num_warps": 8, "enable_fp_fusion": False}
     sizes = {"MAX_SPLITS": tiling.max_splits, "ID_BITS": tiling.id_bits}
     scan_kernel[per_split](
@@ -121,8 +120,7 @@ def sample(logits: Tensor, rows: SamplerRows, state: SamplerState | None) -> Sam
             totals,
             **walk,
             MAX_SPLITS=tiling.max_splits,
-            num_warps=4,
-            enable_fp_fusion=False,
+            **options,
         )
     if not rows.all_greedy:
         choose_kernel[per_split](
