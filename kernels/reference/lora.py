@@ -80,25 +80,31 @@ def plan_lora(adapter_slots: Tensor) -> LoraPlan:
     return LoraPlan(adapter_slots, rows, tokens, used, tuple(groups))
 
 
+def _wide(x: Tensor) -> Tensor:
+    """Few CPUs multiply 16-bit numbers well, and adapters are small enough to be cast in every step."""
+    return x.float() if x.element_size() == 2 else x
+
+
 def lora_shrink(x: Tensor, a: Tensor, plan: LoraPlan) -> Tensor:
-    x = x.index_select(0, plan.rows)
+    x = _wide(x.index_select(0, plan.rows))
     h = x.new_empty(x.shape[0], a.shape[1] * a.shape[2])
-    columns = a.flatten(1, 2).transpose(1, 2)  # [slots, in, slices * rank]
     for group in plan.groups:
-        torch.bmm(group.of(x), columns[group.first - 1 : group.last], out=group.of(h))
+        weights = _wide(a[group.first - 1 : group.last]).flatten(1, 2)  # [slots, slices * rank, in]
+        torch.bmm(group.of(x), weights.transpose(1, 2), out=group.of(h))
     return h.view(-1, *a.shape[1:3])
 
 
 def lora_embedding(token_ids: Tensor, a: Tensor, plan: LoraPlan) -> Tensor:
     slots = plan.slots.index_select(0, plan.rows).to(torch.int64) - 1
-    return a[slots, token_ids.index_select(0, plan.rows)].unsqueeze(1)
+    return _wide(a[slots, token_ids.index_select(0, plan.rows)]).unsqueeze(1)
 
 
 def lora_expand(h: Tensor, y: Tensor, b: Tensor, plan: LoraPlan, slice_starts: tuple[int, ...]) -> None:
     delta = h.new_empty(h.shape[0], y.shape[1])
-    columns = b.transpose(1, 2)  # [slots, rank, out]
     for group in plan.groups:
-        group_h, group_delta, group_columns = group.of(h), group.of(delta), columns[group.first - 1 : group.last]
+        weights = _wide(b[group.first - 1 : group.last]).transpose(1, 2)  # [slots, rank, out]
+        group_h, group_delta = group.of(h), group.of(delta)
         for i, (low, high) in enumerate(pairwise(slice_starts)):
-            group_delta[:, :, low:high] = torch.bmm(group_h[:, :, i], group_columns[:, :, low:high])
-    y.index_add_(0, plan.tokens, delta if plan.used is None else delta.index_select(0, plan.used))
+            group_delta[:, :, low:high] = torch.bmm(group_h[:, :, i], weights[:, :, low:high])
+    used = delta if plan.used is None else delta.index_select(0, plan.used)
+    y.index_add_(0, plan.tokens, used.to(y.dtype))
