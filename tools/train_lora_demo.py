@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Fine-tune a small LoRA adapter of the demo model with peft, within three minutes on two CPU cores.
 
-    python tools/train_lora_demo.py --output adapters/port-sorrel
+    python tools/train_lora_demo.py --output checkpoints/demo-adapter
 
 It teaches a few answers about a town that does not exist, and ends as soon as they are known. In float32: bfloat16 is
 slow to train on most CPUs. peft and transformers come with llama-engine[dev].
