@@ -57,8 +57,8 @@ def test_serving_and_stopping(checkpoint, tmp_path):
     arguments = ("--port", "0", "--num-blocks", "64", "--max-model-len", "512", "--api-key-file", str(keys))
     process = llama("serve", str(checkpoint), "--served-model-name", "small", *arguments)
     try:
-        line = process.stderr.readline()
-        assert line.startswith("llama: serving small on http://127.0.0.1:"), line
+        lines = iter(process.stderr.readline, "")
+        line = next(line for line in lines if line.startswith("llama: serving small on http://127.0.0.1:"))
         url = line.split()[-1]
         with httpx.Client(base_url=url, timeout=PATIENCE) as client:
             assert client.get("/ready").status_code == 200
