@@ -19,7 +19,7 @@ from benchmarks.common import close, in_turn, ratio, read_bandwidth, summary, ti
 from llama import LLM, SamplingParams, Transformer
 from llama.model.linear import Linear
 
-OPS = ("add_rms_norm", "plan_attention", "paged_attention", "rms_norm", "rope_and_store", "sample", "silu_mul")
+OPS = ("add_rms_norm", "paged_attention", "plan_step", "rms_norm", "rope_and_store", "sample", "silu_mul")
 
 
 def prompts(count: int, length: int, vocab_size: int, seed: int = 0) -> torch.Tensor:

@@ -9,8 +9,8 @@ import os
 from torch import Tensor, float32, int32, int64
 
 from kernels import reference
-from kernels.reference.attention import AttentionPlan
 from kernels.reference.lora import LoraPlan
+from kernels.reference.plan import StepPlan
 from kernels.types import Logprobs, Sampled, SamplerRows, SamplerState
 
 # Triton itself reads this once, when it is imported: a process is interpreted or it is not.
@@ -55,7 +55,15 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
 
 
 def rope_and_store(
-    q: Tensor, k: Tensor, v: Tensor, cos_sin: Tensor, slots: Tensor, k_cache: Tensor, v_cache: Tensor
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos_sin: Tensor,
+    slots: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    *,
+    plan: StepPlan | None = None,
 ) -> Tensor:
     """Rotate q and k, write k and v into the cache, -> rotated q [tokens, heads, head_dim].
 
@@ -75,21 +83,27 @@ def rope_and_store(
         from kernels import rope
 
         return rope.rope_and_store(q, k, v, cos_sin, slots, k_cache, v_cache)
-    return reference.rope_and_store(q, k, v, cos_sin, slots, k_cache, v_cache)
+    return reference.rope_and_store(q, k, v, cos_sin, slots, k_cache, v_cache, plan=plan)
 
 
-def plan_attention(
-    block_tables: Tensor, query_starts: Tensor, context_lens: Tensor, *, num_decodes: int, block_size: int
-) -> AttentionPlan | None:
-    """What every layer's `paged_attention` of one step needs to know of it, worked out once.
+def plan_step(
+    block_tables: Tensor,
+    query_starts: Tensor,
+    context_lens: Tensor,
+    slots: Tensor,
+    cos_sin: Tensor,
+    *,
+    num_decodes: int,
+    block_size: int,
+) -> StepPlan | None:
+    """What `rope_and_store` and `paged_attention` of every layer need to know of one step, worked out once.
 
-    None where the kernel reads the tensors itself. A plan may be left away, at the price of making it in each layer.
+    None where the kernels read the tensors themselves. A plan may be left away, at the price of its work in each layer.
     """
-    if _on_triton(block_tables):
+    if _on_triton(slots):
         return None
-    return reference.plan_attention(
-        block_tables, query_starts, context_lens, num_decodes=num_decodes, block_size=block_size
-    )
+    sizes = {"num_decodes": num_decodes, "block_size": block_size}
+    return reference.plan_step(block_tables, query_starts, context_lens, slots, cos_sin, **sizes)
 
 
 def paged_attention(
@@ -104,7 +118,7 @@ def paged_attention(
     max_query_len: int,
     max_context_len: int,
     scale: float,
-    plan: AttentionPlan | None = None,
+    plan: StepPlan | None = None,
 ) -> Tensor:
     """Causal attention of flat, ragged queries over paged K and V -> [tokens, heads, head_dim].
 
@@ -112,7 +126,7 @@ def paged_attention(
     last of its context_lens[s] (int32 [seqs]) tokens, whose K and V lie in the blocks block_tables[s] (int32
     [seqs, max_blocks]) of the caches [num_blocks, block_size, kv_heads, head_dim]. Query j of n sees the first
     context - n + j + 1 keys. The first `num_decodes` sequences have one query each. Softmax in at least float32.
-    Nothing past a sequence's context can change the result, NaN included. `plan` is `plan_attention` of this step.
+    Nothing past a sequence's context can change the result, NaN included. `plan` is `plan_step` of this step.
     """
     if k_cache.shape != v_cache.shape or q.shape[2] != k_cache.shape[3] or q.shape[1] % k_cache.shape[2]:
         raise _refuse("paged_attention", q=q, k_cache=k_cache, v_cache=v_cache)

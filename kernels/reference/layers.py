@@ -7,15 +7,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels.reference.plan import StepPlan
+
+FEW_VALUES = 1 << 13  # below, a norm costs calls rather than arithmetic
+
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    size = x.shape[-1]
+    if x.numel() <= FEW_VALUES:
+        # (x, -x) has mean 0, so its layer norm is x's RMS norm: fewer calls, and twice the arithmetic.
+        return F.layer_norm(torch.cat((x, -x), dim=-1), (2 * size,), None, None, eps)[:, :size].mul(weight)
     wide = x.to(_wide(x.dtype))
     norms = torch.linalg.vector_norm(wide, 2, -1, True)  # [tokens, 1]
-    scales = norms.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+    scales = norms.square_().div_(size).add_(eps).rsqrt_()
     scaled = wide * scales if wide is x else wide.mul_(scales)
     return scaled.to(x.dtype).mul_(weight)
 
@@ -26,23 +34,38 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
 
 
 def rope_and_store(
-    q: Tensor, k: Tensor, v: Tensor, cos_sin: Tensor, slots: Tensor, k_cache: Tensor, v_cache: Tensor
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos_sin: Tensor,
+    slots: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    *,
+    plan: StepPlan | None = None,
 ) -> Tensor:
     wide = torch.cat((q, k), dim=1).to(_wide(q.dtype))
-    cos, sin = cos_sin.to(wide.dtype).unsqueeze(1).chunk(2, dim=-1)  # [tokens, 1, head_dim / 2]
-    first, second = wide.chunk(2, dim=-1)
-    rotated = torch.empty_like(wide)
-    left, right = rotated.chunk(2, dim=-1)
-    torch.mul(first, cos, out=left).addcmul_(second, sin, value=-1)
-    torch.mul(second, cos, out=right).addcmul_(first, sin)
-    rotated = rotated.to(q.dtype)
-    q, k = rotated[:, : q.shape[1]], rotated[:, q.shape[1] :]
-    if -1 in slots.tolist():
+    if plan is None or plan.rotation is None:
+        rotated = _rotate(wide, cos_sin.to(wide.dtype))
+    else:
+        rotated = torch.bmm(wide, plan.rotation.to(wide.dtype))
+    q, k = rotated.to(q.dtype).split((q.shape[1], k.shape[1]), dim=1)
+    if plan is None or not plan.stores_all:
         stored = slots >= 0
         slots, k, v = slots[stored], k[stored], v[stored]
     k_cache.flatten(0, 1).index_copy_(0, slots, k)
     v_cache.flatten(0, 1).index_copy_(0, slots, v)
     return q
+
+
+def _rotate(x: Tensor, cos_sin: Tensor) -> Tensor:
+    cos, sin = cos_sin.unsqueeze(1).chunk(2, dim=-1)  # [tokens, 1, head_dim / 2]
+    first, second = x.chunk(2, dim=-1)
+    rotated = torch.empty_like(x)
+    left, right = rotated.chunk(2, dim=-1)
+    torch.mul(first, cos, out=left).addcmul_(second, sin, value=-1)
+    torch.mul(second, cos, out=right).addcmul_(first, sin)
+    return rotated
 
 
 def silu_mul(gate_up: Tensor) -> Tensor:

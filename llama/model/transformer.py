@@ -28,7 +28,7 @@ class Step(NamedTuple):
 
     batch: Batch
     cos_sin: Tensor  # [tokens, head_dim] float32
-    plan: kernels.AttentionPlan | None
+    plan: kernels.StepPlan | None
     adapters: AdapterUse | None  # None where no token of the step has an adapter
 
 
@@ -78,7 +78,7 @@ class Attention(nn.Module):
         heads = self.num_heads + 2 * self.num_kv_heads
         qkv = self.qkv_proj(x, step.adapters).view(x.shape[0], heads, self.head_dim)
         q, k, v = qkv.split((self.num_heads, self.num_kv_heads, self.num_kv_heads), dim=1)
-        q = kernels.rope_and_store(q, k, v, step.cos_sin, batch.slots, k_cache, v_cache)
+        q = kernels.rope_and_store(q, k, v, step.cos_sin, batch.slots, k_cache, v_cache, plan=step.plan)
         mixed = kernels.paged_attention(
             q,
             k_cache,
@@ -194,15 +194,18 @@ class Transformer(nn.Module):
 
     def hidden(self, batch: Batch, kv: KVCache) -> Tensor:
         """-> [tokens, hidden] after the last norm, of every token; `head` makes logits of it."""
-        plan = kernels.plan_attention(
+        rotation = cos_sin(batch.positions, self.inv_freq)
+        plan = kernels.plan_step(
             batch.block_tables,
             batch.query_starts,
             batch.context_lens,
+            batch.slots,
+            rotation,
             num_decodes=batch.num_decodes,
             block_size=kv.block_size,
         )
         adapters = batch.adapter_use()
-        step = Step(batch, cos_sin(batch.positions, self.inv_freq), plan, adapters)
+        step = Step(batch, rotation, plan, adapters)
         x, residual = self.embed_tokens(batch.token_ids, adapters), None
         for layer, k_cache, v_cache in zip(self.layers, kv.k, kv.v, strict=True):
             x, residual = layer(x, residual, step, k_cache, v_cache)

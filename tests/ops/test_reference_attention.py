@@ -59,8 +59,23 @@ def expected(p):
     return torch.stack(out) if out else torch.zeros(p["q"].shape, dtype=torch.float64)
 
 
+def plan_of(p):
+    return kernels.plan_step(
+        p["block_tables"],
+        p["query_starts"],
+        p["context_lens"],
+        torch.empty(0, dtype=torch.int64),
+        torch.empty(0, p["q"].shape[2]),
+        num_decodes=p["num_decodes"],
+        block_size=p["k_cache"].shape[1],
+    )
+
+
 def check(p):
     out = kernels.paged_attention(**p)
+    plan = plan_of(p)
+    for _ in range(2):  # layers share a plan and its working memory
+        assert torch.equal(kernels.paged_attention(**p, plan=plan), out)
     tolerance = TOLERANCES[p["q"].dtype]
     assert out.dtype == p["q"].dtype
     assert out.is_contiguous()

@@ -30,6 +30,17 @@ def test_rms_norm(dtype, tokens):
     assert_near(result, expected)
 
 
+@DTYPES
+def test_rms_norm_of_outliers(dtype):
+    """A few values a thousand times the others, as real hidden states have them."""
+    x, weight = randn(30, 576, dtype=dtype), randn(576, dtype=dtype, seed=1)
+    x[:, 7] *= 1000
+    wide = x.double()
+    expected = wide / (wide.square().mean(-1, keepdim=True) + 1e-5).sqrt() * weight.double()
+    assert_near(kernels.rms_norm(x, weight, 1e-5), expected)
+    assert_near(kernels.rms_norm(x[:1], weight, 1e-5), expected[:1])
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_rms_norm_rounds_before_the_weight(dtype):
     """What Hugging Face's Llama computes, but for values where the last bit of the statistics decides the rounding."""
@@ -84,6 +95,26 @@ def test_rope_and_store(dtype, tokens):
     assert torch.equal(v_cache.flatten(0, 1)[slots], v)
     for cache in (k_cache, v_cache):
         assert int(cache.isnan().all(-1).sum()) == (36 - tokens) * 2
+
+
+def plan_of(cos_sin, slots):
+    empty = torch.empty(0, dtype=torch.int32)
+    return kernels.plan_step(empty.view(0, 0), torch.zeros(1).int(), empty, slots, cos_sin, num_decodes=0, block_size=4)
+
+
+@DTYPES
+@pytest.mark.parametrize("slots", [[], [5], [-1], [3, -1, 9], [*range(30)], [*range(20), -1]], ids=len)
+@pytest.mark.parametrize("head_dim", [2, 16, 128])
+def test_a_plan_changes_nothing(dtype, slots, head_dim):
+    results = []
+    for planned in (False, True):
+        _, (q, k, v), cos_sin, caches = rope_inputs(len(slots), dtype, head_dim=head_dim)
+        ids = torch.tensor(slots, dtype=torch.int64)
+        plan = plan_of(cos_sin, ids) if planned else None
+        results.append((kernels.rope_and_store(q, k, v, cos_sin, ids, *caches, plan=plan), *caches))
+    for one, other in zip(*results, strict=True):
+        tolerance = TOLERANCES[dtype]
+        torch.testing.assert_close(one, other, atol=tolerance, rtol=tolerance, equal_nan=True)
 
 
 @pytest.mark.parametrize("slots", [[-1], [-1, 7, -1, 3], [-1, -1]], ids=str)
