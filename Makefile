@@ -72,7 +72,8 @@ memcheck:
 
 # The playground in Chromium, which Debian's packages bring where they are missing and may be installed.
 test-browser: $(READY)
-	command -v chromium chromedriver > /dev/null || { apt-get update && apt-get install -y chromium chromium-driver; }
+	{ command -v chromium && command -v chromedriver; } > /dev/null || \
+		{ apt-get update && apt-get install -y chromium chromium-driver; }
 	$(PYTEST) -m browser tests/browser
 
 lint: $(READY)
