@@ -20,7 +20,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     size = x.shape[-1]
     if x.numel() <= FEW_VALUES:
         # (x, -x) has mean 0, so its layer norm is x's RMS norm: fewer calls, and twice the arithmetic.
-        return F.layer_norm(torch.cat((x, -x), dim=-1), (2 * size,), None, None, eps)[:, :size].mul(weight)
+        return torch.layer_norm(torch.cat((x, -x), dim=-1), (2 * size,), None, None, eps).narrow(1, 0, size).mul(weight)
     wide = x.to(_wide(x.dtype))
     norms = torch.linalg.vector_norm(wide, 2, -1, True)  # [tokens, 1]
     scales = norms.square_().div_(size).add_(eps).rsqrt_()
@@ -49,7 +49,7 @@ def rope_and_store(
         rotated = _rotate(wide, cos_sin.to(wide.dtype))
     else:
         rotated = torch.bmm(wide, plan.rotation.to(wide.dtype))
-    q, k = rotated.to(q.dtype).split((q.shape[1], k.shape[1]), dim=1)
+    q, k = rotated.to(q.dtype).split_with_sizes((q.shape[1], k.shape[1]), dim=1)
     if plan is None or not plan.stores_all:
         stored = slots >= 0
         slots, k, v = slots[stored], k[stored], v[stored]

@@ -77,7 +77,7 @@ class Attention(nn.Module):
         batch = step.batch
         heads = self.num_heads + 2 * self.num_kv_heads
         qkv = self.qkv_proj(x, step.adapters).view(x.shape[0], heads, self.head_dim)
-        q, k, v = qkv.split((self.num_heads, self.num_kv_heads, self.num_kv_heads), dim=1)
+        q, k, v = qkv.split_with_sizes((self.num_heads, self.num_kv_heads, self.num_kv_heads), dim=1)
         q = kernels.rope_and_store(q, k, v, step.cos_sin, batch.slots, k_cache, v_cache, plan=step.plan)
         mixed = kernels.paged_attention(
             q,
