@@ -18,8 +18,10 @@ from kernels._checks import check_tensors, require
 @triton.jit
 def _rotated(source, cos_sin, dims, mask, HALF_DIM: tl.constexpr):
     """Both halves of the rotated rows at `source`, in float32."""
-    cos = tl.load(cos_sin + dims, mask=dims < HALF_DIM)
-    sin = tl.load(cos_sin + HALF_DIM + dims, mask=dims < HALF_DIM)
+    # Every head loads them (from the cache) in the layout of its own values: nothing is exchanged between threads.
+    cos_rows = tl.broadcast_to(cos_sin + dims, mask.shape)
+    cos = tl.load(cos_rows, mask=mask)
+    sin = tl.load(cos_rows + HALF_DIM, mask=mask)
     first = tl.load(source, mask=mask).to(tl.float32)
     second = tl.load(source + HALF_DIM, mask=mask).to(tl.float32)
     return first * cos - second * sin, second * cos + first * sin
@@ -31,7 +33,7 @@ def _store_halves(target, first, second, mask, HALF_DIM: tl.constexpr):
     tl.store(target + HALF_DIM, second.to(target.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["slots"])
 def _rope_and_store_kernel(
     out,
     q,
@@ -73,20 +75,21 @@ def _rope_and_store_kernel(
         first, second = _rotated(source, cos_sin, dims, mask, HALF_DIM)
         _store_halves(out + (token * HEADS + heads) * HEAD_DIM + dims, first, second, mask, HALF_DIM)
     else:
-        slot = tl.load(slots + token)
-        if slot >= 0:
-            heads += (part - Q_PARTS) % KV_PARTS * HEADS_PER_PROGRAM
-            mask = (heads < KV_HEADS) & (dims < HALF_DIM)
-            place = slot // BLOCK_SIZE * cache_block_stride + slot % BLOCK_SIZE * cache_slot_stride
-            place += heads * cache_head_stride + dims
-            if part < Q_PARTS + KV_PARTS:
-                source = k + token * k_token_stride + heads * k_head_stride + dims
-                first, second = _rotated(source, cos_sin, dims, mask, HALF_DIM)
+        slot = tl.load(slots + token)  # needed for the stores alone: the loads do not wait for it
+        heads += (part - Q_PARTS) % KV_PARTS * HEADS_PER_PROGRAM
+        mask = (heads < KV_HEADS) & (dims < HALF_DIM)
+        place = slot // BLOCK_SIZE * cache_block_stride + slot % BLOCK_SIZE * cache_slot_stride
+        place += heads * cache_head_stride + dims
+        if part < Q_PARTS + KV_PARTS:
+            source = k + token * k_token_stride + heads * k_head_stride + dims
+            first, second = _rotated(source, cos_sin, dims, mask, HALF_DIM)
+            if slot >= 0:
                 _store_halves(k_cache + place, first, second, mask, HALF_DIM)
-            else:
-                source = v + token * v_token_stride + heads * v_head_stride + dims
-                first = tl.load(source, mask=mask).to(tl.float32)
-                second = tl.load(source + HALF_DIM, mask=mask).to(tl.float32)
+        else:
+            source = v + token * v_token_stride + heads * v_head_stride + dims
+            first = tl.load(source, mask=mask).to(tl.float32)
+            second = tl.load(source + HALF_DIM, mask=mask).to(tl.float32)
+            if slot >= 0:
                 _store_halves(v_cache + place, first, second, mask, HALF_DIM)
 
 

@@ -22,32 +22,13 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels._checks import multiprocessor_count
+from kernels.attention import split
 from kernels.attention.config import LOG2_E, decode_tiles, padded
+from kernels.attention.split import NOTHING, chunking, power_of_two
 from kernels.attention.tiles import key_rows, load_blocks, row_mask
 
-MIN_CHUNK = 128
-MAX_CHUNKS = 64
-
-# Below every maximum of scores, yet finite: the difference of two of them is 0, not NaN.
-_NOTHING = tl.constexpr(-1.0e30)
-# Sequences that a program looks at together when it finds its share; chunks that the second kernel loads together.
+# Sequences that a program looks at together when it finds its share.
 _SEQUENCES = tl.constexpr(128)
-_UNROLL = tl.constexpr(16)
-
-
-@triton.jit
-def _power_of_two(exponent):
-    """2 ** exponent for integers <= 0 held as floats, exactly; 0 below the smallest normal number."""
-    bits = (tl.maximum(exponent, -127.0).to(tl.int32) + 127) << 23
-    return bits.to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def _chunking(context, BLOCK_KEYS: tl.constexpr, MIN_CHUNK: tl.constexpr, MAX_CHUNKS: tl.constexpr):
-    """-> tiles of a context (one for an empty one), tiles of a chunk, chunks."""
-    tiles = tl.maximum(tl.cdiv(context, BLOCK_KEYS), 1)
-    width = tl.maximum(tl.cdiv(tiles, MAX_CHUNKS), MIN_CHUNK // BLOCK_KEYS)
-    return tiles, width, tl.cdiv(tiles, width)
 
 
 @triton.jit
@@ -85,7 +66,7 @@ def _attend_chunk(
     ROWS: tl.constexpr = query.shape[0]
     DIMS: tl.constexpr = query.shape[1]
     dims = tl.arange(0, DIMS)[None, :]
-    top = tl.full([ROWS], _NOTHING, tl.float32)
+    top = tl.full([ROWS], NOTHING, tl.float32)
     # Added over keys at the end alone: a sum across warps in every step would cost two more barriers.
     sums = tl.zeros([ROWS, BLOCK_KEYS], tl.float32)
     values = tl.zeros([ROWS, DIMS], tl.float32)
@@ -103,14 +84,18 @@ def _attend_chunk(
         scores = tl.where(valid[None, :], scores, -float("inf"))
         higher = tl.maximum(top, tl.ceil(tl.max(scores, axis=1) * scale_log2))
         weights = tl.exp2(scores * scale_log2 - higher[:, None])
-        rescale = _power_of_two(top - higher)[:, None]
+        rescale = power_of_two(top - higher)[:, None]
         top = higher
         sums = sums * rescale + weights
         values = tl.dot(weights.to(query.dtype), v, values * rescale, input_precision=PRECISION)
     return top, tl.sum(sums, axis=1), values
 
 
-@triton.jit(do_not_specialize=["num_sequences", "num_programs"])
+# What varies from step to step makes no further variants of the kernel.
+@triton.jit(
+    do_not_specialize=["num_sequences", "num_programs", "table_stride"],
+    do_not_specialize_on_alignment=["block_tables", "context_lens"],
+)
 def _decode_kernel(
     out,
     partial_values,  # [rows, MAX_CHUNKS, GROUP, HEAD_DIM], a row per pair, or per program where there are more pairs
@@ -165,7 +150,7 @@ def _decode_kernel(
         before += tl.sum(tiles)
 
     context = tl.load(context_lens + sequence)
-    tiles, width, chunks = _chunking(context, BLOCK_KEYS, MIN_CHUNK, MAX_CHUNKS)
+    tiles, width, chunks = chunking(context, BLOCK_KEYS, MIN_CHUNK, MAX_CHUNKS)
     head = (share_start - sequence_start) // tiles
     # A chunk belongs to the share in which its first tile lies.
     chunk = tl.cdiv((share_start - sequence_start) % tiles, width)
@@ -183,7 +168,7 @@ def _decode_kernel(
         last = tl.minimum(chunks, tl.cdiv(share_end - pair_start, width))
         has_prefix = chunk == 0
         row = tl.where(num_sequences * KV_HEADS <= num_programs, pair, _owner(pair_start, quotient, remainder))
-        top = tl.full([ROWS], _NOTHING, tl.float32)
+        top = tl.full([ROWS], NOTHING, tl.float32)
         total = tl.zeros([ROWS], tl.float32)
         values = tl.zeros([ROWS, DIMS], tl.float32)
         for index in range(chunk, last):
@@ -202,9 +187,9 @@ def _decode_kernel(
                 BLOCK_KEYS,
                 PRECISION,
             )
-            top = tl.where(has_prefix, top, _NOTHING)
+            top = tl.where(has_prefix, top, NOTHING)
             higher = tl.maximum(top, chunk_top)
-            old, new = _power_of_two(top - higher), _power_of_two(chunk_top - higher)
+            old, new = power_of_two(top - higher), power_of_two(chunk_top - higher)
             top = higher
             total = total * old + chunk_total * new
             values = values * old[:, None] + chunk_values * new[:, None]
@@ -230,52 +215,7 @@ def _decode_kernel(
             head = 0
             sequence += 1
             context = tl.load(context_lens + sequence, mask=sequence < num_sequences, other=0)
-            tiles, width, chunks = _chunking(context, BLOCK_KEYS, MIN_CHUNK, MAX_CHUNKS)
-
-
-@triton.jit
-def _merge_kernel(
-    out,
-    partial_values,
-    partial_stats,
-    covered,
-    context_lens,
-    KV_HEADS: tl.constexpr,
-    GROUP: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    DIMS: tl.constexpr,
-    BLOCK_KEYS: tl.constexpr,
-    MIN_CHUNK: tl.constexpr,
-    MAX_CHUNKS: tl.constexpr,
-):
-    sequence, query_head = tl.program_id(0), tl.program_id(1)
-    pair = sequence * KV_HEADS + query_head // GROUP
-    member = query_head % GROUP
-    prefix = tl.load(covered + pair * 2)
-    _, _, chunks = _chunking(tl.load(context_lens + sequence), BLOCK_KEYS, MIN_CHUNK, MAX_CHUNKS)
-    if prefix >= chunks:
-        return
-    row = tl.load(covered + pair * 2 + 1).to(tl.int64) * MAX_CHUNKS
-    dims = tl.arange(0, DIMS)
-    stats = partial_stats + row * 2 * GROUP + member
-    index = tl.arange(0, MAX_CHUNKS)
-    written = (index == 0) | ((index >= prefix) & (index < chunks))
-    tops = tl.load(stats + index * 2 * GROUP, mask=written, other=_NOTHING)
-    top = tl.max(tops, axis=0)
-
-    total = 0.0
-    values = tl.zeros([DIMS], tl.float32)
-    # Step 0 adds the prefix, the further ones the chunks behind it, in order.
-    for first in range(prefix - 1, chunks, _UNROLL):
-        for step in tl.static_range(_UNROLL):
-            place = tl.where(first + step < prefix, 0, first + step)
-            used = first + step < chunks
-            factor = _power_of_two(tl.load(stats + place * 2 * GROUP, mask=used, other=_NOTHING) - top)
-            total += factor * tl.load(stats + (place * 2 + 1) * GROUP, mask=used, other=0.0)
-            part = partial_values + ((row + place) * GROUP + member) * HEAD_DIM + dims
-            values += factor * tl.load(part, mask=used & (dims < HEAD_DIM), other=0.0)
-    target = out + (sequence.to(tl.int64) * KV_HEADS * GROUP + query_head) * HEAD_DIM + dims
-    tl.store(target, (values / total).to(out.dtype.element_ty), mask=dims < HEAD_DIM)
+            tiles, width, chunks = chunking(context, BLOCK_KEYS, MIN_CHUNK, MAX_CHUNKS)
 
 
 def decode_attention(
@@ -297,8 +237,9 @@ def decode_attention(
     if num_programs is None:
         num_programs = tiles.programs * multiprocessor_count(q.device)
     rows = min(sequences * kv_heads, num_programs)
-    partial_values = torch.empty((rows, MAX_CHUNKS, group, head_dim), dtype=torch.float32, device=q.device)
-    partial_stats = torch.empty((rows, MAX_CHUNKS, 2, group), dtype=torch.float32, device=q.device)
+    most = split.max_chunks(kv_heads)
+    partial_values = torch.empty((rows, most, group, head_dim), dtype=torch.float32, device=q.device)
+    partial_stats = torch.empty((rows, most, 2, group), dtype=torch.float32, device=q.device)
     covered = torch.empty((sequences * kv_heads, 2), dtype=torch.int32, device=q.device)
     sizes = {
         "KV_HEADS": kv_heads,
@@ -306,8 +247,8 @@ def decode_attention(
         "HEAD_DIM": head_dim,
         "DIMS": padded(head_dim),
         "BLOCK_KEYS": tiles.keys,
-        "MIN_CHUNK": MIN_CHUNK,
-        "MAX_CHUNKS": MAX_CHUNKS,
+        "MIN_CHUNK": split.MIN_CHUNK,
+        "MAX_CHUNKS": most,
     }
     _decode_kernel[(num_programs,)](
         out,
@@ -336,7 +277,8 @@ def decode_attention(
         maxnreg=tiles.registers,
     )
     # A context within one chunk is never split, whoever owns it.
-    if block_tables.shape[1] * block_size > MIN_CHUNK:
-        _merge_kernel[(sequences, heads)](
-            out, partial_values, partial_stats, covered, context_lens, **sizes, num_warps=1
+    if block_tables.shape[1] * block_size > split.MIN_CHUNK:
+        # One warp per row, with registers for all the loads of an unrolled step at once.
+        split.merge_kernel[(sequences, heads)](
+            out, partial_values, partial_stats, covered, context_lens, **sizes, num_warps=1, maxnreg=255
         )

@@ -70,7 +70,11 @@ def _attend(
     return top, total, values
 
 
-@triton.jit(do_not_specialize=["num_decodes", "num_sequences"])
+# What varies from step to step makes no further variants of the kernel.
+@triton.jit(
+    do_not_specialize=["num_decodes", "num_sequences", "table_stride"],
+    do_not_specialize_on_alignment=["block_tables", "query_starts", "context_lens"],
+)
 def _prefill_kernel(
     out,
     q,

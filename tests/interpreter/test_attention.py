@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import kernels
-from kernels.attention import config, decode, paged_attention
+from kernels.attention import config, decode, paged_attention, split
 from tests.paged_attention import answer, make_problem
 
 # float16 probabilities and outputs are rounded to 11 bits.
@@ -41,7 +41,7 @@ def decode_with(problem, num_programs):
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
 def test_decode_across_edges_of_tiles_and_chunks(dtype):
     tile = config.decode_tiles(32, dtype.itemsize, 2).keys
-    check(decodes([1, 15, 16, 17, tile, tile + 1, decode.MIN_CHUNK, decode.MIN_CHUNK + 1], dtype=dtype))
+    check(decodes([1, 15, 16, 17, tile, tile + 1, split.MIN_CHUNK, split.MIN_CHUNK + 1], dtype=dtype))
 
 
 @pytest.mark.parametrize(("heads", "kv_heads"), [(3, 3), (3, 1), (4, 1), (16, 2), (16, 1), (20, 1)])
@@ -66,15 +66,15 @@ def test_decode_of_an_empty_context_is_zero():
 
 
 def test_decode_with_more_chunks_than_the_cap(monkeypatch):
-    monkeypatch.setattr(decode, "MIN_CHUNK", 32)
-    monkeypatch.setattr(decode, "MAX_CHUNKS", 4)
-    monkeypatch.setattr(decode, "_UNROLL", decode.tl.constexpr(2))
+    monkeypatch.setattr(split, "MIN_CHUNK", 32)
+    monkeypatch.setattr(split, "max_chunks", lambda kv_heads: 4)
+    monkeypatch.setattr(split, "_UNROLL", decode.tl.constexpr(2))
     check(decodes([33, 64, 161, 500], heads=(2, 1)))
 
 
 def test_decode_over_more_sequences_than_one_look(monkeypatch):
     monkeypatch.setattr(decode, "_SEQUENCES", decode.tl.constexpr(4))
-    monkeypatch.setattr(decode, "_UNROLL", decode.tl.constexpr(2))
+    monkeypatch.setattr(split, "_UNROLL", decode.tl.constexpr(2))
     problem = decodes([3, 0, 70, 5, 33, 1, 64, 0, 129], heads=(1, 1), head_dim=16)
     assert torch.equal(decode_with(problem, 3), check(problem))
 
@@ -82,8 +82,8 @@ def test_decode_over_more_sequences_than_one_look(monkeypatch):
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
 def test_decode_does_not_depend_on_who_does_the_work(dtype, monkeypatch):
     """Any number of programs, so any split of a context among them, gives the same bits; so do any neighbours."""
-    monkeypatch.setattr(decode, "MIN_CHUNK", 64)
-    monkeypatch.setattr(decode, "_UNROLL", decode.tl.constexpr(2))
+    monkeypatch.setattr(split, "MIN_CHUNK", 64)
+    monkeypatch.setattr(split, "_UNROLL", decode.tl.constexpr(2))
     problem = decodes([300, 65, 0, 130], dtype=dtype, heads=(2, 1), head_dim=16, spread=4.0)
     alone = decode_with(problem, 1)
     assert (alone.double() - answer(problem)).abs().max() <= TOLERANCES[dtype]
@@ -166,7 +166,7 @@ def test_caches_and_queries_may_be_views():
 def test_cache_of_more_than_2_to_the_31_elements(queries):
     """By strides alone: an element that 32 bits cannot count lies in a mapping of which a few pages are touched."""
     problem = make_problem([queries], [30], num_decodes=int(queries == 1), dtype=torch.float16, heads=(2, 1))
-    blocks, block_size, _, head_dim = problem.k_cache.shape
+    blocks, _, _, head_dim = problem.k_cache.shape
     block_stride = (1 << 31) // (blocks - 1) + 16 & ~15
     storage = torch.empty(block_stride * blocks, dtype=torch.float16)
     strides = (block_stride, head_dim, head_dim, 1)

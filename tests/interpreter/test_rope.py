@@ -6,7 +6,6 @@ import torch
 import kernels
 from kernels import reference, rope
 
-
 # One rounding may fall the other way.
 TOLERANCES = {torch.float32: 1e-6, torch.float16: 2e-3}
 

@@ -1,0 +1,76 @@
+"""The chunks of a context, and how those that several programs computed add up. See `decode` for why this is exact."""
+
+import triton
+import triton.language as tl
+
+MIN_CHUNK = 128
+
+# Below every maximum of scores, yet finite: the difference of two of them is 0, not NaN.
+NOTHING = tl.constexpr(-1.0e30)
+# Chunks that are loaded together.
+_UNROLL = tl.constexpr(32)
+
+
+def max_chunks(kv_heads: int) -> int:
+    """Enough for one long sequence to keep a GPU of some 130 multiprocessors busy, few enough to be added quickly."""
+    return min(max(16, triton.next_power_of_2(256 // kv_heads)), 128)
+
+
+@triton.jit
+def power_of_two(exponent):
+    """2 ** exponent for integers <= 0 held as floats, exactly; 0 below the smallest normal number."""
+    bits = (tl.maximum(exponent, -127.0).to(tl.int32) + 127) << 23
+    return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def chunking(context, BLOCK_KEYS: tl.constexpr, MIN_CHUNK: tl.constexpr, MAX_CHUNKS: tl.constexpr):
+    """-> tiles of a context (one for an empty one), tiles of a chunk, chunks."""
+    tiles = tl.maximum(tl.cdiv(context, BLOCK_KEYS), 1)
+    width = tl.maximum(tl.cdiv(tiles, MAX_CHUNKS), MIN_CHUNK // BLOCK_KEYS)
+    return tiles, width, tl.cdiv(tiles, width)
+
+
+@triton.jit(do_not_specialize_on_alignment=["context_lens"])
+def merge_kernel(
+    out,
+    partial_values,
+    partial_stats,
+    covered,
+    context_lens,
+    KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    DIMS: tl.constexpr,
+    BLOCK_KEYS: tl.constexpr,
+    MIN_CHUNK: tl.constexpr,
+    MAX_CHUNKS: tl.constexpr,
+):
+    sequence, query_head = tl.program_id(0), tl.program_id(1)
+    pair = sequence * KV_HEADS + query_head // GROUP
+    member = query_head % GROUP
+    prefix = tl.load(covered + pair * 2)
+    _, _, chunks = chunking(tl.load(context_lens + sequence), BLOCK_KEYS, MIN_CHUNK, MAX_CHUNKS)
+    if prefix >= chunks:
+        return
+    row = tl.load(covered + pair * 2 + 1).to(tl.int64) * MAX_CHUNKS
+    dims = tl.arange(0, DIMS)
+    stats = partial_stats + row * 2 * GROUP + member
+    index = tl.arange(0, MAX_CHUNKS)
+    written = (index == 0) | ((index >= prefix) & (index < chunks))
+    tops = tl.load(stats + index * 2 * GROUP, mask=written, other=NOTHING)
+    top = tl.max(tops, axis=0)
+
+    total = 0.0
+    values = tl.zeros([DIMS], tl.float32)
+    # Step 0 adds the prefix, the further ones the chunks behind it, in order.
+    for first in range(prefix - 1, chunks, _UNROLL):
+        for step in tl.static_range(_UNROLL):
+            place = tl.where(first + step < prefix, 0, first + step)
+            used = first + step < chunks
+            factor = power_of_two(tl.load(stats + place * 2 * GROUP, mask=used, other=NOTHING) - top)
+            total += factor * tl.load(stats + (place * 2 + 1) * GROUP, mask=used, other=0.0)
+            part = partial_values + ((row + place) * GROUP + member) * HEAD_DIM + dims
+            values += factor * tl.load(part, mask=used & (dims < HEAD_DIM), other=0.0)
+    target = out + (sequence.to(tl.int64) * KV_HEADS * GROUP + query_head) * HEAD_DIM + dims
+    tl.store(target, (values / total).to(out.dtype.element_ty), mask=dims < HEAD_DIM)
