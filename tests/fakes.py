@@ -50,7 +50,9 @@ class ScriptedEngine:
     def has_unfinished(self) -> bool:
         return bool(self.running)
 
-    def add(self, request_id: str, prompt: list[int], params: SamplingParams, *, lora: str | None = None, **_) -> list[int]:
+    def add(
+        self, request_id: str, prompt: list[int], params: SamplingParams, *, lora: str | None = None, **_
+    ) -> list[int]:
         if len(prompt) > 1000:
             raise ValueError("1000 tokens can never fit")
         for index in range(params.n):
