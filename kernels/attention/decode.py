@@ -127,9 +127,13 @@ def _decode_kernel(
     PRECISION: tl.constexpr,
 ):
     program = tl.program_id(0)
-    all_tiles = 0
-    for first in range(0, num_sequences, _SEQUENCES):
-        all_tiles += tl.sum(_tiles_of(context_lens, first, num_sequences, BLOCK_KEYS))
+    # A lone sequence, where each microsecond counts most, is not searched for.
+    if num_sequences == 1:
+        all_tiles = tl.maximum(tl.cdiv(tl.load(context_lens), BLOCK_KEYS), 1)
+    else:
+        all_tiles = 0
+        for first in range(0, num_sequences, _SEQUENCES):
+            all_tiles += tl.sum(_tiles_of(context_lens, first, num_sequences, BLOCK_KEYS))
     all_tiles *= KV_HEADS
     quotient, remainder = all_tiles // num_programs, all_tiles % num_programs
     share_start = program * quotient + tl.minimum(program, remainder)
@@ -140,14 +144,15 @@ def _decode_kernel(
     # The sequence in which the share starts, and that sequence's first tile.
     sequence = 0
     sequence_start = 0
-    before = 0
-    for first in range(0, num_sequences, _SEQUENCES):
-        tiles = _tiles_of(context_lens, first, num_sequences, BLOCK_KEYS)
-        ends = (before + tl.cumsum(tiles)) * KV_HEADS
-        passed = (ends <= share_start) & (tiles > 0)
-        sequence += tl.sum(passed.to(tl.int32))
-        sequence_start = tl.maximum(sequence_start, tl.max(tl.where(passed, ends, 0)))
-        before += tl.sum(tiles)
+    if num_sequences > 1:
+        before = 0
+        for first in range(0, num_sequences, _SEQUENCES):
+            of_each = _tiles_of(context_lens, first, num_sequences, BLOCK_KEYS)
+            ends = (before + tl.cumsum(of_each)) * KV_HEADS
+            passed = (ends <= share_start) & (of_each > 0)
+            sequence += tl.sum(passed.to(tl.int32))
+            sequence_start = tl.maximum(sequence_start, tl.max(tl.where(passed, ends, 0)))
+            before += tl.sum(of_each)
 
     context = tl.load(context_lens + sequence)
     tiles, width, chunks = chunking(context, BLOCK_KEYS, MIN_CHUNK, MAX_CHUNKS)

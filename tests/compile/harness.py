@@ -37,6 +37,7 @@ class Case:
     wide_loads: tuple[str, ...] = ()  # 128-bit loads from global memory
     tensor_cores: tuple[str, ...] = ()  # any matrix instruction
     warp_group: tuple[str, ...] = ()  # the matrix instructions of a warp group
+    resident: tuple[tuple[str, int], ...] = ()  # how many programs an sm_90 multiprocessor must hold at once
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,12 @@ class Row:
     @property
     def key(self) -> str:
         return f"{self.case} {self.kernel} sm_{self.arch}"
+
+    @property
+    def resident(self) -> int:
+        """Programs that an sm_90 multiprocessor holds: 65,536 registers, 228 KB of shared memory, 64 warps."""
+        registers = -(-self.registers // 8) * 8 * 32 * self.warps
+        return min(65536 // registers, 228 * 1024 // (self.shared + 1024), 64 // self.warps, 32)
 
 
 class _TargetOnly:
@@ -182,6 +189,9 @@ def complaints(row: Row, case: Case, expected: tuple[int, int, int] | None) -> l
     for wanted in ("wide_loads", "tensor_cores", "warp_group"):
         if row.kernel in getattr(case, wanted) and not getattr(row, wanted):
             found.append(f"no instruction of the kind {wanted}")
+    for kernel, programs in case.resident:
+        if (kernel, 90) == (row.kernel, row.arch) and row.resident < programs:
+            found.append(f"{row.resident} programs fit a multiprocessor at once, not {programs}")
     if expected is not None:
         registers, shared, instructions = expected
         if row.registers > registers + REGISTER_SLACK:

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import torch
 
 from kernels.attention import paged_attention
+from kernels.attention.config import decode_tiles
 from tests.compile.harness import Case
 
 # head_dim, heads, KV heads, block size, dtype: each entry of the tile tables, both ways to find a key's block
@@ -50,6 +51,7 @@ def cases() -> Iterator[Case]:
             lambda configuration=configuration: _call(configuration, 64, 64, 64),
             wide_loads=("_decode_kernel",),
             tensor_cores=("_decode_kernel",) if sixteen_bits else (),
+            resident=(("_decode_kernel", decode_tiles(head_dim, dtype.itemsize, heads // kv_heads).programs),),
         )
         yield Case(
             f"prefill {name}",
