@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.reference.plan import StepPlan, plan_step
+from kernels.reference.plan import AttentionPlan, StepPlan, plan_attention
 
 # Entries of one mask at most (queries x keys), which bounds what a chunk of a long prompt allocates.
 MASK_ENTRIES = 1 << 22
@@ -31,41 +31,35 @@ def paged_attention(
     scale: float,
     plan: StepPlan | None = None,
 ) -> Tensor:
-    if plan is None:
-        nothing = q.new_empty(0, 0)
-        plan = plan_step(
-            block_tables,
-            query_starts,
-            context_lens,
-            nothing,
-            nothing,
-            num_decodes=num_decodes,
-            block_size=k_cache.shape[1],
-        )
+    where = (
+        plan_attention(block_tables, query_starts, context_lens, num_decodes, k_cache.shape[1])
+        if plan is None
+        else plan.attention
+    )
     parts = []
     if num_decodes:
-        parts.append(_decode(q[:num_decodes], k_cache, v_cache, plan, scale))
-    for start, end, rows in plan.prefills:
-        k, v = plan.gather(k_cache, rows, "k"), plan.gather(v_cache, rows, "v")
+        parts.append(_decode(q[:num_decodes], k_cache, v_cache, where, scale))
+    for start, end, rows in where.prefills:
+        k, v = where.gather(k_cache, rows, "k"), where.gather(v_cache, rows, "v")
         parts.append(_causal(q[start:end], k, v, scale))
     if len(parts) == 1:
         return parts[0]
     return torch.cat(parts) if parts else torch.empty_like(q, memory_format=torch.contiguous_format)
 
 
-def _decode(q: Tensor, k_cache: Tensor, v_cache: Tensor, plan: StepPlan, scale: float) -> Tensor:
+def _decode(q: Tensor, k_cache: Tensor, v_cache: Tensor, where: AttentionPlan, scale: float) -> Tensor:
     """One query per sequence: the heads of a group become the queries of their KV head."""
     sequences, heads, head_dim = q.shape
     kv_heads = k_cache.shape[2]
-    rows = plan.decode_rows
+    rows = where.decode_rows
     if isinstance(rows, slice):
         k, v = _run(k_cache, rows), _run(v_cache, rows)
     else:
         shape = (sequences, -1, kv_heads, head_dim)
-        k = plan.gather(k_cache, rows, "k").view(shape).transpose(1, 2)
-        v = plan.gather(v_cache, rows, "v").view(shape).transpose(1, 2)
+        k = where.gather(k_cache, rows, "k").view(shape).transpose(1, 2)
+        v = where.gather(v_cache, rows, "v").view(shape).transpose(1, 2)
     grouped = q.view(sequences, kv_heads, heads // kv_heads, head_dim)
-    mixed = F.scaled_dot_product_attention(grouped, k, v, attn_mask=plan.decode_mask, scale=scale)
+    mixed = F.scaled_dot_product_attention(grouped, k, v, attn_mask=where.decode_mask, scale=scale)
     return mixed.reshape(q.shape)
 
 

@@ -12,11 +12,9 @@ ROTATION_ENTRIES = 1 << 14
 
 
 @dataclass(slots=True)
-class StepPlan:
-    """Where the keys of each sequence lie, and how its tokens turn. Made by `plan_step`."""
+class AttentionPlan:
+    """Where the keys of each sequence lie."""
 
-    stores_all: bool  # no token is padding
-    rotation: Tensor | None  # [tokens, head_dim, head_dim], x_rotated = x @ rotation; None for many tokens
     decode_rows: Rows  # of all decodes, one after the other, each padded to the longest
     decode_mask: Tensor | None  # [decodes, 1, 1, keys] bool; None where nothing is padded
     prefills: list[tuple[int, int, Rows]]  # first token, end, rows
@@ -33,6 +31,13 @@ class StepPlan:
         return torch.index_select(cache, 0, rows, out=buffer[: rows.shape[0]])
 
 
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    attention: AttentionPlan
+    stores_all: bool  # no token is padding
+    rotation: Tensor | None  # [tokens, head_dim, head_dim], x_rotated = x @ rotation; None for many tokens
+
+
 def plan_step(
     block_tables: Tensor,
     query_starts: Tensor,
@@ -43,16 +48,22 @@ def plan_step(
     num_decodes: int,
     block_size: int,
 ) -> StepPlan | None:
+    attention = plan_attention(block_tables, query_starts, context_lens, num_decodes, block_size)
+    rotation = _rotation(cos_sin) if cos_sin.numel() * cos_sin.shape[1] <= ROTATION_ENTRIES else None
+    return StepPlan(attention, -1 not in slots.tolist(), rotation)
+
+
+def plan_attention(
+    block_tables: Tensor, query_starts: Tensor, context_lens: Tensor, num_decodes: int, block_size: int
+) -> AttentionPlan:
     starts, lens = query_starts.tolist(), context_lens.tolist()
     prefills = [
         (starts[s], starts[s + 1], _rows(block_tables[s], lens[s], block_size))
         for s in range(num_decodes, len(lens))
         if starts[s + 1] > starts[s]
     ]
-    stores_all = -1 not in slots.tolist()
-    rotation = _rotation(cos_sin) if cos_sin.numel() * cos_sin.shape[1] <= ROTATION_ENTRIES else None
     decodes = _decode_rows(block_tables[:num_decodes], context_lens[:num_decodes], lens[:num_decodes], block_size)
-    return StepPlan(stores_all, rotation, *decodes, prefills)
+    return AttentionPlan(*decodes, prefills)
 
 
 def _rotation(cos_sin: Tensor) -> Tensor:
@@ -63,7 +74,7 @@ def _rotation(cos_sin: Tensor) -> Tensor:
 def _decode_rows(
     block_tables: Tensor, context_lens: Tensor, lens: list[int], block_size: int
 ) -> tuple[Rows, Tensor | None]:
-    """Rows and mask of `StepPlan`."""
+    """`decode_rows` and `decode_mask` of AttentionPlan."""
     if not lens:
         return slice(0), None
     if len(lens) == 1:

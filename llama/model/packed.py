@@ -41,6 +41,7 @@ class OneDNNWeight:
     """The dtype of the weight is that of input and output."""
 
     def __init__(self, weight: Tensor) -> None:
+        self.dtype = weight.dtype
         self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach())
         self._linear = torch.ops.mkldnn._linear_pointwise.default
 
@@ -48,7 +49,7 @@ class OneDNNWeight:
         return self._linear(x, self.weight, None, "none", [], "")
 
     def dense(self) -> Tensor:
-        return self.weight.to_dense()
+        return self.weight.to_dense().to(self.dtype)
 
 
 class Float16Weight:
