@@ -180,7 +180,8 @@ class Run:
     def disturb(self) -> None:
         case, scheduler = self.case, self.engine.scheduler
         running = [*scheduler.running.prefilling, *scheduler.running.decoding]
-        if case.preempt and running and self.random.random() < 0.3:
+        # Not for ever: a long prompt in small chunks would hardly get to its end.
+        if case.preempt and running and scheduler.num_preemptions < 60 and self.random.random() < 0.3:
             scheduler.preempt(self.random.choice(running))
         if case.strangers:
             if len(self.strangers) < 12 and self.random.random() < 0.5:

@@ -135,15 +135,16 @@ class BlockPool:
         assert len(tokens) == len(blocks) * self._width and self.is_current(path)
         if not self.enable_prefix_caching:
             return
-        tip, start = path.tip, -self._width
+        published, heirs, parents, width = self._tokens, self._heirs, self._parents, self._width
+        tip, start = path.tip, -width
         for block in blocks:
-            start += self._width
-            piece = tokens[start : start + self._width]
-            if self._tokens[block] is not None:  # published before the path was restarted
+            start += width
+            if published[block] is not None:  # since before the path was restarted
                 tip = block
                 continue
-            if tip != NONE and self._heirs[tip] == NONE:
-                self._heirs[tip], self._parents[block], self._tokens[block] = block, tip, piece
+            piece = tokens[start : start + width]
+            if tip != NONE and heirs[tip] == NONE:
+                heirs[tip], parents[block], published[block] = block, tip, piece
                 tip = block
                 continue
             known, key = self._child(path.root, tip, piece)
