@@ -16,7 +16,6 @@ that prefix; the later chunks are written one by one by the programs that own th
 kernel where the prefix ends.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -98,9 +97,9 @@ def _attend_chunk(
 )
 def _decode_kernel(
     out,
-    partial_values,  # [rows, MAX_CHUNKS, GROUP, HEAD_DIM], a row per pair, or per program where there are more pairs
-    partial_stats,  # [rows, MAX_CHUNKS, 2, GROUP]: maximum, sum
-    covered,  # [pairs, 2]: chunks folded into the prefix; row of the partials
+    partial_values,  # see split.Partials
+    partial_stats,
+    covered,
     q,
     k_cache,
     v_cache,
@@ -201,7 +200,7 @@ def _decode_kernel(
 
             if has_prefix & (index + 1 == chunks):
                 # Only an empty context has a sum of 0; its rows become 0.
-                result = values / tl.where(total > 0, total, 1.0)[:, None]
+                result = tl.div_rn(values, tl.where(total > 0, total, 1.0)[:, None])
                 offset = pair.to(tl.int64) * GROUP + group[:, None]
                 tl.store(out + offset * HEAD_DIM + dims, result.to(out.dtype.element_ty), mask=group_mask)
             elif (not has_prefix) | (index + 1 == last):
@@ -241,11 +240,7 @@ def decode_attention(
     tiles = decode_tiles(head_dim, q.element_size(), group)
     if num_programs is None:
         num_programs = tiles.programs * multiprocessor_count(q.device)
-    rows = min(sequences * kv_heads, num_programs)
-    most = split.max_chunks(kv_heads)
-    partial_values = torch.empty((rows, most, group, head_dim), dtype=torch.float32, device=q.device)
-    partial_stats = torch.empty((rows, most, 2, group), dtype=torch.float32, device=q.device)
-    covered = torch.empty((sequences * kv_heads, 2), dtype=torch.int32, device=q.device)
+    partials = split.allocate(out, sequences * kv_heads, num_programs, kv_heads)
     sizes = {
         "KV_HEADS": kv_heads,
         "GROUP": group,
@@ -253,13 +248,11 @@ def decode_attention(
         "DIMS": padded(head_dim),
         "BLOCK_KEYS": tiles.keys,
         "MIN_CHUNK": split.MIN_CHUNK,
-        "MAX_CHUNKS": most,
+        "MAX_CHUNKS": split.max_chunks(kv_heads),
     }
     _decode_kernel[(num_programs,)](
         out,
-        partial_values,
-        partial_stats,
-        covered,
+        *partials,
         q,
         k_cache,
         v_cache,
@@ -283,7 +276,4 @@ def decode_attention(
     )
     # A context within one chunk is never split, whoever owns it.
     if block_tables.shape[1] * block_size > split.MIN_CHUNK:
-        # One warp per row, with registers for all the loads of an unrolled step at once.
-        split.merge_kernel[(sequences, heads)](
-            out, partial_values, partial_stats, covered, context_lens, **sizes, num_warps=1, maxnreg=255
-        )
+        split.merge(out, partials, context_lens, sizes)

@@ -1,7 +1,11 @@
 """The chunks of a context, and how those that several programs computed add up. See `decode` for why this is exact."""
 
+from typing import NamedTuple
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 MIN_CHUNK = 128
 
@@ -32,7 +36,7 @@ def chunking(context, BLOCK_KEYS: tl.constexpr, MIN_CHUNK: tl.constexpr, MAX_CHU
 
 
 @triton.jit(do_not_specialize_on_alignment=["context_lens"])
-def merge_kernel(
+def _merge_kernel(
     out,
     partial_values,
     partial_stats,
@@ -73,4 +77,30 @@ def merge_kernel(
             part = partial_values + ((row + place) * GROUP + member) * HEAD_DIM + dims
             values += factor * tl.load(part, mask=used & (dims < HEAD_DIM), other=0.0)
     target = out + (sequence.to(tl.int64) * KV_HEADS * GROUP + query_head) * HEAD_DIM + dims
-    tl.store(target, (values / total).to(out.dtype.element_ty), mask=dims < HEAD_DIM)
+    tl.store(target, tl.div_rn(values, total).to(out.dtype.element_ty), mask=dims < HEAD_DIM)
+
+
+class Partials(NamedTuple):
+    """What the programs of one launch leave for the merge."""
+
+    values: Tensor  # [rows, chunks, group, head_dim] float32; a row per pair, or per program where there are more pairs
+    stats: Tensor  # [rows, chunks, 2, group] float32: maximum, sum
+    covered: Tensor  # [pairs, 2] int32: chunks folded into the prefix; row of the partials
+
+
+def allocate(out: Tensor, pairs: int, num_programs: int, kv_heads: int) -> Partials:
+    heads, head_dim = out.shape[1:]
+    rows, chunks, group = min(pairs, num_programs), max_chunks(kv_heads), heads // kv_heads
+    return Partials(
+        torch.empty((rows, chunks, group, head_dim), dtype=torch.float32, device=out.device),
+        torch.empty((rows, chunks, 2, group), dtype=torch.float32, device=out.device),
+        torch.empty((pairs, 2), dtype=torch.int32, device=out.device),
+    )
+
+
+def merge(out: Tensor, partials: Partials, context_lens: Tensor, sizes: dict[str, int]) -> None:
+    """Write the rows of `out` whose chunks several programs computed; `sizes` are the kernel's constants."""
+    # Four dimensions per lane: registers for all the loads of an unrolled step at once.
+    warps = max(1, sizes["DIMS"] // 128)
+    grid = (context_lens.shape[0], out.shape[1])
+    _merge_kernel[grid](out, *partials, context_lens, **sizes, num_warps=warps, maxnreg=255)
