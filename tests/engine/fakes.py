@@ -8,13 +8,16 @@ from collections import deque
 from hashlib import blake2b
 
 import numpy as np
+import torch
 
 from llama.engine.blocks import BlockPool, _key, prefix_root
+from llama.engine.engine import Engine, EngineConfig
 from llama.engine.plan import LAST_SAMPLED, LogprobArrays, Plan, StepResult
 from llama.engine.request import FinishReason, SamplingParams, Sequence, TokenOutput
 from llama.engine.scheduler import Scheduler
 
 UNWRITTEN = -9
+VOCAB = 97  # of a FakeDevice, and of the tiny models
 
 
 def next_token(token_ids, seed: int, vocab_size: int) -> int:
@@ -199,3 +202,76 @@ class Driver:
         for key, output in self.ended.items():
             if output.finish_reason is not FinishReason.ERROR:
                 assert self.got[key] == self.expected[key]
+
+
+class FakeDevice(FakeRunner):
+    """A FakeRunner with the rest of what an engine wants, and faults on demand."""
+
+    def __init__(self, config: EngineConfig, lag: int = 0) -> None:
+        super().__init__(
+            num_rows=config.max_num_seqs,
+            num_blocks=config.num_blocks,
+            block_size=config.block_size,
+            max_model_len=config.max_model_len,
+            vocab_size=VOCAB,
+        )
+        self.lag = lag
+        self.faults: list[BaseException] = []  # raised one by one by the next steps
+        self.late_faults: list[BaseException] = []  # raised where the result is waited for
+        self.most_tokens = 10**9  # that fit into memory
+        self.is_dead = False
+        self.plan_sizes: list[int] = []
+
+    def launch(self, plan):
+        self.plan_sizes.append(plan.num_tokens)
+        if self.faults:
+            raise self.faults.pop(0)
+        if plan.num_tokens > self.most_tokens:
+            raise torch.OutOfMemoryError("no memory")
+        result = self.execute(plan)
+
+        def wait():
+            if self.late_faults:
+                raise self.late_faults.pop(0)
+            return result
+
+        return wait
+
+    def validate(self, params):
+        pass
+
+    def release_memory(self):
+        pass
+
+    def check_device(self):
+        if self.is_dead:
+            raise RuntimeError("the device is gone")
+
+
+def config(**changes) -> EngineConfig:
+    values = {"max_model_len": 64, "max_num_batched_tokens": 32, "max_num_seqs": 8, "block_size": 4, "num_blocks": 64}
+    return EngineConfig(**{**values, **changes})
+
+
+def make(lag: int = 0, **changes) -> tuple[Engine, FakeDevice]:
+    device = FakeDevice(config(**changes), lag)
+    return Engine(None, config(**changes), runner=device), device
+
+
+def run(engine: Engine) -> dict[tuple[str, int], tuple[list[int], FinishReason]]:
+    """Everything to its end -> tokens and reason of each completion that the engine ended itself."""
+    tokens, ended = {}, {}
+    while engine.has_unfinished:
+        for output in engine.step():
+            key = output.request_id, output.index
+            assert key not in ended
+            tokens.setdefault(key, []).extend(output.token_ids)
+            if output.finish_reason is not None:
+                ended[key] = tokens[key], output.finish_reason
+        engine.check()
+    assert engine.metrics().num_used_blocks == 0
+    return ended
+
+
+def right(prompt, seed: int, count: int):
+    return expected(prompt, seed, count, VOCAB), FinishReason.LENGTH
