@@ -32,7 +32,7 @@ def in_turn(ours: Callable[[], object], theirs: Callable[[], object], rounds: in
 
 
 def summary(values: Sequence[float]) -> dict[str, float | int]:
-    tenths = statistics.quantiles(values, n=10) if len(values) > 1 else [values[0]] * 9
+    tenths = statistics.quantiles(values, n=10, method="inclusive") if len(values) > 1 else [values[0]] * 9
     return {"median": statistics.median(values), "p10": tenths[0], "p90": tenths[-1], "n": len(values)}
 
 

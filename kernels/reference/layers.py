@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.reference.plan import StepPlan
+from kernels.reference.plan import StepPlan, rotation
 
 FEW_VALUES = 1 << 13  # below, a norm costs calls rather than arithmetic
 
@@ -44,11 +44,9 @@ def rope_and_store(
     *,
     plan: StepPlan | None = None,
 ) -> Tensor:
-    wide = torch.cat((q, k), dim=1).to(_wide(q.dtype))
-    if plan is None or plan.rotation is None:
-        rotated = _rotate(wide, cos_sin.to(wide.dtype))
-    else:
-        rotated = torch.bmm(wide, plan.rotation.to(wide.dtype))
+    x = torch.cat((q, k), dim=1).to(_wide(q.dtype))
+    cos, sin = rotation(cos_sin) if plan is None else plan.rotation
+    rotated = (x * cos).addcmul_(x.roll(x.shape[2] // 2, -1), sin.to(x.dtype))
     q, k = rotated.to(q.dtype).split_with_sizes((q.shape[1], k.shape[1]), dim=1)
     if plan is None or not plan.stores_all:
         stored = slots >= 0
@@ -56,16 +54,6 @@ def rope_and_store(
     k_cache.flatten(0, 1).index_copy_(0, slots, k)
     v_cache.flatten(0, 1).index_copy_(0, slots, v)
     return q
-
-
-def _rotate(x: Tensor, cos_sin: Tensor) -> Tensor:
-    cos, sin = cos_sin.unsqueeze(1).chunk(2, dim=-1)  # [tokens, 1, head_dim / 2]
-    first, second = x.chunk(2, dim=-1)
-    rotated = torch.empty_like(x)
-    left, right = rotated.chunk(2, dim=-1)
-    torch.mul(first, cos, out=left).addcmul_(second, sin, value=-1)
-    torch.mul(second, cos, out=right).addcmul_(first, sin)
-    return rotated
 
 
 def silu_mul(gate_up: Tensor) -> Tensor:

@@ -7,9 +7,6 @@ from torch import Tensor
 
 Rows = slice | Tensor  # of a cache seen as [slots, kv_heads, head_dim]: a run, or indices
 
-# Rotation matrices take head_dim times the memory of the angles. They save calls, which is what few tokens cost.
-ROTATION_ENTRIES = 1 << 14
-
 
 @dataclass(slots=True)
 class AttentionPlan:
@@ -35,7 +32,7 @@ class AttentionPlan:
 class StepPlan:
     attention: AttentionPlan
     stores_all: bool  # no token is padding
-    rotation: Tensor | None  # [tokens, head_dim, head_dim], x_rotated = x @ rotation; None for many tokens
+    rotation: tuple[Tensor, Tensor]  # see `rotation`
 
 
 def plan_step(
@@ -49,8 +46,7 @@ def plan_step(
     block_size: int,
 ) -> StepPlan | None:
     attention = plan_attention(block_tables, query_starts, context_lens, num_decodes, block_size)
-    rotation = _rotation(cos_sin) if cos_sin.numel() * cos_sin.shape[1] <= ROTATION_ENTRIES else None
-    return StepPlan(attention, -1 not in slots.tolist(), rotation)
+    return StepPlan(attention, -1 not in slots.tolist(), rotation(cos_sin))
 
 
 def plan_attention(
@@ -66,9 +62,10 @@ def plan_attention(
     return AttentionPlan(*decodes, prefills)
 
 
-def _rotation(cos_sin: Tensor) -> Tensor:
-    cos, sin = (torch.diag_embed(half) for half in cos_sin.chunk(2, dim=-1))
-    return torch.cat((torch.cat((cos, sin), dim=-1), torch.cat((-sin, cos), dim=-1)), dim=-2)
+def rotation(cos_sin: Tensor) -> tuple[Tensor, Tensor]:
+    """[tokens, 1, head_dim] each: x_rotated = x * first + (x with its halves swapped) * second."""
+    cos, sin = cos_sin.unsqueeze(1).chunk(2, dim=-1)
+    return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
 
 def _decode_rows(
