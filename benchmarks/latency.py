@@ -19,6 +19,7 @@ from benchmarks.common import close, in_turn, ratio, read_bandwidth, summary, ti
 from llama import LLM, SamplingParams, Transformer
 from llama.model.linear import Linear
 
+STEPS = 5  # of decoding in a row
 OPS = ("add_rms_norm", "paged_attention", "plan_step", "rms_norm", "rope_and_store", "sample", "silu_mul")
 
 
@@ -62,8 +63,8 @@ def step_bytes(model: Transformer, batch: int, context: int) -> int:
 
 
 def decode(llm: LLM, theirs: torch.nn.Module, batch: int, context: int, rounds: int, bandwidth: float) -> dict:
-    pair = Decode(llm, theirs, batch, context, rounds + 8)
-    ours, others = in_turn(pair.ours_step, pair.theirs_step, rounds)
+    pair = Decode(llm, theirs, batch, context, rounds * STEPS + 8)
+    ours, others = in_turn(pair.ours_step, pair.theirs_step, rounds, calls=STEPS)
     pair.close()
     needed = step_bytes(llm.model, batch, context)
     result = {"batch": batch, "context": context, "bytes": needed, "ours": summary(ours), "theirs": summary(others)}
@@ -163,7 +164,7 @@ def measure(path: str, dtype: torch.dtype, arguments: argparse.Namespace) -> dic
             show(name, row, f"{row['of_read_bandwidth']:.2f} of the read bandwidth")
         for length in arguments.prefill:
             name = f"prefill {length}"
-            row = rows[name] = prefill(llm, theirs, length, max(3, arguments.rounds // 10))
+            row = rows[name] = prefill(llm, theirs, length, max(3, arguments.rounds // 8))
             show(name, row, f"{row['flops'] / row['ours']['median'] / 1e9:.0f} GFLOP/s")
         for batch in arguments.batch:
             shares = profiles[f"decode batch {batch}"] = profile(llm, theirs, batch, arguments.context, 20)
@@ -184,7 +185,7 @@ def main() -> None:
     parser.add_argument("--batch", nargs="+", type=int, default=[1, 8])
     parser.add_argument("--prefill", nargs="+", type=int, default=[512])
     parser.add_argument("--context", type=int, default=128, help="tokens before the first decode step")
-    parser.add_argument("--rounds", type=int, default=60)
+    parser.add_argument("--rounds", type=int, default=40)
     parser.add_argument("--threads", type=int, default=None)
     arguments = parser.parse_args()
     if arguments.threads:

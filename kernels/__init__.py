@@ -43,9 +43,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """-> (rms_norm(summed), summed) with summed = x + residual in x.dtype: the residual stream's next value."""
-    if x.dim() != 2 or x.shape[1:] != weight.shape or x.shape != residual.shape:
-        raise _refuse("add_rms_norm", x=x, residual=residual, weight=weight)
-    if not x.dtype == residual.dtype == weight.dtype:
+    shape, dtype = x.shape, x.dtype
+    fits = len(shape) == 2 and shape[1:] == weight.shape and shape == residual.shape
+    if not fits or not dtype == residual.dtype == weight.dtype:
         raise _refuse("add_rms_norm", x=x, residual=residual, weight=weight)
     if _on_triton(x):
         from kernels import norm
@@ -73,9 +73,10 @@ def rope_and_store(
     int64 are flat places in the caches [num_blocks, block_size, kv_heads, head_dim]; -1 = the token is not stored.
     """
     tokens, _, head_dim = q.shape
-    if k.shape != v.shape or k.shape[0] != tokens or k.shape[2] != head_dim or k.shape[1:] != k_cache.shape[2:]:
+    k_shape, cache_shape = k.shape, k_cache.shape
+    if k_shape != v.shape or k_shape[0] != tokens or k_shape[2] != head_dim or k_shape[1:] != cache_shape[2:]:
         raise _refuse("rope_and_store", q=q, k=k, v=v, k_cache=k_cache)
-    if k_cache.shape != v_cache.shape or slots.shape[0] != tokens or cos_sin.shape != (tokens, head_dim):
+    if cache_shape != v_cache.shape or len(slots) != tokens or cos_sin.shape != (tokens, head_dim):
         raise _refuse("rope_and_store", q=q, cos_sin=cos_sin, slots=slots, k_cache=k_cache, v_cache=v_cache)
     if cos_sin.dtype != float32 or slots.dtype != int64 or q.dtype != k_cache.dtype:
         raise _refuse("rope_and_store", q=q, cos_sin=cos_sin, slots=slots, k_cache=k_cache)
@@ -128,26 +129,41 @@ def paged_attention(
     context - n + j + 1 keys. The first `num_decodes` sequences have one query each. Softmax in at least float32.
     Nothing past a sequence's context can change the result, NaN included. `plan` is `plan_step` of this step.
     """
-    if k_cache.shape != v_cache.shape or q.shape[2] != k_cache.shape[3] or q.shape[1] % k_cache.shape[2]:
+    q_shape, cache_shape, num_seqs = q.shape, k_cache.shape, len(context_lens)
+    if cache_shape != v_cache.shape or q_shape[2] != cache_shape[3] or q_shape[1] % cache_shape[2]:
         raise _refuse("paged_attention", q=q, k_cache=k_cache, v_cache=v_cache)
-    if not block_tables.shape[0] == context_lens.shape[0] == query_starts.shape[0] - 1 or q.dtype != k_cache.dtype:
+    if len(block_tables) != num_seqs or len(query_starts) != num_seqs + 1 or q.dtype != k_cache.dtype:
         raise _refuse("paged_attention", q=q, k_cache=k_cache, block_tables=block_tables, context_lens=context_lens)
     if not block_tables.dtype == query_starts.dtype == context_lens.dtype == int32:
         raise _refuse(
             "paged_attention", block_tables=block_tables, query_starts=query_starts, context_lens=context_lens
         )
-    tensors = (q, k_cache, v_cache, block_tables, query_starts, context_lens)
-    sizes = {
-        "num_decodes": num_decodes,
-        "max_query_len": max_query_len,
-        "max_context_len": max_context_len,
-        "scale": scale,
-    }
-    if _on_triton(q):
-        from kernels import attention
+    if not _on_triton(q):
+        return reference.paged_attention(
+            q,
+            k_cache,
+            v_cache,
+            block_tables,
+            query_starts,
+            context_lens,
+            num_decodes=num_decodes,
+            scale=scale,
+            plan=plan,
+        )
+    from kernels import attention
 
-        return attention.paged_attention(*tensors, **sizes)
-    return reference.paged_attention(*tensors, **sizes, plan=plan)
+    return attention.paged_attention(
+        q,
+        k_cache,
+        v_cache,
+        block_tables,
+        query_starts,
+        context_lens,
+        num_decodes=num_decodes,
+        max_query_len=max_query_len,
+        max_context_len=max_context_len,
+        scale=scale,
+    )
 
 
 def silu_mul(gate_up: Tensor) -> Tensor:

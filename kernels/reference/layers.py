@@ -3,13 +3,13 @@
 On a CPU a decode step costs as much in calls as in arithmetic, so these take few calls and work in place.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.reference.plan import StepPlan, rotation
-
-FEW_VALUES = 1 << 13  # below, a norm costs calls rather than arithmetic
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
@@ -18,14 +18,14 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     size = x.shape[-1]
-    if x.numel() <= FEW_VALUES:
-        # (x, -x) has mean 0, so its layer norm is x's RMS norm: fewer calls, and twice the arithmetic.
-        return torch.layer_norm(torch.cat((x, -x), dim=-1), (2 * size,), None, None, eps).narrow(1, 0, size).mul(weight)
-    wide = x.to(_wide(x.dtype))
-    norms = torch.linalg.vector_norm(wide, 2, -1, True)  # [tokens, 1]
+    dtype = _wide(x.dtype)
+    norms = torch.linalg.vector_norm(x, 2, -1, True, dtype=dtype)  # [tokens, 1]
+    if norms.numel() == 1:  # calls cost more than arithmetic here, and Python needs none
+        norm = norms.item()
+        mean = norm * norm / size + eps
+        return x.mul(mean**-0.5 if mean else math.inf).mul_(weight)
     scales = norms.square_().div_(size).add_(eps).rsqrt_()
-    scaled = wide * scales if wide is x else wide.mul_(scales)
-    return scaled.to(x.dtype).mul_(weight)
+    return torch.mul(x, scales).to(x.dtype).mul_(weight)
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -44,9 +44,9 @@ def rope_and_store(
     *,
     plan: StepPlan | None = None,
 ) -> Tensor:
-    x = torch.cat((q, k), dim=1).to(_wide(q.dtype))
+    x = torch.cat((q, k), dim=1)
     cos, sin = rotation(cos_sin) if plan is None else plan.rotation
-    rotated = (x * cos).addcmul_(x.roll(x.shape[2] // 2, -1), sin.to(x.dtype))
+    rotated = (x * cos).addcmul_(x.roll(x.shape[2] // 2, -1), sin)  # float32, or float64 as x
     q, k = rotated.to(q.dtype).split_with_sizes((q.shape[1], k.shape[1]), dim=1)
     if plan is None or not plan.stores_all:
         stored = slots >= 0

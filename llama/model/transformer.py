@@ -17,10 +17,14 @@ import kernels
 from llama.model import checkpoint
 from llama.model.batch import Batch
 from llama.model.config import ModelConfig
+from llama.model.huge_pages import move_to_huge_pages
 from llama.model.kv_cache import KVCache
 from llama.model.linear import Linear
 from llama.model.lora import AdapterUse, LoraSlots
 from llama.model.rope import cos_sin, inverse_frequencies
+
+
+WORTH_MOVING = 1 << 26  # bytes of packed weights
 
 
 class Step(NamedTuple):
@@ -253,9 +257,13 @@ class Transformer(nn.Module):
         Each weight is kept once, in its packed form (a head tied to the embedding is a second copy). Idempotent; moving
         or casting the model undoes it.
         """
+        linears = [module for module in self.modules() if isinstance(module, Linear) and module.packed is None]
         # Packing runs on one core per weight.
         with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-            list(pool.map(Linear.prepare, (module for module in self.modules() if isinstance(module, Linear))))
+            list(pool.map(Linear.prepare, linears))
+        packed = sum(linear.in_features * linear.out_features for linear in linears if linear.packed is not None)
+        if packed * self.dtype.itemsize >= WORTH_MOVING:
+            move_to_huge_pages(seconds=1.5)
 
     def _fill_randomly(self, seed: int) -> None:
         generator = torch.Generator(self.device).manual_seed(seed)
