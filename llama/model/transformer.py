@@ -23,7 +23,6 @@ from llama.model.linear import Linear
 from llama.model.lora import AdapterUse, LoraSlots
 from llama.model.rope import cos_sin, inverse_frequencies
 
-
 WORTH_MOVING = 1 << 26  # bytes of packed weights
 
 
