@@ -9,7 +9,7 @@ Beside it stands transformers on a static cache, compiled with CUDA graphs where
 
 import argparse
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -222,7 +222,7 @@ def measure(llm: LLM, limits: dict, params: dict, arguments: argparse.Namespace)
     return rows
 
 
-def main() -> None:
+def main(given: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", default="llama-3.1-8b", help="its shapes, with random weights (%(default)s)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -235,7 +235,7 @@ def main() -> None:
     parser.add_argument("--enforce-eager", action="store_true", help="without CUDA graphs")
     parser.add_argument("--no-peer", action="store_true")
     parser.add_argument("--peer-up-to", type=int, default=8192, help="longest context and prompt for transformers")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(given)
     device, is_cuda = torch.device(arguments.device), arguments.device.startswith("cuda")
     dtype = getattr(torch, arguments.dtype or ("bfloat16" if is_cuda else "float32"))
     limits = ceilings(Timer(device, 20 if is_cuda else 3), dtype, tiny=not is_cuda)

@@ -2,6 +2,8 @@
 
 Ours is the whole engine: scheduling, model, greedy sampling, bookkeeping. Theirs is the model with its cache and an
 argmax, without the cost of generate(). The closing profile says where a decode step's time goes.
+
+With --preset llama-3.1-8b --random-weights no checkpoint is wanted, and the rest is up to benchmarks/decode_gpu.py.
 """
 
 import argparse
@@ -15,6 +17,7 @@ from transformers import AutoModelForCausalLM
 from transformers.cache_utils import DynamicCache
 
 import kernels
+from benchmarks import decode_gpu
 from benchmarks.common import close, in_turn, ratio, read_bandwidth, summary, timed
 from llama import LLM, SamplingParams, Transformer
 from llama.model.linear import Linear
@@ -179,7 +182,15 @@ def show(name: str, row: dict, remark: str) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    shapes = argparse.ArgumentParser(add_help=False)
+    shapes.add_argument("--preset", help="the shapes of a preset in place of a checkpoint")
+    shapes.add_argument("--random-weights", action="store_true", help="what a preset has")
+    chosen, rest = shapes.parse_known_args()
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], parents=[shapes])
+    if chosen.preset is not None:
+        if not chosen.random_weights:
+            parser.error("a preset has no weights: say --random-weights, or give a checkpoint with --model")
+        return decode_gpu.main(["--preset", chosen.preset, *rest])
     parser.add_argument("--model", default="checkpoints/smollm2-135m-instruct")
     parser.add_argument("--dtype", nargs="+", default=["bfloat16", "float32"])
     parser.add_argument("--batch", nargs="+", type=int, default=[1, 8])
