@@ -1,0 +1,115 @@
+"""LLM: what it refuses, by name and before anything runs."""
+
+import pytest
+import torch
+
+from llama import LLM, SamplingParams
+from llama.llm.inputs import as_prompts
+from llama.llm.loading import resolve_device, resolve_dtype
+from llama.model.config import ConfigError
+from tests.llm.helpers import GREEDY
+from tests.model.models import tiny_model
+
+BAD_PROMPTS = [
+    ("", "prompt is empty"),
+    ({"prompt": ""}, "prompt is empty"),
+    ({"prompt_token_ids": []}, "prompt is empty"),
+    ([[]], "prompt is empty"),
+    ([1, 2, 99999], r"integers in \[0, \d+\], got 99999"),
+    ([1, -1], "got -1"),
+    ([1, True], "got True"),
+    ([1, 2.0], "got 2.0"),
+    ({"text": "x"}, "prompt_token_ids or prompt"),
+    ({}, "prompt_token_ids or prompt"),
+    ({"prompt_token_ids": "x"}, "must be a list"),
+    ({"prompt": 5}, "must be a string"),
+    ([None], "got NoneType"),
+    (5, "got int"),
+    ("lone \ud800 surrogate", "surrogate"),
+    ("x" * 255, "256 tokens and the context is 256"),
+]
+
+
+@pytest.mark.parametrize("bad, words", BAD_PROMPTS)
+def test_one_bad_prompt_refuses_the_batch_before_anything_is_enqueued(llm, bad, words):
+    with pytest.raises(ValueError, match=words):
+        llm.generate(bad, GREEDY)
+    single = as_prompts(bad) if not isinstance(bad, int) else [bad]
+    with pytest.raises(ValueError, match=words):
+        llm.generate(["good", *single], GREEDY)
+    assert not llm.engine.has_unfinished
+
+
+def test_bad_parameters_are_refused_by_name(llm):
+    with pytest.raises(ValueError, match="2 entries for 1 prompts"):
+        llm.generate("x", [GREEDY, GREEDY])
+    with pytest.raises(ValueError, match="must be a SamplingParams, got dict"):
+        llm.generate("x", {"temperature": 0})
+    with pytest.raises(ValueError, match="no adapter named 'style'"):
+        llm.generate("x", GREEDY, lora="style")
+    with pytest.raises(ValueError, match="stop_token_ids must hold"):
+        llm.generate("x", SamplingParams(stop_token_ids=[10**6]))
+    with pytest.raises(ValueError, match="logit_bias must hold"):
+        llm.generate("x", SamplingParams(logit_bias={10**6: 1.0}))
+    for messages in ("hello", [[]], {"role": "user"}, ["x"], [{"content": "x"}]):
+        with pytest.raises(ValueError):
+            llm.chat(messages)
+    with pytest.raises(ValueError, match="tools need a conversation"):
+        llm.stream("x", tools=[{"name": "f"}])
+
+
+def test_a_refusal_by_the_engine_leaves_nothing_of_the_batch(llm, monkeypatch):
+    def add(request_id, prompt, params, *, really=llm.engine.add, **rest):
+        if len(prompt) == 4:
+            raise ValueError("can never fit")
+        return really(request_id, prompt, params, **rest)
+
+    monkeypatch.setattr(llm.engine, "add", add)
+    with pytest.raises(ValueError, match="never fit"):
+        llm.generate(["a", "b", "ccc", "d"], GREEDY)
+
+
+def test_constructor_refuses_by_name(folder, tmp_path):
+    small = {"num_blocks": 8, "load_format": "dummy"}
+    for arguments, words in (
+        ({"device": "tpu"}, "device must be"),
+        ({"dtype": "int8"}, "dtype must be"),
+        ({"load_format": "pickle"}, "load_format must be"),
+        ({"max_model_len": 257}, r"max_model_len must be an integer in \[2, 256\].* got 257"),
+        ({"max_model_len": "64"}, r"max_model_len must be an integer in \[2, 256\].* got '64'"),
+        ({"gpu_memory_utilization": "0.9"}, r"gpu_memory_utilization must be in \(0, 1\], got '0.9'"),
+        ({"enable_prefix_caching": "no"}, "enable_prefix_caching must be True or False, got 'no'"),
+        ({"enforce_eager": 1}, "enforce_eager must be True or False, got 1"),
+        ({"tensor_parallel_size": 2}, r"tensor_parallel_size=2 is not supported \(only 1\)"),
+        ({"trust_remote_code": True}, "trust_remote_code=True"),
+        ({"quantization": "awq"}, "quantization='awq'"),
+        ({"rope_theta": 5.0}, "edit the model's config.json"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            LLM(folder, **{**small, **arguments})
+    with pytest.raises(TypeError, match="no argument 'temprature'"):
+        LLM(folder, temprature=1)
+    LLM(folder, **small, tensor_parallel_size=1, trust_remote_code=False, swap_space=4, quantization=None)
+    with pytest.raises(ValueError, match="there is no such folder"):
+        LLM(tmp_path / "missing")
+    with pytest.raises(ValueError, match="model must be a folder or a Transformer, got NoneType"):
+        LLM(None)
+    with pytest.raises(ConfigError, match=r"generation_config\.json: cannot be read: Not a directory"):
+        LLM(folder / "config.json", tokenizer=folder)
+    model = tiny_model()
+    with pytest.raises(MemoryError, match=r"num_blocks=1000000000000 blocks of 16 tokens take [0-9]+ bytes"):
+        LLM(model, num_blocks=10**12)
+    with pytest.raises(ValueError, match="a Transformer has its weights"):
+        LLM(model, load_format="dummy")
+    with pytest.raises(ValueError, match="device must be"):
+        LLM(model, device="tpu")
+    with pytest.raises(ValueError, match="convert it first"):
+        LLM(model, dtype="float32")
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="no CUDA device"):
+            LLM(folder, **small, device="cuda")
+
+
+def test_device_and_dtype_names():
+    assert resolve_device("cpu") == torch.device("cpu") == resolve_device(torch.device("cpu"))
+    assert resolve_dtype("auto") is None and resolve_dtype("half") == resolve_dtype(torch.float16) == torch.float16

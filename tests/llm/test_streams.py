@@ -1,0 +1,100 @@
+"""LLM: chat, streams, interruption, the progress bar."""
+
+import signal
+import sys
+
+import pytest
+
+from llama import SamplingParams
+from tests.llm.helpers import GREEDY
+
+
+def test_chat_takes_one_conversation_or_several(llm):
+    talks = [[{"role": "user", "content": text}] for text in ("one", "two <|eot_id|>")]
+    outputs = llm.chat(talks, GREEDY, use_tqdm=False)
+    singles = [llm.chat(talk, GREEDY, use_tqdm=False)[0] for talk in talks]
+    assert [o.outputs[0].token_ids for o in outputs] == [o.outputs[0].token_ids for o in singles]
+    eot = llm.tokenizer.special_tokens["<|eot_id|>"]
+    assert [o.prompt_token_ids.count(eot) for o in outputs] == [1, 1]  # the template's own
+
+
+@pytest.mark.parametrize("n", [1, 3])
+def test_the_pieces_of_a_stream_add_up_to_what_generate_says(llm, n):
+    params = SamplingParams(n=n, seed=5, max_tokens=30, stop=["zq", "\n"], logprobs=0)
+    whole = llm.generate("Hi", params, use_tqdm=False)[0]
+    pieces = list(llm.stream("Hi", params))
+    for completion in whole.outputs:
+        mine = [p for p in pieces if p.index == completion.index]
+        assert "".join(p.text for p in mine) == completion.text
+        assert [t for p in mine for t in p.token_ids] == completion.token_ids
+        assert len([e for p in mine for e in p.logprobs]) == len(completion.token_ids)
+        assert mine[-1].finish_reason == completion.finish_reason
+    assert [p.usage is not None for p in pieces].index(True) == len(pieces) - 1
+    assert pieces[-1].usage.prompt_tokens == 3
+
+
+def test_a_stream_of_messages_is_a_chat(llm):
+    talk = [{"role": "user", "content": "Hello"}]
+    text = "".join(piece.text for piece in llm.stream(talk, GREEDY))
+    assert text == llm.chat(talk, GREEDY, use_tqdm=False)[0].outputs[0].text
+
+
+def test_streams_interleave_with_each_other_and_with_generate(llm):
+    expected = [o.outputs[0].token_ids for o in llm.generate(["a", "b", "c"], GREEDY, use_tqdm=False)]
+    first, second = llm.stream("a", GREEDY), llm.stream("b", GREEDY)
+    got = [[], []]
+    for turn in range(3):
+        got[0] += next(first).token_ids
+        got[1] += next(second).token_ids
+        if turn == 1:
+            assert llm.generate("c", GREEDY, use_tqdm=False)[0].outputs[0].token_ids == expected[2]
+    for tokens, stream in zip(got, (first, second), strict=True):
+        for piece in stream:
+            tokens += piece.token_ids
+    assert got == expected[:2]
+
+
+def test_closing_a_stream_aborts_its_request_alone(llm):
+    kept, dropped, unread = llm.stream("a", GREEDY), llm.stream("b", GREEDY), llm.stream("c", GREEDY)
+    next(kept), next(dropped)
+    dropped.close()
+    unread.close()
+    assert len(llm.replies) == 1
+    assert len(list(kept)) == 11
+    next(llm.stream("a", GREEDY))  # nobody keeps this one
+
+
+def test_a_stream_is_checked_before_it_is_read(llm):
+    with pytest.raises(ValueError, match="prompt is empty"):
+        llm.stream("", GREEDY)
+
+
+def test_an_interrupt_aborts_after_the_step_and_leaves_the_engine_usable(llm, monkeypatch):
+    expected = llm.generate("a", GREEDY, use_tqdm=False)[0].outputs[0].token_ids
+    steps = []
+
+    def step(really=llm.engine.step):
+        steps.append(len(steps))
+        if len(steps) == 3:
+            signal.raise_signal(signal.SIGINT)
+            steps.append("the step went on")
+        return really()
+
+    before = signal.getsignal(signal.SIGINT)
+    with monkeypatch.context() as patch:
+        patch.setattr(llm.engine, "step", step)
+        with pytest.raises(KeyboardInterrupt):
+            llm.generate(["a", "b"], GREEDY, use_tqdm=False)
+    assert steps == [0, 1, 2, "the step went on"] and signal.getsignal(signal.SIGINT) is before
+    assert not llm.engine.has_unfinished
+    assert llm.generate("a", GREEDY, use_tqdm=False)[0].outputs[0].token_ids == expected
+
+
+def test_no_progress_bar_where_stderr_is_no_terminal(llm, capsys, monkeypatch):
+    llm.generate(["a", "b"], GREEDY)
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    llm.generate(["a", "b"], GREEDY)
+    assert "2/2" in capsys.readouterr().err
+    llm.generate(["a", "b"], GREEDY, use_tqdm=False)
+    assert capsys.readouterr().err == ""
