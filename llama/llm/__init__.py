@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ from llama.llm.arguments import refuse_foreign
 from llama.llm.inputs import Inputs, Message, Prompt, as_conversations, as_prompts, is_conversation, one_per_prompt
 from llama.llm.loading import engine_config, load_defaults, load_model, load_text
 from llama.llm.loras import LoraInfo, LoRARequest, describe, read_lora
+from llama.llm.pieces import Pieces
+from llama.llm.tool_choice import ToolChoice
 from llama.model.transformer import Transformer
 from llama.output import Replies, Reply, Request
 from llama.text.tokenizer import Tokenizer
@@ -117,13 +120,19 @@ class LLM:
         lora: str | Sequence[str | None] | None = None,
         use_tqdm: bool = True,
         lora_request: LoRARequest | Sequence[LoRARequest | None] | None = None,
+        *,
+        tool_choice: ToolChoice = "auto",
     ) -> list[RequestOutput]:
-        """Answer one conversation, or each of several. What a message holds is text, never a control token."""
+        """Answer one conversation, or each of several. What a message holds is text, never a control token.
+
+        tool_choice, as OpenAI spells it: "auto" lets the model decide, "none" hides the tools from it, "required" holds
+        the answer to a call of one of them, {"type": "function", "function": {"name": NAME}} to a call of that one.
+        """
         listed = as_conversations(messages)
         each_params = one_per_prompt("sampling_params", sampling_params, len(listed))
         each_lora = self._loras(lora, lora_request, len(listed))
-        requests = [self.inputs.chat_request(*r, tools=tools) for r in zip(listed, each_params, each_lora, strict=True)]
-        return self._run(requests, use_tqdm)
+        ask = partial(self.inputs.chat_request, tools=tools, tool_choice=tool_choice)
+        return self._run([ask(*r) for r in zip(listed, each_params, each_lora, strict=True)], use_tqdm)
 
     def stream(
         self,
@@ -132,17 +141,23 @@ class LLM:
         tools: Sequence[Mapping[str, Any]] | None = None,
         lora: str | None = None,
         lora_request: LoRARequest | None = None,
-    ) -> Iterator[Piece]:
-        """The answer to one prompt or conversation as it is written. Closing the iterator aborts the request; the
-        pieces of each completion add up to what generate() or chat() would have given."""
+        *,
+        tool_choice: ToolChoice = "auto",
+    ) -> Pieces:
+        """The answer to one prompt or conversation as it is written, for a loop to read. The engine takes the request
+        here, so every refusal comes from this call. Closing or dropping what it returns aborts the request; the pieces
+        of each completion add up to what generate() or chat() would have given. `tools` and `tool_choice`, as in
+        chat(), need a conversation."""
         [lora] = self._loras(lora, lora_request, 1)
         if is_conversation(prompt_or_messages):
-            request = self.inputs.chat_request(prompt_or_messages, sampling_params, lora, tools=tools)
-        elif tools:
-            raise ValueError("tools need a conversation: give a list of messages")
+            choice = {"tools": tools, "tool_choice": tool_choice}
+            request = self.inputs.chat_request(prompt_or_messages, sampling_params, lora, **choice)
+        elif tools or tool_choice != "auto":
+            raise ValueError("tools and tool_choice need a conversation: give a list of messages")
         else:
             request = self.inputs.request(prompt_or_messages, sampling_params, lora)
-        return self._stream(request)
+        with _interrupts_held():
+            return Pieces(self.replies, self.replies.add(request), self._step)
 
     def load_lora(self, name: str, path: str | Path) -> LoraInfo:
         """Load a PEFT adapter's folder; requests ask for it with lora=name. AdapterError (a ValueError) says what is
@@ -182,18 +197,6 @@ class LLM:
                     )
             names.append(None if request is None else request.lora_name)
         return names
-
-    def _stream(self, request: Request) -> Iterator[Piece]:
-        reply = self.replies.add(request)
-        reply.streams = True
-        try:
-            while not reply.finished or reply.pending:
-                if not reply.pending:
-                    self._step()
-                pieces, reply.pending = reply.pending, []
-                yield from pieces
-        finally:
-            self.replies.abort(reply)
 
     def _run(self, requests: Sequence[Request], use_tqdm: bool) -> list[RequestOutput]:
         replies: list[Reply] = []

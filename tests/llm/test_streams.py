@@ -5,7 +5,8 @@ import sys
 
 import pytest
 
-from llama import SamplingParams
+from llama import LLM, SamplingParams
+from llama.engine.engine import EngineDeadError
 from tests.llm.helpers import GREEDY
 
 
@@ -65,8 +66,61 @@ def test_closing_a_stream_aborts_its_request_alone(llm):
 
 
 def test_a_stream_is_checked_before_it_is_read(llm):
-    with pytest.raises(ValueError, match="prompt is empty"):
-        llm.stream("", GREEDY)
+    for prompt, params, more, words in (
+        ("", GREEDY, {}, "prompt is empty"),
+        ([1, -1], GREEDY, {}, "got -1"),
+        ("x" * 255, GREEDY, {}, "256 tokens and the context is 256"),
+        ("x", {"temperature": 0}, {}, "must be a SamplingParams, got dict"),
+        ("x", [GREEDY, GREEDY], {}, "must be a SamplingParams, got list"),
+        ("x", SamplingParams(stop_token_ids=[10**6]), {}, "stop_token_ids must hold"),
+        ("x", GREEDY, {"lora": "style"}, "no adapter named 'style'"),
+        ("x", GREEDY, {"tools": [{"name": "f"}]}, "tools and tool_choice need a conversation"),
+        ([{"role": "no role", "content": "x"}], GREEDY, {}, "role must be"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            llm.stream(prompt, params, **more)
+
+
+def test_what_the_engine_refuses_is_refused_by_the_call(folder, monkeypatch):
+    llm = LLM(folder, num_blocks=4, max_num_seqs=2)  # 64 tokens for a context of 256
+    for prompt in ("x" * 100, [{"role": "user", "content": "x" * 100}]):
+        with pytest.raises(ValueError, match=r"can never run: the KV cache holds 64 tokens"):
+            llm.stream(prompt, GREEDY)
+    assert not llm.engine.has_unfinished and not len(llm.replies)
+    monkeypatch.setattr(llm.engine, "_death", "the engine is dead: of this test")
+    with pytest.raises(EngineDeadError, match="of this test"):
+        llm.stream("x", GREEDY)
+
+
+def test_a_stream_runs_from_the_call_on(llm):
+    expected = llm.generate("a", GREEDY, use_tqdm=False)[0].outputs[0].token_ids
+    stream = llm.stream("a", GREEDY)
+    llm.generate("b", GREEDY, use_tqdm=False)
+    assert not llm.engine.has_unfinished
+    assert [token for piece in stream for token in piece.token_ids] == expected
+    assert next(stream, None) is None
+    unread = llm.stream("a", GREEDY)
+    assert llm.engine.has_unfinished
+    del unread
+    assert not llm.engine.has_unfinished
+
+
+def test_nothing_comes_of_a_closed_stream(llm):
+    stream = llm.stream("a", SamplingParams(n=2, max_tokens=4))
+    next(stream)  # and the other completion's piece is there already
+    stream.close()
+    stream.close()
+    assert list(stream) == []
+
+
+def test_a_failure_ends_the_stream_that_met_it(llm, monkeypatch):
+    stream = llm.stream("a", GREEDY)
+    next(stream)
+    with monkeypatch.context() as patch:
+        patch.setattr(llm.replies, "step", lambda: 1 // 0)
+        with pytest.raises(ZeroDivisionError):
+            next(stream)
+    assert list(stream) == [] and not len(llm.replies)
 
 
 def test_an_interrupt_aborts_after_the_step_and_leaves_the_engine_usable(llm, monkeypatch):
