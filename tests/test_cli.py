@@ -353,6 +353,30 @@ def test_an_interrupt_stops_the_answer_and_not_the_program(monkeypatch, capsys):
     assert llm.seen[1][1] == {"role": "assistant", "content": "I see 1"}
 
 
+def test_an_interrupt_before_the_first_word_asks_for_the_next_message(monkeypatch, capsys):
+    llm = FakeLLM()
+    answers = iter([KeyboardInterrupt, None])
+
+    def stream(messages, params, lora, really=llm.stream):
+        if (error := next(answers)) is not None:
+            raise error
+        return really(messages, params, lora)
+
+    llm.stream = stream
+    code, out, err = talk(monkeypatch, capsys, llm, "one", "two")
+    assert code == 0 and out == "I see 1 messages\n" and "[stopped]" in err
+    assert llm.seen == [[{"role": "user", "content": "two"}]]
+
+
+def test_a_failed_answer_is_told_and_leaves_the_conversation_as_it_was(monkeypatch, capsys):
+    llm = FakeLLM()
+    failed = Piece(0, "half", [1], finish_reason=FinishReason.ERROR, usage=Usage(3, 1))
+    monkeypatch.setattr(llm, "_pieces", lambda count: iter([failed]))
+    code, out, err = talk(monkeypatch, capsys, llm, "one", "two")
+    assert (code, out) == (0, "half\nhalf\n") and err.count("the model failed while it wrote this answer\n") == 2
+    assert [len(messages) for messages in llm.seen] == [1, 1]
+
+
 def test_a_refused_message_leaves_the_conversation_as_it_was(monkeypatch, capsys):
     llm = FakeLLM()
     code, out, err = talk(monkeypatch, capsys, llm, "x" * 101, "one")

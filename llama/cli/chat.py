@@ -5,9 +5,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from llama.cli.common import Timed, load, named_adapter, params_for, sampling_values
+from llama.cli.common import FAILED, Timed, load, named_adapter, params_for, sampling_values
 from llama.cli.errors import UsageError
 from llama.cli.flags import Chat
+from llama.engine.request import FinishReason
 
 _HELP = "/reset forgets the conversation, /save FILE keeps it, /quit leaves"
 
@@ -67,20 +68,29 @@ class Conversation:
         return True
 
     def ask(self, text: str) -> None:
-        """Stream the answer. Ctrl-C stops it and keeps what came; a refusal leaves the conversation as it was."""
+        """Stream the answer. Ctrl-C stops it and keeps what came; a refusal and a failure leave the conversation as it
+        was."""
         messages = [*self.messages, {"role": "user", "content": text}]
         answer: list[str] = []
+        last = None
         try:
             pieces = Timed(self._llm.stream(messages, self._params, lora=self._lora))
-            for piece in pieces:
-                answer.append(piece.text)
-                print(piece.text, end="", flush=True)
-        except ValueError as error:  # of stream(), or of the engine when the first piece is asked for
+        except ValueError as error:
             print(f"{error}; /reset begins anew", file=sys.stderr)
             return
         except KeyboardInterrupt:
+            print("[stopped]", file=sys.stderr)
+            return
+        try:
+            for last in pieces:
+                answer.append(last.text)
+                print(last.text, end="", flush=True)
+        except KeyboardInterrupt:
             print(" [stopped]", end="", file=sys.stderr)
         print(flush=True)
+        if last is not None and last.finish_reason is FinishReason.ERROR:
+            print(FAILED, file=sys.stderr)
+            return
         print(f"[{pieces.summary()}]", file=sys.stderr)
         self.messages = [*messages, {"role": "assistant", "content": "".join(answer)}]
 

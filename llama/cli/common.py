@@ -14,6 +14,7 @@ from llama.engine.request import Piece, SamplingParams, Usage
 # Beyond any that is published: who names one adapter of their own needs no limit on what requests may ask for.
 MAX_LORA_RANK = 1024
 DTYPES = ("auto", "float64", "float32", "float16", "bfloat16")
+FAILED = "the model failed while it wrote this answer"
 
 
 def sampling_values(flags: SamplingFlags) -> dict[str, Any]:

@@ -4,7 +4,7 @@ import json
 import sys
 from typing import Any
 
-from llama.cli.common import Timed, load, named_adapter, params_for, sampling_values
+from llama.cli.common import FAILED, Timed, load, named_adapter, params_for, sampling_values
 from llama.cli.errors import UsageError
 from llama.cli.flags import Generate
 from llama.engine.request import CompletionOutput, FinishReason, RequestOutput
@@ -38,7 +38,7 @@ def run_generate(command: Generate) -> int:
 def _code(reasons: list[FinishReason | None]) -> int:
     if FinishReason.ERROR not in reasons:
         return 0
-    print("llama: the model failed while it wrote this answer", file=sys.stderr)
+    print(f"llama: {FAILED}", file=sys.stderr)
     return 1
 
 
