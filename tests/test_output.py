@@ -1,11 +1,15 @@
-"""One request's way back: decoding, stop strings, log-probabilities, and what the engine is told."""
+"""One request's way back: decoding, stop strings, tool calls, log-probabilities, and what the engine is told."""
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import AddedToken
+from tokenizers import Tokenizer as Backend
 
 from llama.engine.request import FinishReason, Logprob, Piece, SamplingParams, TokenOutput, Usage
 from llama.output import Replies, Reply, Request, merged
+from llama.text.tokenizer import Tokenizer
+from llama.text.tool_calls import ToolCall, parse_tool_calls
 from tests.fakes import EOS_ID, ScriptedEngine, byte_tokenizer, script_of
 
 TOKENIZER = byte_tokenizer()
@@ -207,3 +211,112 @@ def test_merged_pieces_are_what_their_parts_were():
 def test_merged_keeps_a_single_piece_as_it_is():
     piece = Piece(0, "a", [1])
     assert merged([piece]) == [piece] and merged([]) == []
+
+
+# ---- tool calls
+
+CALL = '{"name": "f", "parameters": {"a": "é"}}'
+OTHER = '{"name": "g", "parameters": {}}'
+NAMES = ("f", "g", "code_interpreter")
+TAG = "<|python_tag|>"
+SAID = [
+    CALL,
+    f"{CALL}; {OTHER}",
+    f"[{CALL}, {OTHER}]\nThat is all.",
+    f"{TAG}{CALL}",
+    f"{TAG}import os\nprint(1)",
+    'Wait. <function=f>{"a": {"b": "}"}}</function> Done 🙂',
+    f"f.call(a=1) {CALL} and then {OTHER}",
+    '{"name": "unknown", "parameters": {}}',
+    '{"name": "f", "parameters": {"a": ',
+    "<function=f>no</function>",
+    "No call at all: {",
+    "",
+]
+
+
+def tagged_tokenizer():
+    """Bytes, the end, and the control token that announces a call, which decoding leaves out elsewhere."""
+    backend = Backend.from_str(byte_tokenizer().backend_json)
+    backend.add_tokens([AddedToken(TAG, special=True, normalized=False)])
+    return Tokenizer(backend, eos_token_ids=[EOS_ID])
+
+
+TAGGED = tagged_tokenizer()
+
+
+def told(token_ids, cuts, *, reason=FinishReason.STOP, **params):
+    """(the completion, its pieces) of an answer that comes in as many steps as the cuts make of it."""
+    request = Request("r", None, [72], SamplingParams(max_tokens=None, **params), tool_names=NAMES)
+    reply = Reply(request, [7], TAGGED, 0.0)
+    ends = [*sorted(set(cuts)), len(token_ids)]
+    parts = [token_ids[start:end] for start, end in zip([0, *ends], ends, strict=False)]
+    news = [reply.push(TokenOutput("r", 0, part)) for part in parts[:-1]]
+    news.append(reply.push(TokenOutput("r", 0, parts[-1], finish_reason=reason)))
+    return reply.output.outputs[0], [piece for piece in news if piece is not None]
+
+
+def check_told(text, cuts, **params):
+    token_ids = [*TAGGED.encode(text), EOS_ID]
+    output, pieces = told(token_ids, cuts, **params)
+    content, calls = parse_tool_calls(text, NAMES)
+    assert (output.text, output.tool_calls) == (content, calls)
+    assert output.finish_reason == ("tool_calls" if calls else "stop") == pieces[-1].finish_reason
+    for some in (pieces, merged(pieces), merged(pieces[:2]) + merged(pieces[2:])):
+        assert "".join(piece.text for piece in some) == content
+        assert [call for piece in some for call in piece.tool_calls] == calls
+        assert [token for piece in some for token in piece.token_ids] == token_ids
+        assert [piece.usage is not None for piece in some] == [False] * (len(some) - 1) + [True]
+
+
+@pytest.mark.parametrize("text", SAID)
+def test_calls_and_text_of_an_answer_cut_anywhere_are_those_of_the_whole(text):
+    length = len(TAGGED.encode(text))
+    for cuts in [(), range(1, length + 1), *((at,) for at in range(1, length + 1))]:
+        check_told(text, cuts)
+
+
+@given(st.lists(st.sampled_from([*SAID, " ", "; ", "é", "<function=", TAG]), max_size=4).map("".join), st.data())
+def test_calls_and_text_of_any_answer_cut_in_any_way_are_those_of_the_whole(text, data):
+    length = len(TAGGED.encode(text))
+    check_told(text, data.draw(st.sets(st.integers(1, length), max_size=12) if length else st.just(())))
+
+
+def test_an_answer_with_a_call_comes_token_by_token_through_the_engine():
+    engine = ScriptedEngine(lambda prompt, index: script_of("" if index else f"{CALL} so"))
+    replies = Replies(engine, TOKENIZER)
+    reply = replies.add(Request("r", None, [1], SamplingParams(n=2), tool_names=NAMES))
+    pieces = []
+    while engine.has_unfinished:
+        pieces += [piece for _, piece in replies.step()]
+    first, second = reply.output.outputs
+    assert (first.text, first.tool_calls, first.finish_reason) == (" so", [ToolCall("f", {"a": "é"})], "tool_calls")
+    assert (second.text, second.tool_calls, second.finish_reason) == ("", [], "stop")
+    at = next(i for i, piece in enumerate(pieces) if piece.tool_calls)
+    assert sum(len(piece.token_ids) for piece in pieces[: at + 1] if piece.index == 0) == len(CALL.encode())
+
+
+def test_a_call_that_is_cut_off_is_text_and_one_before_it_stays_a_call():
+    token_ids = TOKENIZER.encode(f"{CALL}; {OTHER}")[:-3]
+    for cuts in ((), range(1, len(token_ids))):
+        output, pieces = told(token_ids, cuts, reason=FinishReason.LENGTH)
+        assert output.tool_calls == [ToolCall("f", {"a": "é"})]
+        assert output.text == f"; {OTHER[:-3]}" == "".join(piece.text for piece in pieces)
+        assert output.finish_reason == "length"  # not all that it would have called is there
+
+
+def test_a_stop_string_cuts_before_calls_are_looked_for():
+    output, _ = told([*TOKENIZER.encode(f"{CALL}STOP{OTHER}"), EOS_ID], range(1, 60), stop="STOP")
+    assert (output.tool_calls, output.text) == ([ToolCall("f", {"a": "é"})], "")
+    assert (output.finish_reason, output.stop_reason) == ("tool_calls", "STOP")
+    output, _ = told([*TOKENIZER.encode(CALL), EOS_ID], (), stop='"parameters"')
+    assert (output.tool_calls, output.text, output.finish_reason) == ([], '{"name": "f", ', "stop")
+
+
+def test_abort_gives_out_the_beginning_of_a_call():
+    request = Request("r", None, [72], SamplingParams(), tool_names=NAMES)
+    reply = Reply(request, [7], TOKENIZER, 0.0)
+    assert reply.push(TokenOutput("r", 0, TOKENIZER.encode(CALL[:-1]))).text == ""
+    [last] = reply.abort()
+    assert (last.text, last.tool_calls, last.finish_reason) == (CALL[:-1], [], "abort")
+    assert reply.output.outputs[0].text == CALL[:-1]
