@@ -22,8 +22,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if name in ("-h", "--help"):
             print(_help())
             return 0
+        if not arguments:
+            print(_help(), file=sys.stderr)
+            return 2
         if name not in _COMMANDS:
-            raise UsageError(f"{name or 'nothing'!r} is not a command: there are {', '.join(_COMMANDS)}")
+            raise UsageError(f"{name!r} is not a command: there are {', '.join(_COMMANDS)}")
         code = _run(name, arguments[1:])
         sys.stdout.flush()
         return code
