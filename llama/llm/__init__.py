@@ -37,9 +37,9 @@ class LLM:
 
     device: "auto" (CUDA where there is one), "cpu", "cuda", "cuda:0". dtype: "auto" (the checkpoint's), "float64" (on
     the CPU), "float32", "float16", "bfloat16". max_model_len: the context in tokens, None = the model's. num_blocks:
-    blocks of KV cache, None = what memory allows. seed: None draws fresh entropy for unseeded requests, a number makes
-    the whole run repeatable. load_format: "auto", or "dummy" for random weights from config.json alone. Arguments of
-    vLLM's that are not here are refused by name unless they hold vLLM's default.
+    blocks of KV cache, None = what memory allows. seed: None draws fresh entropy for unseeded requests, a number from 0
+    to 2**64 - 1 makes the whole run repeatable. load_format: "auto", or "dummy" for random weights from config.json
+    alone. Arguments of vLLM's that are not here are refused by name unless they hold vLLM's default.
     """
 
     def __init__(

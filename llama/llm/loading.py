@@ -105,7 +105,12 @@ def _check_given(model: Transformer, device: str | torch.device, dtype: torch.dt
 
 
 def engine_config(
-    model: Transformer, *, max_model_len: int | None, max_num_batched_tokens: int | None, **rest: Any
+    model: Transformer,
+    *,
+    max_model_len: int | None,
+    max_num_batched_tokens: int | None,
+    seed: int | None,
+    **rest: Any,
 ) -> EngineConfig:
     limit = model.config.max_position_embeddings
     max_model_len = limit if max_model_len is None else max_model_len
@@ -113,9 +118,11 @@ def engine_config(
         raise ValueError(
             f"max_model_len must be an integer in [2, {limit}] (max_position_embeddings), got {max_model_len!r}"
         )
+    if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 1 << 64):
+        raise ValueError(f"seed must be an integer from 0 to 2**64 - 1, or None, got {seed!r}")
     if max_num_batched_tokens is None:
         max_num_batched_tokens = BATCHED_TOKENS[model.device.type]
-    return EngineConfig(max_model_len=max_model_len, max_num_batched_tokens=max_num_batched_tokens, **rest)
+    return EngineConfig(max_model_len=max_model_len, max_num_batched_tokens=max_num_batched_tokens, seed=seed, **rest)
 
 
 def load_defaults(model: Any) -> tuple[SamplingParams, frozenset[int]]:

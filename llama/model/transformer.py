@@ -220,13 +220,17 @@ class Transformer(nn.Module):
         """[batch, seq] token ids -> [batch, seq, vocab] logits, float32 (float64 for a float64 model).
 
         The research entry: no engine, no sampling; the same forward over a cache made for this one call. adapter_slots
-        [batch] says which slot of `adapters` each sequence uses (0 = none).
+        [batch] says which slot of `adapters` each sequence uses (0 = none). seq is at most max_position_embeddings; who
+        tries what lies beyond says so in the config.
         """
         if not isinstance(token_ids, Tensor) or token_ids.dim() != 2 or token_ids.dtype != torch.int64:
             raise ValueError(f"token_ids must be an int64 tensor [batch, seq], got {token_ids!r}")
         if token_ids.numel() and not 0 <= int(token_ids.min()) <= int(token_ids.max()) < self.config.vocab_size:
             raise ValueError(f"token ids must be in [0, {self.config.vocab_size})")
         rows, length = token_ids.shape
+        if length > self.config.max_position_embeddings:
+            most = self.config.max_position_embeddings
+            raise ValueError(f"token_ids has {length} tokens a row, the model's context is {most}")
         wide = torch.float64 if self.dtype == torch.float64 else torch.float32
         if not token_ids.numel():
             return torch.empty(rows, length, self.config.vocab_size, dtype=wide, device=self.device)

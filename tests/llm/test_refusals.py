@@ -1,4 +1,4 @@
-"""LLM: what it refuses, by name and before anything runs."""
+"""LLM, and Transformer.logits: what they refuse, by name and before anything runs."""
 
 import pytest
 import torch
@@ -80,6 +80,10 @@ def test_constructor_refuses_by_name(folder, tmp_path):
         ({"gpu_memory_utilization": "0.9"}, r"gpu_memory_utilization must be in \(0, 1\], got '0.9'"),
         ({"enable_prefix_caching": "no"}, "enable_prefix_caching must be True or False, got 'no'"),
         ({"enforce_eager": 1}, "enforce_eager must be True or False, got 1"),
+        ({"seed": -1}, r"seed must be an integer from 0 to 2\*\*64 - 1, or None, got -1"),
+        ({"seed": 2**64}, "seed must be .* got 18446744073709551616"),
+        ({"seed": 1.0}, "seed must be .* got 1.0"),
+        ({"seed": True}, "seed must be .* got True"),
         ({"tensor_parallel_size": 2}, r"tensor_parallel_size=2 is not supported \(only 1\)"),
         ({"trust_remote_code": True}, "trust_remote_code=True"),
         ({"quantization": "awq"}, "quantization='awq'"),
@@ -90,6 +94,7 @@ def test_constructor_refuses_by_name(folder, tmp_path):
     with pytest.raises(TypeError, match="no argument 'temprature'"):
         LLM(folder, temprature=1)
     LLM(folder, **small, tensor_parallel_size=1, trust_remote_code=False, swap_space=4, quantization=None)
+    LLM(folder, **small, seed=2**64 - 1)
     with pytest.raises(ValueError, match="there is no such folder"):
         LLM(tmp_path / "missing")
     with pytest.raises(ValueError, match="model must be a folder or a Transformer, got NoneType"):
@@ -108,6 +113,13 @@ def test_constructor_refuses_by_name(folder, tmp_path):
     if not torch.cuda.is_available():
         with pytest.raises(ValueError, match="no CUDA device"):
             LLM(folder, **small, device="cuda")
+
+
+def test_logits_of_more_tokens_than_the_context_are_refused():
+    model = tiny_model(max_position_embeddings=8)
+    assert model.logits(torch.ones(2, 8, dtype=torch.int64)).shape == (2, 8, 97)
+    with pytest.raises(ValueError, match="token_ids has 9 tokens a row, the model's context is 8"):
+        model.logits(torch.ones(2, 9, dtype=torch.int64))
 
 
 def test_device_and_dtype_names():
