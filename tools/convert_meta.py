@@ -62,6 +62,16 @@ LAYER_TENSORS = {
 }
 
 
+def check_input(source: Path, *, tokenizer_only: bool) -> None:
+    """ValueError that names the path which is missing and what the folder is to hold."""
+    holds = "tokenizer.model" if tokenizer_only else "params.json, tokenizer.model and consolidated.*.pth"
+    if not source.is_dir():
+        raise ValueError(f"{source} is no folder: --input is the one that Meta's download made, with {holds}")
+    for name in ("tokenizer.model",) if tokenizer_only else ("params.json", "tokenizer.model"):
+        if not (source / name).is_file():
+            raise ValueError(f"{source / name} is missing: the folder that Meta's download made holds {holds}")
+
+
 # Tokenizer
 
 
@@ -127,7 +137,7 @@ class MetaShards:
     def __init__(self, folder: Path) -> None:
         paths = sorted(folder.glob("consolidated.*.pth"))
         if not paths:
-            raise ValueError(f"{folder} holds no consolidated.*.pth")
+            raise ValueError(f"{folder} holds no consolidated.*.pth, the files with Meta's weights")
         self.ranks = [torch.load(path, map_location="cpu", weights_only=True, mmap=True) for path in paths]
         self.names = [name for name in self.ranks[0] if name != "rope.freqs"]
         for path, rank in zip(paths, self.ranks, strict=True):
@@ -163,7 +173,12 @@ def feed_forward_size(params: dict[str, Any]) -> int:
 
 
 def read_params(folder: Path) -> dict[str, Any]:
-    params = json.loads((folder / "params.json").read_text(encoding="utf-8"))
+    try:
+        params = json.loads((folder / "params.json").read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{folder / 'params.json'} is not JSON: {error}") from None
+    if not isinstance(params, dict):
+        raise ValueError(f"{folder / 'params.json'} holds no JSON object")
     missing = [key for key in ("dim", "n_layers", "n_heads", "norm_eps", "rope_theta") if key not in params]
     if missing:
         raise ValueError(f"params.json lacks {', '.join(missing)}")
@@ -235,6 +250,7 @@ def convert(
     rope_factor: float | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
+    check_input(source, tokenizer_only=tokenizer_only)
     tokenizer = convert_tokenizer(source / "tokenizer.model")
     if tokenizer_only:
         with new_folder(output) as folder:

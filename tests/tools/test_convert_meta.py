@@ -2,6 +2,7 @@
 
 import base64
 import json
+import re
 
 import pytest
 import torch
@@ -245,6 +246,38 @@ def test_bfloat16_stays_and_large_files_are_split(tmp_path):
     model = LlamaForCausalLM.from_pretrained(tmp_path / "hf")
     assert model.dtype == torch.bfloat16
     assert torch.equal(model.lm_head.weight, weights["output.weight"])
+
+
+ALL = "params.json, tokenizer.model and consolidated.*.pth"
+
+
+@pytest.mark.parametrize(
+    ("gone", "options", "message"),
+    [
+        ("", [], f"{{}} is no folder: --input is the one that Meta's download made, with {ALL}"),
+        ("", ["--tokenizer-only"], "{} is no folder: --input is the one that Meta's download made, with tokenizer.m"),
+        ("params.json", [], f"{{}}/params.json is missing: the folder that Meta's download made holds {ALL}"),
+        ("tokenizer.model", [], f"{{}}/tokenizer.model is missing: the folder that Meta's download made holds {ALL}"),
+        ("tokenizer.model", ["--tokenizer-only"], "{}/tokenizer.model is missing: the folder that Meta's download"),
+        ("consolidated.00.pth", [], "{} holds no consolidated.*.pth"),
+    ],
+)
+def test_what_is_missing_is_named_with_its_path(tmp_path, gone, options, message):
+    folder = tmp_path / "meta"
+    if gone:
+        write_meta(folder, PARAMS, {"norm.weight": torch.ones(64)}, 1)
+        (folder / gone).unlink()
+    with pytest.raises(SystemExit, match=re.escape(message.format(folder))):
+        main(["--input", str(folder), "--output", str(tmp_path / "hf"), *options])
+    assert not (tmp_path / "hf").exists()
+
+
+@pytest.mark.parametrize(("text", "message"), [("{", "params.json is not JSON"), ("[]", "holds no JSON object")])
+def test_params_that_cannot_be_read_are_named(tmp_path, text, message):
+    write_meta(tmp_path / "meta", PARAMS, {"norm.weight": torch.ones(64)}, 1)
+    (tmp_path / "meta" / "params.json").write_text(text)
+    with pytest.raises(SystemExit, match=message):
+        main(["--input", str(tmp_path / "meta"), "--output", str(tmp_path / "hf")])
 
 
 EMBEDDINGS = ("tok_embeddings.weight", "output.weight")
