@@ -36,7 +36,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # Whoever read us has enough; Python must not find the closed pipe again when it exits.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except (ValueError, OSError, MemoryError) as error:
+    except (ValueError, OSError, MemoryError, RuntimeError) as error:
+        # A RuntimeError is torch's (no memory, no device) or tells that the engine is dead.
         return _fail(1, str(error) or type(error).__name__)
     except KeyboardInterrupt:
         return 130  # what shells expect of an interrupted command

@@ -7,7 +7,7 @@ from typing import Any
 
 from llama.cli.common import FAILED, Timed, load, named_adapter, params_for, sampling_values
 from llama.cli.errors import UsageError
-from llama.cli.flags import Chat
+from llama.cli.flags import DEMO_MODEL, Chat
 from llama.engine.request import FinishReason
 
 _HELP = "/reset forgets the conversation, /save FILE keeps it, /quit leaves"
@@ -18,6 +18,8 @@ def run_chat(command: Chat) -> int:
     if values.get("n", 1) > 1:
         raise UsageError("--n is for llama generate: a conversation has one answer")
     adapter = named_adapter(command.lora)
+    if command.model == DEMO_MODEL and not Path(DEMO_MODEL).exists():
+        raise ValueError(f"{DEMO_MODEL}: there is no such folder; name another model, or run make demo-model")
     llm = load(command.model, command.engine, max_num_seqs=1, adapter=adapter)
     conversation = Conversation(llm, params_for(llm, values), command.system, adapter and adapter[0])
     if sys.stdin.isatty():

@@ -187,6 +187,8 @@ class LLM:
         names: list[str | None] = []
         for request in one_per_prompt("lora_request", lora_request, count):
             if request is not None:
+                if not isinstance(request, LoRARequest):
+                    raise ValueError(f"lora_request must be a LoRARequest, got {type(request).__name__}")
                 known = self.engine.adapters.by_name.get(request.lora_name)
                 if known is None:
                     self.load_lora(request.lora_name, request.lora_path)

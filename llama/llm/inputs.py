@@ -137,7 +137,7 @@ class Inputs:
     def _encode_mapping(self, prompt: Mapping[str, Any]) -> tuple[str | None, list[int]]:
         unknown = set(prompt) - {"prompt", "prompt_token_ids"}
         if unknown or not prompt:
-            raise ValueError(f"a prompt dict holds prompt_token_ids or prompt, got {sorted(prompt)}")
+            raise ValueError(f"a prompt dict holds prompt_token_ids or prompt, got {sorted(map(str, prompt))}")
         text, token_ids = prompt.get("prompt"), prompt.get("prompt_token_ids")
         if text is not None and not isinstance(text, str):
             raise ValueError(f"prompt must be a string, got {type(text).__name__}")

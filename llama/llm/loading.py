@@ -40,6 +40,8 @@ def resolve_device(device: str | torch.device) -> torch.device:
         raise ValueError(f'device must be "auto", "cpu" or "cuda", got {str(device)!r}')
     if resolved.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device={str(device)!r}, but this machine or this build of torch has no CUDA device")
+    if resolved.type == "cuda" and (resolved.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device={str(device)!r}, but this machine has {torch.cuda.device_count()} CUDA devices")
     return resolved
 
 
@@ -59,6 +61,8 @@ def load_text(model: Any, tokenizer: Any) -> tuple[Tokenizer | None, ChatTemplat
     built-in Llama 3.1 format where there is none)."""
     if not isinstance(model, str | Path | Transformer):
         raise ValueError(f"model must be a folder or a Transformer, got {type(model).__name__}")
+    if not isinstance(tokenizer, str | Path | Tokenizer | None):
+        raise ValueError(f"tokenizer must be a folder or a llama Tokenizer, got {type(tokenizer).__name__}")
     folder = model if tokenizer is None or isinstance(tokenizer, Tokenizer) else tokenizer
     if not isinstance(folder, str | Path):
         return tokenizer, None if tokenizer is None else ChatTemplate(tokenizer)
@@ -100,8 +104,12 @@ def _check_given(model: Transformer, device: str | torch.device, dtype: torch.dt
         raise ValueError('load_format="dummy" needs a folder as model: a Transformer has its weights')
     if dtype not in (None, model.dtype):
         raise ValueError(f"dtype={dtype} for a Transformer of {model.dtype}: convert it first, or leave dtype out")
-    if str(device) != "auto" and resolve_device(device).type != model.device.type:
+    if str(device) != "auto" and not _same_device(resolve_device(device), model.device):
         raise ValueError(f"device={str(device)!r} for a Transformer on {model.device}: move it, or leave device out")
+
+
+def _same_device(asked: torch.device, has: torch.device) -> bool:
+    return asked.type == has.type and (asked.type == "cpu" or asked.index in (None, has.index))
 
 
 def engine_config(

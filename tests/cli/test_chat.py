@@ -5,8 +5,9 @@ import json
 import sys
 
 from llama.cli import chat as chat_command
+from llama.engine.engine import EngineDeadError
 from llama.engine.request import FinishReason, Piece, SamplingParams, Usage
-from tests.cli.helpers import run
+from tests.cli.helpers import one_line, run
 
 
 class FakeLLM:
@@ -104,6 +105,22 @@ def test_a_refused_message_leaves_the_conversation_as_it_was(monkeypatch, capsys
     llm = FakeLLM()
     code, out, err = talk(monkeypatch, capsys, llm, "x" * 101, "one")
     assert code == 0 and out == "I see 1 messages\n" and "101 tokens" in err and "/reset" in err
+
+
+def test_without_the_demo_model_it_says_what_to_do(monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    code, out, err = run(capsys, "chat")
+    assert (code, out) == (1, "") and one_line(err) and err.endswith("name another model, or run make demo-model\n")
+
+
+def test_a_dead_engine_is_one_line_and_code_1(monkeypatch, capsys):
+    def stream(messages, params, lora):
+        raise EngineDeadError("the engine is dead: its device computes no more")
+
+    llm = FakeLLM()
+    llm.stream = stream
+    code, out, err = talk(monkeypatch, capsys, llm, "one")
+    assert (code, out) == (1, "") and one_line(err) and "computes no more" in err
 
 
 def test_chat_answers_with_a_real_model(capsys, tiny, adapter, monkeypatch):

@@ -21,6 +21,7 @@ BAD_PROMPTS = [
     ([1, 2.0], "got 2.0"),
     ({"text": "x"}, "prompt_token_ids or prompt"),
     ({}, "prompt_token_ids or prompt"),
+    ({"prompt": "x", 5: "y"}, "prompt_token_ids or prompt"),
     ({"prompt_token_ids": "x"}, "must be a list"),
     ({"prompt": 5}, "must be a string"),
     ([None], "got NoneType"),
@@ -47,6 +48,8 @@ def test_bad_parameters_are_refused_by_name(llm):
         llm.generate("x", {"temperature": 0})
     with pytest.raises(ValueError, match="no adapter named 'style'"):
         llm.generate("x", GREEDY, lora="style")
+    with pytest.raises(ValueError, match="lora_request must be a LoRARequest, got str"):
+        llm.generate("x", GREEDY, lora_request="style")
     with pytest.raises(ValueError, match="stop_token_ids must hold"):
         llm.generate("x", SamplingParams(stop_token_ids=[10**6]))
     with pytest.raises(ValueError, match="logit_bias must hold"):
@@ -88,13 +91,15 @@ def test_constructor_refuses_by_name(folder, tmp_path):
         ({"trust_remote_code": True}, "trust_remote_code=True"),
         ({"quantization": "awq"}, "quantization='awq'"),
         ({"rope_theta": 5.0}, "edit the model's config.json"),
+        ({"tensor_parallel_size": True}, "tensor_parallel_size=True"),
+        ({"tokenizer": 5}, "tokenizer must be a folder or a llama Tokenizer, got int"),
     ):
         with pytest.raises(ValueError, match=words):
             LLM(folder, **{**small, **arguments})
     with pytest.raises(TypeError, match="no argument 'temprature'"):
         LLM(folder, temprature=1)
     LLM(folder, **small, tensor_parallel_size=1, trust_remote_code=False, swap_space=4, quantization=None)
-    LLM(folder, **small, seed=2**64 - 1)
+    LLM(folder, **small, seed=2**64 - 1, enable_lora=True, swap_space=4.0, cpu_offload_gb=0.0, pooler_config=None)
     with pytest.raises(ValueError, match="there is no such folder"):
         LLM(tmp_path / "missing")
     with pytest.raises(ValueError, match="model must be a folder or a Transformer, got NoneType"):
@@ -110,6 +115,7 @@ def test_constructor_refuses_by_name(folder, tmp_path):
         LLM(model, device="tpu")
     with pytest.raises(ValueError, match="convert it first"):
         LLM(model, dtype="float32")
+    LLM(model, device="cpu:0", num_blocks=8)
     if not torch.cuda.is_available():
         with pytest.raises(ValueError, match="no CUDA device"):
             LLM(folder, **small, device="cuda")
@@ -120,6 +126,18 @@ def test_logits_of_more_tokens_than_the_context_are_refused():
     assert model.logits(torch.ones(2, 8, dtype=torch.int64)).shape == (2, 8, 97)
     with pytest.raises(ValueError, match="token_ids has 9 tokens a row, the model's context is 8"):
         model.logits(torch.ones(2, 9, dtype=torch.int64))
+
+
+def test_a_device_that_is_not_there_is_refused_before_anything_is_loaded(folder, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert resolve_device("cuda").index is None and resolve_device("cuda:1").index == 1
+    with pytest.raises(ValueError, match="device='cuda:2', but this machine has 2 CUDA devices"):
+        LLM(folder, device="cuda:2")
+    model = tiny_model()
+    monkeypatch.setattr(type(model), "device", torch.device("cuda:0"))
+    with pytest.raises(ValueError, match="device='cuda:1' for a Transformer on cuda:0"):
+        LLM(model, device="cuda:1")
 
 
 def test_device_and_dtype_names():
