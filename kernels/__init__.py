@@ -147,6 +147,8 @@ def paged_attention(
             query_starts,
             context_lens,
             num_decodes=num_decodes,
+            max_query_len=max_query_len,
+            max_context_len=max_context_len,
             scale=scale,
             plan=plan,
         )

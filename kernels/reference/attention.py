@@ -26,6 +26,8 @@ def paged_attention(
     context_lens: Tensor,
     *,
     num_decodes: int,
+    max_query_len: int,
+    max_context_len: int,
     scale: float,
     plan: StepPlan | None = None,
 ) -> Tensor:

@@ -65,6 +65,8 @@ class EngineConfig:
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or value < low:
                 raise ValueError(f"{name} must be an integer >= {low}, got {value!r}")
+        if self.seed is not None and self.seed >= 1 << 64:
+            raise ValueError(f"seed must be an integer in [0, 2**64 - 1], got {self.seed}")
         if self.block_size & (self.block_size - 1):
             raise ValueError(f"block_size must be a power of two, got {self.block_size}")
         share = self.gpu_memory_utilization
