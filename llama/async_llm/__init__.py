@@ -10,6 +10,7 @@ loop; several AsyncLLMs may live in one process.
 
 import asyncio
 import atexit
+import math
 import time
 import weakref
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
@@ -19,6 +20,7 @@ from types import TracebackType
 from typing import Any
 
 from llama.async_llm.errors import EngineClosedError, QueueFullError
+from llama.async_llm.lanes import Lanes, grammar_key, size_of
 from llama.async_llm.seats import Seats
 from llama.async_llm.stepper import Stepper, Stream
 from llama.engine.engine import EngineDeadError, EngineMetrics
@@ -33,6 +35,7 @@ from llama.output import Request
 __all__ = ["AsyncLLM", "EngineClosedError", "EngineDeadError", "QueueFullError", "Stream"]
 
 _EXIT_SECONDS = 10.0  # for the last step when Python exits
+_JOIN_SECONDS = 1.0  # for what is still being prepared when all is closed
 _INLINE_CHARACTERS = 2_000  # longer prompts are encoded off the event loop: about a millisecond's worth
 
 
@@ -54,24 +57,26 @@ class AsyncLLM:
         slow_reader_timeout: float = 60.0,
         **llm_arguments: Any,
     ) -> None:
+        for name, limit in (("max_waiting_requests", max_waiting_requests), ("max_waiting_tokens", max_waiting_tokens)):
+            if isinstance(limit, bool) or not isinstance(limit, int) or limit < 0:
+                raise ValueError(f"{name} must be an integer >= 0, got {limit!r}")
+        if not (_is_number(slow_reader_timeout) and slow_reader_timeout > 0):
+            raise ValueError(f"slow_reader_timeout must be a number of seconds > 0, got {slow_reader_timeout!r}")
         if isinstance(model, LLM):
             if tokenizer is not None or llm_arguments:
                 raise ValueError(f"an LLM has its arguments already, got {sorted(llm_arguments) or 'a tokenizer'}")
             self.llm = model
         else:
             self.llm = LLM(model, tokenizer, **llm_arguments)
-        for name, limit in (("max_waiting_requests", max_waiting_requests), ("max_waiting_tokens", max_waiting_tokens)):
-            if isinstance(limit, bool) or not isinstance(limit, int) or limit < 0:
-                raise ValueError(f"{name} must be an integer >= 0, got {limit!r}")
-        if not slow_reader_timeout > 0:
-            raise ValueError(f"slow_reader_timeout must be seconds > 0, got {slow_reader_timeout!r}")
         self._draining = False
+        self._lanes = Lanes()
         self._seats = Seats(self.llm.engine.config.max_num_seqs + max_waiting_requests, max_waiting_tokens)
         self._stepper = Stepper(self.llm.replies, self._seats, slow_reader_timeout)
         self._stepper.thread.start()
         # The thread knows the stepper alone, so an AsyncLLM that is dropped takes its thread with it. When Python exits
         # the thread must not be caught inside a step.
         weakref.finalize(self, self._stepper.stop)
+        weakref.finalize(self, self._lanes.stop)
         atexit.register(_end, weakref.ref(self._stepper))
 
     async def generate(
@@ -114,11 +119,10 @@ class AsyncLLM:
         (ValueError, QueueFullError, EngineClosedError, EngineDeadError) comes before the first piece. The stream must
         be read to its end or closed. Without `clip`, max_tokens that the context has no room for are a
         ContextLengthError."""
-        size = len(prompt) if isinstance(prompt, str | list | tuple) else _INLINE_CHARACTERS
-        if isinstance(sampling_params, SamplingParams) and sampling_params.response_format is not None:
-            size = _INLINE_CHARACTERS  # a grammar takes its time
         prepare = partial(self.llm.inputs.request, prompt, sampling_params, lora, request_id=request_id, clip=clip)
-        return await self._submit(prepare, size)
+        parts = [*prompt.values()] if isinstance(prompt, Mapping) else [prompt]
+        size = max((len(part) for part in parts if isinstance(part, str | list | tuple)), default=0)
+        return await self._submit(prepare, size, grammar_key(_response_format(sampling_params)))
 
     async def submit_chat(
         self,
@@ -142,8 +146,9 @@ class AsyncLLM:
             request_id=request_id,
             clip=clip,
         )
+        grammar = grammar_key(_response_format(sampling_params), tools, tool_choice)
         # A template may be slow however short the messages are.
-        return await self._submit(prepare, _INLINE_CHARACTERS)
+        return await self._submit(prepare, max(_INLINE_CHARACTERS, size_of(messages, tools)), grammar)
 
     def check_accepts(self, num_coming: int = 0) -> None:
         """Raises what any request would be refused with now: EngineDeadError, EngineClosedError, QueueFullError. For
@@ -155,13 +160,17 @@ class AsyncLLM:
             raise EngineClosedError("the engine is draining or closed: it takes no new requests")
         self._seats.check(num_coming)
 
-    async def _submit(self, prepare: Callable[[], Request], size: int) -> Stream:
+    async def _submit(self, prepare: Callable[[], Request], size: int, grammar: str | None) -> Stream:
         queued = time.monotonic()
         self.check_accepts()
         seat = self._seats.take()
         stream = None
         try:
-            request = prepare() if size < _INLINE_CHARACTERS else await asyncio.to_thread(prepare)
+            if grammar is None and size < _INLINE_CHARACTERS:
+                request = prepare()
+            else:
+                request = await asyncio.wrap_future(self._lanes.of(size, grammar).submit(prepare))
+                self._lanes.compiled(grammar)
             self._seats.wait_with(seat, len(request.prompt_token_ids))
             stream = Stream(request, seat, self._stepper)
             await asyncio.wrap_future(self._stepper.call(partial(self._stepper.add, stream, queued)))
@@ -217,19 +226,24 @@ class AsyncLLM:
     async def drain(self, timeout: float | None = None) -> None:
         """Refuse new requests from now on and wait until those that were taken have ended; what runs for longer than
         `timeout` seconds is aborted."""
+        if timeout is not None and not (_is_number(timeout) and timeout >= 0):
+            raise ValueError(f"timeout must be a number of seconds >= 0 or None, got {timeout!r}")
         self._draining = True
         empty = asyncio.wrap_future(self._seats.when_empty())
         try:
             await asyncio.wait_for(empty, timeout)
         except TimeoutError:
-            self._stepper.post(self._stepper.abort_all)
+            self._lanes.stop()
+            self._stepper.post(self._stepper.end_all)
             await asyncio.wrap_future(self._seats.when_empty())
 
     async def close(self) -> None:
         """Refuse new requests, abort those that run, end the engine's thread. What was written can still be read."""
         self._draining = True
+        self._lanes.stop()
         self._stepper.stop()
         await asyncio.to_thread(self._stepper.thread.join)
+        await asyncio.to_thread(self._lanes.join, _JOIN_SECONDS)
 
     async def __aenter__(self) -> "AsyncLLM":
         return self
@@ -238,6 +252,14 @@ class AsyncLLM:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         await self.close()
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and not math.isnan(value)
+
+
+def _response_format(params: Any) -> Any:
+    return params.response_format if isinstance(params, SamplingParams) else None
 
 
 def _end(reference: "weakref.ref[Stepper]") -> None:

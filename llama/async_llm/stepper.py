@@ -111,7 +111,7 @@ class Stepper:
         self._streams: dict[str, Stream] = {}
         self._inbox: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
         self._changed = threading.Condition()
-        self._stopping = False
+        self._stopping = self._refuses = False
         self._step_began: float | None = None
         self._killed_by: BaseException | None = None
         self.thread = threading.Thread(target=self._run, name="llama-step", daemon=True)
@@ -157,6 +157,8 @@ class Stepper:
 
     def add(self, stream: Stream, queued: float) -> None:
         """As a command: begin the stream's request. ValueError where the engine refuses it."""
+        if self._refuses:
+            raise EngineClosedError("the engine is closed")
         stream.reply = self._replies.add(stream.request, queued)
         self._streams[stream.request_id] = stream
 
@@ -166,7 +168,9 @@ class Stepper:
             self._deliver((stream, piece) for piece in self._replies.abort(stream.reply))
         self._ended(stream)
 
-    def abort_all(self) -> None:
+    def end_all(self) -> None:
+        """As a command: abort all requests, and take no other from now on."""
+        self._refuses = True
         for stream in list(self._streams.values()):
             self.abort(stream)
 
@@ -174,7 +178,7 @@ class Stepper:
         try:
             while self._obey():
                 self._step()
-            self.abort_all()
+            self.end_all()
         except BaseException as error:  # whatever it was, those who wait must hear of it
             self._die(error)
 

@@ -2,7 +2,9 @@
 
 import asyncio
 import json
+import socket
 import threading
+import time
 from collections.abc import Sequence
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -39,6 +41,7 @@ VOCAB_SIZE = FIRST_SPECIAL + len(SPECIAL)
 FAILS = -1  # an id at which a completion ends with "error"
 NAME = "tiny"
 RUN = f"/ai/run/{NAME}"
+PATIENCE = 60  # seconds after which a test that waits for something has failed
 
 
 def llama_byte_tokenizer() -> Tokenizer:
@@ -125,7 +128,7 @@ class Running:
         self.llm = llm
         self.service = Service(llm, ServerConfig(**{"model_names": (NAME,), **config}))
         self.server = Server(self.service)
-        taken = take_port("127.0.0.1", 0)
+        self.listening = taken = take_port("127.0.0.1", 0)
         self.port = taken.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
         self.thread = threading.Thread(target=lambda: asyncio.run(self.server.serve([taken])))
@@ -168,3 +171,27 @@ def events_of(text: str) -> list:
 
 def user(text: str) -> dict:
     return {"role": "user", "content": text}
+
+
+def until(condition):
+    deadline = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def begin(server, body, path=RUN) -> socket.socket:
+    """A request on a socket of its own, whose answer nobody reads yet."""
+    data = json.dumps(body).encode()
+    connection = socket.create_connection(("127.0.0.1", server.port), timeout=PATIENCE)
+    head = f"POST {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: {len(data)}\r\n\r\n"
+    connection.sendall(head.encode() + data)
+    return connection
+
+
+def read_all(connection) -> str:
+    parts = []
+    with connection:
+        while part := connection.recv(65536):
+            parts.append(part)
+    return b"".join(parts).decode()

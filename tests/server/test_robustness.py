@@ -9,34 +9,18 @@ import time
 
 import pytest
 
-from tests.server.helpers import NAME, RUN, events_of, running, scripted_llm, user
-
-PATIENCE = 60  # seconds after which a test that waits for something has failed
-
-
-def until(condition):
-    deadline = time.monotonic() + PATIENCE
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
-
-
-def begin(server, body, path=RUN) -> socket.socket:
-    """A request on a socket of its own, whose answer nobody reads yet."""
-    data = json.dumps(body).encode()
-    connection = socket.create_connection(("127.0.0.1", server.port), timeout=PATIENCE)
-    head = f"POST {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: {len(data)}\r\n\r\n"
-    connection.sendall(head.encode() + data)
-    return connection
-
-
-def read_all(connection) -> str:
-    parts = []
-    with connection:
-        while part := connection.recv(65536):
-            parts.append(part)
-    return b"".join(parts).decode()
-
+from tests.server.helpers import (
+    NAME,
+    PATIENCE,
+    RUN,
+    begin,
+    events_of,
+    read_all,
+    running,
+    scripted_llm,
+    until,
+    user,
+)
 
 FOREVER = {"prompt": "forever", "max_tokens": 3000}
 
