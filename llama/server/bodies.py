@@ -12,29 +12,39 @@ from starlette.responses import Response
 from llama.server.config import ServerConfig
 from llama.server.errors import ApiError, bad_input, body_too_large, body_too_slow
 from llama.server.schemas.fields import explain, mismatch
+from llama.server.service import Service
 
 _DISCARDED = 4  # times the limit: how much more of a body that is too large is read
 _INLINE_BYTES = 1 << 16  # larger bodies are parsed off the event loop
+# A body of nothing but brackets would keep the interpreter to itself for seconds; 4096 messages do with far less.
+_MAX_NODES = 1 << 17
+_MAX_FIELDS = 256
 
 Model = TypeVar("Model", bound=BaseModel)
 
 
-async def read_body(request: Request, config: ServerConfig, schema: type[Model]) -> Model:
+async def read_body(request: Request, service: Service, schema: type[Model]) -> Model:
     """The request's body as `schema`, whatever its Content-Type says. Raises ApiError."""
-    body = await _bytes(request, config)
+    body = await _bytes(request, service.config)
     if len(body) < _INLINE_BYTES:
         return parse_body(body, schema)
-    return await asyncio.to_thread(parse_body, body, schema)
+    # One at a time: parsing does not let the event loop in before it is done.
+    async with service.parsing:
+        return await asyncio.to_thread(parse_body, body, schema)
 
 
 def parse_body(body: bytes | bytearray, schema: type[Model]) -> Model:
-    """Strict JSON: no NaN, no lone surrogates, bounded depth."""
+    """Strict JSON: no NaN, no lone surrogates, bounded depth and a bounded number of values."""
+    if len(body) > _MAX_NODES and sum(map(body.count, (b"[", b"{", b'":'))) > _MAX_NODES:
+        raise bad_input(f"the body has more than {_MAX_NODES} arrays, objects and fields (those in texts count too)")
     try:
         value = from_json(bytes(body), allow_inf_nan=False)
     except ValueError as error:
         raise bad_input(f"the body is not valid JSON: {error}") from None
     if not isinstance(value, dict):
         raise bad_input(mismatch((), "object", value))
+    if len(value) > _MAX_FIELDS:
+        raise bad_input(f"the body has {len(value)} fields, more than {_MAX_FIELDS}")
     try:
         return schema.model_validate(value)
     except ValidationError as error:

@@ -29,11 +29,11 @@ def routes(service: Service) -> APIRouter:
         model = request.path_params["model"]
         if not service.knows(model):
             raise no_such_model(model)
-        body = await read_body(request, service.config, RunRequest)
+        body = await read_body(request, service, RunRequest)
         ask = await _ask(body, model, service)
         record = request.state.record
         if body.stream:
-            answer = await service.answer(ask, record)
+            answer = await unless_gone(request, service.answer(ask, record))
             return EventStream(_events(answer), [answer], Dialect.CLOUDFLARE)
 
         async def work() -> Any:

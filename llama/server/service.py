@@ -1,5 +1,6 @@
 """Service: one AsyncLLM, what it is called, and how requests reach it. Both dialects ask through it."""
 
+import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
@@ -47,6 +48,7 @@ class Service:
         self.llm = llm
         self.config = config
         self.num_in_flight = 0  # POST requests that passed the gate and are not yet answered
+        self.parsing = asyncio.Semaphore(1)  # of large bodies
         self.metrics = Metrics(llm.metrics, config.name)
         self.adapters = AdapterShelf(llm, config.lora_dir)
 

@@ -22,11 +22,11 @@ Endpoint = Callable[[Request], Awaitable[Response]]
 def chat_endpoint(service: Service) -> Endpoint:
     async def chat(request: Request) -> Response:
         """Answer a conversation."""
-        body = await read_body(request, service.config, ChatRequest)
+        body = await read_body(request, service, ChatRequest)
         ask = await _ask(body, service)
         writer = _Writer(body, service)
         if body.stream:
-            answer = await service.answer(ask, request.state.record)
+            answer = await unless_gone(request, service.answer(ask, request.state.record))
             return EventStream(writer.chunks(answer), [answer], Dialect.OPENAI)
 
         async def work() -> dict[str, Any]:

@@ -26,11 +26,11 @@ Entries = Sequence[dict[int, Logprob] | None]
 def completions_endpoint(service: Service) -> Endpoint:
     async def completions(request: Request) -> Response:
         """Write on from one prompt or several."""
-        body = await read_body(request, service.config, CompletionRequest)
+        body = await read_body(request, service, CompletionRequest)
         asks = await _asks(body, service)
         record = request.state.record
         if body.stream:
-            answers = await _submit(asks, service, record)
+            answers = await unless_gone(request, _submit(asks, service, record))
             return EventStream(_chunks(answers, body, service), answers, Dialect.OPENAI)
 
         async def work() -> dict[str, Any]:

@@ -6,7 +6,8 @@ is refused by name: what a server silently leaves out, its client believes it go
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PlainValidator, WithJsonSchema
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, WithJsonSchema
+from pydantic_core import PydanticKnownError
 
 from llama.server.schemas.fields import (
     MAX_BIASES,
@@ -35,6 +36,14 @@ def _stop(value: Any) -> tuple[str, ...]:
     return tuple(texts)
 
 
+def _not_too_many(value: Any) -> Any:
+    """Refused here, before each of its values is refused for itself."""
+    if isinstance(value, dict) and len(value) > MAX_BIASES:
+        context = {"field_type": "Dictionary", "max_length": MAX_BIASES, "actual_length": len(value)}
+        raise PydanticKnownError("too_long", context)
+    return value
+
+
 def _prompts(value: Any) -> list[str | list[int]]:
     """Every form of `prompt` as a list of prompts: text, or token ids."""
     listed = [value] if isinstance(value, str) or _is_ids(value) else value
@@ -54,6 +63,7 @@ Stop = Annotated[
     PlainValidator(_stop),
     WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}, {"type": "null"}]}),
 ]
+Biases = Annotated[dict[str, Number], BeforeValidator(_not_too_many), Field(max_length=MAX_BIASES)]
 Prompts = Annotated[
     list[str | list[int]],
     PlainValidator(_prompts),
@@ -83,7 +93,7 @@ class CommonRequest(BaseModel):
     stop: Stop = ()
     frequency_penalty: Number | None = None
     presence_penalty: Number | None = None
-    logit_bias: dict[str, Number] | None = Field(None, max_length=MAX_BIASES)
+    logit_bias: Biases | None = None
     response_format: dict[str, Any] | None = None
     # Not OpenAI's; clients send them in extra_body.
     top_k: Integer | None = None
@@ -111,7 +121,7 @@ class ChatRequest(CommonRequest):
     tools: list[dict[str, Any]] | None = Field(None, max_length=MAX_TOOLS)
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
-    modalities: list[Literal["text"]] | None = None
+    modalities: list[Literal["text"]] | None = Field(None, max_length=1)
 
 
 class CompletionRequest(CommonRequest):
