@@ -6,13 +6,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from llama.model.module import Module
 from llama.model.packed import PackedWeight, pack
 
 if TYPE_CHECKING:
     from llama.model.lora import AdapterUse
 
 
-class Linear(nn.Module):
+class Linear(Module):
     """y = x W^T with W [out_features, in_features].
 
     W is the parameter `weight`, or lies in a form that only its matmul reads (`prepare`); then `weight` is None and

@@ -21,6 +21,7 @@ from llama.model.huge_pages import move_to_huge_pages
 from llama.model.kv_cache import KVCache
 from llama.model.linear import Linear
 from llama.model.lora import AdapterUse, LoraSlots
+from llama.model.module import Module
 from llama.model.rope import cos_sin, inverse_frequencies
 
 WORTH_MOVING = 1 << 26  # bytes of packed weights
@@ -35,7 +36,7 @@ class Step(NamedTuple):
     adapters: AdapterUse | None  # None where no token of the step has an adapter
 
 
-class RMSNorm(nn.Module):
+class RMSNorm(Module):
     """x / rms(x) * weight, after adding x to the residual stream where there is one."""
 
     def __init__(self, size: int, eps: float, *, device: torch.device | str, dtype: torch.dtype) -> None:
@@ -50,7 +51,7 @@ class RMSNorm(nn.Module):
         return kernels.add_rms_norm(x, residual, self.weight, self.eps)
 
 
-class Embedding(nn.Module):
+class Embedding(Module):
     """Rows of a table by token id."""
 
     def __init__(self, config: ModelConfig, *, device: torch.device | str, dtype: torch.dtype) -> None:
@@ -63,7 +64,7 @@ class Embedding(nn.Module):
         return y if adapters is None else adapters.add(self, token_ids, y)
 
 
-class Attention(nn.Module):
+class Attention(Module):
     """Grouped-query attention over the paged cache, with rotary positions."""
 
     def __init__(self, config: ModelConfig, *, device: torch.device | str, dtype: torch.dtype) -> None:
@@ -98,7 +99,7 @@ class Attention(nn.Module):
         return self.o_proj(mixed.flatten(1), step.adapters)
 
 
-class MLP(nn.Module):
+class MLP(Module):
     """SwiGLU: down(silu(gate(x)) * up(x)), gate and up in one matmul."""
 
     def __init__(self, config: ModelConfig, *, device: torch.device | str, dtype: torch.dtype) -> None:
@@ -110,7 +111,7 @@ class MLP(nn.Module):
         return self.down_proj(kernels.silu_mul(self.gate_up_proj(x, step.adapters)), step.adapters)
 
 
-class Block(nn.Module):
+class Block(Module):
     """One decoder layer. Its output is the pair (MLP's output, residual); their sum is the layer's hidden state."""
 
     def __init__(self, config: ModelConfig, *, device: torch.device | str, dtype: torch.dtype) -> None:
@@ -130,7 +131,7 @@ class Block(nn.Module):
         return self.mlp(x, step), residual
 
 
-class Transformer(nn.Module):
+class Transformer(Module):
     """A Llama. `Transformer(config, ...)` has random weights (`seed=None` leaves them unset), `from_pretrained` those
     of a checkpoint.
 
