@@ -2,7 +2,8 @@
 
 Nothing inside a Python process stops a loop that never ends or a string that doubles forty times, and a thread cannot
 be killed. A worker process has a deadline, a memory limit and no way to open files. It starts with the first request
-and serves one request at a time, from any thread. It exchanges JSON, nothing else.
+and serves one request at a time, from any thread. It exchanges JSON, nothing else. Large requests have a process of
+their own, so that small ones do not wait behind them.
 """
 
 import contextlib
@@ -22,6 +23,7 @@ from llama.text.worker.child import HEADER_BYTES
 
 MEMORY_BYTES = 2**30
 _START_SECONDS = 60.0  # of a Python process on a machine that is busy with something else
+_LARGE_BYTES = 2**17  # of a request
 _LARGEST_ANSWER = 2**28
 _CHILD = Path(__file__).with_name("child.py")
 
@@ -31,28 +33,39 @@ class WorkerError(Exception):
 
 
 class Worker:
-    """Calls the function that `module.start(setup)` returns. `close`, or the garbage collector, ends the process."""
+    """Calls the function that `module.start(setup)` returns. `close`, or the garbage collector, ends its processes."""
 
     def __init__(self, module: str, setup: Mapping[str, Any], *, deadline_seconds: float) -> None:
         self._module = module
         self._setup = dict(setup)
         self._deadline_seconds = deadline_seconds
-        self._lock = threading.Lock()
+        self._lock = threading.Lock()  # held while the process has a request
+        self._making = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
         self._end: weakref.finalize[..., Any] | None = None
+        self._for_large: Worker | None = None
 
     def ask(self, request: Mapping[str, Any]) -> Any:
         """Raises WorkerError, or ValueError for a request that is not JSON."""
         data = _encoded(request)
-        with self._lock:
-            if self._process is None or self._process.poll() is not None:
-                self._start()
-            return self._exchange(data, self._deadline_seconds)
+        worker = self._large() if len(data) > _LARGE_BYTES else self
+        with worker._lock:
+            if worker._process is None or worker._process.poll() is not None:
+                worker._start()
+            return worker._exchange(data, self._deadline_seconds)
 
     def close(self) -> None:
         """The next request would start another process."""
-        with self._lock:
-            self._stop()
+        for worker in (self, self._for_large):
+            if worker is not None:
+                with worker._lock:
+                    worker._stop()
+
+    def _large(self) -> "Worker":
+        with self._making:
+            if self._for_large is None:
+                self._for_large = Worker(self._module, self._setup, deadline_seconds=self._deadline_seconds)
+            return self._for_large
 
     def _start(self) -> None:
         self._stop()
