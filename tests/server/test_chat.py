@@ -229,6 +229,21 @@ def test_a_seeded_neighbour_is_not_touched_by_a_grammar(tiny_client):
     assert chat(tiny_client, "y", temperature=0, max_tokens=12).choices[0].message.content == plain
 
 
+def regex(pattern: str) -> dict:
+    return {"response_format": {"type": "regex", "regex": pattern}}
+
+
+def schema(value) -> dict:
+    return {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": value}}}
+
+
+def called(parameters) -> dict:
+    return {
+        "tools": [{"type": "function", "function": {"name": "f", "parameters": parameters}}],
+        "tool_choice": "required",
+    }
+
+
 @pytest.mark.parametrize(
     ("given", "param", "message"),
     [
@@ -257,10 +272,37 @@ def test_a_seeded_neighbour_is_not_touched_by_a_grammar(tiny_client):
         ({"messages": [{"role": "user", "content": 3}]}, "messages", None),
         ({"response_format": {"type": "xml"}}, "response_format", None),
         (
-            {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": 3}}},
+            schema(3),
             "response_format",
-            None,
+            "response_format.json_schema must be a JSON schema, or an object with one in schema",
         ),
+        (regex("a\n(b"), "response_format", "response_format.regex: invalid regex: unclosed group"),
+        (regex("a" * 2000 + "["), "response_format", "response_format.regex: invalid regex: unclosed character class"),
+        (
+            regex("(?=a)b"),
+            "response_format",
+            "response_format.regex: invalid regex: look-around, including look-ahead and look-behind, is not supported",
+        ),
+        (
+            regex(r"\b"),
+            "response_format",
+            r"response_format.regex: lookarounds not supported yet; WordUnicode in regex /\b/",
+        ),
+        (
+            schema({"type": "string", "pattern": "("}),
+            "response_format",
+            "response_format.json_schema: invalid regex: unclosed group",
+        ),
+        (
+            schema({"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/a"}}}),
+            "response_format",
+            "response_format.json_schema: nothing satisfies it",
+        ),
+        (called({"properties": {"a": {"type": "nonsense"}}}), "tools", "tools: Invalid type: nonsense"),
+        (called({"properties": {"a": {"pattern": "["}}}), "tools", "tools: invalid regex: unclosed character class"),
+        ({"messages": [user("x")] * 4097}, "messages", "Length of '/messages' must be <= 4096"),
+        ({"tools": [TIME] * 129}, "tools", "Length of '/tools' must be <= 128"),
+        ({"extra_body": {"stop_token_ids": [1] * 129}}, "stop_token_ids", "Length of '/stop_token_ids' must be <= 128"),
         (
             {"extra_body": {"reasoning_effort": "high"}},
             "reasoning_effort",

@@ -13,7 +13,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from llama.text.chat.prepare import prepare_tools, tool_name
-from llama.text.grammar.matcher import Matcher, first_line
+from llama.text.grammar.matcher import Matcher, told
 from llama.text.grammar.schema import MAX_BYTES, prepared_schema, schema_of_response_format, schema_of_tool
 from llama.text.tokenizer import Tokenizer
 from llama.text.tokenizer.tokenizer import check_unicode
@@ -110,14 +110,14 @@ class GrammarCompiler:
         except WorkerError as failure:
             raise ValueError(f"{where}: {failure}") from None
         if error:
-            raise ValueError(f"{where}: {first_line(error)}")
+            raise ValueError(f"{where}: {told(error)}")
         with self._lock:
             vocabulary = self._vocabulary
         limits = _llguidance().LLParserLimits(verbose_errors=False)  # messages without what was generated
         prototype = _llguidance().LLMatcher(vocabulary, source, log_level=0, limits=limits)
         prototype.compute_bitmask()  # what cannot even begin shows here
         if prototype.is_error():
-            raise ValueError(f"{where}: {first_line(prototype.get_error())}")
+            raise ValueError(f"{where}: {told(prototype.get_error())}")
         grammar = Grammar(prototype, self._vocab_size)
         with self._lock:
             self._kept[source] = grammar
@@ -134,7 +134,7 @@ class GrammarCompiler:
         try:
             return make(self._tokenizer.backend_json, n_vocab=self._vocab_size, eos_token=eos)
         except Exception as error:  # llguidance raises whatever its parser of tokenizer.json finds
-            raise ValueError(f"grammars do not work with this tokenizer: {first_line(str(error))}") from None
+            raise ValueError(f"grammars do not work with this tokenizer: {told(str(error))}") from None
 
 
 def _llguidance() -> Any:

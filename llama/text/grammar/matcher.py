@@ -1,5 +1,6 @@
 """Where one sequence stands in its grammar. Its Sequence owns it; it lives through preemption."""
 
+import re
 from typing import TYPE_CHECKING, Self
 
 import numpy as np
@@ -7,6 +8,11 @@ from numpy.typing import NDArray
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher
+
+
+# What llguidance puts before a message: a place in the grammar that we wrote, and the whole of a regex.
+_PLACE = re.compile(r'at \d+\(\d+\): (?:failed to compile JSON schema: |invalid regex ".*" \(in regex\): )?', re.DOTALL)
+_SOURCE_LINE = re.compile(r"\n *\d+ \| ")
 
 
 class GrammarError(RuntimeError):
@@ -64,10 +70,17 @@ class Matcher:
 
     def _check(self) -> None:
         if self._matcher.is_error():
-            raise GrammarError(first_line(self._matcher.get_error()))
+            raise GrammarError(told(self._matcher.get_error()))
 
 
-def first_line(error: str) -> str:
-    """llguidance's message without the parser state that it appends."""
-    text = " ".join(error.split("<state>")[0].split())
-    return text[:300] or "the grammar failed"
+def told(error: str) -> str:
+    """What llguidance's message says, in one line: without the parser's state, and without the source and the carets
+    that it draws below it."""
+    text = _SOURCE_LINE.split(error.split("<state>")[0])[0]
+    place = _PLACE.match(text)
+    text = text[place.end() :] if place else text
+    title, drawn, sentence = text.rpartition("\nerror: ")
+    if drawn and title.startswith("regex parse error:"):
+        text = f"invalid regex: {sentence}"
+    text = " ".join(text.split())
+    return "nothing satisfies it" if text == "NoExtensionBias" else text[:300] or "the grammar failed"
