@@ -7,6 +7,7 @@ tyro imports a type checker, which alone takes as long as all the rest.
 
 import contextlib
 import io
+import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -54,6 +55,23 @@ def _one(kind: Callable[[str], Any], metavar: str, what: str) -> PrimitiveConstr
         is_instance=lambda value: value is None or not isinstance(value, tuple),
         str_from_instance=lambda value: [str(value)],
     )
+
+
+def _from(low: int, high: int = 2**31 - 1, metavar: str = "INT") -> PrimitiveConstructorSpec[Any]:
+    """An integer between these, both included."""
+
+    def read(word: str) -> int:
+        if low <= (value := int(word)) <= high:
+            return value
+        raise ValueError
+
+    return _one(read, metavar, f"an integer from {low} to {high}")
+
+
+def _seconds(word: str) -> float:
+    if 0 < (value := float(word)) < math.inf:
+        return value
+    raise ValueError
 
 
 NO_HINT = arg(help_behavior_hint=lambda _: "")
@@ -171,7 +189,7 @@ class Serve:
     """folder of the checkpoint"""
     host: Annotated[str, arg(metavar="HOST")] = "127.0.0.1"
     """address to listen on"""
-    port: Annotated[int, arg(metavar="PORT")] = 8000
+    port: Annotated[int, _from(0, 65535, "PORT")] = 8000
     """port to listen on, 0 = any that is free"""
     served_model_name: Annotated[Texts, _several("NAME"), NO_HINT] = NO_TEXTS
     """what clients may call the model (the folder's name)"""
@@ -183,17 +201,17 @@ class Serve:
     """adapters to load at the start"""
     lora_dir: Text = None
     """folder whose sub-folders are adapters, loaded by name when first asked for"""
-    max_loras: Annotated[int, arg(metavar="INT")] = 8
+    max_loras: Annotated[int, _from(0)] = 8
     """adapters that may work in one step, where there are any"""
-    max_lora_rank: Annotated[int, arg(metavar="INT")] = 64
+    max_lora_rank: Annotated[int, _from(1)] = 64
     """the largest rank of an adapter"""
-    max_num_seqs: Annotated[int, arg(metavar="INT")] = 256
+    max_num_seqs: Annotated[int, _from(1, 65536)] = 256
     """completions that may run at once"""
-    max_waiting_requests: Annotated[int, arg(metavar="INT")] = 1024
+    max_waiting_requests: Annotated[int, _from(0)] = 1024
     """requests that may wait beyond those"""
-    num_blocks: Int = None
+    num_blocks: Annotated[Optional[int], _from(1), NO_HINT] = None
     """blocks of KV cache (what memory allows)"""
-    shutdown_timeout: Annotated[float, arg(metavar="SECONDS")] = 30.0
+    shutdown_timeout: Annotated[float, _one(_seconds, "SECONDS", "a number of seconds above 0")] = 30.0
     """for running requests to end, once told to stop"""
     engine: Engine = field(default_factory=EngineFlags)
 

@@ -13,8 +13,8 @@ from llama.server.port import take_port
 
 def run_serve(command: Serve) -> int:
     keys, loras = _keys(command), [named_adapter(text) for text in command.lora]
-    if not 0 <= command.port <= 65535:
-        raise UsageError(f"--port must be from 0 to 65535, got {command.port}")
+    if not command.host:  # it would mean every address
+        raise UsageError("--host must be an address to listen on, got ''")
     check_engine(command.engine)
     config = ServerConfig(
         model_names=tuple(command.served_model_name) or (Path(command.model).resolve().name,),
@@ -53,7 +53,12 @@ def run_serve(command: Serve) -> int:
 def _keys(command: Serve) -> tuple[str, ...]:
     keys = [] if command.api_key is None else [command.api_key]
     if command.api_key_file is not None:
-        lines = Path(command.api_key_file).read_text(encoding="utf-8").splitlines()
+        try:
+            lines = Path(command.api_key_file).read_text(encoding="utf-8").splitlines()
+        except OSError as error:
+            raise ValueError(f"--api-key-file {command.api_key_file}: {error.strerror}") from None
+        except UnicodeDecodeError:
+            raise ValueError(f"--api-key-file {command.api_key_file} is no text in UTF-8") from None
         found = [line.strip() for line in lines if line.strip()]
         if not found:
             raise ValueError(f"{command.api_key_file} holds no key")
