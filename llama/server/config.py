@@ -16,7 +16,7 @@ class ServerConfig:
     api_keys: tuple[str, ...] = ()
     lora_dir: Path | None = None
     max_body_bytes: int = 8 * 2**20
-    body_timeout: float = 60.0  # for a client to send its whole body
+    body_timeout: float = 60.0  # for a client to send a request's head, and again for its whole body
     send_timeout: float = 60.0  # for a client to take what is sent to it
     step_deadline: float = 60.0  # a longer step is not ready, and its stacks are dumped
     shutdown_timeout: float = 30.0  # for running requests, once told to stop
@@ -29,8 +29,9 @@ class ServerConfig:
         if self.lora_dir is not None and not self.lora_dir.is_dir():
             raise ValueError(f"the folder of adapters does not exist: {self.lora_dir}")
         for name in ("max_body_bytes", "body_timeout", "send_timeout", "step_deadline", "shutdown_timeout"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be above 0, got {getattr(self, name)!r}")
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+                raise ValueError(f"{name} must be a number above 0, got {value!r}")
 
     @property
     def name(self) -> str:

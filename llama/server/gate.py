@@ -3,6 +3,7 @@
 A plain ASGI wrapper: no request or response body is ever copied here.
 """
 
+import asyncio
 import hashlib
 import hmac
 import json
@@ -59,6 +60,9 @@ class Gate:
                 self._service.refused(refusal, dialect, record)
                 response = json_response(refusal.body(dialect), refusal.status_in(dialect), refusal.headers)
                 await response(scope, receive, send_on)
+        except asyncio.CancelledError:
+            # The server ends at once; to hand this on would only be a traceback for each request.
+            logger.info("request %s was cut off", record.request_id)
         except Exception as error:
             # The server framework answers with 500 and raises again what nobody handled.
             logger.error("request %s failed: %s", record.request_id, type(error).__name__, exc_info=error)

@@ -1,13 +1,15 @@
 """Running a server: signals, draining, the watchdog.
 
 The first SIGTERM or SIGINT makes /ready answer 503 and new requests be refused; what runs may end within the shutdown
-timeout, the rest ends with an error; then the port closes. A second signal ends the process at once.
+timeout, the rest ends with an error; then the port closes. A second signal ends the process at once. A step of the
+engine that hangs does not keep it.
 """
 
 import asyncio
 import contextlib
 import faulthandler
 import logging
+import resource
 import signal
 import socket
 import sys
@@ -20,6 +22,7 @@ import uvicorn
 from llama.async_llm import AsyncLLM
 from llama.server.app import create_app
 from llama.server.config import ServerConfig
+from llama.server.connections import cut_standing
 from llama.server.gate import MAX_HEADER_BYTES
 from llama.server.port import BACKLOG
 from llama.server.service import Service
@@ -27,6 +30,7 @@ from llama.server.service import Service
 logger = logging.getLogger(__name__)
 
 _FLUSH_SECONDS = 5  # for answers that are complete to reach their clients
+_MAX_FILES = 65_536
 
 
 class Server(uvicorn.Server):
@@ -36,6 +40,7 @@ class Server(uvicorn.Server):
         self._service = service
         self._loop: asyncio.AbstractEventLoop | None = None
         self._draining: asyncio.Task[None] | None = None
+        self._hangs = False
         super().__init__(
             uvicorn.Config(
                 create_app(service),
@@ -55,13 +60,14 @@ class Server(uvicorn.Server):
     async def serve(self, sockets: list[socket.socket] | None = None) -> None:
         self._loop = asyncio.get_running_loop()
         watchdog = asyncio.create_task(_watch(self._service))
+        cutter = asyncio.create_task(cut_standing(self.server_state.connections, self._service.config))
         try:
             await super().serve(sockets)
         finally:
-            watchdog.cancel()
-            if self._draining is not None:
-                self._draining.cancel()
-            if not self.force_exit:
+            for task in (watchdog, cutter, self._draining):
+                if task is not None:
+                    task.cancel()
+            if not (self.force_exit or self._hangs):
                 await self._service.llm.close()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
@@ -76,9 +82,14 @@ class Server(uvicorn.Server):
         self._draining = asyncio.ensure_future(self._drain())
 
     async def _drain(self) -> None:
-        llm = self._service.llm
+        llm, config = self._service.llm, self._service.config
         logger.info("stopping: %d requests run or wait", llm.num_requests)
-        await llm.drain(self._service.config.shutdown_timeout)
+        try:
+            async with asyncio.timeout(config.shutdown_timeout + config.step_deadline):
+                await llm.drain(config.shutdown_timeout)
+        except TimeoutError:
+            self._hangs = True
+            logger.error("stopping without the engine: its step does not end")
         self.should_exit = True
 
     @contextlib.contextmanager
@@ -110,5 +121,14 @@ async def _watch(service: Service) -> None:
 
 def serve(llm: AsyncLLM, config: ServerConfig, taken: socket.socket) -> None:
     """Serve until told to stop."""
+    _allow_many_connections()
     server = Server(Service(llm, config))
     asyncio.run(server.serve([taken]))
+
+
+def _allow_many_connections() -> None:
+    """Most systems start a process with room for a thousand open files, and let it have more if it asks."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _MAX_FILES if hard == resource.RLIM_INFINITY else min(hard, _MAX_FILES)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))

@@ -3,7 +3,7 @@
 import asyncio
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Sequence
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from typing import Any, TypeVar
 
 from starlette.requests import Request
@@ -44,7 +44,8 @@ class EventStream(Response):
         try:
             await asyncio.wait((writer, leaver), return_when=asyncio.FIRST_COMPLETED)
             if writer.done():
-                writer.result()
+                with suppress(TimeoutError):  # told already
+                    writer.result()
         finally:
             for answer in self._answers:
                 answer.close()

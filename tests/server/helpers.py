@@ -189,6 +189,21 @@ def begin(server, body, path=RUN) -> socket.socket:
     return connection
 
 
+def begin_slowly(server, body, path) -> socket.socket:
+    """As `begin`, over a connection with hardly any buffers: what is not read stays with the server."""
+    server.listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+    connection = socket.socket()
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+    connection.connect(("127.0.0.1", server.port))
+    connections = server.server.server_state.connections
+    until(lambda: connections)
+    (served,) = connections
+    server.server._loop.call_soon_threadsafe(served.transport.set_write_buffer_limits, 1024)
+    data = json.dumps(body).encode()
+    connection.sendall(f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(data)}\r\n\r\n".encode() + data)
+    return connection
+
+
 def read_all(connection) -> str:
     parts = []
     with connection:

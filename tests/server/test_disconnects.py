@@ -3,7 +3,6 @@
 A real tiny engine whose steps are taken one by one, and sockets that are cut.
 """
 
-import json
 import random
 import socket
 import threading
@@ -11,7 +10,7 @@ import time
 
 import pytest
 
-from tests.server.helpers import NAME, PATIENCE, RUN, begin, real_llm, running, until, user
+from tests.server.helpers import NAME, PATIENCE, RUN, begin, begin_slowly, real_llm, running, until, user
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 TEXT = "x" * 600
@@ -226,21 +225,6 @@ def test_while_the_body_is_on_its_way(server, path):
     until(lambda: server.service.num_in_flight == 1)
     cut(server, connection)
     assert_nothing_left(server)
-
-
-def begin_slowly(server, body, path) -> socket.socket:
-    """As `begin`, over a connection with hardly any buffers: what is not read stays with the server."""
-    server.listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
-    connection = socket.socket()
-    connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
-    connection.connect(("127.0.0.1", server.port))
-    connections = server.server.server_state.connections
-    until(lambda: connections)
-    (served,) = connections
-    server.server._loop.call_soon_threadsafe(served.transport.set_write_buffer_limits, 1024)
-    data = json.dumps(body).encode()
-    connection.sendall(f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(data)}\r\n\r\n".encode() + data)
-    return connection
 
 
 def is_stuck(server) -> bool:

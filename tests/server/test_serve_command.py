@@ -11,6 +11,9 @@ import httpx
 import pytest
 from make_tiny import main as make_tiny
 
+from llama.cli import main
+from llama.cli.flags import parse
+
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
 PATIENCE = 120
 
@@ -40,15 +43,55 @@ def test_what_cannot_be_meant_is_told_in_one_line(tmp_path):
     empty = tmp_path / "keys"
     empty.write_text("\n")
     cases = {
-        ("--port", "70000"): 2,
-        ("--lora", "name"): 2,
-        ("--api-key-file", str(empty)): 1,
-        ("--lora-dir", str(tmp_path / "none")): 1,
+        ("--port", "70000"): (2, ""),
+        ("--lora", "name"): (2, "--lora takes NAME=PATH, got 'name'"),
+        ("--api-key-file", str(empty)): (1, f"{empty} holds no key"),
+        ("--api-key-file", str(tmp_path / "none")): (1, f"--api-key-file {tmp_path / 'none'}: No such file"),
+        ("--lora-dir", str(tmp_path / "none")): (1, f"the folder of adapters does not exist: {tmp_path / 'none'}"),
     }
-    for arguments, code in cases.items():
+    for arguments, (code, words) in cases.items():
         process = llama("serve", "no-such-model", *arguments)
         _, said = process.communicate(timeout=PATIENCE)
-        assert (process.returncode, said.count("\n")) == (code, 1), said
+        assert (process.returncode, said.count("\n")) == (code, 1) and words in said, said
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "legal"),
+    [
+        ("--port", "abc", "an integer from 0 to 65535"),
+        ("--port", "65536", "an integer from 0 to 65535"),
+        ("--port", "-1", "an integer from 0 to 65535"),
+        ("--port", "80.5", "an integer from 0 to 65535"),
+        ("--max-num-seqs", "0", "an integer from 1 to 65536"),
+        ("--max-num-seqs", "many", "an integer from 1 to 65536"),
+        ("--max-waiting-requests", "-1", "an integer from 0 to 2147483647"),
+        ("--max-loras", "x", "an integer from 0 to 2147483647"),
+        ("--max-lora-rank", "0", "an integer from 1 to 2147483647"),
+        ("--num-blocks", "1" * 40, "an integer from 1 to 2147483647"),
+        ("--num-blocks", "None", "an integer from 1 to 2147483647"),
+        ("--shutdown-timeout", "soon", "a number of seconds above 0"),
+        ("--shutdown-timeout", "0", "a number of seconds above 0"),
+        ("--shutdown-timeout", "nan", "a number of seconds above 0"),
+        ("--shutdown-timeout", "inf", "a number of seconds above 0"),
+    ],
+)
+def test_numbers_are_refused_with_the_flag_the_value_and_what_is_legal(capsys, flag, value, legal):
+    assert main(["serve", "no-such-model", flag, value]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"llama: Error parsing {flag}: it takes {legal}, got '{value}'") and said.count("\n") == 1
+
+
+def test_an_empty_host_is_not_every_address(capsys):
+    assert main(["serve", "no-such-model", "--host", ""]) == 2
+    assert "--host must be an address to listen on, got ''" in capsys.readouterr().err
+
+
+def test_numbers_that_are_legal():
+    flags = ["--port", "0", "--max-num-seqs", "1", "--num-blocks", "7", "--shutdown-timeout", "0.5", "--max-loras", "0"]
+    command = parse("serve", ["model", *flags])
+    assert (command.port, command.max_num_seqs, command.num_blocks, command.shutdown_timeout) == (0, 1, 7, 0.5)
+    defaults = parse("serve", ["model"])
+    assert (defaults.port, defaults.num_blocks, defaults.shutdown_timeout) == (8000, None, 30.0)
 
 
 def test_serving_and_stopping(checkpoint, tmp_path):
@@ -76,6 +119,29 @@ def test_serving_and_stopping(checkpoint, tmp_path):
             assert text.endswith("data: [DONE]\n\n")
         assert process.wait(PATIENCE) == 0
         assert '"status": 200' in process.stderr.read()
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_a_second_signal_ends_at_once(checkpoint):
+    arguments = ("--port", "0", "--num-blocks", "64", "--max-model-len", "512", "--shutdown-timeout", str(PATIENCE))
+    process = llama("serve", str(checkpoint), "--served-model-name", "small", *arguments)
+    try:
+        line = next(line for line in iter(process.stderr.readline, "") if line.startswith("llama: serving small"))
+        with httpx.Client(base_url=line.split()[-1], timeout=PATIENCE) as client:
+            body = {"prompt": "Hi", "max_tokens": 400, "n": 64, "ignore_eos": True, "stream": True}
+            with client.stream("POST", "/v1/completions", json=body) as streamed:
+                pieces = streamed.iter_text()
+                next(pieces)
+                process.send_signal(signal.SIGTERM)
+                while client.get("/ready").status_code != 503:
+                    pass
+                process.send_signal(signal.SIGTERM)
+                with pytest.raises(httpx.RemoteProtocolError):
+                    assert "[DONE]" not in "".join(pieces)
+        process.wait(PATIENCE / 2)
+        assert "Traceback" not in process.stderr.read()
     finally:
         process.kill()
         process.wait()
