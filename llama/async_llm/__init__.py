@@ -99,10 +99,12 @@ class AsyncLLM:
         tools: Sequence[Mapping[str, Any]] | None = None,
         lora: str | None = None,
         *,
+        tool_choice: ToolChoice = "auto",
         request_id: str | None = None,
     ) -> AsyncIterator[Piece]:
         """The pieces of the answer to one conversation."""
-        async with await self.submit_chat(messages, sampling_params, tools, lora, request_id=request_id) as stream:
+        rest = {"tool_choice": tool_choice, "request_id": request_id}
+        async with await self.submit_chat(messages, sampling_params, tools, lora, **rest) as stream:
             async for piece in stream:
                 yield piece
 

@@ -1,12 +1,13 @@
 """LLM: tools and tool_choice in chat and stream. The weights are random, so a call comes of its grammar alone."""
 
+import asyncio
 import inspect
 
 import jsonschema
 import make_tiny
 import pytest
 
-from llama import LLM, SamplingParams
+from llama import LLM, AsyncLLM, SamplingParams
 from tests.llm.helpers import GREEDY
 from tests.model.models import tiny_model
 
@@ -113,3 +114,14 @@ def test_the_positions_of_the_other_arguments_stay(face):
     parameters = inspect.signature(face).parameters
     assert list(parameters)[2:4] == ["sampling_params", "tools"]
     assert parameters["tool_choice"].kind is inspect.Parameter.KEYWORD_ONLY
+
+
+def test_the_asynchronous_chat_takes_the_choice_too(folder):
+    async def call():
+        model = tiny_model(vocab_size=make_tiny.VOCAB_SIZE, max_position_embeddings=2048)
+        async with AsyncLLM(model, folder, num_blocks=1000) as llm:
+            return [piece async for piece in llm.chat(TALK, sampled(0), TOOLS, tool_choice=NAMED)]
+
+    pieces = asyncio.run(call())
+    assert [call.name for piece in pieces for call in piece.tool_calls] == ["set_level"]
+    assert pieces[-1].finish_reason == "tool_calls"
