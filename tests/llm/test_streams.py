@@ -123,6 +123,15 @@ def test_a_failure_ends_the_stream_that_met_it(llm, monkeypatch):
     assert list(stream) == [] and not len(llm.replies)
 
 
+@pytest.fixture
+def interrupted():
+    """Ctrl-C raises KeyboardInterrupt also where the tests run in the background, which ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interrupted")
 def test_an_interrupt_aborts_after_the_step_and_leaves_the_engine_usable(llm, monkeypatch):
     expected = llm.generate("a", GREEDY, use_tqdm=False)[0].outputs[0].token_ids
     steps = []

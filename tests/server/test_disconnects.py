@@ -213,6 +213,7 @@ def test_while_the_grammar_of_a_call_is_compiled(server, monkeypatch):
     tool = {"type": "function", "function": {"name": "f"}}
     body = body_of(CHAT, True) | {"tools": [tool], "tool_choice": "required"}
     connections = [begin(server, body, CHAT) for _ in range(3)]
+    until(lambda: server.llm.num_requests == 3)
     until(lambda: server.llm._lanes.grammars.num_waiting == 1)
     assert_gone_before(server, connections, released)
 
