@@ -9,7 +9,6 @@ from pydantic_core import from_json
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
-from llama.server.config import ServerConfig
 from llama.server.errors import ApiError, bad_input, body_too_large, body_too_slow
 from llama.server.schemas.fields import explain, mismatch
 from llama.server.service import Service
@@ -25,7 +24,7 @@ Model = TypeVar("Model", bound=BaseModel)
 
 async def read_body(request: Request, service: Service, schema: type[Model]) -> Model:
     """The request's body as `schema`, whatever its Content-Type says. Raises ApiError."""
-    body = await _bytes(request, service.config)
+    body = await _bytes(request, service)
     if len(body) < _INLINE_BYTES:
         return parse_body(body, schema)
     # One at a time: parsing does not let the event loop in before it is done.
@@ -58,7 +57,8 @@ def _is_key(step: str) -> bool:
     return not (step in ("str", "[key]") or step.startswith(("dict[", "list[", "function-")))
 
 
-async def _bytes(request: Request, config: ServerConfig) -> bytearray:
+async def _bytes(request: Request, service: Service) -> bytearray:
+    config = service.config
     limit, length = config.max_body_bytes, 0
     body = bytearray()
     try:
@@ -66,6 +66,7 @@ async def _bytes(request: Request, config: ServerConfig) -> bytearray:
             async for chunk in request.stream():
                 length += len(chunk)
                 if length <= limit:
+                    service.hold(len(chunk), request.state.record)
                     body += chunk
                 elif length > _DISCARDED * limit:
                     break

@@ -16,6 +16,7 @@ class ServerConfig:
     api_keys: tuple[str, ...] = ()
     lora_dir: Path | None = None
     max_body_bytes: int = 8 * 2**20
+    max_bodies_bytes: int = 256 * 2**20  # of all requests that are not yet answered
     body_timeout: float = 60.0  # for a client to send a request's head, and again for its whole body
     send_timeout: float = 60.0  # for a client to take what is sent to it
     step_deadline: float = 60.0  # a longer step is not ready, and its stacks are dumped
@@ -28,10 +29,19 @@ class ServerConfig:
             raise ValueError("an API key must be printable ASCII and not empty")
         if self.lora_dir is not None and not self.lora_dir.is_dir():
             raise ValueError(f"the folder of adapters does not exist: {self.lora_dir}")
-        for name in ("max_body_bytes", "body_timeout", "send_timeout", "step_deadline", "shutdown_timeout"):
+        for name in (
+            "max_body_bytes",
+            "max_bodies_bytes",
+            "body_timeout",
+            "send_timeout",
+            "step_deadline",
+            "shutdown_timeout",
+        ):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
                 raise ValueError(f"{name} must be a number above 0, got {value!r}")
+        if self.max_bodies_bytes < self.max_body_bytes:
+            raise ValueError(f"max_bodies_bytes must be at least max_body_bytes, got {self.max_bodies_bytes}")
 
     @property
     def name(self) -> str:

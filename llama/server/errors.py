@@ -109,6 +109,14 @@ def body_too_large(limit: int) -> ApiError:
     )
 
 
+def bodies_too_large(limit: int) -> ApiError:
+    message = (
+        f"Capacity temporarily exceeded, please try again: the requests that are not yet answered hold {limit} bytes"
+    )
+    headers = {"retry-after": "1", "connection": "close"}
+    return ApiError(429, 3040, message, kind="rate_limit_error", name="rate_limit_exceeded", headers=headers)
+
+
 def headers_too_large(limit: int) -> ApiError:
     message = f"Request is too large: its headers may have {limit} bytes"
     return ApiError(431, 3006, message, headers={"connection": "close"})

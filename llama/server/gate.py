@@ -54,7 +54,7 @@ class Gate:
         try:
             refusal = self._refusal(scope, headers)
             if refusal is None:
-                await self._pass(scope, receive, send_on)
+                await self._pass(scope, receive, send_on, record)
             else:
                 dialect = dialect_of(scope["path"])
                 self._service.refused(refusal, dialect, record)
@@ -72,13 +72,14 @@ class Gate:
         finally:
             _log(scope, record, status, time.monotonic() - began)
 
-    async def _pass(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _pass(self, scope: Scope, receive: Receive, send: Send, record: Record) -> None:
         counted = scope["method"] == "POST"
         self._service.num_in_flight += counted
         try:
             await self._app(scope, receive, send)
         finally:
             self._service.num_in_flight -= counted
+            self._service.num_body_bytes -= record.body_bytes
 
     def _refusal(self, scope: Scope, headers: Headers) -> ApiError | None:
         # The HTTP parser bounds what is incomplete alone.

@@ -20,6 +20,7 @@ from types import FrameType
 import uvicorn
 
 from llama.async_llm import AsyncLLM
+from llama.engine.request import SamplingParams
 from llama.server.app import create_app
 from llama.server.config import ServerConfig
 from llama.server.connections import cut_standing
@@ -122,8 +123,16 @@ async def _watch(service: Service) -> None:
 def serve(llm: AsyncLLM, config: ServerConfig, taken: socket.socket) -> None:
     """Serve until told to stop."""
     _allow_many_connections()
+    _read_vocabulary(llm)
     server = Server(Service(llm, config))
     asyncio.run(server.serve([taken]))
+
+
+def _read_vocabulary(llm: AsyncLLM) -> None:
+    """llguidance reads it for the first grammar, which takes a second or two in which no other thread can run: better
+    now than when requests stream. Those who ask for a grammar hear why if it cannot be done."""
+    with contextlib.suppress(ValueError):
+        llm.llm.inputs.request([0], SamplingParams(response_format={"type": "regex", "regex": "x"}), None)
 
 
 def _allow_many_connections() -> None:

@@ -13,7 +13,16 @@ from llama.llm.inputs import Prompt
 from llama.llm.tool_choice import ToolChoice
 from llama.server.adapters import AdapterShelf
 from llama.server.config import ServerConfig
-from llama.server.errors import ApiError, Dialect, aborted, bad_input, from_refusal, internal, no_such_model
+from llama.server.errors import (
+    ApiError,
+    Dialect,
+    aborted,
+    bad_input,
+    bodies_too_large,
+    from_refusal,
+    internal,
+    no_such_model,
+)
 from llama.server.metrics import Metrics
 
 logger = logging.getLogger(__name__)
@@ -33,10 +42,11 @@ class Ask:
 
 
 class Record:
-    """What the access log tells of a request beyond its route. Never a text."""
+    """What the access log tells of a request beyond its route, and what the request holds. Never a text."""
 
     def __init__(self, request_id: str) -> None:
         self.request_id = request_id
+        self.body_bytes = 0
         self.code: int | None = None
         self.prompt_tokens = 0
         self.completion_tokens = 0
@@ -48,6 +58,7 @@ class Service:
         self.llm = llm
         self.config = config
         self.num_in_flight = 0  # POST requests that passed the gate and are not yet answered
+        self.num_body_bytes = 0  # that they hold
         self.parsing = asyncio.Semaphore(1)  # of large bodies
         self.metrics = Metrics(llm.metrics, config.name)
         self.adapters = AdapterShelf(llm, config.lora_dir)
@@ -71,6 +82,13 @@ class Service:
         except EngineDeadError:
             pass  # told with the request's id, where requests are answered
         return None
+
+    def hold(self, num_bytes: int, record: Record) -> None:
+        """Count what a request's body takes until the request is answered. Raises ApiError if all take too much."""
+        if self.num_body_bytes + num_bytes > self.config.max_bodies_bytes:
+            raise bodies_too_large(self.config.max_bodies_bytes)
+        self.num_body_bytes += num_bytes
+        record.body_bytes += num_bytes
 
     def refused(self, error: ApiError, dialect: Dialect, record: Record) -> None:
         """Note it for the metrics and the access log."""

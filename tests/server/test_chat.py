@@ -332,6 +332,9 @@ def test_other_errors(client, scripted):
     assert caught.value.code == "context_length_exceeded" and "4096" in caught.value.message
     with pytest.raises(openai.InternalServerError):
         chat(client, "fail")
+    with pytest.raises(openai.APIStatusError) as caught:
+        chat(client, user="x" * (8 * 2**20))
+    assert caught.value.status_code == 413 and caught.value.body["message"].startswith("Request is too large")
     assert chat(client, "Hello" * 100, max_tokens=100_000).choices[0].finish_reason == "stop"  # clipped
     response = scripted.run({"model": NAME, "messages": [user("fail")], "stream": True}, path="/v1/chat/completions")
     *_, last = events_of(response.text)

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from llama.server.schemas.cloudflare import RunRequest
 from tests.server.helpers import NAME, RUN, events_of, user
 
 MESSAGES = [user("Hello")]
@@ -133,6 +134,13 @@ def test_parameters_reach_the_engine(scripted, given, expected):
 )
 def test_what_is_refused(scripted, given, message):
     assert bad_input(scripted, **({"messages": MESSAGES} | given)) == message
+
+
+@pytest.mark.parametrize("name", RunRequest.model_fields)
+def test_null_is_no_value_of_any_field(scripted, name):
+    fine = {} if name == "prompt" else {"prompt": "x"} if name != "messages" else {"messages": MESSAGES}
+    message = bad_input(scripted, **(fine | {name: None}))
+    assert f"'/{name}'" in message and ("'null'" in message or name == "image")
 
 
 def test_a_prompt_is_needed(scripted):

@@ -1,17 +1,21 @@
 """What strangers send holds up their own kind alone: other requests, and those who watch the server, do not wait."""
 
+import asyncio
 import json
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from llama.async_llm import AsyncLLM
 from llama.server.bodies import parse_body
 from llama.server.errors import ApiError
+from llama.server.run import _read_vocabulary
 from llama.server.schemas.cloudflare import RunRequest
 from llama.server.schemas.openai import ChatRequest
 from llama.text.worker import Worker, WorkerError
-from tests.server.helpers import PATIENCE, RUN, begin, read_all, real_llm, running, until, user
+from tests.model.models import tiny_model
+from tests.server.helpers import PATIENCE, RUN, begin, read_all, real_llm, running, scripted_llm, until, user
 
 CHAT = "/v1/chat/completions"
 FINE = {"type": "json_schema", "json_schema": {"schema": {"enum": [1, 2]}}}
@@ -128,6 +132,41 @@ def test_a_drain_does_not_wait_for_what_is_being_prepared(server, monkeypatch):
         assert not server.thread.is_alive()
     finally:
         released.set()
+
+
+def test_bodies_that_are_too_large_together():
+    """Five may hold what they do at once; the sixth hears so, and room comes back with the answers."""
+    llm, engine = scripted_llm()
+    turn = threading.Event()
+    engine.before_step = lambda: turn.wait(PATIENCE)
+    with running(llm, max_body_bytes=100_000, max_bodies_bytes=500_000) as server:
+        body = {"messages": [user("x")], "user": "x" * 90_000}
+        connections = [begin(server, body, CHAT) for _ in range(5)]
+        until(lambda: llm.num_requests == 5)
+        refused = server.run(body, path=CHAT)
+        assert (refused.status_code, refused.json()["error"]["code"]) == (429, "rate_limit_exceeded")
+        assert refused.headers["retry-after"] == "1"
+        assert server.run({"prompt": "x" * 90_000}).json()["errors"][0]["code"] == 3040
+        small = begin(server, {"prompt": "x"})
+        until(lambda: llm.num_requests == 6)
+        connections.pop().close()  # who leaves makes room
+        until(lambda: llm.num_requests == 5 and server.service.num_in_flight == 5)
+        connections.append(begin(server, body, CHAT))
+        until(lambda: llm.num_requests == 6)
+        turn.set()
+        assert all(read_all(connection).startswith("HTTP/1.1 200") for connection in [*connections, small])
+        until(lambda: server.service.num_in_flight == 0)
+        assert server.service.num_body_bytes == 0
+
+
+def test_the_vocabulary_is_read_before_anyone_asks():
+    llm = real_llm()
+    _read_vocabulary(llm)
+    assert "_vocabulary" in vars(llm.llm.inputs._grammars)
+    without = AsyncLLM(tiny_model(), num_blocks=4)
+    _read_vocabulary(without)  # without a tokenizer there is none, and that is no failure
+    for made in (llm, without):
+        asyncio.run(made.close())
 
 
 # ---- bodies that would keep the interpreter to themselves

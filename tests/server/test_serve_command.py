@@ -92,6 +92,7 @@ def test_numbers_that_are_legal():
     assert (command.port, command.max_num_seqs, command.num_blocks, command.shutdown_timeout) == (0, 1, 7, 0.5)
     defaults = parse("serve", ["model"])
     assert (defaults.port, defaults.num_blocks, defaults.shutdown_timeout) == (8000, None, 30.0)
+    assert defaults.host == "127.0.0.1"
 
 
 def test_serving_and_stopping(checkpoint, tmp_path):
