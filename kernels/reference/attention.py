@@ -36,6 +36,8 @@ def paged_attention(
         if plan is None
         else plan.attention
     )
+    if num_decodes == len(q) and num_decodes:
+        return _decode(q, k_cache, v_cache, where, scale)
     parts = []
     if num_decodes:
         parts.append(_decode(q[:num_decodes], k_cache, v_cache, where, scale))

@@ -267,7 +267,7 @@ class Transformer(Module):
             list(pool.map(Linear.prepare, linears))
         packed = sum(linear.in_features * linear.out_features for linear in linears if linear.packed is not None)
         if packed * self.dtype.itemsize >= WORTH_MOVING:
-            move_to_huge_pages(seconds=1.5)
+            move_to_huge_pages(seconds=2.5)
 
     def _fill_randomly(self, seed: int) -> None:
         generator = torch.Generator(self.device).manual_seed(seed)
