@@ -115,6 +115,15 @@ def test_an_idle_connection_takes_its_next_request():
         assert len(open_ones(server)) == 1
 
 
+def test_no_event_waits_for_the_one_before_to_be_acknowledged():
+    llm, _ = scripted_llm()
+    with running(llm) as server:
+        assert server.client.get("/health").status_code == 200
+        (connection,) = open_ones(server)
+        served = connection.transport.get_extra_info("socket")
+        assert served.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+
+
 @pytest.mark.parametrize(
     "name", ["max_body_bytes", "max_bodies_bytes", "body_timeout", "send_timeout", "step_deadline", "shutdown_timeout"]
 )
