@@ -17,7 +17,7 @@ from llama.text.grammar.matcher import Matcher, told
 from llama.text.grammar.schema import MAX_BYTES, prepared_schema, schema_of_response_format, schema_of_tool
 from llama.text.tokenizer import Tokenizer
 from llama.text.tokenizer.tokenizer import check_unicode
-from llama.text.worker import Worker, WorkerError
+from llama.text.worker import STANDS_BACK, Worker, WorkerError
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
@@ -47,7 +47,8 @@ class GrammarCompiler:
         tokenizer.check_vocab(vocab_size)
         self._tokenizer = tokenizer
         self._vocab_size = vocab_size
-        self._worker = Worker("llama.text.worker.grammars", {}, deadline_seconds=deadline_seconds)
+        module = "llama.text.worker.grammars"
+        self._worker = Worker(module, {}, deadline_seconds=deadline_seconds, niceness=STANDS_BACK)
         self._lock = threading.Lock()
         self._kept: OrderedDict[str, Grammar] = OrderedDict()
 

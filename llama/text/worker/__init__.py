@@ -23,6 +23,7 @@ from llama.text.worker.child import HEADER_BYTES
 
 MEMORY_BYTES = 2**30
 _START_SECONDS = 60.0  # of a Python process on a machine that is busy with something else
+STANDS_BACK = 10  # a niceness: the engine computes on all cores, and waits for the slowest
 _LARGE_BYTES = 2**17  # of a request
 _LARGEST_ANSWER = 2**28
 _CHILD = Path(__file__).with_name("child.py")
@@ -35,7 +36,9 @@ class WorkerError(Exception):
 class Worker:
     """Calls the function that `module.start(setup)` returns. `close`, or the garbage collector, ends its processes."""
 
-    def __init__(self, module: str, setup: Mapping[str, Any], *, deadline_seconds: float) -> None:
+    def __init__(self, module: str, setup: Mapping[str, Any], *, deadline_seconds: float, niceness: int = 0) -> None:
+        """`niceness`: how far the process stands back where others need the processor, as of `nice`."""
+        self._niceness = niceness
         self._module = module
         self._setup = dict(setup)
         self._deadline_seconds = deadline_seconds
@@ -64,7 +67,9 @@ class Worker:
     def _large(self) -> "Worker":
         with self._making:
             if self._for_large is None:
-                self._for_large = Worker(self._module, self._setup, deadline_seconds=self._deadline_seconds)
+                self._for_large = Worker(
+                    self._module, self._setup, deadline_seconds=self._deadline_seconds, niceness=STANDS_BACK
+                )
             return self._for_large
 
     def _start(self) -> None:
@@ -80,7 +85,7 @@ class Worker:
             start_new_session=True,  # an interrupt from the terminal is not for the worker
         )
         self._end = weakref.finalize(self, _end, self._process)
-        first = {"path": sys.path, "module": self._module, "memory_bytes": MEMORY_BYTES}
+        first = {"path": sys.path, "module": self._module, "memory_bytes": MEMORY_BYTES, "niceness": self._niceness}
         try:
             self._exchange(_encoded(first), _START_SECONDS)
             self._exchange(_encoded(self._setup), self._deadline_seconds)

@@ -1,12 +1,14 @@
 """The process behind worker.Worker: it imports one module and answers requests until its input ends or it is killed.
 
 A script of its own, started without site: the first frame brings the paths to import from. Standard input and output
-carry frames: eight bytes of length, then JSON. First the module's name and the memory limit, then the argument of its
-`start`, then requests for the function that `start` returned. Each frame is answered by {"value"} or {"error"}.
+carry frames: eight bytes of length, then JSON. First the module's name and the process's limits, then the argument of
+the module's `start`, then requests for the function that `start` returned. Each frame is answered by {"value"} or
+{"error"}.
 """
 
 import importlib
 import json
+import os
 import resource
 import sys
 from collections.abc import Callable
@@ -56,6 +58,7 @@ def main() -> None:
     handlers = []
 
     def load() -> None:
+        os.nice(first["niceness"])
         handlers.append(importlib.import_module(first["module"]).start)
         limit_memory(first["memory_bytes"])
 
