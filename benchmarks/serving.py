@@ -5,7 +5,8 @@
 
 Every server gets the same prompts at the same moments, one server after the other, round by round, so that both see the
 same weather. Times are the client's: to the first text, between two events of a stream, to the end. A peer on the same
-weights is llama-cpp-python's server (the extra `peers`) on a GGUF of the same checkpoint.
+weights is llama-cpp-python's server (the extra `peers`) on a GGUF of the same checkpoint (tools/float16_gguf.py), with
+--interrupt_requests False: otherwise it drops a request when another arrives.
 """
 
 import argparse
