@@ -116,6 +116,9 @@ def test_large_renderings_have_a_process_of_their_own():
     processes = [worker._process, worker._for_large._process]
     here = os.nice(0)
     assert [os.getpriority(os.PRIO_PROCESS, p.pid) - here for p in processes] == [0, STANDS_BACK]
+    # In one session, where niceness counts, but out of reach of the terminal's interrupts.
+    assert {os.getsid(p.pid) for p in processes} == {os.getsid(0)}
+    assert not {os.getpgid(p.pid) for p in processes} & {os.getpgid(0)}
     worker.close()
     assert all(process.poll() is not None for process in processes)
 

@@ -82,7 +82,9 @@ class Worker:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
-            start_new_session=True,  # an interrupt from the terminal is not for the worker
+            # An interrupt from the terminal is not for the worker. In a session of its own it would not stand back: Linux
+            # shares the processor out among sessions first.
+            process_group=0,
         )
         self._end = weakref.finalize(self, _end, self._process)
         first = {"path": sys.path, "module": self._module, "memory_bytes": MEMORY_BYTES, "niceness": self._niceness}
