@@ -82,8 +82,8 @@ class Worker:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
-            # An interrupt from the terminal is not for the worker. In a session of its own it would not stand back: Linux
-            # shares the processor out among sessions first.
+            # An interrupt from the terminal is not for the worker. A session of its own would keep it from standing
+            # back: Linux shares the processor out among sessions first.
             process_group=0,
         )
         self._end = weakref.finalize(self, _end, self._process)
