@@ -3,10 +3,11 @@
     llama serve checkpoints/smollm2-135m-instruct --port 8000 &
     python -m benchmarks.serving ours=http://127.0.0.1:8000/v1 [peer=http://127.0.0.1:8081/v1] --rate 2
 
-Every server gets the same prompts at the same moments, one server after the other, round by round, so that both see the
-same weather. Times are the client's: to the first text, between two events of a stream, to the end. A peer on the same
-weights is llama-cpp-python's server (the extra `peers`) on a GGUF of the same checkpoint (tools/float16_gguf.py), with
---interrupt_requests False: otherwise it drops a request when another arrives.
+Every server gets the same prompts at the same moments, one server after the other, round by round and first in turn, so
+that all see the same weather; before that, one request that does not count. Times are the client's: to the first text,
+between two events of a stream, to the end. A peer on the same weights is llama-cpp-python's server (the extra `peers`)
+on a GGUF of the same checkpoint (tools/float16_gguf.py), with --interrupt_requests False: otherwise it drops a request
+when another arrives.
 """
 
 import argparse
@@ -80,28 +81,52 @@ def percentiles(values: list[float]) -> dict[str, float]:
     return {f"p{p}": round(ordered[min(len(ordered) - 1, len(ordered) * p // 100)], 5) for p in (50, 90, 99)}
 
 
+def named_url(text: str) -> tuple[str, str]:
+    name, _, url = text.partition("=")
+    if not (name and url.startswith(("http://", "https://"))):
+        raise argparse.ArgumentTypeError(f"must be NAME=http://HOST:PORT/v1, got {text!r}")
+    return name, url.rstrip("/")
+
+
+def above_0(text: str) -> float:
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be above 0, got {text!r}")
+    return value
+
+
+def at_least_1(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {text!r}")
+    return value
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("servers", nargs="+", metavar="NAME=URL", help="a base URL of OpenAI's dialect, with /v1")
-    parser.add_argument("--rate", type=float, default=2.0, help="requests per second")
-    parser.add_argument("--requests", type=int, default=40, help="per round")
-    parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--words", type=int, default=100, help="of a prompt, about as many tokens")
-    parser.add_argument("--max-tokens", type=int, default=64)
+    server_help = "a base URL of OpenAI's dialect, with /v1"
+    parser.add_argument("servers", nargs="+", type=named_url, metavar="NAME=URL", help=server_help)
+    parser.add_argument("--rate", type=above_0, default=2.0, help="requests per second")
+    parser.add_argument("--requests", type=at_least_1, default=40, help="per round")
+    parser.add_argument("--rounds", type=at_least_1, default=2)
+    parser.add_argument("--words", type=at_least_1, default=100, help="of a prompt, about as many tokens")
+    parser.add_argument("--max-tokens", type=at_least_1, default=64)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    servers = dict(pair.split("=", 1) for pair in options.servers)
+    servers = dict(options.servers)
     chance = random.Random(options.seed)
     timings: dict[str, list[Timing]] = {name: [] for name in servers}
     seconds = dict.fromkeys(servers, 0.0)
-    for _ in range(options.rounds):
+    for url in servers.values():
+        asyncio.run(crowd(url, [" ".join(WORDS)], [0.0], options.max_tokens))
+    for turn in range(options.rounds):
         prompts = [" ".join(chance.choices(WORDS, k=options.words)) for _ in range(options.requests)]
         arrivals, now = [], 0.0
         for _ in range(options.requests):
             arrivals.append(now)
             now += chance.expovariate(options.rate)
-        for name, url in servers.items():
-            found, took = asyncio.run(crowd(url.rstrip("/"), prompts, arrivals, options.max_tokens))
+        for name, url in list(servers.items())[:: -1 if turn % 2 else 1]:
+            found, took = asyncio.run(crowd(url, prompts, arrivals, options.max_tokens))
             timings[name] += found
             seconds[name] += took
     results = {}
@@ -115,7 +140,7 @@ def main() -> None:
         print(f"{name}: {results[name]['tokens_per_second']} tokens/s")
         for what in ("time_to_first_text", "between_events", "end_to_end"):
             print(f"  {what:20}" + "".join(f"{p} {value:9.4f} s   " for p, value in results[name][what].items()))
-    close("serving", shapes=vars(options), results=results)
+    close("serving", shapes=vars(options) | {"servers": servers}, results=results)
 
 
 if __name__ == "__main__":
