@@ -9,7 +9,7 @@ from concurrent.futures import CancelledError
 
 import pytest
 
-from llama import LLM
+from llama import LLM, SamplingParams
 from llama.async_llm import AsyncLLM, EngineClosedError, QueueFullError
 from llama.async_llm.lanes import Lane, Lanes, grammar_key, size_of
 from tests.model.models import tiny_model
@@ -150,6 +150,26 @@ def test_arguments_of_the_wrong_type(name, value, message):
     with pytest.raises(ValueError) as refused:
         AsyncLLM(tiny_model(), **{name: value})
     assert str(refused.value).startswith(message) and str(refused.value).endswith(f"got {value!r}")
+
+
+@pytest.mark.parametrize("how", ["closed", "dropped"])
+def test_an_engine_takes_its_threads_with_it(how):
+
+    async def use(llm):
+        stream = await llm.submit([5] * 2000, SamplingParams(max_tokens=1))
+        assert (await stream.result()).finished
+        if how == "closed":
+            await llm.close()
+
+    llm = AsyncLLM(tiny_model(max_position_embeddings=4096), num_blocks=256, max_num_seqs=4)
+    asyncio.run(use(llm))
+    threads = [llm._stepper.thread, *llm._lanes.quick._threads]
+    assert len(threads) == 2
+    del llm
+    gc.collect()
+    for thread in threads:
+        thread.join(PATIENCE)
+        assert not thread.is_alive()
 
 
 def test_the_timeout_of_a_drain():
