@@ -130,19 +130,20 @@ def _stored(path: Path, data_start: int, name: str, entry: Any) -> StoredTensor:
     return StoredTensor(path, name, code, tuple(shape), data_start + begin, end - begin)
 
 
-def read_into(file: BinaryIO, stored: StoredTensor, target: Tensor) -> None:
-    """Fill a contiguous `target` of the stored shape, on any device and in any float dtype, from an open file."""
-    file.seek(stored.offset)
+def read_into(stored: StoredTensor, target: Tensor) -> None:
+    """Fill a contiguous `target` of the stored shape, on any device and in any float dtype."""
     flat = target.view(-1)
-    if target.device.type == "cpu" and target.dtype == stored.dtype:
-        _read_exactly(file, stored, flat)
-        return
-    step = _STAGE_BYTES // stored.dtype.itemsize
-    stage = torch.empty(min(step, flat.numel()), dtype=stored.dtype)
-    for begin in range(0, flat.numel(), step):
-        part = stage[: min(step, flat.numel() - begin)]
-        _read_exactly(file, stored, part)
-        flat[begin : begin + part.numel()].copy_(part)
+    with stored.path.open("rb", buffering=0) as file:
+        file.seek(stored.offset)
+        if target.device.type == "cpu" and target.dtype == stored.dtype:
+            _read_exactly(file, stored, flat)
+            return
+        step = _STAGE_BYTES // stored.dtype.itemsize
+        stage = torch.empty(min(step, flat.numel()), dtype=stored.dtype)
+        for begin in range(0, flat.numel(), step):
+            part = stage[: min(step, flat.numel() - begin)]
+            _read_exactly(file, stored, part)
+            flat[begin : begin + part.numel()].copy_(part)
 
 
 def _read_exactly(file: BinaryIO, stored: StoredTensor, flat: Tensor) -> None:

@@ -150,8 +150,7 @@ def _is_base_copy(stored: StoredTensor, model: "Transformer") -> bool:
 
 def _load(stored: StoredTensor, dtype: torch.dtype) -> Tensor:
     tensor = torch.empty(stored.shape, dtype=dtype)
-    with stored.path.open("rb", buffering=0) as file:
-        read_into(file, stored, tensor)
+    read_into(stored, tensor)
     return tensor
 
 
