@@ -5,9 +5,11 @@
 
 Every server gets the same prompts at the same moments, one server after the other, round by round and first in turn, so
 that all see the same weather; before that, one request that does not count. Times are the client's: to the first text,
-between two events of a stream, to the end. A peer on the same weights is llama-cpp-python's server (the extra `peers`)
-on a GGUF of the same checkpoint (tools/float16_gguf.py), with --interrupt_requests False: otherwise it drops a request
-when another arrives.
+between two events of a stream, to the end; and, twenty times a second while requests run, to an answer that needs no
+model (/models): so long a server's event loop keeps others waiting.
+
+A peer on the same weights is llama-cpp-python's server (the extra `peers`) on a GGUF of the same checkpoint
+(tools/float16_gguf.py), with --interrupt_requests False: otherwise it drops a request when another arrives.
 """
 
 import argparse
@@ -21,6 +23,7 @@ import httpx
 
 from benchmarks.common import close
 
+_INTERVAL = 0.05  # seconds between two questions that need no model
 WORDS = (
     "the of and to in is was for on that with as by at from it an be this which or are not have had but one all".split()
 )
@@ -62,8 +65,19 @@ async def ask(client: httpx.AsyncClient, url: str, prompt: str, max_tokens: int)
     return timing
 
 
-async def crowd(url: str, prompts: list[str], arrivals: list[float], max_tokens: int) -> tuple[list[Timing], float]:
-    """-> (timings, seconds from the first arrival to the last answer)"""
+async def knock(client: httpx.AsyncClient, url: str, seconds: list[float]) -> None:
+    """For ever."""
+    while True:
+        began = time.perf_counter()
+        (await client.get(f"{url}/models")).raise_for_status()
+        seconds.append(time.perf_counter() - began)
+        await asyncio.sleep(_INTERVAL)
+
+
+async def crowd(
+    url: str, prompts: list[str], arrivals: list[float], max_tokens: int
+) -> tuple[list[Timing], list[float], float]:
+    """-> (timings, seconds to answers that need no model, seconds from the first arrival to the last answer)"""
     limits = httpx.Limits(max_connections=None)
     async with httpx.AsyncClient(timeout=None, limits=limits) as client:
         began = time.perf_counter()
@@ -72,8 +86,14 @@ async def crowd(url: str, prompts: list[str], arrivals: list[float], max_tokens:
             await asyncio.sleep(at - (time.perf_counter() - began))
             return await ask(client, url, prompt, max_tokens)
 
+        knocks: list[float] = []
+        knocking = asyncio.create_task(knock(client, url, knocks))
         timings = await asyncio.gather(*map(arrive, prompts, arrivals))
-        return list(timings), time.perf_counter() - began
+        seconds = time.perf_counter() - began
+        if knocking.done():
+            knocking.result()
+        knocking.cancel()
+        return list(timings), knocks, seconds
 
 
 def percentiles(values: list[float]) -> dict[str, float]:
@@ -116,6 +136,7 @@ def main() -> None:
     servers = dict(options.servers)
     chance = random.Random(options.seed)
     timings: dict[str, list[Timing]] = {name: [] for name in servers}
+    knocks: dict[str, list[float]] = {name: [] for name in servers}
     seconds = dict.fromkeys(servers, 0.0)
     for url in servers.values():
         asyncio.run(crowd(url, [" ".join(WORDS)], [0.0], options.max_tokens))
@@ -126,8 +147,9 @@ def main() -> None:
             arrivals.append(now)
             now += chance.expovariate(options.rate)
         for name, url in list(servers.items())[:: -1 if turn % 2 else 1]:
-            found, took = asyncio.run(crowd(url, prompts, arrivals, options.max_tokens))
+            found, answered, took = asyncio.run(crowd(url, prompts, arrivals, options.max_tokens))
             timings[name] += found
+            knocks[name] += answered
             seconds[name] += took
     results = {}
     for name, found in timings.items():
@@ -135,11 +157,12 @@ def main() -> None:
             "time_to_first_text": percentiles([timing.first for timing in found]),
             "between_events": percentiles([gap for timing in found for gap in timing.gaps]),
             "end_to_end": percentiles([timing.total for timing in found]),
+            "answers_without_model": percentiles(knocks[name]),
             "tokens_per_second": round(sum(timing.tokens for timing in found) / seconds[name], 2),
         }
         print(f"{name}: {results[name]['tokens_per_second']} tokens/s")
-        for what in ("time_to_first_text", "between_events", "end_to_end"):
-            print(f"  {what:20}" + "".join(f"{p} {value:9.4f} s   " for p, value in results[name][what].items()))
+        for what in ("time_to_first_text", "between_events", "end_to_end", "answers_without_model"):
+            print(f"  {what:22}" + "".join(f"{p} {value:9.4f} s   " for p, value in results[name][what].items()))
     close("serving", shapes=vars(options) | {"servers": servers}, results=results)
 
 

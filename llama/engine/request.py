@@ -125,11 +125,12 @@ class Sequence:
     def ending(self, eos_token_ids: Collection[int]) -> tuple[FinishReason | None, int | None]:
         """Whether the last token ended the sequence, and the id of `stop_token_ids` that did it."""
         token, params = self.output_token_ids[-1], self.params
-        if len(self.output_token_ids) > params.min_tokens:
-            if token in eos_token_ids and not params.ignore_eos:
-                return FinishReason.STOP, None
-            if token in params.stop_token_ids:
-                return FinishReason.STOP, token
+        is_long_enough = len(self.output_token_ids) > params.min_tokens
+        # With a grammar, EOS comes before min_tokens only where nothing else may.
+        if token in eos_token_ids and not params.ignore_eos and (is_long_enough or self.matcher is not None):
+            return FinishReason.STOP, None
+        if token in params.stop_token_ids and is_long_enough:
+            return FinishReason.STOP, token
         return FinishReason.LENGTH if self.num_tokens >= self.limit else None, None
 
     @property

@@ -20,7 +20,7 @@ from llama.engine.engine import Engine
 from llama.engine.request import Piece, RequestOutput, SamplingParams
 from llama.llm.arguments import refuse_foreign
 from llama.llm.inputs import Inputs, Message, Prompt, as_conversations, as_prompts, is_conversation, one_per_prompt
-from llama.llm.loading import engine_config, load_defaults, load_model, load_text
+from llama.llm.loading import check_model, engine_config, load_defaults, load_model, load_text
 from llama.llm.loras import LoraInfo, LoRARequest, describe, read_lora
 from llama.llm.pieces import Pieces
 from llama.llm.tool_choice import ToolChoice
@@ -66,9 +66,10 @@ class LLM:
         refuse_foreign(foreign)
         self.tokenizer, template = load_text(model, tokenizer)
         defaults, eos_token_ids = load_defaults(model)
-        self.model = load_model(model, device=device, dtype=dtype, load_format=load_format)
+        model_config, where = check_model(model, device=device, dtype=dtype, load_format=load_format)
         config = engine_config(
-            self.model,
+            model_config,
+            where,
             max_model_len=max_model_len,
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,
@@ -81,15 +82,16 @@ class LLM:
             max_lora_rank=max_lora_rank,
             seed=seed,
         )
-        eos_token_ids |= frozenset(self.model.config.eos_token_ids)
+        eos_token_ids |= frozenset(model_config.eos_token_ids)
         if self.tokenizer is not None:
-            self.tokenizer.check_vocab(self.model.config.vocab_size)
+            self.tokenizer.check_vocab(model_config.vocab_size)
             eos_token_ids |= self.tokenizer.eos_token_ids
+        self.model = load_model(model, device=where, dtype=dtype, load_format=load_format)
         self.engine = Engine(self.model, config, eos_token_ids=eos_token_ids)
         self.inputs = Inputs(
             tokenizer=self.tokenizer,
             template=template,
-            vocab_size=self.model.config.vocab_size,
+            vocab_size=model_config.vocab_size,
             max_model_len=config.max_model_len,
             defaults=defaults,
             adapters=self.engine.adapters,

@@ -9,6 +9,7 @@ import torch
 
 from llama.engine.engine import EngineConfig
 from llama.engine.request import SamplingParams
+from llama.model.checkpoint import CheckpointError
 from llama.model.config import ConfigError, ModelConfig
 from llama.model.generation_config import GenerationConfig
 from llama.model.transformer import Transformer
@@ -73,27 +74,40 @@ def load_text(model: Any, tokenizer: Any) -> tuple[Tokenizer | None, ChatTemplat
     return tokenizer, ChatTemplate.from_pretrained(folder, tokenizer)
 
 
-def load_model(
+def check_model(
     model: str | Path | Transformer, *, device: str | torch.device, dtype: str | torch.dtype, load_format: str
-) -> Transformer:
+) -> tuple[ModelConfig, torch.device]:
+    """What the model is and where it will be, with all that can be refused before weights are read."""
     if load_format not in ("auto", "dummy"):
         raise ValueError(f'load_format must be "auto" or "dummy", got {load_format!r}')
-    started = time.monotonic()
     wanted = resolve_dtype(dtype)
     if isinstance(model, Transformer):
         _check_given(model, device, wanted, load_format)
-        model.prepare()
-        return model
+        return model.config, model.device
     where = resolve_device(device)
     if wanted is torch.float64 and where.type == "cuda":
         raise ValueError('dtype="float64" needs device="cpu"')
+    if not Path(model).is_dir():
+        raise CheckpointError(f"{model}: there is no such folder")
+    return ModelConfig.from_pretrained(model), where
+
+
+def load_model(
+    model: str | Path | Transformer, *, device: torch.device, dtype: str | torch.dtype, load_format: str
+) -> Transformer:
+    """Of arguments that `check_model` has let pass, with the device that it found."""
+    if isinstance(model, Transformer):
+        model.prepare()
+        return model
+    started = time.monotonic()
+    wanted = resolve_dtype(dtype)
     if load_format == "dummy":
         config = ModelConfig.from_pretrained(model)
-        loaded = Transformer(config, device=where, dtype=wanted or DTYPES[config.dtype or "float32"], seed=0)
+        loaded = Transformer(config, device=device, dtype=wanted or DTYPES[config.dtype or "float32"], seed=0)
     else:
-        loaded = Transformer.from_pretrained(model, device=where, dtype=wanted or "auto")
+        loaded = Transformer.from_pretrained(model, device=device, dtype=wanted or "auto")
     loaded.prepare()
-    logger.info("model loaded as %s on %s (%.2f s)", loaded.dtype, where, time.monotonic() - started)
+    logger.info("model loaded as %s on %s (%.2f s)", loaded.dtype, device, time.monotonic() - started)
     return loaded
 
 
@@ -113,14 +127,15 @@ def _same_device(asked: torch.device, has: torch.device) -> bool:
 
 
 def engine_config(
-    model: Transformer,
+    model: ModelConfig,
+    device: torch.device,
     *,
     max_model_len: int | None,
     max_num_batched_tokens: int | None,
     seed: int | None,
     **rest: Any,
 ) -> EngineConfig:
-    limit = model.config.max_position_embeddings
+    limit = model.max_position_embeddings
     max_model_len = limit if max_model_len is None else max_model_len
     if isinstance(max_model_len, bool) or not isinstance(max_model_len, int) or not 1 < max_model_len <= limit:
         raise ValueError(
@@ -129,7 +144,7 @@ def engine_config(
     if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 1 << 64):
         raise ValueError(f"seed must be an integer from 0 to 2**64 - 1, or None, got {seed!r}")
     if max_num_batched_tokens is None:
-        max_num_batched_tokens = BATCHED_TOKENS[model.device.type]
+        max_num_batched_tokens = BATCHED_TOKENS[device.type]
     return EngineConfig(max_model_len=max_model_len, max_num_batched_tokens=max_num_batched_tokens, seed=seed, **rest)
 
 

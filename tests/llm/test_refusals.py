@@ -1,5 +1,7 @@
 """LLM, and Transformer.logits: what they refuse, by name and before anything runs."""
 
+from unittest.mock import Mock
+
 import pytest
 import torch
 
@@ -7,6 +9,7 @@ from llama import LLM, SamplingParams
 from llama.llm.inputs import as_prompts
 from llama.llm.loading import resolve_device, resolve_dtype
 from llama.model.config import ConfigError
+from llama.text.tokenizer import Tokenizer
 from tests.llm.helpers import GREEDY
 from tests.model.models import tiny_model
 
@@ -119,6 +122,23 @@ def test_constructor_refuses_by_name(folder, tmp_path):
     if not torch.cuda.is_available():
         with pytest.raises(ValueError, match="no CUDA device"):
             LLM(folder, **small, device="cuda")
+
+
+def test_arguments_are_refused_before_weights_are_read(folder, monkeypatch):
+    def read(*_, **__):
+        raise AssertionError("weights were read")
+
+    monkeypatch.setattr("llama.llm.loading.Transformer.from_pretrained", read)
+    with pytest.raises(AssertionError):
+        LLM(folder)
+    for arguments in ({"max_model_len": 257}, {"max_num_seqs": 0}, {"seed": -1}, {"block_size": 3}, {"max_loras": -1}):
+        (name,) = arguments
+        with pytest.raises(ValueError, match=name):
+            LLM(folder, **arguments)
+    other = Tokenizer.from_pretrained(folder)
+    monkeypatch.setattr(other, "check_vocab", Mock(side_effect=ValueError("larger than the model's")))
+    with pytest.raises(ValueError, match="larger than the model's"):
+        LLM(folder, other)
 
 
 def test_logits_of_more_tokens_than_the_context_are_refused():

@@ -105,7 +105,10 @@ def test_who_is_sent_back_to_wait_goes_on_where_its_grammar_was(llm, folder, arg
 @FORMATS
 def test_min_tokens_add_nothing_to_a_complete_answer(llm, response_format):
     params = asking(response_format, 2, min_tokens=LONGEST - 1)
-    check(llm.generate("Hi", params, use_tqdm=False)[0].outputs[0], response_format)
+    completion = llm.generate("Hi", params, use_tqdm=False)[0].outputs[0]
+    check(completion, response_format)
+    ends = [token in llm.tokenizer.eos_token_ids for token in completion.token_ids]
+    assert ends.index(True) == len(ends) - 1 < params.min_tokens
 
 
 def test_past_its_end_nothing_but_the_end_is_written(llm):
