@@ -13,10 +13,11 @@ from torch import Tensor
 
 from kernels._checks import check_tensors, require
 from kernels.sampling.draw import choose_kernel, finish_kernel, scan_kernel
-from kernels.sampling.filters import BINS, count_kernel
+from kernels.sampling.filters import count_kernel
 from kernels.sampling.logprobs import Draw, compute_logprobs
 from kernels.sampling.plan import plan_kernel
 from kernels.sampling.rules import Rules, Tiling, gather_rules
+from kernels.sampling.work import Work
 from kernels.types import Logprobs, Sampled, SamplerRows, SamplerState
 
 _INTEGERS = ("slots", "keys", "top_k", "bias_starts", "bias_ids", "mask")
@@ -48,121 +49,39 @@ def _check(logits: Tensor, rows: SamplerRows, state: SamplerState | None) -> Non
 def sample(logits: Tensor, rows: SamplerRows, state: SamplerState | None) -> Sampled:
     """See `kernels.sample`."""
     _check(logits, rows, state)
-    (num_rows, vocab), device = logits.shape, logits.device
-    token_ids = torch.empty(num_rows, dtype=torch.int64, device=device)
-    is_bad = torch.empty(num_rows, dtype=torch.bool, device=device)
+    num_rows, vocab = logits.shape
     rules, flags = gather_rules(logits, rows, state)
-    if num_rows == 0:
-        logprobs = None if rows.num_logprobs < 0 else compute_logprobs(rules, token_ids, rows.num_logprobs)
-        return Sampled(token_ids, is_bad, logprobs)
-
-    tiling = Tiling.of(num_rows, vocab)
-    per_split = (num_rows, tiling.splits)
-    num_groups = tiling.splits * tiling.tiles_per_split * tiling.tile // 32
-    filters = rows.any_filter and not rows.all_greedy
     keeps = any(flags.values()) and not (rows.all_greedy and not rows.any_processed)
+    filters = rows.any_filter and not rows.all_greedy
+    tiling = Tiling.of(max(num_rows, 1), vocab)
+    work = Work.allocate(logits, tiling, keeps, filters)
+    source = (work.changed, vocab) if keeps else (logits, logits.stride(0))
 
-    def scratch(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device=device)
+    if num_rows > 0:
+        per_split, per_row = (num_rows, tiling.splits), (num_rows,)
+        walk = {"splits": tiling.splits, "tiles": tiling.tiles_per_split, "VOCAB": vocab, "TILE": tiling.tile}
+        walk |= {"num_warps": 4, "enable_fp_fusion": False}
+        whole = {"splits": tiling.splits, "VOCAB": vocab, "ID_BITS": tiling.id_bits}
+        whole |= {"num_warps": 8, "enable_fp_fusion": False}
+        most = {"MAX_SPLITS": tiling.max_splits}
+        scan_kernel[per_split](rules, work, keeps=int(keeps), **flags, **walk)
+        if filters:
+            groups = {"num_groups": tiling.num_groups, "MAX_GROUPS": tiling.max_splits * tiling.tile // 32}
+            plan_kernel[per_row](rules, work, *source, **groups, **most, **whole)
+            count_kernel[per_split](rules, work, *source, **most, **walk)
+        if not rows.all_greedy:
+            choose_kernel[per_split](rules, work, *source, ID_BITS=tiling.id_bits, **most, **walk)
+        # Where log-probabilities are wanted, they are taken before the token is counted.
+        counts_here = flags["has_state"] and rows.num_logprobs < 0
+        finish_kernel[per_row](rules, work, has_state=int(counts_here), **most, **whole)
 
-    maxima, best_scores = scratch(2, *per_split)
-    argmaxima, best_ids = scratch(2, *per_split, dtype=torch.int32)
-    group_maxima = scratch(num_rows, num_groups)
-    changed = scratch(num_rows, vocab if keeps else 0)
-    histogram = scratch(num_rows, BINS.value, dtype=torch.int32)
-    totals = scratch(num_rows, 2, dtype=torch.int64)
-    num_candidates, is_few = scratch(2, num_rows, dtype=torch.int32)
-    candidates = scratch(num_rows, vocab if filters else 0, dtype=torch.int64)
-    cuts = scratch(num_rows, dtype=torch.int64)
-
-    walk = {"splits": tiling.splits, "tiles": tiling.tiles_per_split, "VOCAB": vocab, "TILE": tiling.tile}
-    options = {"num_warps": 4, "enable_fp_fusion": False}
-    row_options = {"num_warps": 8, "enable_fp_fusion": False}
-    sizes = {"MAX_SPLITS": tiling.max_splits, "ID_BITS": tiling.id_bits}
-    scan_kernel[per_split](
-        rules,
-        maxima,
-        argmaxima,
-        group_maxima,
-        changed,
-        histogram,
-        totals,
-        num_candidates,
-        **walk,
-        keeps=int(keeps),
-        **flags,
-        **options,
-    )
-    source = (changed, vocab) if keeps else (logits, logits.stride(0))
-    if filters:
-        plan_kernel[(num_rows,)](
-            rules,
-            *source,
-            maxima,
-            group_maxima,
-            scratch(num_rows, num_groups, dtype=torch.int32),
-            candidates,
-            num_candidates,
-            is_few,
-            tiling.splits,
-            num_groups,
-            VOCAB=vocab,
-            MAX_GROUPS=tiling.max_splits * tiling.tile // 32,
-            **sizes,
-            **row_options,
+    logprobs = None
+    if rows.num_logprobs >= 0:
+        draw = Draw(*source, work.is_bad, rows.logprobs_modes, work.maxima, work.cuts)
+        logprobs = compute_logprobs(
+            rules, work.token_ids, rows.num_logprobs, draw, tiling.splits, counts=bool(flags["has_state"])
         )
-        count_kernel[per_split](
-            rules,
-            *source,
-            maxima,
-            is_few,
-            histogram,
-            totals,
-            **walk,
-            MAX_SPLITS=tiling.max_splits,
-            **options,
-        )
-    if not rows.all_greedy:
-        choose_kernel[per_split](
-            rules,
-            *source,
-            maxima,
-            is_few,
-            histogram,
-            totals,
-            candidates,
-            num_candidates,
-            best_scores,
-            best_ids,
-            **walk,
-            **sizes,
-            **options,
-        )
-    finish_kernel[(num_rows,)](
-        rules,
-        maxima,
-        argmaxima,
-        histogram,
-        totals,
-        candidates,
-        num_candidates,
-        best_scores,
-        best_ids,
-        token_ids,
-        is_bad,
-        cuts,
-        splits=tiling.splits,
-        has_state=int(flags["has_state"] and rows.num_logprobs < 0),
-        VOCAB=vocab,
-        **sizes,
-        **row_options,
-    )
-    if rows.num_logprobs < 0:
-        return Sampled(token_ids, is_bad, None)
-    draw = Draw(*source, is_bad, rows.logprobs_modes, maxima, cuts, tiling.splits)
-    return Sampled(
-        token_ids, is_bad, compute_logprobs(rules, token_ids, rows.num_logprobs, draw, bool(flags["has_state"]))
-    )
+    return Sampled(work.token_ids, work.is_bad, logprobs)
 
 
 def token_logprobs(logits: Tensor, token_ids: Tensor, num_top: int) -> Logprobs:

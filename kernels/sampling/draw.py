@@ -36,16 +36,10 @@ _MOST_NOISE = tl.constexpr(16.64)
 @triton.jit(do_not_specialize=["splits", "tiles", "keeps", "has_bias", "has_state", "has_mask"])
 def scan_kernel(
     rules,
-    maxima,  # [rows, splits] out
-    argmaxima,  # [rows, splits] out
-    group_maxima,  # [rows, splits * tiles * TILE / 32] out
-    changed,  # [rows, VOCAB] out where `keeps`
-    histogram,  # [rows, BINS] out, zeros
-    totals,  # [rows, 2] out, zeros
-    num_candidates,  # [rows] out, zeros
+    work,  # out: maxima, argmaxima, group_maxima, changed; zeros in histogram, totals, num_candidates
     splits,
     tiles,  # per split
-    keeps,
+    keeps,  # whether `changed` is wanted
     has_bias,
     has_state,
     has_mask,
@@ -56,9 +50,9 @@ def scan_kernel(
     row = tl.program_id(0).to(tl.int64)
     split = tl.program_id(1)
     if split == 0:
-        tl.store(histogram + row * BINS + tl.arange(0, BINS), tl.zeros((BINS,), tl.int32))
-        tl.store(totals + row * 2 + tl.arange(0, 2), tl.zeros((2,), tl.int64))
-        tl.store(num_candidates + row, 0)
+        tl.store(work.histogram + row * BINS + tl.arange(0, BINS), tl.zeros((BINS,), tl.int32))
+        tl.store(work.totals + row * 2 + tl.arange(0, 2), tl.zeros((2,), tl.int64))
+        tl.store(work.num_candidates + row, 0)
 
     greedy = tl.load(rules.temperature + row) == 0
     best = -float("inf")
@@ -67,33 +61,26 @@ def scan_kernel(
         first = (split * tiles + tile) * TILE
         ids, logits = load_changed(rules, row, first, has_bias, has_state, has_mask, VOCAB, TILE)
         if keeps != 0:
-            tl.store(changed + row * VOCAB + ids, logits, mask=ids < VOCAB)
+            tl.store(work.changed + row * VOCAB + ids, logits, mask=ids < VOCAB)
         logits = tl.where(logits != logits, float("inf"), logits)
         peaks = tl.max(logits, axis=1)
-        tl.store(group_maxima + row * splits * tiles * GROUPS + first // 32 + tl.arange(0, GROUPS), peaks)
+        tl.store(work.group_maxima + row * splits * tiles * GROUPS + first // 32 + tl.arange(0, GROUPS), peaks)
         maximum = tl.max(peaks)
         if greedy & (maximum > best):
             best_id = tl.min(tl.where(logits == maximum, ids, VOCAB))
         best = tl.maximum(best, maximum)
-    tl.store(maxima + row * splits + split, best)
-    tl.store(argmaxima + row * splits + split, best_id)
+    tl.store(work.maxima + row * splits + split, best)
+    tl.store(work.argmaxima + row * splits + split, best_id)
 
 
 @triton.jit(do_not_specialize=["splits", "tiles"])
 def choose_kernel(
     rules,
+    work,  # out: best_scores, best_ids; added to: totals, candidates, num_candidates
     source,
     stride,
-    maxima,
-    is_few,
-    histogram,
-    totals,  # [rows, 2] added to: mass of the row if it is few, mass of the tokens surely kept if not
-    candidates,  # [rows, VOCAB] out, packed
-    num_candidates,  # [rows] added to
-    best_scores,  # [rows, splits] out
-    best_ids,  # [rows, splits] out
     splits,
-    tiles,
+    tiles,  # per split
     VOCAB: tl.constexpr,
     TILE: tl.constexpr,
     MAX_SPLITS: tl.constexpr,
@@ -101,7 +88,7 @@ def choose_kernel(
 ):
     row = tl.program_id(0).to(tl.int64)
     split = tl.program_id(1)
-    maximum = row_maximum(maxima, row, splits, MAX_SPLITS)
+    maximum = row_maximum(work.maxima, row, splits, MAX_SPLITS)
     temperature = tl.load(rules.temperature + row)
     if (temperature != 0) & is_finite(maximum):
         begin = BINS + 0
@@ -111,14 +98,14 @@ def choose_kernel(
         place_of_mass = 1
         if is_filtered(rules, row, VOCAB):
             min_p = tl.load(rules.min_p + row)
-            if tl.load(is_few + row) != 0:
+            if tl.load(work.is_few + row) != 0:
                 begin = 0
                 end = -1
                 place_of_mass = 0
                 weighs = (tl.load(rules.top_k + row) <= 0) & (tl.load(rules.top_p + row) < 1)
                 tiles = tl.where(weighs, tiles, 0)
             else:
-                begin, end, _ = bracket(rules, row, histogram, totals)
+                begin, end, _ = bracket(rules, work, row)
                 weighs = (begin > 0) & (begin < BINS)
         best = -float("inf")
         best_id = VOCAB + 0
@@ -144,13 +131,13 @@ def choose_kernel(
             counts = tl.sum(chosen, axis=1)
             count = tl.sum(counts)
             if count > 0:
-                at = tl.atomic_add(num_candidates + row, count, sem="relaxed") + tl.cumsum(counts) - counts
+                at = tl.atomic_add(work.num_candidates + row, count, sem="relaxed") + tl.cumsum(counts) - counts
                 at = at[:, None] + tl.cumsum(chosen, axis=1) - 1
-                tl.store(candidates + row * VOCAB + at, pack(depth, ids, ID_BITS), mask=chosen != 0)
+                tl.store(work.candidates + row * VOCAB + at, pack(depth, ids, ID_BITS), mask=chosen != 0)
 
-        tl.store(best_scores + row * splits + split, best)
-        tl.store(best_ids + row * splits + split, best_id)
-        tl.atomic_add(totals + row * 2 + place_of_mass, mass, sem="relaxed")
+        tl.store(work.best_scores + row * splits + split, best)
+        tl.store(work.best_ids + row * splits + split, best_id)
+        tl.atomic_add(work.totals + row * 2 + place_of_mass, mass, sem="relaxed")
 
 
 @triton.jit
@@ -165,17 +152,7 @@ def count_token(rules, row, token, is_bad, has_state, VOCAB: tl.constexpr):
 @triton.jit(do_not_specialize=["splits", "has_state"])
 def finish_kernel(
     rules,
-    maxima,
-    argmaxima,
-    histogram,
-    totals,
-    candidates,
-    num_candidates,
-    best_scores,
-    best_ids,
-    token_ids,  # [rows] out
-    is_bad,  # [rows] out
-    cuts,  # [rows] out: the largest packed value kept
+    work,  # out: token_ids, is_bad, cuts
     splits,
     has_state,  # whether to count the token here
     VOCAB: tl.constexpr,
@@ -183,7 +160,7 @@ def finish_kernel(
     ID_BITS: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    maximum = row_maximum(maxima, row, splits, MAX_SPLITS)
+    maximum = row_maximum(work.maxima, row, splits, MAX_SPLITS)
     temperature = tl.load(rules.temperature + row)
     bad = 1 - is_finite(maximum).to(tl.int32)
     token = tl.zeros((), tl.int32)
@@ -192,18 +169,18 @@ def finish_kernel(
     at = row * splits + split
     if bad == 0:
         if temperature == 0:
-            peaks = tl.load(maxima + at, mask=split < splits, other=-float("inf"))
-            ids = tl.load(argmaxima + at, mask=split < splits, other=VOCAB)
+            peaks = tl.load(work.maxima + at, mask=split < splits, other=-float("inf"))
+            ids = tl.load(work.argmaxima + at, mask=split < splits, other=VOCAB)
             token = tl.min(tl.where(peaks == maximum, ids, VOCAB))
         else:
-            scores = tl.load(best_scores + at, mask=split < splits, other=-float("inf"))
-            ids = tl.load(best_ids + at, mask=split < splits, other=VOCAB)
+            scores = tl.load(work.best_scores + at, mask=split < splits, other=-float("inf"))
+            ids = tl.load(work.best_ids + at, mask=split < splits, other=VOCAB)
             score = tl.max(scores)
             token = tl.min(tl.where(scores == score, ids, VOCAB))
-            count = tl.load(num_candidates + row)
+            count = tl.load(work.num_candidates + row)
             if count > 0:
-                candidates += row * VOCAB
-                cut = find_cut(rules, row, histogram, totals, candidates, count, ID_BITS)
+                candidates = work.candidates + row * VOCAB
+                cut = find_cut(rules, work, row, candidates, count, ID_BITS)
                 for start in range(0, count, 1024):
                     place = start + tl.arange(0, 1024)
                     packed = tl.load(candidates + place, mask=place < count, other=NO_CUT)
@@ -216,7 +193,7 @@ def finish_kernel(
                     if (best > score) | ((best == score) & (best_id < token)):
                         score = best
                         token = best_id
-    tl.store(token_ids + row, token.to(tl.int64))
-    tl.store(is_bad + row, bad != 0)
-    tl.store(cuts + row, cut)
+    tl.store(work.token_ids + row, token.to(tl.int64))
+    tl.store(work.is_bad + row, bad != 0)
+    tl.store(work.cuts + row, cut)
     count_token(rules, row, token, bad, has_state, VOCAB)

@@ -78,12 +78,9 @@ def count_bins(depth, min_p, SIZE: tl.constexpr):
 @triton.jit(do_not_specialize=["splits", "tiles"])
 def count_kernel(
     rules,
+    work,  # added to: histogram, and the mass of the row in totals
     source,
     stride,
-    maxima,
-    is_few,
-    histogram,  # [rows, BINS] added to
-    totals,  # [rows, 2] the first added to: mass of the row
     splits,
     tiles,  # per split
     VOCAB: tl.constexpr,
@@ -92,8 +89,8 @@ def count_kernel(
 ):
     row = tl.program_id(0).to(tl.int64)
     split = tl.program_id(1)
-    maximum = row_maximum(maxima, row, splits, MAX_SPLITS)
-    if is_filtered(rules, row, VOCAB) & is_finite(maximum) & (tl.load(is_few + row) == 0):
+    maximum = row_maximum(work.maxima, row, splits, MAX_SPLITS)
+    if is_filtered(rules, row, VOCAB) & is_finite(maximum) & (tl.load(work.is_few + row) == 0):
         temperature = tl.load(rules.temperature + row)
         min_p = tl.load(rules.min_p + row)
         weighs = tl.load(rules.top_k + row) <= 0
@@ -107,19 +104,19 @@ def count_kernel(
             if weighs:
                 mass += tl.sum(tl.where(alive, masses(depth), 0))
             counts += count_bins(tl.reshape(depth, (TILE,), can_reorder=True), min_p, TILE)
-        tl.atomic_add(histogram + row * BINS + bins, counts, mask=counts != 0, sem="relaxed")
-        tl.atomic_add(totals + row * 2, mass, sem="relaxed")
+        tl.atomic_add(work.histogram + row * BINS + bins, counts, mask=counts != 0, sem="relaxed")
+        tl.atomic_add(work.totals + row * 2, mass, sem="relaxed")
 
 
 @triton.jit
-def bracket(rules, row, histogram, totals):
+def bracket(rules, work, row):
     """-> first and last bin that a cut of top_k or top_p can lie in, and the number of tokens in the bins before.
 
     All in bins before is kept, all in bins after dropped. top_k's bin follows from the counts. For top_p, the mass of a
     bin is bounded by its edges, summed from either end of the row, with more slack than float32 sums need.
     """
     bins = tl.arange(0, BINS)
-    counts = tl.load(histogram + row * BINS + bins)
+    counts = tl.load(work.histogram + row * BINS + bins)
     upto = tl.cumsum(counts)
     top_k = tl.load(rules.top_k + row)
     top_p = tl.load(rules.top_p + row)
@@ -133,7 +130,7 @@ def bracket(rules, row, histogram, totals):
             begin = 0
     else:
         if top_p < 1:
-            total = tl.load(totals + row * 2).to(tl.float32) / ONE
+            total = tl.load(work.totals + row * 2).to(tl.float32) / ONE
             goal = tl.maximum(top_p * total, 1e-6)
             most = counts.to(tl.float32) * tl.exp(-edge_of(bins))
             least = tl.where(bins < BINS - 1, counts.to(tl.float32) * tl.exp(-edge_of(bins + 1)), 0.0)
@@ -177,14 +174,14 @@ def _search(candidates, count, low, high, before, goal, BY_MASS: tl.constexpr, I
 
 
 @triton.jit
-def find_cut(rules, row, histogram, totals, candidates, count, ID_BITS: tl.constexpr):
-    """The largest packed value that top_k and top_p keep."""
-    _, _, num_above = bracket(rules, row, histogram, totals)
+def find_cut(rules, work, row, candidates, count, ID_BITS: tl.constexpr):
+    """The largest packed value that top_k and top_p keep, of the row's `count` candidates."""
+    _, _, num_above = bracket(rules, work, row)
     top_k = tl.load(rules.top_k + row)
     top_p = tl.load(rules.top_p + row)
     zero = tl.zeros((), tl.int64)
     cut = zero + (1 << 31 + ID_BITS)  # more than any token's
-    mass = tl.load(totals + row * 2)
+    mass = tl.load(work.totals + row * 2)
     if top_k > 0:
         cut = _search(candidates, count, zero, cut, num_above.to(tl.int64), top_k, False, ID_BITS)
         cut |= (1 << ID_BITS) - 1  # whatever is as deep as the top_k-th token is kept
@@ -196,6 +193,6 @@ def find_cut(rules, row, histogram, totals, candidates, count, ID_BITS: tl.const
                 mass += tl.sum(tl.where(packed <= cut, masses(unpack_depth(packed, ID_BITS)), 0))
     if top_p < 1:
         goal = (top_p * mass.to(tl.float32)).to(tl.int64)  # in float32, so that 0.4 of 3000 equals is 1200 of them
-        above = tl.load(totals + row * 2 + 1)
+        above = tl.load(work.totals + row * 2 + 1)
         cut = _search(candidates, count, zero, cut, above, tl.maximum(goal, 1), True, ID_BITS)
     return cut

@@ -38,14 +38,22 @@ def _unpack_value(packed, ID_BITS: tl.constexpr):
 
 @triton.jit
 def _drawn_values(
-    rules, source, stride, row, first, maximum, cut, VOCAB: tl.constexpr, TILE: tl.constexpr, ID_BITS: tl.constexpr
+    rules,
+    draw,
+    row,
+    first,
+    splits,
+    VOCAB: tl.constexpr,
+    TILE: tl.constexpr,
+    MAX_SPLITS: tl.constexpr,
+    ID_BITS: tl.constexpr,
 ):
     """What a processed row's softmax is of: changed logits if greedy, else -depth within the support."""
-    ids, logits = load_tile(source, stride, row, first, VOCAB, TILE)
+    ids, logits = load_tile(draw.source, draw.stride, row, first, VOCAB, TILE)
     temperature = tl.load(rules.temperature + row)
     if temperature != 0:
-        depth = depths(logits, maximum, temperature)
-        kept = is_alive(depth, tl.load(rules.min_p + row)) & (pack(depth, ids, ID_BITS) <= cut)
+        depth = depths(logits, row_maximum(draw.maxima, row, splits, MAX_SPLITS), temperature)
+        kept = is_alive(depth, tl.load(rules.min_p + row)) & (pack(depth, ids, ID_BITS) <= tl.load(draw.cuts + row))
         logits = tl.where(kept, -depth, -float("inf"))
     return ids, logits
 
@@ -53,18 +61,10 @@ def _drawn_values(
 @triton.jit(do_not_specialize=["splits", "num_splits", "num_top"])
 def logprob_parts_kernel(
     rules,
-    source,  # DRAWN: the changed logits
-    stride,
+    draw,  # where DRAWN
     token_ids,
-    modes,  # DRAWN: [rows]
-    row_maxima,  # DRAWN: [rows, splits] of changed logits
-    cuts,  # DRAWN: [rows]
-    own,  # [rows] out: each token's own value
-    maxima,  # [rows, num_splits] out
-    sums,  # [rows, num_splits] out, of exp(value - the split's maximum)
-    greater,  # [rows, num_splits] out
-    best,  # [rows, num_splits, num_top] out, packed values
-    splits,
+    parts,  # out
+    splits,  # of the draw
     num_splits,
     num_top,
     DRAWN: tl.constexpr,
@@ -78,41 +78,34 @@ def logprob_parts_kernel(
     first = split * TILE
     mode = _RAW + 0
     if DRAWN:
-        mode = tl.load(modes + row).to(tl.int32)
+        mode = tl.load(draw.modes + row).to(tl.int32)
     if mode != _OFF:
         token = tl.load(token_ids + row).to(tl.int32)
         value = tl.load(rules.logits + row * rules.logits_stride + token).to(tl.float32)
         ids, x = load_tile(rules.logits, rules.logits_stride, row, first, VOCAB, TILE)
         if DRAWN and mode == _PROCESSED:
-            maximum = row_maximum(row_maxima, row, splits, MAX_SPLITS)
-            cut = tl.load(cuts + row)
-            near, own_x = _drawn_values(rules, source, stride, row, token // 32 * 32, maximum, cut, VOCAB, 32, ID_BITS)
-            value = tl.max(tl.where(near == token, own_x, -float("inf")))
-            ids, x = _drawn_values(rules, source, stride, row, first, maximum, cut, VOCAB, TILE, ID_BITS)
+            near, own = _drawn_values(rules, draw, row, token // 32 * 32, splits, VOCAB, 32, MAX_SPLITS, ID_BITS)
+            value = tl.max(tl.where(near == token, own, -float("inf")))
+            ids, x = _drawn_values(rules, draw, row, first, splits, VOCAB, TILE, MAX_SPLITS, ID_BITS)
         at = row * num_splits + split
         maximum = tl.max(x)
-        tl.store(own + row, value)
-        tl.store(maxima + at, maximum)
-        tl.store(sums + at, tl.where(maximum > -float("inf"), tl.sum(tl.exp(x - maximum)), 0.0))
-        tl.store(greater + at, tl.sum((x > value).to(tl.int32)))
+        tl.store(parts.own + row, value)
+        tl.store(parts.maxima + at, maximum)
+        tl.store(parts.sums + at, tl.where(maximum > -float("inf"), tl.sum(tl.exp(x - maximum)), 0.0))
+        tl.store(parts.greater + at, tl.sum((x > value).to(tl.int32)))
         packed = _pack_value(x, ids, ID_BITS)
         last = tl.full((), -1, tl.int64)
         for place in range(num_top):
             last = tl.min(tl.where(packed > last, packed, NO_CUT))
-            tl.store(best + at * num_top + place, last)
+            tl.store(parts.best + at * num_top + place, last)
 
 
 @triton.jit(do_not_specialize=["num_splits", "num_top", "has_state"])
 def logprob_merge_kernel(
     rules,
+    draw,  # where DRAWN
     token_ids,
-    is_bad,  # DRAWN: [rows]
-    modes,  # DRAWN: [rows]
-    own,
-    maxima,
-    sums,
-    greater,
-    best,
+    parts,
     logprobs,  # [rows] out
     ranks,  # [rows] out
     top_ids,  # [rows, num_top] out
@@ -129,8 +122,8 @@ def logprob_merge_kernel(
     row = tl.program_id(0).to(tl.int64)
     mode = _RAW + 0
     if DRAWN:
-        mode = tl.load(modes + row).to(tl.int32)
-        count_token(rules, row, tl.load(token_ids + row), tl.load(is_bad + row).to(tl.int32), has_state, VOCAB)
+        mode = tl.load(draw.modes + row).to(tl.int32)
+        count_token(rules, row, tl.load(token_ids + row), tl.load(draw.is_bad + row).to(tl.int32), has_state, VOCAB)
     if mode == _OFF:
         tl.store(logprobs + row, 0.0)
         tl.store(ranks + row, 0)
@@ -139,15 +132,15 @@ def logprob_merge_kernel(
             tl.store(top_logprobs + row * num_top + place, -float("inf"))
     else:
         split = tl.arange(0, MAX_SPLITS)
-        parts = tl.load(maxima + row * num_splits + split, mask=split < num_splits, other=-float("inf"))
-        exponentials = tl.load(sums + row * num_splits + split, mask=split < num_splits, other=0.0)
-        maximum = tl.max(parts)
-        log_sum = tl.log(tl.sum(exponentials * tl.exp(parts - maximum)))
-        tl.store(logprobs + row, tl.load(own + row) - maximum - log_sum)
-        counts = tl.load(greater + row * num_splits + split, mask=split < num_splits, other=0)
+        maxima = tl.load(parts.maxima + row * num_splits + split, mask=split < num_splits, other=-float("inf"))
+        exponentials = tl.load(parts.sums + row * num_splits + split, mask=split < num_splits, other=0.0)
+        maximum = tl.max(maxima)
+        log_sum = tl.log(tl.sum(exponentials * tl.exp(maxima - maximum)))
+        tl.store(logprobs + row, tl.load(parts.own + row) - maximum - log_sum)
+        counts = tl.load(parts.greater + row * num_splits + split, mask=split < num_splits, other=0)
         tl.store(ranks + row, 1 + tl.sum(counts).to(tl.int64))
 
-        best += row * num_splits * num_top
+        best = parts.best + row * num_splits * num_top
         last = tl.full((), -1, tl.int64)
         for place in range(num_top):
             following = tl.full((CHUNK,), NO_CUT, tl.int64)
@@ -165,22 +158,48 @@ def logprob_merge_kernel(
 class Draw(NamedTuple):
     """What `sample` leaves behind for the log-probabilities of its tokens."""
 
-    source: Tensor  # the changed logits
+    source: Tensor  # [rows, vocab], the changed logits
     stride: int
-    is_bad: Tensor
-    modes: Tensor
-    maxima: Tensor  # [rows, splits]
-    cuts: Tensor
-    splits: int
+    is_bad: Tensor  # [rows]
+    modes: Tensor  # [rows]
+    maxima: Tensor  # [rows, splits] of the changed logits
+    cuts: Tensor  # [rows], the largest packed value kept
+
+
+class Parts(NamedTuple):
+    """What the splits of each row leave for the merge."""
+
+    own: Tensor  # [rows] float32, the token's value
+    maxima: Tensor  # [rows, splits] float32
+    sums: Tensor  # [rows, splits] float32, of exp(value - the split's maximum)
+    greater: Tensor  # [rows, splits] int32, values above the token's
+    best: Tensor  # [rows, splits, num_top] int64, packed values
+
+    @classmethod
+    def allocate(cls, rows: int, splits: int, num_top: int, device: torch.device) -> "Parts":
+        maxima, sums = torch.empty(2, rows, splits, dtype=torch.float32, device=device)
+        return cls(
+            own=torch.empty(rows, dtype=torch.float32, device=device),
+            maxima=maxima,
+            sums=sums,
+            greater=torch.empty(rows, splits, dtype=torch.int32, device=device),
+            best=torch.empty(rows, splits, num_top, dtype=torch.int64, device=device),
+        )
 
 
 def compute_logprobs(
-    rules: Rules, token_ids: Tensor, num_top: int, draw: Draw | None = None, has_state: bool = False
+    rules: Rules,
+    token_ids: Tensor,
+    num_top: int,
+    draw: Draw | None = None,
+    draw_splits: int = 1,
+    counts: bool = False,
 ) -> Logprobs:
-    """Of the rules' logits as they came; after a draw, of what each row's mode asks for, and the tokens are counted."""
+    """Of the rules' logits as they came; after a draw, of what each row's mode asks for.
+
+    `counts`: the tokens are counted here, for the penalties of the next step.
+    """
     (rows, vocab), device = rules.logits.shape, token_ids.device
-    tiling = Tiling.of(max(rows, 1), vocab)
-    shape = (rows, tiling.num_tiles)
     logprobs = Logprobs(
         torch.empty(rows, dtype=torch.float32, device=device),
         torch.empty(rows, dtype=torch.int64, device=device),
@@ -189,52 +208,33 @@ def compute_logprobs(
     )
     if rows == 0:
         return logprobs
-    own = torch.empty(rows, dtype=torch.float32, device=device)
-    maxima = torch.empty(shape, dtype=torch.float32, device=device)
-    sums = torch.empty(shape, dtype=torch.float32, device=device)
-    greater = torch.empty(shape, dtype=torch.int32, device=device)
-    best = torch.empty(*shape, num_top, dtype=torch.int64, device=device)
-    drawn = draw or Draw(rules.logits, 0, token_ids, token_ids, maxima, token_ids, 1)
-    constants = {"DRAWN": draw is not None, "VOCAB": vocab, "MAX_SPLITS": tiling.max_splits, "ID_BITS": tiling.id_bits}
-    logprob_parts_kernel[shape](
+    tiling = Tiling.of(rows, vocab)
+    parts = Parts.allocate(rows, tiling.num_tiles, num_top, device)
+    drawn = draw or Draw(rules.logits, 0, token_ids, token_ids, parts.maxima, token_ids)
+    sizes = {"num_splits": tiling.num_tiles, "num_top": num_top, "MAX_SPLITS": tiling.max_splits}
+    constants = {"DRAWN": draw is not None, "VOCAB": vocab, "ID_BITS": tiling.id_bits, "num_warps": 4}
+    logprob_parts_kernel[(rows, tiling.num_tiles)](
         rules,
-        drawn.source,
-        drawn.stride,
+        drawn,
         token_ids,
-        drawn.modes,
-        drawn.maxima,
-        drawn.cuts,
-        own,
-        maxima,
-        sums,
-        greater,
-        best,
-        drawn.splits,
-        tiling.num_tiles,
-        num_top,
-        **constants,
+        parts,
+        splits=draw_splits,
         TILE=tiling.tile,
-        num_warps=4,
         enable_fp_fusion=False,
+        **sizes,
+        **constants,
     )
     logprob_merge_kernel[(rows,)](
         rules,
+        drawn,
         token_ids,
-        drawn.is_bad,
-        drawn.modes,
-        own,
-        maxima,
-        sums,
-        greater,
-        best,
+        parts,
         logprobs.logprob,
         logprobs.rank,
         logprobs.top_ids,
         logprobs.top_logprobs,
-        tiling.num_tiles,
-        num_top,
-        int(has_state),
+        has_state=int(counts),
+        **sizes,
         **constants,
-        num_warps=4,
     )
     return logprobs

@@ -40,14 +40,9 @@ def _last_bin(rules, row, counts):
 @triton.jit(do_not_specialize=["splits", "num_groups"])
 def plan_kernel(
     rules,
+    work,  # out: is_few, candidates, num_candidates, and group_ids for itself
     source,
     stride,
-    maxima,
-    group_maxima,  # [rows, num_groups]
-    group_ids,  # [rows, num_groups] scratch
-    candidates,  # [rows, VOCAB] out, packed
-    num_candidates,  # [rows] out
-    is_few,  # [rows] out
     splits,
     num_groups,
     VOCAB: tl.constexpr,
@@ -57,15 +52,14 @@ def plan_kernel(
 ):
     AT_ONCE: tl.constexpr = 32
     row = tl.program_id(0).to(tl.int64)
-    maximum = row_maximum(maxima, row, splits, MAX_SPLITS)
+    maximum = row_maximum(work.maxima, row, splits, MAX_SPLITS)
     few = 0
     if is_filtered(rules, row, VOCAB) & is_finite(maximum):
         temperature = tl.load(rules.temperature + row)
         min_p = tl.load(rules.min_p + row)
         groups = tl.arange(0, MAX_GROUPS)
-        group_maxima += row * num_groups
-        group_ids += row * num_groups
-        peaks = tl.load(group_maxima + groups, mask=groups < num_groups, other=-float("inf"))
+        group_ids = work.group_ids + row * num_groups
+        peaks = tl.load(work.group_maxima + row * num_groups + groups, mask=groups < num_groups, other=-float("inf"))
         depth = depths(peaks, maximum, temperature)
         last, count = _last_bin(rules, row, count_bins(depth, min_p, MAX_GROUPS))
         if count <= FEW_GROUPS:
@@ -83,7 +77,7 @@ def plan_kernel(
                 kept = (is_alive(below, min_p) & (bin_of(below) <= last)).to(tl.int32)
                 counts = tl.sum(kept, axis=1)
                 place = found + (tl.cumsum(counts) - counts)[:, None] + tl.cumsum(kept, axis=1) - 1
-                tl.store(candidates + row * VOCAB + place, pack(below, ids, ID_BITS), mask=kept != 0)
+                tl.store(work.candidates + row * VOCAB + place, pack(below, ids, ID_BITS), mask=kept != 0)
                 found += tl.sum(counts)
-            tl.store(num_candidates + row, found)
-    tl.store(is_few + row, few)
+            tl.store(work.num_candidates + row, found)
+    tl.store(work.is_few + row, few)

@@ -37,6 +37,11 @@ class Tiling(NamedTuple):
         id_bits = (num_tiles * TILE - 1).bit_length()
         return cls(TILE, num_tiles, splits, tiles_per_split, triton.next_power_of_2(num_tiles), id_bits)
 
+    @property
+    def num_groups(self) -> int:
+        """Of 32 tokens, in all tiles of all splits."""
+        return self.splits * self.tiles_per_split * self.tile // 32
+
 
 class Rules(NamedTuple):
     """Where a kernel finds the logits and the rows' parameters. What a call does not have is any tensor of its type."""
