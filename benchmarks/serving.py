@@ -131,7 +131,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=at_least_1, default=2)
     parser.add_argument("--words", type=at_least_1, default=100, help="of a prompt, about as many tokens")
     parser.add_argument("--max-tokens", type=at_least_1, default=64)
-    parser.add_argument("--seed", type=int, default=0)
+    seed_help = "of prompts and arrivals; drawn anew if not given, for a server may know the prompts of the run before"
+    parser.add_argument("--seed", type=int, default=random.SystemRandom().getrandbits(32), help=seed_help)
     options = parser.parse_args()
     servers = dict(options.servers)
     chance = random.Random(options.seed)
