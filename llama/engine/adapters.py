@@ -34,6 +34,8 @@ class Adapters:
 
     def remove(self, name: str) -> None:
         """Requests that use it go on; new ones cannot name it."""
+        if name is None:
+            raise ValueError("the base model is no adapter: it cannot be unloaded")
         adapter = self.get(name)
         del self.by_name[name]
         if adapter in self._resident:
@@ -43,7 +45,7 @@ class Adapters:
         """None is the base model; an unknown name is a ValueError that lists those that are known."""
         if name is None:
             return NO_ADAPTER
-        if name not in self.by_name:
+        if not isinstance(name, str) or name not in self.by_name:
             known = ", ".join(sorted(self.by_name)) or "none"
             raise ValueError(f"no adapter named {name!r} is loaded (loaded: {known})")
         return self.by_name[name]

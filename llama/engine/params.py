@@ -217,7 +217,7 @@ def _response_format(value: Any) -> dict[str, Any] | None:
     kind = value.get("type")
     if kind == "text" and len(value) == 1:
         return None
-    if kind not in _FORMATS:
+    if not isinstance(kind, str) or kind not in _FORMATS:
         raise _refusal('response_format["type"]', 'one of "text", "json_object", "json_schema", "regex"', kind)
     content = _FORMATS[kind]
     legal = {"type"} if content is None else {"type", content[0]}

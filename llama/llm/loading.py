@@ -35,7 +35,7 @@ def resolve_device(device: str | torch.device) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         resolved = torch.device(device)
-    except RuntimeError:
+    except (RuntimeError, TypeError):
         resolved = None
     if resolved is None or resolved.type not in BATCHED_TOKENS:
         raise ValueError(f'device must be "auto", "cpu" or "cuda", got {str(device)!r}')
@@ -52,7 +52,7 @@ def resolve_dtype(dtype: str | torch.dtype) -> torch.dtype | None:
         return dtype
     if dtype == "auto":
         return None
-    if dtype not in DTYPES:
+    if not isinstance(dtype, str) or dtype not in DTYPES:
         raise ValueError(f'dtype must be "auto" or one of {", ".join(DTYPES)}, got {str(dtype)!r}')
     return DTYPES[dtype]
 

@@ -33,6 +33,8 @@ class LoRARequest:
 def read_lora(engine: Engine, model: Transformer, name: str, path: str | Path) -> Adapter:
     """Read and check what is to be loaded; nothing of the engine is changed."""
     engine.adapters.check_new(name)
+    if not isinstance(path, str | Path):
+        raise ValueError(f"path must be an adapter's folder, got {type(path).__name__}")
     content = read_adapter(path, model, max_rank=engine.config.max_lora_rank)
     return Adapter(name, content.digest, content)
 

@@ -100,7 +100,7 @@ class ModelConfig:
     @classmethod
     def preset(cls, name: str) -> "ModelConfig":
         """One of llama-3.1-8b, -70b, -405b, llama-3.2-1b, -3b, tiny."""
-        if name not in _PRESETS:
+        if not isinstance(name, str) or name not in _PRESETS:
             raise ConfigError(f"unknown preset {name!r}; there are {', '.join(_PRESETS)}")
         return _PRESETS[name]
 

@@ -1,5 +1,6 @@
 """SamplingParams: every field takes what the interface says and refuses the rest by name."""
 
+import contextlib
 import copy
 import dataclasses
 import inspect
@@ -10,6 +11,7 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 
 from llama.engine.request import MAX_SEED, SamplingParams
 
@@ -108,6 +110,7 @@ def test_illegal(name, value):
             {"response_format": {"type": "xml"}},
             'response_format["type"] must be one of "text", "json_object", "json_schema", "regex", got \'xml\'',
         ),
+        ({"response_format": {"type": []}}, 'response_format["type"] must be one of'),
         ({"response_format": {"type": "regex"}}, 'response_format["regex"] must be a regular expression, got None'),
         ({"response_format": {"type": "regex", "regex": ""}}, 'response_format["regex"] must be a regular expression'),
         (
@@ -132,6 +135,15 @@ def test_named_refusals(given, message):
     with pytest.raises(ValueError) as refusal:
         SamplingParams(**given)
     assert str(refusal.value).startswith(message)
+
+
+@pytest.mark.parametrize("name", SamplingParams.__dataclass_fields__)
+def test_whatever_is_given_nothing_but_a_value_error_comes(name):
+    objects = [{"type": value} for value in ([], {}, None, 5)]
+    objects += [{"type": "regex", "regex": []}, {"type": "json_schema", "json_schema": []}, {"a": []}, {5: []}]
+    for value in ([], {}, [[]], [{}], (), "", b"x", object(), np.ones(3), torch.ones(2), 10**400, *objects):
+        with contextlib.suppress(ValueError):
+            SamplingParams(**{name: value})
 
 
 def test_a_name_that_nobody_knows():

@@ -51,6 +51,14 @@ def test_bad_parameters_are_refused_by_name(llm):
         llm.generate("x", {"temperature": 0})
     with pytest.raises(ValueError, match="no adapter named 'style'"):
         llm.generate("x", GREEDY, lora="style")
+    for lora in ({}, [{}], [[]]):
+        with pytest.raises(ValueError):
+            llm.generate("x", GREEDY, lora=lora)
+    for name in ({}, [], None):
+        with pytest.raises(ValueError):
+            llm.unload_lora(name)
+    with pytest.raises(ValueError, match="path must be an adapter's folder, got NoneType"):
+        llm.load_lora("style", None)
     with pytest.raises(ValueError, match="lora_request must be a LoRARequest, got str"):
         llm.generate("x", GREEDY, lora_request="style")
     with pytest.raises(ValueError, match="stop_token_ids must hold"):
@@ -79,7 +87,9 @@ def test_constructor_refuses_by_name(folder, tmp_path):
     small = {"num_blocks": 8, "load_format": "dummy"}
     for arguments, words in (
         ({"device": "tpu"}, "device must be"),
+        ({"device": []}, r'device must be "auto", "cpu" or "cuda", got .*\[\]'),
         ({"dtype": "int8"}, "dtype must be"),
+        ({"dtype": []}, r"dtype must be .* got .*\[\]"),
         ({"load_format": "pickle"}, "load_format must be"),
         ({"max_model_len": 257}, r"max_model_len must be an integer in \[2, 256\].* got 257"),
         ({"max_model_len": "64"}, r"max_model_len must be an integer in \[2, 256\].* got '64'"),

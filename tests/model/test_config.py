@@ -163,6 +163,8 @@ def test_files_that_are_no_config(content, message, tmp_path):
 def test_unknown_preset():
     with pytest.raises(ConfigError, match=r"unknown preset 'llama-4'; there are llama-3.1-8b"):
         ModelConfig.preset("llama-4")
+    with pytest.raises(ConfigError, match=r"unknown preset \[\]"):
+        ModelConfig.preset([])
 
 
 @pytest.mark.parametrize("factor", [8.0, 32.0, None])

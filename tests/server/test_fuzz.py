@@ -24,6 +24,41 @@ FINE = {
     "/v1/chat/completions": {"messages": [{"role": "user", "content": "x"}], "max_tokens": 1},
     "/v1/completions": {"prompt": "x", "max_tokens": 1},
 }
+SCHEMA = {"type": "object", "properties": {"a": {"type": "string", "maxLength": 3}}, "required": ["a"]}
+FUNCTION = {"name": "f", "description": "d", "parameters": SCHEMA}
+CALL = {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+DIALOGUE = [
+    {"role": "system", "content": "x"},
+    {"role": "user", "content": [{"type": "text", "text": "x"}]},
+    {"role": "assistant", "content": None, "tool_calls": [CALL]},
+    {"role": "tool", "tool_call_id": "c", "content": "x"},
+]
+COMMON = {"max_tokens": 1, "seed": 1, "top_p": 0.5, "frequency_penalty": 0.1, "presence_penalty": 0.1}
+OPENAI = COMMON | {"stop": ["x"], "logit_bias": {"5": 1.0}, "n": 1}
+OPENAI |= {"stream": True, "stream_options": {"include_usage": True}}
+# Requests that use everything, to be damaged anywhere inside.
+RICH = {
+    RUN: COMMON
+    | {
+        "messages": [*DIALOGUE[:2], {"role": "assistant", "content": "x"}, {"role": "user", "content": "x"}],
+        "tools": [FUNCTION, {"type": "function", "function": FUNCTION}],
+        "response_format": {"type": "json_schema", "json_schema": SCHEMA},
+        "top_k": 5,
+        "repetition_penalty": 1.1,
+        "max_tokens": 60,  # a whole answer in JSON
+    },
+    "/v1/chat/completions": OPENAI
+    | {
+        "model": NAME,
+        "messages": DIALOGUE,
+        "tools": [{"type": "function", "function": FUNCTION}],
+        "tool_choice": "auto",
+        "response_format": {"type": "json_schema", "json_schema": {"name": "n", "schema": SCHEMA, "strict": True}},
+        "logprobs": True,
+        "top_logprobs": 2,
+    },
+    "/v1/completions": OPENAI | {"prompt": ["x", "y"], "echo": True, "logprobs": 1},
+}
 NUMBERS = st.one_of(
     st.integers(-3, 3),
     st.sampled_from([2**31, 2**63, -(2**63), 10**30, 10**400, 1e308, -1e308, 0.5, 5e-324]),
@@ -47,10 +82,31 @@ VALUES = st.recursive(
 
 
 @st.composite
+def damaged(draw, value):
+    """The value with something inside it replaced, taken away or put in."""
+    if not value or not isinstance(value, dict | list) or draw(st.integers(0, 4)) == 0:
+        return draw(VALUES)
+    if isinstance(value, dict):
+        key = draw(st.sampled_from(sorted(value)))
+        kind = draw(st.integers(0, 9))
+        if kind == 0:
+            return {name: inner for name, inner in value.items() if name != key}
+        if kind == 1:
+            return value | {draw(KEYS): draw(VALUES)}
+        return value | {key: draw(damaged(value[key]))}
+    at = draw(st.integers(0, len(value) - 1))
+    return [*value[:at], draw(damaged(value[at])), *value[at + 1 :]]
+
+
+@st.composite
 def requests(draw):
-    """(path, bytes): a fine request with some of its fields replaced, or bytes that are no request at all."""
+    """(path, bytes): a fine request with some of its fields replaced, one that uses everything with something inside
+    it damaged, or bytes that are no request at all."""
     path = draw(st.sampled_from(sorted(ROUTES)))
-    if draw(st.integers(0, 19)) == 0:
+    kind = draw(st.integers(0, 19))
+    if kind < 9:
+        return path, json.dumps(draw(damaged(RICH[path]))).encode()
+    if kind == 9:
         return path, draw(st.one_of(st.binary(max_size=40), VALUES.map(lambda value: json.dumps(value).encode())))
     fields = st.one_of(st.sampled_from(sorted(ROUTES[path].model_fields)), KEYS)
     return path, json.dumps(FINE[path] | draw(st.dictionaries(fields, VALUES, min_size=1, max_size=3))).encode()
@@ -60,7 +116,7 @@ class Process:
     """The application with an engine of its own, called without a socket."""
 
     def __init__(self) -> None:
-        self.llm = real_llm(max_num_seqs=64, max_model_len=128)
+        self.llm = real_llm(max_num_seqs=64)
         self.app = create_app(Service(self.llm, ServerConfig(model_names=(NAME,))))
         self.loop = asyncio.new_event_loop()
 
@@ -132,3 +188,8 @@ def test_bad_requests(process, request_):
 @given(requests())
 def test_many_bad_requests(process, request_):
     check(process, request_)
+
+
+@pytest.mark.parametrize("path", RICH)
+def test_what_is_damaged_is_fine(process, path):
+    assert process.post(path, json.dumps(RICH[path]).encode()) == 200
