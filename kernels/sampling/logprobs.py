@@ -177,13 +177,15 @@ class Parts(NamedTuple):
 
     @classmethod
     def allocate(cls, rows: int, splits: int, num_top: int, device: torch.device) -> "Parts":
-        maxima, sums = torch.empty(2, rows, splits, dtype=torch.float32, device=device)
+        def empty(*shape: int, dtype: torch.dtype) -> Tensor:
+            return torch.empty(shape, dtype=dtype, device=device)
+
         return cls(
-            own=torch.empty(rows, dtype=torch.float32, device=device),
-            maxima=maxima,
-            sums=sums,
-            greater=torch.empty(rows, splits, dtype=torch.int32, device=device),
-            best=torch.empty(rows, splits, num_top, dtype=torch.int64, device=device),
+            own=empty(rows, dtype=torch.float32),
+            maxima=empty(rows, splits, dtype=torch.float32),
+            sums=empty(rows, splits, dtype=torch.float32),
+            greater=empty(rows, splits, dtype=torch.int32),
+            best=empty(rows, splits, num_top, dtype=torch.int64),
         )
 
 

@@ -37,24 +37,22 @@ class Work(NamedTuple):
         def empty(*shape: int, dtype: torch.dtype) -> Tensor:
             return torch.empty(shape, dtype=dtype, device=logits.device)
 
-        maxima, best_scores = empty(2, *split, dtype=torch.float32)
-        argmaxima, best_ids = empty(2, *split, dtype=torch.int32)
-        is_few, num_candidates = empty(2, rows, dtype=torch.int32)
-        cuts, token_ids = empty(2, rows, dtype=torch.int64)
+        # No tensor is a part of another: where it began would depend on the number of rows, and Triton compiles a kernel
+        # anew for addresses that are no multiples of 16.
         return cls(
-            maxima=maxima,
-            argmaxima=argmaxima,
+            maxima=empty(*split, dtype=torch.float32),
+            argmaxima=empty(*split, dtype=torch.int32),
             group_maxima=empty(*group, dtype=torch.float32),
             group_ids=empty(*group, dtype=torch.int32) if filters else empty(0, dtype=torch.int32),
             changed=empty(rows, vocab if keeps else 0, dtype=torch.float32),
             histogram=empty(rows, BINS.value, dtype=torch.int32),
             totals=empty(rows, 2, dtype=torch.int64),
-            is_few=is_few,
+            is_few=empty(rows, dtype=torch.int32),
             candidates=empty(rows, vocab if filters else 0, dtype=torch.int64),
-            num_candidates=num_candidates,
-            best_scores=best_scores,
-            best_ids=best_ids,
-            cuts=cuts,
-            token_ids=token_ids,
+            num_candidates=empty(rows, dtype=torch.int32),
+            best_scores=empty(*split, dtype=torch.float32),
+            best_ids=empty(*split, dtype=torch.int32),
+            cuts=empty(rows, dtype=torch.int64),
+            token_ids=empty(rows, dtype=torch.int64),
             is_bad=empty(rows, dtype=torch.bool),
         )
