@@ -37,8 +37,8 @@ class Work(NamedTuple):
         def empty(*shape: int, dtype: torch.dtype) -> Tensor:
             return torch.empty(shape, dtype=dtype, device=logits.device)
 
-        # No tensor is a part of another: where it began would depend on the number of rows, and Triton compiles a kernel
-        # anew for addresses that are no multiples of 16.
+        # No tensor is a part of another: where it began would depend on the number of rows, and Triton compiles a
+        # kernel anew for addresses that are no multiples of 16.
         return cls(
             maxima=empty(*split, dtype=torch.float32),
             argmaxima=empty(*split, dtype=torch.int32),
