@@ -10,6 +10,7 @@ from numbers import Integral, Real
 from typing import Any, Literal, TypeVar
 
 MAX_SEED = 2**63 - 1
+MAX_TOKENS = 2**63 - 1
 MAX_LOGPROBS = 20
 MAX_COMPLETIONS = 128
 
@@ -125,8 +126,8 @@ class SamplingParams:
         put("presence_penalty", _number("presence_penalty", self.presence_penalty, -2, 2))
         put("logit_bias", _bias(self.logit_bias))
         put("seed", None if self.seed is None else _integer("seed", self.seed, 0, MAX_SEED))
-        put("max_tokens", None if self.max_tokens is None else _integer("max_tokens", self.max_tokens, 1))
-        put("min_tokens", _integer("min_tokens", self.min_tokens, 0))
+        put("max_tokens", None if self.max_tokens is None else _integer("max_tokens", self.max_tokens, 1, MAX_TOKENS))
+        put("min_tokens", _integer("min_tokens", self.min_tokens, 0, MAX_TOKENS))
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise ValueError(f"min_tokens must be at most max_tokens ({self.max_tokens}), got {self.min_tokens}")
         put("stop", _stop(self.stop))

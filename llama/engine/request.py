@@ -33,6 +33,9 @@ class Logprob(NamedTuple):
     decoded_token: str | None = None
 
 
+BROKEN_GRAMMAR = "grammar"  # the stop_reason of an error: the grammar exceeded a limit while it ran
+
+
 @dataclass(slots=True)
 class TokenOutput:
     """What one step adds to one completion; the token that ended it (end of text, stop id) is in `token_ids`.
@@ -45,7 +48,8 @@ class TokenOutput:
     token_ids: list[int]
     logprobs: list[dict[int, Logprob]] | None = None
     finish_reason: FinishReason | None = None
-    stop_reason: int | str | None = None  # the id of stop_token_ids that ended it; None for the model's own end
+    # The id of stop_token_ids that ended it, BROKEN_GRAMMAR with an error; None for the model's own end.
+    stop_reason: int | str | None = None
     prompt_logprobs: list[dict[int, Logprob] | None] | None = None  # with the first output of index 0 only
     num_cached_tokens: int = 0
 

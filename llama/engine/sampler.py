@@ -20,6 +20,7 @@ from llama.engine.transfer import to_device
 _MASK64 = 2**64 - 1
 _GOLDEN = 0x9E3779B97F4A7C15
 _FEW_ROWS = 4  # up to here Python's integers are faster than NumPy's calls
+_LONGEST = 1 << 40  # more tokens than any context has; a sum with it fits into 64 bits
 _MODES = {"raw": LOGPROBS_RAW, "processed": LOGPROBS_PROCESSED}
 # Beyond these float32 would round a temperature or a penalty to 0 or infinity; no logit tells the difference.
 _SMALLEST, _LARGEST = 1e-30, 1e30
@@ -171,7 +172,8 @@ class SamplerTable:
         self._seeds[row] = seed
 
         bans = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self._eos_token_ids)
-        self._ban_until[row] = len(prompt_token_ids) + params.min_tokens if params.min_tokens and bans else 0
+        min_tokens = min(params.min_tokens, _LONGEST)
+        self._ban_until[row] = len(prompt_token_ids) + min_tokens if min_tokens and bans else 0
         self._bias[row] = dict(params.logit_bias or {})
         self._banned[row] = self._bias[row] | dict.fromkeys(bans, -np.inf)
         if penalised:

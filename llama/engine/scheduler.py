@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from llama.engine.adapters import Adapters
 from llama.engine.blocks import BlockPool, prefix_root
 from llama.engine.plan import Ints, LogprobArrays, Plan, StepResult
-from llama.engine.request import FinishReason, Sequence, TokenOutput
+from llama.engine.request import BROKEN_GRAMMAR, FinishReason, Sequence, TokenOutput
 from llama.engine.running import Running, by_order
 from llama.engine.step import Chunk, Step, decode_constants
 
@@ -319,8 +319,10 @@ class Scheduler:
         """Sample i, looked at closely."""
         sequence = step.samples[i]
         output = TokenOutput(sequence.request_id, sequence.index, [token], num_cached_tokens=sequence.num_cached_tokens)
-        if result.is_bad[i] or i in step.without_mask or not _advance(sequence, token):
+        if result.is_bad[i]:
             return self._fail(sequence)
+        if i in step.without_mask or not _advance(sequence, token):
+            return self._fail(sequence, BROKEN_GRAMMAR)
         sequence.output_token_ids.append(token)
         num_top = sequence.params.logprobs
         if num_top is not None and result.logprobs is not None:
@@ -332,15 +334,15 @@ class Scheduler:
             self._end(sequence)
         return output
 
-    def _fail(self, sequence: Sequence) -> TokenOutput:
+    def _fail(self, sequence: Sequence, reason: str | None = None) -> TokenOutput:
         """End a sequence whose numbers cannot be trusted; nobody may find what it computed."""
         if sequence.row >= 0:
             self.pool.unpublish(self.running.blocks(sequence.row))
         self._end(sequence)
         cached = max(0, sequence.num_cached_tokens)
-        return TokenOutput(
-            sequence.request_id, sequence.index, [], finish_reason=FinishReason.ERROR, num_cached_tokens=cached
-        )
+        output = TokenOutput(sequence.request_id, sequence.index, [], num_cached_tokens=cached)
+        output.finish_reason, output.stop_reason = FinishReason.ERROR, reason
+        return output
 
     def revert(self) -> list[Sequence]:
         """Undo the newest step, which has not been computed: its sequences go back to wait -> these sequences."""

@@ -9,6 +9,7 @@ import re
 from pathlib import Path
 
 from llama.async_llm import AsyncLLM
+from llama.server.config import ServerConfig
 from llama.server.errors import ApiError, bad_input, no_adapters
 
 logger = logging.getLogger(__name__)
@@ -17,11 +18,12 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
 class AdapterShelf:
-    """`folder` holds adapters by name; None where only those loaded at the start are served."""
+    """The config's `lora_dir` holds adapters by name; None where only those loaded at the start are served."""
 
-    def __init__(self, llm: AsyncLLM, folder: Path | None) -> None:
+    def __init__(self, llm: AsyncLLM, config: ServerConfig) -> None:
         self._llm = llm
-        self._folder = None if folder is None else folder.resolve()
+        self._folder = None if config.lora_dir is None else config.lora_dir.resolve()
+        self._is_taken = config.serves  # as a name, by the base model
         self._loading = asyncio.Lock()
 
     def names(self) -> list[str]:
@@ -29,16 +31,17 @@ class AdapterShelf:
         on_disk = [] if self._folder is None else [path.name for path in self._folder.iterdir()]
         return sorted({*self._loaded(), *(name for name in on_disk if self._path(name) is not None)})
 
-    async def take(self, name: str) -> str:
-        """The name, once it is loaded. Raises ApiError, which lists the names for one that there is not."""
+    async def take(self, name: str, param: str = "lora") -> str:
+        """The name, once it is loaded. Raises ApiError, which lists the names for one that there is not. `param` is
+        where the request named it."""
         if name in self._loaded():
             return name
         async with self._loading:
             if name not in self._loaded():
-                await self._load(name)
+                await self._load(name, param)
         return name
 
-    async def _load(self, name: str) -> None:
+    async def _load(self, name: str, param: str) -> None:
         path = self._path(name)
         if path is None:
             raise self._unknown(name)
@@ -46,7 +49,7 @@ class AdapterShelf:
             await self._llm.load_lora(name, path)
         except (ValueError, OSError) as error:
             logger.error("adapter %s: %s", name, error)
-            raise bad_input(f"the adapter '{name}' cannot be loaded: the server's log says why", "lora") from None
+            raise bad_input(f"the adapter '{name}' cannot be loaded: the server's log says why", param) from None
 
     def _unknown(self, name: str) -> ApiError:
         names = self.names()
@@ -59,7 +62,7 @@ class AdapterShelf:
 
     def _path(self, name: str) -> Path | None:
         """The sub-folder of that name if it holds an adapter and lies inside, links followed."""
-        if self._folder is None or not _NAME.fullmatch(name):
+        if self._folder is None or not _NAME.fullmatch(name) or self._is_taken(name):
             return None
         path = (self._folder / name).resolve()
         is_adapter = path.is_relative_to(self._folder) and (path / "adapter_config.json").is_file()

@@ -88,7 +88,7 @@ def _messages(body: RunRequest) -> list[dict[str, Any]]:
 
 def _text(content: Any) -> str:
     if isinstance(content, list):
-        return "".join(part.get("text", "") for part in content)
+        return "".join(part["text"] for part in content)
     return content or ""
 
 
@@ -110,11 +110,11 @@ def _response_format(body: RunRequest) -> dict[str, Any] | None:
     wanted = body.response_format
     if wanted is None:
         return None
+    if "json_schema" in wanted.model_fields_set:  # with either type
+        return {"type": "json_schema", "json_schema": wanted.json_schema}
     if wanted.type == "json_object":
         return {"type": "json_object"}
-    if "json_schema" not in wanted.model_fields_set:
-        raise bad_input("required properties at '/response_format' are 'json_schema'", "response_format")
-    return {"type": "json_schema", "json_schema": wanted.json_schema}
+    raise bad_input("required properties at '/response_format' are 'json_schema'", "response_format")
 
 
 def _result(completion: CompletionOutput, usage: Usage, body: RunRequest) -> dict[str, Any]:

@@ -12,6 +12,8 @@ from llama.llm.inputs import ContextLengthError
 BAD_INPUT = 5006
 # Parameters with whose names our checks begin their messages.
 _NAMED = frozenset("messages tools tool_choice prompt response_format logit_bias stop_token_ids".split())
+# What other messages are about, by their beginnings.
+_ABOUT = {"prompt_token_ids": "prompt", "the parameters of tool": "tools", "chat template": "messages"}
 
 
 class Dialect(Enum):
@@ -144,6 +146,11 @@ def json_mode_failed() -> ApiError:
     return ApiError(400, 5024, "JSON Mode couldn't be met")
 
 
+def grammar_failed(param: str) -> ApiError:
+    message = f"{param}: following it exceeded a limit while the answer was written: ask for something simpler"
+    return ApiError(400, 5024, "JSON Mode couldn't be met", param=param, message_openai=message)
+
+
 def internal(request_id: str) -> ApiError:
     return ApiError(
         500, 3043, f"Internal server error (request id {request_id})", kind="server_error", name="internal_error"
@@ -166,9 +173,16 @@ def from_refusal(error: Exception) -> ApiError | None:
     if isinstance(error, ContextLengthError):
         return _context_exceeded(error)
     if isinstance(error, ValueError):
-        first = str(error).replace("[", " ").replace(".", " ").replace(":", " ").split()
-        return bad_input(str(error), first[0] if first and first[0] in _NAMED else None)
+        return bad_input(str(error), _param_of(str(error)))
     return None
+
+
+def _param_of(message: str) -> str | None:
+    for beginning, param in _ABOUT.items():
+        if message.startswith(beginning):
+            return param
+    first = message.replace("[", " ").replace(".", " ").replace(":", " ").split()
+    return first[0] if first and first[0] in _NAMED else None
 
 
 def _context_exceeded(error: ContextLengthError) -> ApiError:

@@ -12,11 +12,13 @@ from llama.server.service import Service
 def routes(service: Service) -> APIRouter:
     router = APIRouter()
 
+    @router.head("/health", response_model=None, include_in_schema=False)
     @router.get("/health", response_model=None)
     async def health() -> Response:
         """The process turns."""
         return json_response({"status": "ok"})
 
+    @router.head("/ready", response_model=None, include_in_schema=False)
     @router.get("/ready", response_model=None)
     async def ready() -> Response:
         """The engine steps and takes requests."""

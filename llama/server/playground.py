@@ -21,6 +21,7 @@ def routes() -> APIRouter:
         "x-content-type-options": "nosniff",
     }
 
+    @router.head("/", include_in_schema=False, response_model=None)
     @router.get("/", include_in_schema=False, response_model=None)
     async def playground() -> Response:
         return Response(page, headers=headers, media_type="text/html")

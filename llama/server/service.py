@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from llama.async_llm import AsyncLLM, EngineClosedError, EngineDeadError, QueueFullError, Stream
-from llama.engine.request import FinishReason, Piece, RequestOutput, SamplingParams, Usage
+from llama.engine.request import BROKEN_GRAMMAR, FinishReason, Piece, RequestOutput, SamplingParams, Usage
 from llama.llm.inputs import Prompt
 from llama.llm.tool_choice import ToolChoice
 from llama.server.adapters import AdapterShelf
-from llama.server.config import ServerConfig
+from llama.server.config import CLOUDFLARE_PREFIX, ServerConfig
 from llama.server.errors import (
     ApiError,
     Dialect,
@@ -20,6 +20,7 @@ from llama.server.errors import (
     bad_input,
     bodies_too_large,
     from_refusal,
+    grammar_failed,
     internal,
     no_such_model,
 )
@@ -61,7 +62,7 @@ class Service:
         self.num_body_bytes = 0  # that they hold
         self.parsing = asyncio.Semaphore(1)  # of large bodies
         self.metrics = Metrics(llm.metrics, config.name)
-        self.adapters = AdapterShelf(llm, config.lora_dir)
+        self.adapters = AdapterShelf(llm, config)
 
     @property
     def defaults(self) -> SamplingParams:
@@ -96,17 +97,18 @@ class Service:
         self.metrics.refused(error.status_in(dialect), error.code)
 
     def knows(self, model: str) -> bool:
-        return self.config.serves(model) or model in self.adapters.names()
+        return self.config.serves(model) or _plain(model) in self.adapters.names()
 
     async def adapter(self, model: str | None, lora: str | None) -> str | None:
         """The adapter meant by `model` and `lora`, loaded; None for the base model. Raises ApiError."""
-        if model is not None and not self.config.serves(model):
-            if model not in self.adapters.names():
-                raise no_such_model(model)
-            if lora not in (None, model):
-                raise bad_input(f"model names the adapter '{model}' and lora another one", "lora")
-            lora = model
-        return None if lora is None else await self.adapters.take(lora)
+        if model is None or self.config.serves(model):
+            return None if lora is None else await self.adapters.take(lora)
+        name = _plain(model)
+        if name not in self.adapters.names():
+            raise no_such_model(model)
+        if lora not in (None, name):
+            raise bad_input(f"model names the adapter '{name}' and lora another one", "lora")
+        return await self.adapters.take(name, "model")
 
     async def answer(self, ask: Ask, record: Record) -> "Answer":
         """Begin to answer. When this returns, the engine has taken the request. Raises ApiError."""
@@ -123,8 +125,14 @@ class Service:
             if refusal is None:
                 logger.exception("request %s failed", record.request_id)
                 refusal = internal(record.request_id)
+            if ask.messages is None and refusal.param == "messages":
+                refusal.param = "prompt"
             raise refusal from None
         return Answer(stream, self, record, began)
+
+
+def _plain(model: str) -> str:
+    return model.removeprefix(CLOUDFLARE_PREFIX)
 
 
 class Answer:
@@ -169,7 +177,7 @@ class Answer:
             async for piece in self._stream:
                 self._observe(piece, last)
                 yield piece
-                self._check(piece.finish_reason)
+                self._check(piece)
         except ApiError:
             raise
         except Exception as error:
@@ -189,10 +197,13 @@ class Answer:
             len(output.prompt_token_ids), sum(len(c.token_ids) for c in output.outputs), output.num_cached_tokens
         )
 
-    def _check(self, reason: FinishReason | None) -> None:
-        if reason is FinishReason.ABORT:
+    def _check(self, piece: Piece) -> None:
+        if piece.finish_reason is FinishReason.ABORT:
             raise aborted()
-        if reason is FinishReason.ERROR:
+        if piece.finish_reason is FinishReason.ERROR:
+            if piece.stop_reason == BROKEN_GRAMMAR:
+                params = self._stream.request.params
+                raise grammar_failed("tools" if params.response_format is None else "response_format")
             raise internal(self._record.request_id)
 
     def _observe(self, piece: Piece, last: dict[int, float]) -> None:

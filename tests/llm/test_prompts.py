@@ -188,3 +188,14 @@ def test_a_seed_makes_the_whole_run_repeatable(folder):
         return [o.outputs[0].token_ids for o in outputs]
 
     assert run(1) == run(1) != run(2)
+
+
+def test_no_number_that_is_let_in_harms_the_others(llm):
+    """All of them in one batch with one that asks for as much as it may."""
+    most = SamplingParams(
+        max_tokens=2**63 - 1, min_tokens=2**63 - 1, top_k=2**63, seed=2**63 - 1, repetition_penalty=1e308, logprobs=20
+    )
+    alone = llm.generate("neighbour", GREEDY, use_tqdm=False)[0].outputs[0]
+    first, bad, last = llm.generate(["neighbour", "bad", "neighbour"], [GREEDY, most, GREEDY], use_tqdm=False)
+    assert first.outputs[0].token_ids == last.outputs[0].token_ids == alone.token_ids
+    assert bad.outputs[0].finish_reason == "length"

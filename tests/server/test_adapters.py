@@ -25,6 +25,7 @@ def folders(tmp_path_factory):
     (shelf / "broken").mkdir()
     (shelf / "broken" / "adapter_config.json").write_text("{")
     (shelf / "empty").mkdir()
+    make_adapter(base, shelf / NAME, seed=9, target_modules=["q_proj"])  # the name is the base model's
     return root
 
 
@@ -60,10 +61,11 @@ def complete(server, **more):
 def test_each_request_of_a_batch_gets_its_own_adapter(server, expected):
     assert len({tuple(tokens) for tokens in expected.values()}) == 3
     asked = [{}, {"lora": "first"}, {"model": "first"}, {"lora": "second"}, {"model": "second"}, {"model": NAME}] * 2
+    asked.append({"model": "@cf/meta/first"})
     with ThreadPoolExecutor(8) as pool:
         answers = list(pool.map(lambda more: complete(server, **more), asked))
     for more, answer in zip(asked, answers, strict=True):
-        name = more.get("lora") or more.get("model")
+        name = (more.get("lora") or more.get("model") or NAME).removeprefix("@cf/meta/")
         assert tokens_of(answer) == expected[None if name == NAME else name]
 
 
@@ -93,6 +95,7 @@ def test_a_broken_adapter_is_refused_without_its_path(server, folders):
     response = complete(server, lora="broken")
     assert response.status_code == 400 and str(folders) not in response.text
     assert complete(server, model="first", lora="second").status_code == 400
+    assert complete(server, model="broken").json()["error"]["param"] == "model"
 
 
 def test_cloudflare_s_field_and_model(server):

@@ -267,6 +267,19 @@ def called(parameters) -> dict:
             "max_tokens=1 and max_completion_tokens=2 contradict each other",
         ),
         ({"tool_choice": "required"}, "tool_choice", "tool_choice needs tools"),
+        ({"tool_choice": {}}, "tool_choice", None),
+        ({"tool_choice": ""}, "tool_choice", None),
+        (
+            {"tools": [{"type": "function", "function": {"name": "f", "parameters": 3}}]},
+            "tools",
+            "tools[0]: parameters must be a JSON schema, got int",
+        ),
+        (called({"type": "string"}), "tools", "the parameters of tool 'f' must be a JSON schema of an object"),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "strict": True}}},
+            "response_format",
+            "response_format.json_schema has no schema beside its name",
+        ),
         ({"tools": [{"type": "x", "function": {"name": "f"}}]}, "tools", "tools[0].type must be 'function', got 'x'"),
         ({"messages": []}, "messages", "Length of '/messages' must be >= 1 not met"),
         ({"messages": [{"role": "user", "content": 3}]}, "messages", None),
@@ -316,6 +329,11 @@ def test_what_is_refused(client, given, param, message):
     body = caught.value.body
     assert (body["type"], body["param"]) == ("invalid_request_error", param)
     assert message is None or body["message"] == message
+
+
+def test_what_is_null_is_not_asked_for(client):
+    given = {"prediction": None, "audio": None, "extra_thing": None, "seed": None}
+    assert chat(client, extra_body=given).choices[0].message.content
 
 
 def test_an_unknown_tool_is_refused(client):

@@ -5,11 +5,13 @@ import json
 import pytest
 
 from llama.server.schemas.cloudflare import RunRequest
+from llama.text.grammar import GrammarError, Matcher
 from tests.server.helpers import NAME, RUN, events_of, user
 
 MESSAGES = [user("Hello")]
 IMAGE = {"type": "image_url", "image_url": "x"}
 PART = '{"type": "text", "text": string}'
+NO_TEXT_PARTS = f"'/messages/0/content' must be a string or an array of {PART}"
 ROLES = "a name such as user, system or assistant"
 NO_TEMPLATE = "'/tools' is not supported with raw: there is no template that could show them"
 
@@ -126,7 +128,9 @@ def test_parameters_reach_the_engine(scripted, given, expected):
         ({"messages": [{"role": "user"}]}, "Type mismatch of '/messages/0/content', 'string' not in 'null'"),
         ({"messages": [user(3)]}, f"'/messages/0/content' must be a string or an array of {PART}"),
         ({"messages": [user("x" * 131073)]}, "'/messages/0/content' must have <= 131072 characters"),
-        ({"messages": [user([IMAGE])]}, "messages[0].content[0] is of type 'image_url': this model takes text only"),
+        ({"messages": [user([IMAGE])]}, NO_TEXT_PARTS),
+        ({"messages": [user([IMAGE])], "raw": True}, NO_TEXT_PARTS),
+        ({"messages": [user([{"type": "text"}])], "raw": True}, NO_TEXT_PARTS),
         ({"messages": [{"role": "<|x|>", "content": ""}]}, f"messages[0].role must be {ROLES}, got '<|x|>'"),
         ({"messages": [user("x")] * 4097}, "Length of '/messages' must be <= 4096"),
         ({"raw": True, "tools": [{"name": "f"}]}, NO_TEMPLATE),
@@ -277,10 +281,40 @@ def test_json_mode(tiny):
         "required": ["a"],
         "additionalProperties": False,
     }
-    for wanted in ({"type": "json_schema", "json_schema": schema},):
+    for wanted in ({"type": kind, "json_schema": schema} for kind in ("json_schema", "json_object")):
         response = tiny.run({"prompt": "x", "response_format": wanted, "temperature": 0, "max_tokens": 100})
         assert response.status_code == 200, response.text
         assert response.json()["result"]["response"]["a"] in ("x", "yy")
     cut = tiny.run({"prompt": "x", "response_format": {"type": "json_schema", "json_schema": schema}, "max_tokens": 2})
     assert error_of(cut, 400, 5024) == "JSON Mode couldn't be met"
     assert json.loads(cut.text)["success"] is False
+
+
+def test_a_grammar_that_breaks_while_it_runs_is_the_request_s_fault(tiny, monkeypatch):
+    def broken(self, row):
+        raise GrammarError("too many items")
+
+    monkeypatch.setattr(Matcher, "fill_mask", broken)
+    wanted = {"type": "json_schema", "json_schema": {"type": "object"}}
+    response = tiny.run({"prompt": "x", "response_format": wanted})
+    assert error_of(response, 400, 5024) == "JSON Mode couldn't be met"
+    body = {"messages": [user("x")], "response_format": {"type": "json_object"}}
+    response = tiny.run(body, path="/v1/chat/completions")
+    error = response.json()["error"]
+    assert response.status_code == 400 and error["param"] == "response_format"
+    assert "exceeded a limit" in error["message"]
+    *_, failure = events_of(tiny.run(body | {"stream": True}, path="/v1/chat/completions").text)
+    assert failure["error"] == error
+    call = body | {"tools": [{"type": "function", "function": {"name": "f"}}], "tool_choice": "required"}
+    del call["response_format"]
+    assert tiny.run(call, path="/v1/chat/completions").json()["error"]["param"] == "tools"
+
+
+def test_the_widest_schema_that_is_let_in_can_be_followed(tiny):
+    """Forty alternatives of forty properties each may all stand at the same place."""
+    names = [[f"k{i}_{j}" for j in range(40)] for i in range(40)]
+    schema = {"anyOf": [{"properties": {name: {"type": "string"} for name in group}} for group in names]}
+    schema["anyOf"] = [{"type": "object", **each} for each in schema["anyOf"]]
+    wanted = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+    body = {"messages": [user("x")], "response_format": wanted, "max_tokens": 8}
+    assert tiny.run(body, path="/v1/chat/completions").status_code == 200

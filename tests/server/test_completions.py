@@ -58,7 +58,8 @@ def test_streams_of_several_prompts(client):
         ({"prompt": ["ok", ""]}, "prompt is empty"),
         ({"max_tokens": 0}, "max_tokens=0 needs echo"),
         ({"best_of": 3}, "best_of is not supported: it must be absent or equal n"),
-        ({"suffix": "x"}, "enum not in  at '/suffix'"),
+        ({"suffix": "x"}, "suffix is not supported"),
+        ({"prompt": [2**70]}, f"prompt_token_ids must be integers in [0, 263], got {2**70}"),
         ({"logprobs": 21}, "'/logprobs' must be <= 20"),
     ],
 )
@@ -66,6 +67,8 @@ def test_what_is_refused(client, scripted, given, message):
     with pytest.raises(openai.BadRequestError) as caught:
         complete(client, **{"prompt": "x", **given})
     assert caught.value.body["message"] == message
+    if "prompt" in given:
+        assert caught.value.body["param"] == "prompt"
     until(lambda: scripted.server.llm.num_requests == 0)  # what was let in before the refusal is aborted
 
 
@@ -114,9 +117,11 @@ def test_a_greedy_continuation_is_the_best_of_its_positions(exact):
 def test_names_of_tokens_and_offsets(exact):
     client, _ = exact
     prompt = [*"aß".encode(), 261]
-    choice = complete(client, prompt, echo=True, logprobs=2, max_tokens=0).choices[0]
+    completion = complete(client, prompt, echo=True, logprobs=2, max_tokens=0)
+    assert (completion.usage.prompt_tokens, completion.usage.completion_tokens) == (4, 0)
+    choice = completion.choices[0]
     assert choice.logprobs.tokens == ["a", "bytes:\\xc3", "bytes:\\x9f", "<|eot_id|>"]
-    assert choice.logprobs.text_offset == [0, 1, 2, 3]
+    assert choice.logprobs.text_offset == [0, 1, 1, 2]  # no character begins between two tokens of one
     assert choice.text == "aß<|eot_id|>"
     assert all(len(top) in (2, 3) for top in choice.logprobs.top_logprobs[1:])
     assert VOCAB_SIZE == 264

@@ -35,6 +35,7 @@ DIALOGUE = [
 ]
 COMMON = {"max_tokens": 1, "seed": 1, "top_p": 0.5, "frequency_penalty": 0.1, "presence_penalty": 0.1}
 OPENAI = COMMON | {"stop": ["x"], "logit_bias": {"5": 1.0}, "n": 1}
+OPENAI |= {"min_tokens": 1, "top_k": 9, "min_p": 0.1, "repetition_penalty": 1.1, "stop_token_ids": [9]}
 OPENAI |= {"stream": True, "stream_options": {"include_usage": True}}
 # Requests that use everything, to be damaged anywhere inside.
 RICH = {

@@ -28,6 +28,9 @@ FOREVER = {"prompt": "forever", "max_tokens": 3000}
 def test_health_readiness_version_metrics(scripted):
     client = scripted.server.client
     assert (client.get("/health").status_code, client.get("/ready").status_code) == (200, 200)
+    for path in ("/health", "/ready", "/"):
+        head = client.head(path)
+        assert (head.status_code, head.content) == (200, b"")
     assert client.get("/version").json()["version"]
     scripted.run({"prompt": "Hello"})
     scripted.run({"prompt": "Hello", "temperature": 9})

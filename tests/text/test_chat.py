@@ -207,7 +207,19 @@ def test_messages_that_cannot_be_meant(tool_template, messages, message):
         tool_template.encode(messages)
 
 
-@pytest.mark.parametrize("tools", ["f", {}, [1], [{"type": "function"}], [{"name": ""}], [{"type": "x", "name": "f"}]])
+@pytest.mark.parametrize(
+    "tools",
+    [
+        "f",
+        {},
+        [1],
+        [{"type": "function"}],
+        [{"name": ""}],
+        [{"type": "x", "name": "f"}],
+        [{"name": "f", "parameters": "x"}],
+        [{"type": "function", "function": {"name": "f", "parameters": []}}],
+    ],
+)
 def test_tools_that_cannot_be_meant(tool_template, tools):
     with pytest.raises(ValueError, match="tools"):
         tool_template.encode([{"role": "user", "content": "u"}], tools)
@@ -218,7 +230,7 @@ def test_deep_nesting_is_refused(tool_template):
     for _ in range(100_000):
         deep = [deep]
     with pytest.raises(ValueError, match="too deeply"):
-        tool_template.encode([{"role": "user", "content": "u"}], [{"name": "f", "parameters": deep}])
+        tool_template.encode([{"role": "user", "content": "u"}], [{"name": "f", "parameters": {"enum": deep}}])
 
 
 def test_arguments_that_the_template_does_not_read(tool_template):

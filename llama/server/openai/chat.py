@@ -43,9 +43,8 @@ async def _ask(body: ChatRequest, service: Service) -> Ask:
     if body.stream_options is not None and not body.stream:
         raise bad_input("stream_options needs stream", "stream_options")
     params = sampling_params(body, service.defaults, max_tokens=_max_tokens(body), logprobs=_num_logprobs(body))
-    return Ask(
-        messages=body.messages, tools=body.tools, tool_choice=body.tool_choice or "auto", params=params, lora=lora
-    )
+    tool_choice: Any = "auto" if body.tool_choice is None else body.tool_choice
+    return Ask(messages=body.messages, tools=body.tools, tool_choice=tool_choice, params=params, lora=lora)
 
 
 def _max_tokens(body: ChatRequest) -> int | None:

@@ -2,6 +2,7 @@
 
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack
+from dataclasses import replace
 from typing import Any
 
 from starlette.requests import Request
@@ -15,7 +16,7 @@ from llama.server.openai.sampling import sampling_params
 from llama.server.schemas.openai import CompletionRequest
 from llama.server.service import Answer, Ask, Record, Service
 from llama.server.streaming import DONE, EventStream, interleaved, unless_gone
-from llama.text.tokenizer import Tokenizer
+from llama.text.tokenizer import IncrementalDecoder, Tokenizer
 
 _MAX_TOKENS = 16  # OpenAI's default of this route
 
@@ -70,6 +71,8 @@ async def _asks(body: CompletionRequest, service: Service) -> list[Ask]:
 def _params(body: CompletionRequest, service: Service) -> SamplingParams:
     if body.best_of not in (None, body.n or 1):
         raise bad_input("best_of is not supported: it must be absent or equal n", "best_of")
+    if body.suffix:
+        raise bad_input("suffix is not supported", "suffix")
     max_tokens = _MAX_TOKENS if body.max_tokens is None else body.max_tokens
     if max_tokens == 0 and not body.echo:
         raise bad_input("max_tokens=0 needs echo", "max_tokens")
@@ -99,7 +102,7 @@ async def _whole(answers: list[Answer], body: CompletionRequest, service: Servic
             )
             choices.append(choice.part(piece))
     head = frame(new_id("cmpl"), "text_completion", body.model or service.config.name, now())
-    return {**head, "choices": choices, "usage": usage_of([answer.usage() for answer in answers])}
+    return {**head, "choices": choices, "usage": _usage(answers, body)}
 
 
 async def _chunks(answers: list[Answer], body: CompletionRequest, service: Service) -> AsyncGenerator[Any, None]:
@@ -116,8 +119,15 @@ async def _chunks(answers: list[Answer], body: CompletionRequest, service: Servi
         if part["text"] or part["logprobs"] or part["finish_reason"] is not None:
             yield {**head, "choices": [part]}
     if usage:
-        yield {**head, "choices": [], "usage": usage_of([answer.usage() for answer in answers])}
+        yield {**head, "choices": [], "usage": _usage(answers, body)}
     yield DONE
+
+
+def _usage(answers: list[Answer], body: CompletionRequest) -> dict[str, Any]:
+    usages = [answer.usage() for answer in answers]
+    if body.max_tokens == 0:  # the engine writes at least one, which nobody sees
+        usages = [replace(usage, completion_tokens=0) for usage in usages]
+    return usage_of(usages)
 
 
 class _Choice:
@@ -137,6 +147,7 @@ class _Choice:
         self._body = body
         self._tokenizer = tokenizer
         self._offset = 0
+        self._decoder = None if tokenizer is None else IncrementalDecoder(tokenizer, skip_special_tokens=False)
         self._is_first = True
 
     def part(self, piece: Piece) -> dict[str, Any]:
@@ -171,7 +182,7 @@ class _Choice:
         offsets = []
         for token in token_ids:
             offsets.append(self._offset)
-            self._offset += len(self._text(token))
+            self._offset += 0 if self._decoder is None else len(self._decoder.push([token]))
         return {
             "tokens": tokens,
             "token_logprobs": [
@@ -188,9 +199,6 @@ class _Choice:
         """The most probable tokens and the one that stands there."""
         shown = dict(top_of(entries, self._body.logprobs or 0)) | {token: entries[token]}
         return {self._spelled(other): value_of(entry) for other, entry in shown.items()}
-
-    def _text(self, token: int) -> str:
-        return "" if self._tokenizer is None else self._tokenizer.token_text(token)
 
     def _spelled(self, token: int) -> str:
         """A name that no other token shares, also where it is a part of a character."""

@@ -17,14 +17,18 @@ def _content(value: Any) -> Any:
     if value is None or isinstance(value, str):
         length = len(value or "")
     elif isinstance(value, list):
-        if not all(isinstance(part, dict) and isinstance(part.get("text", ""), str) for part in value):
+        if not all(map(_is_text_part, value)):
             raise refusal('must be a string or an array of {"type": "text", "text": string}')
-        length = sum(len(part.get("text", "")) for part in value)
+        length = sum(len(part["text"]) for part in value)
     else:
         raise refusal('must be a string or an array of {"type": "text", "text": string}')
     if length > MAX_CONTENT:
         raise refusal(f"must have <= {MAX_CONTENT} characters")
     return value
+
+
+def _is_text_part(part: Any) -> bool:
+    return isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
 
 
 Content = Annotated[

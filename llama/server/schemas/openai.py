@@ -6,7 +6,7 @@ is refused by name: what a server silently leaves out, its client believes it go
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, WithJsonSchema
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, WithJsonSchema, model_validator
 from pydantic_core import PydanticKnownError
 
 from llama.server.schemas.fields import (
@@ -82,6 +82,14 @@ class CommonRequest(BaseModel):
 
     model_config = ConfigDict(**{**STRICT, "extra": "forbid"})
 
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, values: Any) -> Any:
+        """A client that writes out all of its options asks for nothing by those that are null."""
+        if not isinstance(values, dict):
+            return values
+        return {name: value for name, value in values.items() if value is not None or name in cls.model_fields}
+
     model: str | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -129,4 +137,4 @@ class CompletionRequest(CommonRequest):
     logprobs: Integer | None = Field(None, ge=0, le=MAX_LOGPROBS)
     echo: bool | None = None
     best_of: Integer | None = Field(None, ge=1, le=MAX_COMPLETIONS)
-    suffix: Literal[""] | None = None
+    suffix: str | None = None

@@ -122,4 +122,6 @@ def _tool(tool: Any, where: str) -> dict[str, Any]:
         raise ValueError(f"{where}.type must be 'function', got {tool['type']!r}")
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str) or not function["name"]:
         raise ValueError(f"{where} must name its function")
+    if not isinstance(function.get("parameters"), Mapping | None):
+        raise ValueError(f"{where}: parameters must be a JSON schema, got {type(function['parameters']).__name__}")
     return dict(tool) if nested else {"type": "function", "function": function}

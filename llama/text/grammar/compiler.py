@@ -18,6 +18,7 @@ from llama.text.grammar.schema import MAX_BYTES, prepared_schema, schema_of_resp
 from llama.text.tokenizer import Tokenizer
 from llama.text.tokenizer.tokenizer import check_unicode
 from llama.text.worker import STANDS_BACK, Worker, WorkerError
+from llama.text.worker.grammars import parser_limits
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
@@ -114,8 +115,7 @@ class GrammarCompiler:
             raise ValueError(f"{where}: {told(error)}")
         with self._lock:
             vocabulary = self._vocabulary
-        limits = _llguidance().LLParserLimits(verbose_errors=False)  # messages without what was generated
-        prototype = _llguidance().LLMatcher(vocabulary, source, log_level=0, limits=limits)
+        prototype = _llguidance().LLMatcher(vocabulary, source, log_level=0, limits=parser_limits())
         prototype.compute_bitmask()  # what cannot even begin shows here
         if prototype.is_error():
             raise ValueError(f"{where}: {told(prototype.get_error())}")

@@ -76,7 +76,7 @@ class Matcher:
 def told(error: str) -> str:
     """What llguidance's message says, in one line: without the parser's state, and without the source and the carets
     that it draws below it."""
-    text = _SOURCE_LINE.split(error.split("<state>")[0])[0]
+    text = _SOURCE_LINE.split(error.split("<state>")[0].replace("<non-verbose/>", ""))[0]
     place = _PLACE.match(text)
     text = text[place.end() :] if place else text
     title, drawn, sentence = text.rpartition("\nerror: ")

@@ -13,6 +13,7 @@ from llama.text.tokenizer.tokenizer import check_unicode
 MAX_BYTES = 64 * 1024
 MAX_DEPTH = 64
 MAX_NAMES = 2000
+_WRAPPING = frozenset({"name", "strict", "description"})
 _COMBINING = frozenset({"allOf", "if", "then", "else", "dependentSchemas"})
 _OPEN_ENDED = frozenset(
     {"additionalProperties", "patternProperties", "unevaluatedProperties", "anyOf", "oneOf", "$ref"}
@@ -29,6 +30,8 @@ def schema_of_response_format(response_format: Mapping[str, Any]) -> Any:
     value = response_format.get("json_schema")
     if isinstance(value, Mapping) and "schema" in value and "type" not in value:
         value = value["schema"]
+    elif isinstance(value, Mapping) and value.keys() & {"name", "strict"} and value.keys() <= _WRAPPING:
+        raise ValueError("response_format.json_schema has no schema beside its name")
     if not isinstance(value, Mapping | bool):
         raise ValueError("response_format.json_schema must be a JSON schema, or an object with one in schema")
     return value

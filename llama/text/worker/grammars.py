@@ -3,16 +3,26 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from llguidance import LLMatcher, LLTokenizer
+# As many alternatives at one place as a schema may have properties, a few times over: each can be several items.
+_MAX_ITEMS = 20_000
+
+
+def parser_limits() -> Any:
+    """llguidance's, with room for the largest schema that is let in; messages without what was generated."""
+    from llguidance import LLParserLimits
+
+    return LLParserLimits(max_items_in_row=_MAX_ITEMS, step_max_items=10 * _MAX_ITEMS, verbose_errors=False)
 
 
 def start(setup: Mapping[str, Any]) -> Callable[[Mapping[str, Any]], str]:
     """The function returns the error of a request's `grammar`, "" if it has none."""
+    from llguidance import LLMatcher, LLTokenizer
+
     # What takes long does not depend on the vocabulary, so that of single bytes will do.
     tokenizer = LLTokenizer("byte")
 
     def check(request: Mapping[str, Any]) -> str:
-        matcher = LLMatcher(tokenizer, request["grammar"], log_level=0)
+        matcher = LLMatcher(tokenizer, request["grammar"], log_level=0, limits=parser_limits())
         matcher.compute_bitmask()
         return matcher.get_error()
 
