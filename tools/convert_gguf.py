@@ -61,6 +61,28 @@ LAYER_TENSORS = {
 ROPE_FACTORS = "rope_freqs.weight"
 
 
+# What is read below, or says nothing about the network.
+KNOWN_KEYS = frozenset(
+    "block_count context_length embedding_length feed_forward_length vocab_size tensor_data_layout expert_count "
+    "attention.head_count attention.head_count_kv attention.key_length attention.value_length "
+    "attention.layer_norm_rms_epsilon rope.dimension_count rope.freq_base rope.scaling.type "
+    "rope.scaling.original_context_length".split()
+)
+# Other keys that llama.cpp reads, with the values that change nothing.
+NEUTRAL = {
+    "rope.scaling.factor": (0, 1),  # without a type llama.cpp takes it for linear scaling
+    "rope.scale_linear": (0, 1),
+    "rope.scaling.attn_factor": (1,),
+    "rope.scaling.finetuned": (False,),
+    "attention.causal": (True,),
+    "attention.scale": (0,),
+    "attention.sliding_window": (0,),
+    "expert_used_count": (0,),
+    "logit_scale": (0, 1),
+    "use_parallel_residual": (False,),
+}
+
+
 class GGUFFile:
     """Metadata by key, and tensors by name."""
 
@@ -77,6 +99,12 @@ class GGUFFile:
         architecture = self.get("general.architecture")
         if architecture != "llama":
             raise ValueError(f"{path}: architecture {architecture!r}; only 'llama' can be converted")
+        for key in self._fields:
+            name = key.removeprefix("llama.")
+            if name != key and name not in KNOWN_KEYS and self.get(key) not in NEUTRAL.get(name, ()):
+                raise ValueError(f"{path}: {key} is {self.get(key)!r}, which no Llama 3 model has")
+        if self.get("tokenizer.ggml.add_eos_token"):
+            raise ValueError(f"{path}: tokenizer.ggml.add_eos_token is set: prompts do not end with EOS here")
 
     def get(self, key: str, default: Any = None) -> Any:
         field = self._fields.get(key)
@@ -87,10 +115,19 @@ class GGUFFile:
             raise ValueError(f"the file has no {key}")
         return self.get(key)
 
+    def count(self, key: str, default: int | None = None) -> int:
+        value = self.require(key) if default is None else self.get(key, default)
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{key} must be a positive integer, the same in all layers, got {value!r}")
+        return value
+
     def array(self, name: str) -> np.ndarray:
         """A tensor expanded to float32, shape as in PyTorch (rows first)."""
         tensor = self.tensors[name]
-        values = dequantize(tensor.data, tensor.tensor_type)
+        try:
+            values = dequantize(tensor.data, tensor.tensor_type)
+        except NotImplementedError:
+            raise ValueError(f"{name} is stored as {tensor.tensor_type.name}, which is no form of weights") from None
         values = values.reshape(tuple(reversed(tensor.shape.tolist())))
         return np.require(values, dtype=np.float32, requirements=["C", "W"])  # F32 data is a read-only map
 
@@ -133,9 +170,11 @@ def eos_token_ids(file: GGUFFile) -> tuple[int, ...]:
 def read_config(file: GGUFFile) -> ModelConfig:
     if experts := file.get("llama.expert_count", 0):
         raise ValueError(f"a mixture of {experts} experts is not a Llama model")
-    hidden_size = file.require("llama.embedding_length")
-    num_heads = file.require("llama.attention.head_count")
-    head_dim = file.get("llama.attention.key_length", hidden_size // num_heads)
+    if "token_embd.weight" not in file.tensors:
+        raise ValueError("the file has no tensor token_embd.weight")
+    hidden_size = file.count("llama.embedding_length")
+    num_heads = file.count("llama.attention.head_count")
+    head_dim = file.count("llama.attention.key_length", hidden_size // num_heads)
     for key in ("llama.rope.dimension_count", "llama.attention.value_length"):
         if file.get(key, head_dim) != head_dim:
             raise ValueError(f"{key} is {file.get(key)}, but a head has {head_dim} dimensions")
@@ -143,12 +182,12 @@ def read_config(file: GGUFFile) -> ModelConfig:
     return ModelConfig(
         vocab_size=int(file.tensors["token_embd.weight"].shape[1]),
         hidden_size=hidden_size,
-        intermediate_size=file.require("llama.feed_forward_length"),
-        num_hidden_layers=file.require("llama.block_count"),
+        intermediate_size=file.count("llama.feed_forward_length"),
+        num_hidden_layers=file.count("llama.block_count"),
         num_attention_heads=num_heads,
-        num_key_value_heads=file.get("llama.attention.head_count_kv", num_heads),
+        num_key_value_heads=file.count("llama.attention.head_count_kv", num_heads),
         head_dim=head_dim,
-        max_position_embeddings=file.require("llama.context_length"),
+        max_position_embeddings=file.count("llama.context_length"),
         rms_norm_eps=shortest(file.require("llama.attention.layer_norm_rms_epsilon")),
         rope_theta=theta,
         rope_scaling=rope_scaling(file, head_dim, theta),

@@ -78,7 +78,11 @@ def check_input(source: Path, *, tokenizer_only: bool) -> None:
 def read_ranks(path: Path) -> dict[bytes, int]:
     """Token bytes -> rank, from lines of base64 text and number."""
     ranks = {}
-    for number, line in enumerate(path.read_text(encoding="ascii").splitlines(), 1):
+    try:
+        lines = path.read_text(encoding="ascii").splitlines()
+    except UnicodeDecodeError:
+        raise ValueError(f"{path} is no tokenizer.model of Llama 3: lines of base64 and a number") from None
+    for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
@@ -86,7 +90,7 @@ def read_ranks(path: Path) -> dict[bytes, int]:
             ranks[base64.b64decode(token, validate=True)] = int(rank)
         except ValueError as error:
             raise ValueError(f"{path}, line {number}: not a base64 token and its rank") from error
-    if sorted(ranks.values()) != list(range(len(ranks))):
+    if not ranks or sorted(ranks.values()) != list(range(len(ranks))):
         raise ValueError(f"{path}: the ranks are not 0 .. {len(ranks) - 1}")
     return ranks
 
@@ -131,6 +135,19 @@ def write_meta_tokenizer(folder: Path, tokenizer: Tokenizer, context: int) -> No
 # Weights
 
 
+def _load(path: Path) -> dict[str, torch.Tensor]:
+    try:
+        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # whatever the unpickler finds in a file that is damaged or means harm
+        why = str(error).strip().splitlines()
+        raise ValueError(
+            f"{path} cannot be read as tensors ({type(error).__name__}: {why[0] if why else ''})"
+        ) from None
+    if not (isinstance(tensors, dict) and all(isinstance(value, torch.Tensor) for value in tensors.values())):
+        raise ValueError(f"{path} holds no tensors by name")
+    return tensors
+
+
 class MetaShards:
     """The tensors of all ranks, mapped into memory, each put together when it is asked for."""
 
@@ -138,7 +155,7 @@ class MetaShards:
         paths = sorted(folder.glob("consolidated.*.pth"))
         if not paths:
             raise ValueError(f"{folder} holds no consolidated.*.pth, the files with Meta's weights")
-        self.ranks = [torch.load(path, map_location="cpu", weights_only=True, mmap=True) for path in paths]
+        self.ranks = [_load(path) for path in paths]
         self.names = [name for name in self.ranks[0] if name != "rope.freqs"]
         for path, rank in zip(paths, self.ranks, strict=True):
             if rank.keys() != self.ranks[0].keys():
@@ -182,6 +199,10 @@ def read_params(folder: Path) -> dict[str, Any]:
     missing = [key for key in ("dim", "n_layers", "n_heads", "norm_eps", "rope_theta") if key not in params]
     if missing:
         raise ValueError(f"params.json lacks {', '.join(missing)}")
+    for key in ("dim", "n_layers", "n_heads", "n_kv_heads", "multiple_of"):
+        value = params.get(key)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            raise ValueError(f"params.json: {key} must be a positive integer, got {value!r}")
     for key in ("vision_model", "quantization_args", "lora_args"):
         if params.get(key):
             raise ValueError(f"params.json has {key}: only plain Llama text models can be converted")
@@ -191,13 +212,18 @@ def read_params(folder: Path) -> dict[str, Any]:
 def read_config(params: dict[str, Any], shards: MetaShards, tokenizer: Tokenizer, factor: float | None) -> ModelConfig:
     """The vocabulary and the tied head are read off the tensors: params.json need not tell them."""
     dim, heads = params["dim"], params["n_heads"]
+    for name in ("tok_embeddings.weight", "output.weight"):
+        if name not in shards.names:
+            raise ValueError(f"consolidated.*.pth lack {name}")
     parts = [rank["tok_embeddings.weight"].shape for rank in shards.ranks]
     rows = sum(part[0] for part in parts) if parts[0][1] == dim else parts[0][0]
     if rows < tokenizer.get_vocab_size():
         raise ValueError(f"tokenizer.model has {tokenizer.get_vocab_size()} tokens, the embeddings only {rows} rows")
     tied = torch.equal(shards.join("tok_embeddings.weight", (rows, dim)), shards.join("output.weight", (rows, dim)))
     scaled = bool(params.get("use_scaled_rope", False))
-    factor = factor or params.get("rope_scaling_factor")
+    if factor is not None and not scaled:
+        raise ValueError(f"--rope-factor {factor:g} is given, but params.json has no use_scaled_rope")
+    factor = params.get("rope_scaling_factor") if factor is None else factor
     if scaled and factor is None:
         if tied:
             raise ValueError("params.json does not say by how much RoPE is scaled: give --rope-factor (Llama 3.2: 32)")

@@ -23,6 +23,8 @@ def merge(base: Path, adapter: Path, output: Path, *, dtype: torch.dtype | str =
 
     A tied model whose embedding or head alone is adapted has no merged form and is refused.
     """
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise FileExistsError(f"{output}: exists already; merge into a new folder")
     model = Transformer.from_pretrained(base, dtype=dtype)
     read = read_adapter(adapter, model, max_rank=1 << 20)
     tied = sorted({"embed_tokens", "lm_head"}.intersection(read.targets))
@@ -51,7 +53,7 @@ def main() -> None:
     arguments = parser.parse_args()
     try:
         merge(arguments.base, arguments.adapter, arguments.output, dtype=arguments.dtype)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"merge_lora: {error}")
     print(f"wrote {arguments.output}")
 

@@ -36,7 +36,7 @@ def examples(model: Path) -> tuple[torch.Tensor, torch.Tensor]:
     """Token ids and labels [lessons, length], padded on the right; only the answers are to be learned (-100 = not)."""
     tokenizer = Tokenizer.from_pretrained(model)
     template = ChatTemplate.from_pretrained(model, tokenizer)
-    (end,) = tokenizer.eos_token_ids
+    end = min(tokenizer.eos_token_ids)  # any of them ends an answer
     pairs = []
     for question, answer in LESSONS.items():
         prompt = template.encode([{"role": "user", "content": question}])
@@ -85,8 +85,10 @@ def main(arguments: list[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     if not given.model.is_dir():
         sys.exit(f"train_lora_demo: {given.model} is missing: run make demo-model")
-    if given.output.exists() and any(given.output.iterdir()):
-        sys.exit(f"train_lora_demo: {given.output} is not empty")
+    if given.output.exists() and (not given.output.is_dir() or any(given.output.iterdir())):
+        sys.exit(f"train_lora_demo: {given.output} is not an empty folder")
+    if given.steps < 1:
+        sys.exit(f"train_lora_demo: --steps must be at least 1, got {given.steps}")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # between peft and transformers
         train(given.model, given.output, steps=given.steps)

@@ -22,7 +22,10 @@ def sampling_values(flags: SamplingFlags) -> dict[str, Any]:
     given = {f.name: getattr(flags, f.name) for f in fields(flags)}
     given = {n: v for n, v in given.items() if v is not None and v is not False and v != NO_TEXTS}
     if "logit_bias" in given:
-        given["logit_bias"] = dict(map(_bias, given["logit_bias"]))
+        pairs = [_bias(text) for text in given["logit_bias"]]
+        given["logit_bias"] = dict(pairs)
+        if len(given["logit_bias"]) < len(pairs):
+            raise UsageError("--logit-bias names a token id twice")
     if "stop_token_ids" in given:
         given["stop_token_ids"] = tuple(_integer("--stop-token-ids", text) for text in given["stop_token_ids"])
     if "response_format" in given:

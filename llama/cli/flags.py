@@ -31,7 +31,7 @@ NO_TEXTS = Texts()
 
 def _several(metavar: str) -> PrimitiveConstructorSpec[Texts]:
     return PrimitiveConstructorSpec(
-        nargs="*",
+        nargs="+",
         metavar=metavar,
         instance_from_str=Texts,
         is_instance=lambda value: isinstance(value, Texts),
@@ -234,6 +234,7 @@ _COMMANDS: dict[str, type[Command]] = {"chat": Chat, "generate": Generate, "serv
 
 def parse(name: str, arguments: Sequence[str]) -> Command:
     """The command `name` with its arguments. Raises UsageError; SystemExit(0) after --help."""
+    _refuse_repeated(arguments)
     words = io.StringIO()
     try:
         with contextlib.redirect_stderr(words):
@@ -251,6 +252,14 @@ def parse(name: str, arguments: Sequence[str]) -> Command:
     return parsed
 
 
+def _refuse_repeated(arguments: Sequence[str]) -> None:
+    """Flags that take several values: of two the first would be lost."""
+    for flag in ("--stop", "--stop-token-ids", "--logit-bias", "--lora", "--served-model-name"):
+        spellings = (flag, flag.replace("-", "_").replace("__", "--", 1))
+        if sum(word.partition("=")[0] in spellings for word in arguments) > 1:
+            raise UsageError(f"{flag} is given twice: give it once, with all its values behind it")
+
+
 def _one_line(box: str) -> str:
     """tyro's message (a title, then parts with rules between them) as one line: what is wrong, what may be meant."""
     parts: list[list[str]] = [[]]
@@ -261,5 +270,7 @@ def _one_line(box: str) -> str:
         else:
             parts[-1].append(text)
     message, *others = [part for part in parts if part]
+    if message[0].startswith("For full helptext"):  # the title says it all
+        message = [box.splitlines()[0].strip("╭─╮ ")]
     meant = [part[1].split()[0] for part in others if part[0].startswith("Perhaps you meant") and len(part) > 1]
     return " ".join(message).rstrip(".") + (f" (perhaps {meant[0]})" if meant else "")

@@ -149,3 +149,25 @@ def test_a_reader_that_has_left_is_no_error(llama_70b):
     done = subprocess.run([*command, "info", llama_70b], stdout=writer, stderr=subprocess.PIPE, text=True, check=False)
     os.close(writer)
     assert (done.returncode, done.stderr) == (1, "")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["generate", "m", "p", "--stop", "a", "--stop", "b"],
+        ["generate", "m", "p", "--logit-bias", "1=1", "--logit_bias=2=1"],
+        ["serve", "m", "--served-model-name", "a", "--served-model-name", "b"],
+        ["serve", "m", "--lora", "a=b", "--lora", "c=d"],
+    ],
+)
+def test_no_value_of_a_repeated_flag_is_lost(arguments):
+    with pytest.raises(UsageError, match="is given twice: give it once, with all its values behind it"):
+        parse(arguments[0], arguments[1:])
+
+
+def test_flags_that_want_values_need_some():
+    with pytest.raises(UsageError, match=r"Missing value for argument .--stop.. Expected at least one value"):
+        parse("generate", ["m", "p", "--stop"])
+    assert tuple(parse("generate", ["m", "p", "--stop", "a", "b"]).sampling.stop) == ("a", "b")
+    with pytest.raises(UsageError, match="--logit-bias names a token id twice"):
+        sampling_values(parse("generate", ["m", "p", "--logit-bias", "5=1", "5=2"]).sampling)

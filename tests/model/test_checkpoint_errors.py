@@ -84,6 +84,7 @@ def test_other_formats_by_extension(folder, name, message):
         (b"<html><body>Sign in</body></html>", "is an HTML page"),
         (b"PK\x03\x04" + bytes(100), "is a PyTorch pickle, which can run code"),
         (b"\x80\x02}q\x00." + bytes(100), "is a pickle, which can run code"),
+        (b"\x80\x04}\x94." + bytes(100), "is a pickle, which can run code"),
         (b"GGUF" + bytes(100), "is a GGUF file; convert it with tools/convert_gguf.py"),
         (b"", "is not a safetensors file"),
         (b"\x01\x00", "is not a safetensors file"),

@@ -116,6 +116,8 @@ BAD = {
     "partial rotary": ({"partial_rotary_factor": 0.5}, "partial_rotary_factor must be 1, got 0.5"),
     "nested partial": ({"rope_scaling": {**ROPE, "partial_rotary_factor": 0.5}}, "partial_rotary_factor must be 1"),
     "rope type": ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope type must be .* got 'yarn'"),
+    "factor without type": ({"rope_scaling": {"factor": 4.0}}, "a RoPE factor of 4.0 needs a rope type"),
+    "two rope types": ({"rope_scaling": {**ROPE, "type": "linear"}}, "rope_type 'llama3' and type 'linear' contradict"),
     "old rope type": ({"rope_scaling": {"type": "linear", "factor": 4.0}}, "rope type must be .* got 'linear'"),
     "rope not an object": ({"rope_scaling": "llama3"}, "rope_scaling must be an object"),
     "rope lacks": ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "lacks low_freq_factor, high_freq_factor"),

@@ -201,7 +201,8 @@ def write_gguf(
     writer.add_eos_token_id(tokens.index("<|eot_id|>"))
     writer.add_chat_template("{{ messages[0].content }}")
     for key, value in (fields or {}).items():
-        writer.add_uint32(key, value) if isinstance(value, int) else writer.add_string(key, value)
+        add = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
+        add[type(value)](key, value)
     state = {}
     with torch.device("meta"):
         shapes = {name: weight.shape for name, weight in LlamaForCausalLM(CONFIG).state_dict().items()}
@@ -270,6 +271,11 @@ def test_tokenizer_of_a_llama_file(tmp_path):
         ({"fields": {"llama.expert_count": 8}}, "mixture of 8 experts"),
         ({"fields": {"llama.rope.scaling.type": "yarn"}}, "RoPE scaling 'yarn'"),
         ({"fields": {"llama.attention.value_length": 64}}, "value_length is 64"),
+        ({"fields": {"llama.rope.scaling.factor": 4.0}}, "llama.rope.scaling.factor is 4.0"),
+        ({"fields": {"llama.rope.scale_linear": 4.0}}, "llama.rope.scale_linear is 4.0"),
+        ({"fields": {"llama.attn_logit_softcapping": 50.0}}, "llama.attn_logit_softcapping is 50.0"),
+        ({"fields": {"llama.attention.head_count": 0}}, "llama.attention.head_count must be a positive integer"),
+        ({"fields": {"tokenizer.ggml.add_eos_token": True}}, "tokenizer.ggml.add_eos_token is set"),
         ({"extra": {"blk.0.attn_q.bias": np.zeros(256, np.float32)}}, "blk.0.attn_q.bias"),
     ],
 )

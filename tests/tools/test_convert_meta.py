@@ -280,6 +280,25 @@ def test_params_that_cannot_be_read_are_named(tmp_path, text, message):
         main(["--input", str(tmp_path / "meta"), "--output", str(tmp_path / "hf")])
 
 
+@pytest.mark.parametrize("data", [b"", b"junk", "list", "numbers"])
+def test_weights_that_cannot_be_read_are_named(tmp_path, data):
+    write_meta(tmp_path / "meta", PARAMS, {"norm.weight": torch.ones(64)}, 1)
+    path = tmp_path / "meta" / "consolidated.00.pth"
+    if isinstance(data, bytes):
+        path.write_bytes(data)
+    else:
+        torch.save([1] if data == "list" else {"a": 1}, path)
+    with pytest.raises(SystemExit, match=r"consolidated\.00\.pth (cannot be read as tensors|holds no tensors by name)"):
+        main(["--input", str(tmp_path / "meta"), "--output", str(tmp_path / "hf")])
+
+
+def test_a_factor_that_would_be_ignored_is_refused(tmp_path):
+    params = PARAMS | {"use_scaled_rope": False}
+    write_meta(tmp_path / "meta", params, meta_weights(params), 1)
+    with pytest.raises(SystemExit, match="--rope-factor 32 is given"):
+        main(["--input", str(tmp_path / "meta"), "--output", str(tmp_path / "hf"), "--rope-factor", "32"])
+
+
 EMBEDDINGS = ("tok_embeddings.weight", "output.weight")
 
 
@@ -287,6 +306,9 @@ EMBEDDINGS = ("tok_embeddings.weight", "output.weight")
     ("change", "message"),
     [
         (lambda p, w: p.pop("rope_theta"), "params.json lacks rope_theta"),
+        (lambda p, w: p.update(n_heads=0), "n_heads must be a positive integer, got 0"),
+        (lambda p, w: p.update(multiple_of=0), "multiple_of must be a positive integer, got 0"),
+        (lambda p, w: w.pop("tok_embeddings.weight"), "lack tok_embeddings.weight"),
         (lambda p, w: p.update(vision_model={"x": 1}), "vision_model"),
         (lambda p, w: w.pop("layers.1.ffn_norm.weight"), "layers.1.ffn_norm.weight"),
         (lambda p, w: w.update({"layers.0.attention.wq.bias": torch.zeros(8)}), "layers.0.attention.wq.bias"),

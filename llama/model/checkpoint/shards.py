@@ -32,7 +32,10 @@ _FOREIGN = (
     (b"<html", "is an HTML page, not a safetensors file; was the download redirected to a login page?"),
     (b"GGUF", "is a GGUF file; convert it with tools/convert_gguf.py"),
     (b"PK\x03\x04", "is a PyTorch pickle, which can run code; convert it with tools/convert_meta.py"),
-    (b"\x80\x02", "is a pickle, which can run code; convert it with tools/convert_meta.py"),
+    *(
+        (b"\x80" + bytes([n]), "is a pickle, which can run code; convert it with tools/convert_meta.py")
+        for n in range(2, 6)
+    ),
 )
 
 
