@@ -17,6 +17,9 @@ def run_chat(command: Chat) -> int:
     values = sampling_values(command.sampling)
     if values.get("n", 1) > 1:
         raise UsageError("--n is for llama generate: a conversation has one answer")
+    for name in ("logprobs", "prompt_logprobs"):
+        if name in values:
+            raise UsageError(f"--{name.replace('_', '-')} is for llama generate --json: a chat shows texts")
     adapter = named_adapter(command.lora)
     if command.model == DEMO_MODEL and not Path(DEMO_MODEL).exists():
         raise ValueError(f"{DEMO_MODEL}: there is no such folder; name another model, or run make demo-model")

@@ -141,6 +141,8 @@ class EngineFlags:
     """auto (the checkpoint's), float32, bfloat16, float16 or float64"""
     max_model_len: Int = None
     """tokens of context, prompt and answer together (the model's)"""
+    check_weights: Switch = False
+    """refuse weights that are NaN or infinite"""
 
 
 Sampling = Annotated[SamplingFlags, arg(name="")]

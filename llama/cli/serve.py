@@ -37,6 +37,7 @@ def run_serve(command: Serve) -> int:
         device=command.engine.device,
         dtype=command.engine.dtype,
         max_model_len=command.engine.max_model_len,
+        check_weights=command.engine.check_weights,
         max_num_seqs=command.max_num_seqs,
         num_blocks=command.num_blocks,
         max_loras=command.max_loras if loras or command.lora_dir else 0,

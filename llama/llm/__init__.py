@@ -39,7 +39,8 @@ class LLM:
     the CPU), "float32", "float16", "bfloat16". max_model_len: the context in tokens, None = the model's. num_blocks:
     blocks of KV cache, None = what memory allows. seed: None draws fresh entropy for unseeded requests, a number from 0
     to 2**64 - 1 makes the whole run repeatable. load_format: "auto", or "dummy" for random weights from config.json
-    alone. Arguments of vLLM's that are not here are refused by name unless they hold vLLM's default.
+    alone. check_weights: refuse NaN and infinities. Arguments of vLLM's that are not here are refused by name unless
+    they hold vLLM's default.
     """
 
     def __init__(
@@ -61,6 +62,7 @@ class LLM:
         max_lora_rank: int = 64,
         seed: int | None = None,
         load_format: str = "auto",
+        check_weights: bool = False,
         **foreign: Any,
     ) -> None:
         refuse_foreign(foreign)
@@ -86,7 +88,7 @@ class LLM:
         if self.tokenizer is not None:
             self.tokenizer.check_vocab(model_config.vocab_size)
             eos_token_ids |= self.tokenizer.eos_token_ids
-        self.model = load_model(model, device=where, dtype=dtype, load_format=load_format)
+        self.model = load_model(model, where, dtype=dtype, load_format=load_format, check_weights=check_weights)
         self.engine = Engine(self.model, config, eos_token_ids=eos_token_ids)
         self.inputs = Inputs(
             tokenizer=self.tokenizer,

@@ -93,10 +93,17 @@ def check_model(
 
 
 def load_model(
-    model: str | Path | Transformer, *, device: torch.device, dtype: str | torch.dtype, load_format: str
+    model: str | Path | Transformer,
+    device: torch.device,
+    *,
+    dtype: str | torch.dtype,
+    load_format: str,
+    check_weights: bool = False,
 ) -> Transformer:
     """Of arguments that `check_model` has let pass, with the device that it found."""
     if isinstance(model, Transformer):
+        if check_weights:
+            raise ValueError("check_weights=True needs a folder as model: it looks at weights as they are loaded")
         model.prepare()
         return model
     started = time.monotonic()
@@ -105,7 +112,7 @@ def load_model(
         config = ModelConfig.from_pretrained(model)
         loaded = Transformer(config, device=device, dtype=wanted or DTYPES[config.dtype or "float32"], seed=0)
     else:
-        loaded = Transformer.from_pretrained(model, device=device, dtype=wanted or "auto")
+        loaded = Transformer.from_pretrained(model, device=device, dtype=wanted or "auto", check_weights=check_weights)
     loaded.prepare()
     logger.info("model loaded as %s on %s (%.2f s)", loaded.dtype, device, time.monotonic() - started)
     return loaded

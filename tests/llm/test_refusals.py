@@ -122,6 +122,8 @@ def test_constructor_refuses_by_name(folder, tmp_path):
     model = tiny_model()
     with pytest.raises(MemoryError, match=r"num_blocks=1000000000000 blocks of 16 tokens take [0-9]+ bytes"):
         LLM(model, num_blocks=10**12)
+    with pytest.raises(ValueError, match="check_weights=True needs a folder"):
+        LLM(model, check_weights=True)
     with pytest.raises(ValueError, match="a Transformer has its weights"):
         LLM(model, load_format="dummy")
     with pytest.raises(ValueError, match="device must be"):

@@ -119,6 +119,13 @@ def test_a_truncated_file(folder, model):
     assert "truncated" in refusal(folder, model)
 
 
+@pytest.mark.parametrize("letter", "AB")
+def test_an_adapter_that_was_never_trained_is_refused(folder, model, letter):
+    """As PEFT makes one: without effect, whatever is asked of it."""
+    edit_tensors(folder, lambda tensors: [tensors[name].zero_() for name in tensors if f"lora_{letter}." in name])
+    assert "never trained" in refusal(folder, model)
+
+
 def test_a_missing_half(folder, model):
     edit_tensors(folder, lambda tensors: tensors.pop(PREFIX + "lora_B.weight"))
     assert PREFIX + "lora_B.weight" in refusal(folder, model)

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from llama import LLM
 from llama.model.checkpoint import CheckpointError, save_pretrained
 from llama.model.transformer import Transformer
 from tests.model.models import hugging_face_weights, tiny_config, tiny_model
@@ -127,6 +128,8 @@ def test_check_weights(tmp_path):
     Transformer.from_pretrained(tmp_path / "new")
     with pytest.raises(CheckpointError, match=r"model.layers.1.mlp.up_proj.weight holds NaN"):
         Transformer.from_pretrained(tmp_path / "new", check_weights=True)
+    with pytest.raises(CheckpointError):
+        LLM(tmp_path / "new", check_weights=True)
 
 
 MEASURE = """

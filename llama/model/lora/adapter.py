@@ -175,6 +175,8 @@ def _read(
         digest.update(b.view(torch.uint8).numpy())
         # The scale goes in before the rounding to the model's dtype, once.
         pairs[module.name] = Pair(a.to(model.dtype), (b * module.scale).to(model.dtype))
+    if not any(bool(pair.a.any()) and bool(pair.b.any()) for pair in pairs.values()):
+        raise AdapterError(f"{folder}: every lora_A or lora_B is zero: it was never trained and would change nothing")
     return Adapter(
         path=str(folder),
         pairs=pairs,
