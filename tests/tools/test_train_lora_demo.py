@@ -36,5 +36,9 @@ def test_a_folder_that_holds_something_is_left_alone(demo_model_path, tmp_path):
     import train_lora_demo
 
     (tmp_path / "mine").write_text("mine")
-    with pytest.raises(SystemExit, match="is not empty"):
+    with pytest.raises(SystemExit, match="is not an empty folder"):
         train_lora_demo.main(["--model", str(demo_model_path), "--output", str(tmp_path)])
+    with pytest.raises(SystemExit, match="is not an empty folder"):
+        train_lora_demo.main(["--model", str(demo_model_path), "--output", str(tmp_path / "mine")])
+    with pytest.raises(SystemExit, match="--steps must be at least 1, got 0"):
+        train_lora_demo.main(["--model", str(demo_model_path), "--output", str(tmp_path / "new"), "--steps", "0"])
