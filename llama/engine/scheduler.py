@@ -33,7 +33,7 @@ def _advance(sequence: Sequence, token: int) -> bool:
         return True
     try:
         sequence.matcher.advance(token)
-    except Exception:
+    except Exception:  # a matcher is the caller's: whatever it raises is its own sequence's end, and logged
         logger.exception("a grammar broke off")
         return False
     return True

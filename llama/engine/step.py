@@ -99,7 +99,7 @@ class Step:
                     masks = np.full((len(self.samples), mask_words), -1, np.int32)
                 try:
                     sequence.matcher.fill_mask(masks[i])
-                except Exception:
+                except Exception:  # a matcher is the caller's: see the scheduler, which ends its sequence alone
                     logger.exception("a grammar broke off")
                     self.without_mask.add(i)
         return masks

@@ -258,10 +258,10 @@ def _rope_of(values: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
     kind = rope.get("rope_type", rope.get("type", "default"))
     if rope.get("partial_rotary_factor", 1) != 1:
         raise ConfigError(f"partial_rotary_factor must be 1, got {rope['partial_rotary_factor']!r}")
-    if rope.get("type", kind) != kind:
+    if rope.get("type") not in (None, kind):
         raise ConfigError(f"rope_type {kind!r} and type {rope['type']!r} contradict each other")
     if kind == "default":
-        if rope.get("factor", 1) != 1:
+        if rope.get("factor") not in (None, 1):
             raise ConfigError(f'a RoPE factor of {rope["factor"]!r} needs a rope type, which must be "llama3"')
         return theta, None
     if kind != "llama3":

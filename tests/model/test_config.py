@@ -162,6 +162,12 @@ def test_files_that_are_no_config(content, message, tmp_path):
     assert "\n" not in str(caught.value)
 
 
+def test_a_factor_that_says_nothing_is_taken():
+    for factor in (None, 1, 1.0):
+        values = LLAMA_3_1_8B | {"rope_scaling": {"rope_type": "default", "type": None, "factor": factor}}
+        assert ModelConfig.from_hugging_face(values).rope_scaling is None
+
+
 def test_unknown_preset():
     with pytest.raises(ConfigError, match=r"unknown preset 'llama-4'; there are llama-3.1-8b"):
         ModelConfig.preset("llama-4")
