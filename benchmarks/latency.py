@@ -16,10 +16,10 @@ import torch
 from transformers import AutoModelForCausalLM
 from transformers.cache_utils import DynamicCache
 
-import kernels
 from benchmarks import decode_gpu
 from benchmarks.common import close, in_turn, ratio, read_bandwidth, summary, timed
 from llama import LLM, SamplingParams, Transformer
+from llama.kernels import ops
 from llama.model.linear import Linear
 
 STEPS = 5  # of decoding in a row
@@ -120,17 +120,17 @@ def watched(model: Transformer, seconds: dict[str, float]) -> Iterator[None]:
 
         return wrapper
 
-    originals = {name: getattr(kernels, name) for name in OPS}
+    originals = {name: getattr(ops, name) for name in OPS}
     linears = {name: module for name, module in model.named_modules() if isinstance(module, Linear)}
     try:
         for name, function in originals.items():
-            setattr(kernels, name, wrap(name, function))
+            setattr(ops, name, wrap(name, function))
         for name, module in linears.items():
             module.forward = wrap(name.rsplit(".", 1)[-1], module.forward)
         yield
     finally:
         for name, function in originals.items():
-            setattr(kernels, name, function)
+            setattr(ops, name, function)
         for module in linears.values():
             del module.forward
 

@@ -13,7 +13,7 @@ import torch
 from benchmarks.common import close, in_turn, ratio, summary
 from llama import ModelConfig, SamplingParams, Transformer
 from llama.engine.engine import Engine, EngineConfig
-from llama.engine.request import Adapter as EngineAdapter
+from llama.engine.sequence import Adapter as EngineAdapter
 from llama.model.lora.adapter import Adapter, Pair, module_sizes
 from llama.model.lora.slots import module_places
 

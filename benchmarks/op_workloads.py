@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 
-import kernels
 from benchmarks.device import Call
-from kernels.types import LOGPROBS_OFF, SamplerRows, SamplerState
+from llama.kernels import ops
+from llama.kernels.types import LOGPROBS_OFF, SamplerRows, SamplerState
 
 
 @dataclass(frozen=True)
@@ -72,13 +72,13 @@ def norms(setting: Setting) -> Iterator[Workload]:
 
         def plain(seed: int, inputs: Callable = inputs) -> dict[str, Call]:
             x, _, weight = inputs(seed)
-            ours = {"ours": lambda: kernels.rms_norm(x, weight, 1e-5)}
+            ours = {"ours": lambda: ops.rms_norm(x, weight, 1e-5)}
             return ours | setting.peer("F.rms_norm", F.rms_norm, x, (hidden,), weight, 1e-5)
 
         def fused(seed: int, inputs: Callable = inputs) -> dict[str, Call]:
             x, residual, weight = inputs(seed)
 
-            ours = {"ours": lambda: kernels.add_rms_norm(x, residual, weight, 1e-5)}
+            ours = {"ours": lambda: ops.add_rms_norm(x, residual, weight, 1e-5)}
             return ours | setting.peer("add, F.rms_norm", _add_rms_norm, x, residual, weight)
 
         shape = {"tokens": tokens, "hidden": hidden}
@@ -98,7 +98,7 @@ def activation(setting: Setting) -> Iterator[Workload]:
 
         def make(seed: int, tokens: int = tokens) -> dict[str, Call]:
             gate_up = setting.randn(tokens, 2 * size, seed=seed)
-            ours = {"ours": lambda: kernels.silu_mul(gate_up)}
+            ours = {"ours": lambda: ops.silu_mul(gate_up)}
             return ours | setting.peer("F.silu, mul", _silu_mul, gate_up)
 
         moved = 3 * tokens * size * setting.dtype.itemsize
@@ -132,7 +132,7 @@ def rope(setting: Setting) -> Iterator[Workload]:
             angles = torch.rand(tokens, head_dim // 2, device=setting.device) * 6.28
             slots = torch.randperm(blocks * block_size, device=setting.device)[:tokens]
             inputs = (*qkv.split([heads, kv_heads, kv_heads], dim=1), torch.cat((angles.cos(), angles.sin()), 1), slots)
-            ours = {"ours": lambda: kernels.rope_and_store(*inputs, *caches)}
+            ours = {"ours": lambda: ops.rope_and_store(*inputs, *caches)}
             return ours | setting.peer("rotate, index_copy", _rope_and_store, *inputs, *caches)
 
         moved = tokens * (2 * (heads + 2 * kv_heads) * head_dim * setting.dtype.itemsize + 4 * head_dim + 8)
@@ -152,7 +152,7 @@ def _paged(setting: Setting, batch: int, queries: int, context: int, seed: int) 
     q = setting.randn(batch * queries, heads, head_dim, seed=seed)
     tensors = (q, *caches, order.view(batch, blocks), starts, contexts)
     sizes = {"num_decodes": batch if queries == 1 else 0, "max_query_len": queries, "max_context_len": context}
-    return q, partial(kernels.paged_attention, *tensors, **sizes, scale=head_dim**-0.5)
+    return q, partial(ops.paged_attention, *tensors, **sizes, scale=head_dim**-0.5)
 
 
 def _sdpa(setting: Setting, q: Tensor, batch: int, queries: int, context: int, seed: int) -> dict[str, Call]:
@@ -288,7 +288,7 @@ def sampling(setting: Setting) -> Iterator[Workload]:
                 logits = setting.randn(batch, vocab, seed=seed) * 2
                 logits[:, ::401] += 10
                 rows, state = _rows(setting, batch, vocab, kind)
-                calls = {"ours": lambda: kernels.sample(logits, rows, state)}
+                calls = {"ours": lambda: ops.sample(logits, rows, state)}
                 if kind == "greedy":
                     return calls | {"argmax": lambda: logits.argmax(-1)}
                 if kind == "plain":

@@ -10,10 +10,10 @@ from collections.abc import Callable
 import numpy as np
 
 from benchmarks.common import close, summary, timed
+from llama.api.params import SamplingParams
 from llama.engine.blocks import BlockPool, prefix_root
 from llama.engine.engine import Engine, EngineConfig
 from llama.engine.plan import Plan, StepResult
-from llama.engine.request import SamplingParams
 
 TARGETS_US = {1: 40.0, 256: 400.0}
 

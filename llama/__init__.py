@@ -7,12 +7,24 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from llama.async_llm import AsyncLLM as AsyncLLM
-    from llama.engine.request import CompletionOutput as CompletionOutput
-    from llama.engine.request import FinishReason as FinishReason
-    from llama.engine.request import RequestOutput as RequestOutput
-    from llama.engine.request import SamplingParams as SamplingParams
-    from llama.llm import LLM as LLM
+    from llama.api.errors import AdapterError as AdapterError
+    from llama.api.errors import ChatTemplateError as ChatTemplateError
+    from llama.api.errors import CheckpointError as CheckpointError
+    from llama.api.errors import ConfigError as ConfigError
+    from llama.api.errors import ContextLengthError as ContextLengthError
+    from llama.api.errors import EngineClosedError as EngineClosedError
+    from llama.api.errors import EngineDeadError as EngineDeadError
+    from llama.api.errors import QueueFullError as QueueFullError
+    from llama.api.outputs import CompletionOutput as CompletionOutput
+    from llama.api.outputs import FinishReason as FinishReason
+    from llama.api.outputs import Logprob as Logprob
+    from llama.api.outputs import Piece as Piece
+    from llama.api.outputs import RequestMetrics as RequestMetrics
+    from llama.api.outputs import RequestOutput as RequestOutput
+    from llama.api.outputs import Usage as Usage
+    from llama.api.params import SamplingParams as SamplingParams
+    from llama.async_llm.async_llm import AsyncLLM as AsyncLLM
+    from llama.llm.llm import LLM as LLM
     from llama.llm.loras import LoRARequest as LoRARequest
     from llama.model.config import ModelConfig as ModelConfig
     from llama.model.transformer import Transformer as Transformer
@@ -20,27 +32,51 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
-    "AsyncLLM": "llama.async_llm",
-    "CompletionOutput": "llama.engine.request",
-    "FinishReason": "llama.engine.request",
-    "LLM": "llama.llm",
+    "AdapterError": "llama.api.errors",
+    "AsyncLLM": "llama.async_llm.async_llm",
+    "ChatTemplateError": "llama.api.errors",
+    "CheckpointError": "llama.api.errors",
+    "CompletionOutput": "llama.api.outputs",
+    "ConfigError": "llama.api.errors",
+    "ContextLengthError": "llama.api.errors",
+    "EngineClosedError": "llama.api.errors",
+    "EngineDeadError": "llama.api.errors",
+    "FinishReason": "llama.api.outputs",
+    "LLM": "llama.llm.llm",
     "LoRARequest": "llama.llm.loras",
+    "Logprob": "llama.api.outputs",
     "ModelConfig": "llama.model.config",
-    "RequestOutput": "llama.engine.request",
-    "SamplingParams": "llama.engine.request",
+    "Piece": "llama.api.outputs",
+    "QueueFullError": "llama.api.errors",
+    "RequestMetrics": "llama.api.outputs",
+    "RequestOutput": "llama.api.outputs",
+    "SamplingParams": "llama.api.params",
     "Transformer": "llama.model.transformer",
+    "Usage": "llama.api.outputs",
 }
 
 __all__ = [
     "LLM",
+    "AdapterError",
     "AsyncLLM",
+    "ChatTemplateError",
+    "CheckpointError",
     "CompletionOutput",
+    "ConfigError",
+    "ContextLengthError",
+    "EngineClosedError",
+    "EngineDeadError",
     "FinishReason",
     "LoRARequest",
+    "Logprob",
     "ModelConfig",
+    "Piece",
+    "QueueFullError",
+    "RequestMetrics",
     "RequestOutput",
     "SamplingParams",
     "Transformer",
+    "Usage",
     "__version__",
 ]
 

@@ -9,7 +9,9 @@ from types import SimpleNamespace
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
-from llama.engine.request import FinishReason, Logprob, SamplingParams, TokenOutput
+from llama.api.outputs import FinishReason, Logprob
+from llama.api.params import SamplingParams
+from llama.engine.sequence import TokenOutput
 from llama.text.tokenizer import Tokenizer
 
 EOS_ID = 256

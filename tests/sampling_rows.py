@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from kernels.types import LOGPROBS_OFF, LOGPROBS_PROCESSED, LOGPROBS_RAW, SamplerRows, SamplerState
+from llama.kernels.types import LOGPROBS_OFF, LOGPROBS_PROCESSED, LOGPROBS_RAW, SamplerRows, SamplerState
 
 MODES = {None: LOGPROBS_OFF, "raw": LOGPROBS_RAW, "processed": LOGPROBS_PROCESSED}
 DEFAULTS = {

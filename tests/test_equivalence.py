@@ -13,8 +13,10 @@ import numpy as np
 import pytest
 import torch
 
+from llama.api.outputs import FinishReason
+from llama.api.params import SamplingParams
 from llama.engine.engine import Engine, EngineConfig
-from llama.engine.request import FinishReason, SamplingParams, TokenOutput
+from llama.engine.sequence import TokenOutput
 from tests import naive, naive_sampling
 from tests.model.models import hugging_face_weights, tiny_model
 

@@ -6,8 +6,10 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as Backend
 
-from llama.engine.request import FinishReason, Logprob, Piece, SamplingParams, TokenOutput, Usage
-from llama.output import Replies, Reply, Request, merged
+from llama.api.outputs import FinishReason, Logprob, Piece, Usage
+from llama.api.params import SamplingParams
+from llama.engine.sequence import TokenOutput
+from llama.llm.replies import Replies, Reply, Request, merged
 from llama.text.tokenizer import Tokenizer
 from llama.text.tool_calls import ToolCall, parse_tool_calls
 from tests.fakes import EOS_ID, ScriptedEngine, byte_tokenizer, script_of

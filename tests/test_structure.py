@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from llama.kernels import cpu
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 SOURCES = sorted(path for package in ("llama", "kernels") for path in (REPOSITORY / package).rglob("*.py"))
 TREES = {path.relative_to(REPOSITORY).as_posix(): ast.parse(path.read_text(encoding="utf-8")) for path in SOURCES}
@@ -18,9 +20,9 @@ TREES = {path.relative_to(REPOSITORY).as_posix(): ast.parse(path.read_text(encod
 WITHOUT_TORCH = (
     "llama/__init__.py",
     "llama/text/",
-    "llama/engine/request.py",
+    "llama/api/",
+    "llama/engine/sequence.py",
     "llama/engine/blocks.py",
-    "llama/engine/params.py",
     "llama/engine/adapters.py",
     "llama/engine/plan.py",
     "llama/engine/running.py",
@@ -34,8 +36,8 @@ IMPORTERS = {
     "llama.cli": set(),
     "llama.llm": {"llama.cli", "llama.server", "llama.async_llm"},
     "llama.async_llm": {"llama.cli", "llama.server"},
-    "llama.output": {"llama.llm", "llama.async_llm", "llama.cli", "llama.server"},
-    "llama.engine.engine": {"llama.llm", "llama.async_llm", "llama.cli", "llama.server", "llama.output"},
+    "llama.llm.replies": {"llama.llm", "llama.async_llm", "llama.cli", "llama.server"},
+    "llama.engine.engine": {"llama.llm", "llama.async_llm", "llama.cli", "llama.server"},
     "llama.engine.runner": {"llama.engine.engine"},
 }
 FORBIDDEN_EVERYWHERE = {"transformers", "peft", "pickle", "marshal", "tests", "tools", "benchmarks"}
@@ -44,7 +46,8 @@ ENVIRONMENT = {"TRITON_INTERPRET", "RANK", "WORLD_SIZE"}
 
 
 def module_name(path: str) -> str:
-    return path.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+    name = path.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+    return f"llama.{name}" if name.startswith("kernels") else name
 
 
 def only_for_types(node: ast.AST) -> bool:
@@ -86,7 +89,8 @@ def test_no_foreign_imports(path):
     roots = {name.split(".")[0] for name in imports(path)}
     assert not roots & FORBIDDEN_EVERYWHERE
     if path.startswith("kernels/"):
-        assert roots <= set(sys.stdlib_module_names) | {"torch", "triton", "kernels"}
+        assert roots <= set(sys.stdlib_module_names) | {"torch", "triton", "llama"}
+        assert all(name.startswith("llama.kernels") for name in imports(path) if within(name, "llama"))
 
 
 @pytest.mark.parametrize("path", [path for path in TREES if path.startswith("llama/")])
@@ -166,28 +170,27 @@ def test_importing_llama_is_light():
 
 def test_importing_kernels_leaves_triton_alone():
     run_python(
-        "import sys, torch; before = 'triton' in sys.modules; import kernels; "
+        "import sys, torch; before = 'triton' in sys.modules; import llama.kernels.ops; "
         "assert ('triton' in sys.modules) == before"
     )
 
 
 def test_every_op_has_a_twin_of_the_same_signature():
-    import kernels
-    from kernels import reference
+    from llama.kernels import ops
 
-    ops = [name for name, value in vars(kernels).items() if inspect.isfunction(value) and not name.startswith("_")]
-    assert "rms_norm" in ops
-    for name in ops:
-        assert inspect.signature(getattr(kernels, name)) == inspect.signature(getattr(reference, name)), name
+    names = [name for name, value in vars(ops).items() if inspect.isfunction(value) and not name.startswith("_")]
+    assert "rms_norm" in names
+    for name in names:
+        assert inspect.signature(getattr(ops, name)) == inspect.signature(getattr(cpu, name)), name
 
 
 def test_transformers_model_imports_beside_our_kernels():
     """A package of the hub is called `kernels` too, and transformers asks for its version: it must not take ours."""
-    import kernels
     from llama import Transformer
+    from llama.kernels import ops
 
     transformers = importlib.import_module("transformers.models.llama.modeling_llama")
-    assert Path(kernels.__file__).is_relative_to(REPOSITORY)
+    assert Path(ops.__file__).is_relative_to(REPOSITORY)
     assert transformers.LlamaForCausalLM is not Transformer
     version = tuple(map(int, importlib.metadata.version("llama-engine").split(".")))
     assert not (0, 18) <= version < (0, 19)  # the versions that transformers 5.23 would use

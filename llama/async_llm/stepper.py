@@ -12,11 +12,10 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from typing import Any
 
-from llama.async_llm.errors import EngineClosedError
-from llama.async_llm.seats import Seat, Seats
-from llama.engine.engine import EngineDeadError
-from llama.engine.request import Piece, RequestOutput
-from llama.output import Replies, Reply, Request, merged
+from llama.api.errors import EngineClosedError, EngineDeadError
+from llama.api.outputs import Piece, RequestOutput
+from llama.async_llm.admission import Seat, Seats
+from llama.llm.replies import Replies, Reply, Request, merged
 
 
 class Stream:

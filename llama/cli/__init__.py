@@ -5,7 +5,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from llama.cli.errors import UsageError
+from llama.cli.usage import UsageError
 
 _COMMANDS = {
     "chat": "talk with a model",

@@ -5,10 +5,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from llama.api.outputs import FinishReason
 from llama.cli.common import FAILED, Timed, load, named_adapter, params_for, sampling_values
-from llama.cli.errors import UsageError
 from llama.cli.flags import DEMO_MODEL, Chat
-from llama.engine.request import FinishReason
+from llama.cli.usage import UsageError
 
 _HELP = "/reset forgets the conversation, /save FILE keeps it, /quit leaves"
 

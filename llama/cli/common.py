@@ -7,9 +7,10 @@ from collections.abc import Iterable, Iterator
 from dataclasses import fields, replace
 from typing import Any
 
-from llama.cli.errors import UsageError
+from llama.api.outputs import Piece, Usage
+from llama.api.params import SamplingParams
 from llama.cli.flags import NO_TEXTS, EngineFlags, SamplingFlags
-from llama.engine.request import Piece, SamplingParams, Usage
+from llama.cli.usage import UsageError
 
 # Beyond any that is published: who names one adapter of their own needs no limit on what requests may ask for.
 MAX_LORA_RANK = 1024
@@ -82,7 +83,7 @@ def check_engine(flags: EngineFlags) -> None:
 def load(model: str, flags: EngineFlags, max_num_seqs: int, adapter: tuple[str, str] | None = None) -> Any:
     """-> LLM. It is imported here because torch comes with it."""
     check_engine(flags)
-    from llama.llm import LLM
+    from llama.llm.llm import LLM
 
     llm = LLM(
         model,

@@ -17,7 +17,7 @@ import tyro
 from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes, Positional, arg
 from tyro.constructors import PrimitiveConstructorSpec
 
-from llama.cli.errors import UsageError
+from llama.cli.usage import UsageError
 
 DEMO_MODEL = "checkpoints/smollm2-135m-instruct"
 

@@ -4,10 +4,10 @@ import json
 import sys
 from typing import Any
 
+from llama.api.outputs import CompletionOutput, FinishReason, RequestOutput
 from llama.cli.common import FAILED, Timed, load, named_adapter, params_for, sampling_values
-from llama.cli.errors import UsageError
 from llama.cli.flags import Generate
-from llama.engine.request import CompletionOutput, FinishReason, RequestOutput
+from llama.cli.usage import UsageError
 
 
 def run_generate(command: Generate) -> int:

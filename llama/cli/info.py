@@ -4,8 +4,8 @@ import os
 import re
 from pathlib import Path
 
-from llama.cli.errors import UsageError
 from llama.cli.flags import Info
+from llama.cli.usage import UsageError
 from llama.model.config import ModelConfig
 from llama.model.generation_config import GenerationConfig
 

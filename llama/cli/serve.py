@@ -5,8 +5,8 @@ import sys
 from pathlib import Path
 
 from llama.cli.common import check_engine, named_adapter
-from llama.cli.errors import UsageError
 from llama.cli.flags import Serve
+from llama.cli.usage import UsageError
 from llama.server.config import ServerConfig
 from llama.server.port import take_port
 
@@ -24,8 +24,8 @@ def run_serve(command: Serve) -> int:
     )
     taken = take_port(command.host, command.port)
     # What follows imports torch.
-    from llama.async_llm import AsyncLLM
-    from llama.llm import LLM
+    from llama.async_llm.async_llm import AsyncLLM
+    from llama.llm.llm import LLM
 
     try:
         from llama.server.run import serve

@@ -7,7 +7,7 @@ first, once nobody who runs needs it. What is unloaded loses its name at once an
 import re
 from collections import OrderedDict
 
-from llama.engine.request import NO_ADAPTER, Adapter
+from llama.engine.sequence import NO_ADAPTER, Adapter
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 

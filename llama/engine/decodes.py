@@ -17,13 +17,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-import kernels
-from kernels.types import Sampled, SamplerRows
+from llama.api.params import MAX_LOGPROBS
+from llama.engine.device import Mirror, Packed, to_device
 from llama.engine.graphs import Graphs, Record, bucket_of
-from llama.engine.params import MAX_LOGPROBS
 from llama.engine.plan import LogprobArrays, Plan, StepResult
 from llama.engine.sampler import Flags, SamplerTable
-from llama.engine.transfer import Mirror, Packed, to_device
+from llama.kernels import ops
+from llama.kernels.types import Sampled, SamplerRows
 from llama.model.batch import Batch
 from llama.model.kv_cache import KVCache
 from llama.model.lora import LoraSlots
@@ -152,12 +152,12 @@ class GraphedDecodes:
     def _draw(self, bucket: int, flags: Flags) -> Packed:
         tensors = {name: self._inputs.device[name][:bucket] for name in self._sampler.fields}
         rows = SamplerRows(**tensors, **flags._asdict())
-        sampled = kernels.sample(self._logits[:bucket], rows, self._sampler.state)
+        sampled = ops.sample(self._logits[:bucket], rows, self._sampler.state)
         self._last_tokens.index_copy_(0, self._inputs.device["row_ids"][:bucket], sampled.token_ids)
         return packed(sampled)
 
     def _draw_unrecorded(self, plan: Plan) -> Packed:
         rows = self._sampler.rows(plan.rows, plan.sample_positions, plan.masks)
-        sampled = kernels.sample(self._logits[: len(plan.rows)], rows, self._sampler.state)
+        sampled = ops.sample(self._logits[: len(plan.rows)], rows, self._sampler.state)
         self._last_tokens.index_copy_(0, to_device(plan.rows, self._logits.device, np.int64), sampled.token_ids)
         return packed(sampled)

@@ -13,20 +13,17 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 import torch
 
+from llama.api.errors import EngineDeadError
+from llama.api.outputs import FinishReason
+from llama.api.params import SamplingParams
 from llama.engine.adapters import Adapters
 from llama.engine.blocks import BlockPool
 from llama.engine.memory import fitting_blocks
 from llama.engine.plan import Plan, StepResult
-from llama.engine.request import (
-    FinishReason,
-    SamplingParams,
-    Sequence,
-    TokenMatcher,
-    TokenOutput,
-)
 from llama.engine.runner import Runner
 from llama.engine.sampler import Seeds, child_seed
 from llama.engine.scheduler import Scheduler
+from llama.engine.sequence import Sequence, TokenMatcher, TokenOutput
 from llama.model.kv_cache import KVCache
 from llama.model.transformer import Transformer
 
@@ -35,10 +32,6 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 STEP_ATTEMPTS = 3  # of a step that runs out of memory, each with half the tokens of the one before
-
-
-class EngineDeadError(RuntimeError):
-    """The engine cannot go on; make a new one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

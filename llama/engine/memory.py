@@ -7,9 +7,9 @@ from pathlib import Path
 
 import torch
 
-import kernels
-from kernels.types import LOGPROBS_PROCESSED, SamplerRows, SamplerState
-from llama.engine.params import MAX_LOGPROBS
+from llama.api.params import MAX_LOGPROBS
+from llama.kernels import ops
+from llama.kernels.types import LOGPROBS_PROCESSED, SamplerRows, SamplerState
 from llama.model.batch import Batch
 from llama.model.kv_cache import KVCache
 from llama.model.transformer import Transformer
@@ -101,10 +101,10 @@ def worst_step(model: Transformer, *, num_tokens: int, num_samples: int, block_s
     hidden = model.hidden(batch, kv)
     logits = model.head(hidden, batch, torch.zeros(num_samples, dtype=torch.int64, device=device))
     state = SamplerState(num_samples, vocab_size, device)
-    kernels.sample(logits, _rows_with_everything(num_samples, vocab_size, device, model.dtype), state)
+    ops.sample(logits, _rows_with_everything(num_samples, vocab_size, device, model.dtype), state)
     if not is_decode:
         scored = torch.zeros(num_scored_rows(vocab_size), dtype=torch.int64, device=device)
-        kernels.token_logprobs(model.head(hidden, batch, scored), scored, min(MAX_LOGPROBS, vocab_size))
+        ops.token_logprobs(model.head(hidden, batch, scored), scored, min(MAX_LOGPROBS, vocab_size))
 
 
 def peak_cuda_bytes(device: torch.device, run: Callable[[], None]) -> int:

@@ -11,7 +11,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from llama.engine.request import Adapter, Logprob, SamplingParams
+from llama.api.outputs import Logprob
+from llama.api.params import SamplingParams
+from llama.engine.sequence import Adapter
 
 Ints = NDArray[np.int32]
 LAST_SAMPLED = -1  # in place of a token id

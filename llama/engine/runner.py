@@ -13,14 +13,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-import kernels
+from llama.api.params import SamplingParams
 from llama.engine.decodes import GraphedDecodes, fetched, packed
+from llama.engine.device import Packed, to_device
 from llama.engine.graphs import CudaRecord, Record
 from llama.engine.memory import num_scored_rows
 from llama.engine.plan import Ints, LogprobArrays, Plan, StepResult
-from llama.engine.request import SamplingParams
 from llama.engine.sampler import SamplerTable
-from llama.engine.transfer import Packed, to_device
+from llama.kernels import ops
 from llama.model.batch import Batch
 from llama.model.kv_cache import KVCache
 from llama.model.lora import LoraSlots
@@ -172,7 +172,7 @@ class Runner:
             return Packed.of((nothing, nothing.bool()))
         logits = self.model.head(hidden, batch, batch.logit_rows)
         rows = self._sampler.rows(plan.sample_rows, plan.sample_positions, plan.masks)
-        sampled = kernels.sample(logits, rows, self._sampler.state)
+        sampled = ops.sample(logits, rows, self._sampler.state)
         self._last_tokens.index_copy_(0, self._on_device(plan.sample_rows), sampled.token_ids)
         return packed(sampled)
 
@@ -182,7 +182,7 @@ class Runner:
         parts = []
         for some, wanted in zip(sources.split(self._scored_rows), targets.split(self._scored_rows), strict=True):
             logits = self.model.head(hidden, batch, some)
-            scores = kernels.token_logprobs(logits, wanted, plan.num_prompt_logprobs)
+            scores = ops.token_logprobs(logits, wanted, plan.num_prompt_logprobs)
             parts.append(Packed.of((scores.logprob, scores.rank, scores.top_ids, scores.top_logprobs)))
         return parts
 

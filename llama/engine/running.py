@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from llama.engine.blocks import BlockPool, PrefixPath
 from llama.engine.plan import NO_UPDATES, Ints
-from llama.engine.request import Sequence
+from llama.engine.sequence import Sequence
 
 by_order = attrgetter("order")
 

@@ -1,4 +1,4 @@
-"""The host side of sampling: what each row of the engine wants, as the tensors that `kernels.sample` takes.
+"""The host side of sampling: what each row of the engine wants, as the tensors that `ops.sample` takes.
 
 SamplerTable keeps one entry per row (the place of a running sequence) and makes SamplerRows of any choice of rows. As
 long as that choice stays the same only the noise keys are new in a step; nothing here looks at logits or draws.
@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from kernels.types import LOGPROBS_OFF, LOGPROBS_PROCESSED, LOGPROBS_RAW, SamplerRows, SamplerState
-from llama.engine.request import MAX_SEED, SamplingParams
-from llama.engine.transfer import to_device
+from llama.api.params import MAX_SEED, SamplingParams
+from llama.engine.device import to_device
+from llama.kernels.types import LOGPROBS_OFF, LOGPROBS_PROCESSED, LOGPROBS_RAW, SamplerRows, SamplerState
 
 _MASK64 = 2**64 - 1
 _GOLDEN = 0x9E3779B97F4A7C15
@@ -189,7 +189,7 @@ class SamplerTable:
         positions: NDArray[np.integer[Any]],
         masks: NDArray[np.int32] | None = None,
     ) -> SamplerRows:
-        """What `kernels.sample` needs to draw the token at positions[i] of row row_ids[i], for all i.
+        """What `ops.sample` needs to draw the token at positions[i] of row row_ids[i], for all i.
 
         masks [rows, ceil(vocab / 32)] are grammar bit masks, all bits set for rows without a grammar.
         """

@@ -17,11 +17,12 @@ from collections.abc import Iterable
 import numpy as np
 from numpy.typing import NDArray
 
+from llama.api.outputs import FinishReason
 from llama.engine.adapters import Adapters
 from llama.engine.blocks import BlockPool, prefix_root
 from llama.engine.plan import Ints, LogprobArrays, Plan, StepResult
-from llama.engine.request import BROKEN_GRAMMAR, FinishReason, Sequence, TokenOutput
 from llama.engine.running import Running, by_order
+from llama.engine.sequence import BROKEN_GRAMMAR, Sequence, TokenOutput
 from llama.engine.step import Chunk, Step, decode_constants
 
 logger = logging.getLogger(__name__)

@@ -8,8 +8,8 @@ import numpy as np
 
 from llama.engine.adapters import Adapters
 from llama.engine.plan import LAST_SAMPLED, NO_COPIES, Ints, Join, Plan
-from llama.engine.request import Adapter, Sequence
 from llama.engine.running import Running
+from llama.engine.sequence import Adapter, Sequence
 
 logger = logging.getLogger(__name__)
 

@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
+from llama.api.errors import CheckpointError, ConfigError
+from llama.api.params import SamplingParams
 from llama.engine.engine import EngineConfig
-from llama.engine.request import SamplingParams
-from llama.model.checkpoint import CheckpointError
-from llama.model.config import ConfigError, ModelConfig
+from llama.model.config import ModelConfig
 from llama.model.generation_config import GenerationConfig
 from llama.model.transformer import Transformer
 from llama.text.chat import ChatTemplate

@@ -3,8 +3,8 @@
 from collections import deque
 from collections.abc import Callable, Iterator
 
-from llama.engine.request import Piece
-from llama.output import Replies, Reply
+from llama.api.outputs import Piece
+from llama.llm.replies import Replies, Reply
 
 
 class Pieces(Iterator[Piece]):

@@ -10,11 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from llama.api.errors import ConfigError
+
 DTYPES = ("float64", "float32", "float16", "bfloat16")
-
-
-class ConfigError(ValueError):
-    """A configuration that is malformed, absurd, or not a Llama's."""
 
 
 def _checked_integer(name: str, value: Any, low: int, high: int) -> int:

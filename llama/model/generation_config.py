@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from llama.model.config import ConfigError
+from llama.api.errors import ConfigError
 
 # Hugging Face's name -> ours, for what api.md calls sampling defaults. What else the file may hold (cache settings,
 # beam search, pad ids) does not concern the choice of the next token here.

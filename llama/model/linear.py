@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llama.model.module import Module
-from llama.model.packed import PackedWeight, pack
+from llama.model.weights.packed import PackedWeight, pack
 
 if TYPE_CHECKING:
     from llama.model.lora import AdapterUse

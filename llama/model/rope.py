@@ -1,7 +1,7 @@
 """Rotary position embedding: inverse frequencies with Llama 3.1's scaling, and cos/sin of positions.
 
 Everything here is float32, whatever the model's dtype, and the order of operations is transformers', so that both agree
-to the last bit. The rotation itself is `kernels.rope_and_store`, in the half-split layout.
+to the last bit. The rotation itself is `ops.rope_and_store`, in the half-split layout.
 """
 
 import math

@@ -13,16 +13,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import kernels
+from llama.kernels import ops
 from llama.model import checkpoint
 from llama.model.batch import Batch
 from llama.model.config import ModelConfig
-from llama.model.huge_pages import move_to_huge_pages
 from llama.model.kv_cache import KVCache
 from llama.model.linear import Linear
 from llama.model.lora import AdapterUse, LoraSlots
 from llama.model.module import Module
 from llama.model.rope import cos_sin, inverse_frequencies
+from llama.model.weights.huge_pages import move_to_huge_pages
 
 WORTH_MOVING = 1 << 26  # bytes of packed weights
 
@@ -32,7 +32,7 @@ class Step(NamedTuple):
 
     batch: Batch
     cos_sin: Tensor  # [tokens, head_dim] float32
-    plan: kernels.StepPlan | None
+    plan: ops.StepPlan | None
     adapters: AdapterUse | None  # None where no token of the step has an adapter
 
 
@@ -47,8 +47,8 @@ class RMSNorm(Module):
     def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """-> (normed, the new residual), both [tokens, hidden]."""
         if residual is None:
-            return kernels.rms_norm(x, self.weight, self.eps), x
-        return kernels.add_rms_norm(x, residual, self.weight, self.eps)
+            return ops.rms_norm(x, self.weight, self.eps), x
+        return ops.add_rms_norm(x, residual, self.weight, self.eps)
 
 
 class Embedding(Module):
@@ -82,8 +82,8 @@ class Attention(Module):
         heads = self.num_heads + 2 * self.num_kv_heads
         qkv = self.qkv_proj(x, step.adapters).view(x.shape[0], heads, self.head_dim)
         q, k, v = qkv.split_with_sizes((self.num_heads, self.num_kv_heads, self.num_kv_heads), dim=1)
-        q = kernels.rope_and_store(q, k, v, step.cos_sin, batch.slots, k_cache, v_cache, plan=step.plan)
-        mixed = kernels.paged_attention(
+        q = ops.rope_and_store(q, k, v, step.cos_sin, batch.slots, k_cache, v_cache, plan=step.plan)
+        mixed = ops.paged_attention(
             q,
             k_cache,
             v_cache,
@@ -108,7 +108,7 @@ class MLP(Module):
         self.down_proj = Linear(config.intermediate_size, config.hidden_size, device=device, dtype=dtype)
 
     def forward(self, x: Tensor, step: Step) -> Tensor:
-        return self.down_proj(kernels.silu_mul(self.gate_up_proj(x, step.adapters)), step.adapters)
+        return self.down_proj(ops.silu_mul(self.gate_up_proj(x, step.adapters)), step.adapters)
 
 
 class Block(Module):
@@ -199,7 +199,7 @@ class Transformer(Module):
     def hidden(self, batch: Batch, kv: KVCache) -> Tensor:
         """-> [tokens, hidden] after the last norm, of every token; `head` makes logits of it."""
         rotation = cos_sin(batch.positions, self.inv_freq)
-        plan = kernels.plan_step(
+        plan = ops.plan_step(
             batch.block_tables,
             batch.query_starts,
             batch.context_lens,

@@ -8,7 +8,7 @@ import logging
 import re
 from pathlib import Path
 
-from llama.async_llm import AsyncLLM
+from llama.async_llm.async_llm import AsyncLLM
 from llama.server.config import ServerConfig
 from llama.server.errors import ApiError, bad_input, no_adapters
 

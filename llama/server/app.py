@@ -10,12 +10,14 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 import llama
-from llama.server import cloudflare, openai, operations, playground
+from llama.server import operations, playground
 from llama.server.bodies import json_response
+from llama.server.cloudflare.routes import routes as cloudflare_routes
+from llama.server.cloudflare.schema import RunRequest
 from llama.server.errors import ApiError, dialect_of, internal, no_method, no_route
-from llama.server.gate import Gate
-from llama.server.schemas.cloudflare import RunRequest
-from llama.server.schemas.openai import ChatRequest, CompletionRequest
+from llama.server.middleware import Gate
+from llama.server.openai.routes import routes as openai_routes
+from llama.server.openai.schema import ChatRequest, CompletionRequest
 from llama.server.service import Service
 
 
@@ -24,8 +26,8 @@ def create_app(service: Service) -> Gate:
     app = FastAPI(
         title="llama-engine", version=llama.__version__, docs_url=None, redoc_url=None, redirect_slashes=False
     )
-    for module in (cloudflare, openai, operations):
-        app.include_router(module.routes(service))
+    for routes in (cloudflare_routes, openai_routes, operations.routes):
+        app.include_router(routes(service))
     app.include_router(playground.routes())
 
     async def refused(request: Request, error: Exception) -> Response:

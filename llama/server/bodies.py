@@ -10,7 +10,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
 from llama.server.errors import ApiError, bad_input, body_too_large, body_too_slow
-from llama.server.schemas.fields import explain, mismatch
+from llama.server.fields import explain, mismatch
 from llama.server.service import Service
 
 _DISCARDED = 4  # times the limit: how much more of a body that is too large is read

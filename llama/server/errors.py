@@ -6,8 +6,7 @@ Clients see messages that are written here or for them (the ValueErrors of our o
 from enum import Enum, auto
 from typing import Any
 
-from llama.async_llm import EngineClosedError, QueueFullError
-from llama.llm.inputs import ContextLengthError
+from llama.api.errors import ContextLengthError, EngineClosedError, QueueFullError
 
 BAD_INPUT = 5006
 # Parameters with whose names our checks begin their messages.

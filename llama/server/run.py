@@ -19,12 +19,12 @@ from types import FrameType
 
 import uvicorn
 
-from llama.async_llm import AsyncLLM
-from llama.engine.request import SamplingParams
+from llama.api.params import SamplingParams
+from llama.async_llm.async_llm import AsyncLLM
 from llama.server.app import create_app
 from llama.server.config import ServerConfig
 from llama.server.connections import cut_standing
-from llama.server.gate import MAX_HEADER_BYTES
+from llama.server.middleware import MAX_HEADER_BYTES
 from llama.server.port import BACKLOG
 from llama.server.service import Service
 

@@ -7,9 +7,12 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from llama.async_llm import AsyncLLM, EngineClosedError, EngineDeadError, QueueFullError, Stream
-from llama.engine.request import BROKEN_GRAMMAR, FinishReason, Piece, RequestOutput, SamplingParams, Usage
-from llama.llm.inputs import Prompt
+from llama.api.errors import EngineClosedError, EngineDeadError, QueueFullError
+from llama.api.outputs import FinishReason, Piece, RequestOutput, Usage
+from llama.api.params import SamplingParams
+from llama.async_llm.async_llm import AsyncLLM, Stream
+from llama.engine.sequence import BROKEN_GRAMMAR
+from llama.llm.requests import Prompt
 from llama.llm.tool_choice import ToolChoice
 from llama.server.adapters import AdapterShelf
 from llama.server.config import CLOUDFLARE_PREFIX, ServerConfig

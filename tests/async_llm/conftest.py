@@ -4,8 +4,8 @@ import threading
 import pytest
 
 from llama import LLM
-from llama.async_llm import AsyncLLM
-from llama.output import Replies
+from llama.async_llm.async_llm import AsyncLLM
+from llama.llm.replies import Replies
 from tests.async_llm.helpers import echo
 from tests.fakes import ScriptedEngine, byte_tokenizer
 from tests.model.models import tiny_model

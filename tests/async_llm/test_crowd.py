@@ -8,7 +8,7 @@ import time
 import pytest
 
 from llama import LLM, SamplingParams
-from llama.async_llm import AsyncLLM
+from llama.async_llm.async_llm import AsyncLLM
 from tests.async_llm.helpers import PATIENCE, run, text_of
 
 

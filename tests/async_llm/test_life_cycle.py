@@ -7,8 +7,9 @@ import threading
 import pytest
 
 from llama import LLM, SamplingParams
-from llama.async_llm import AsyncLLM, EngineClosedError, EngineDeadError, QueueFullError
-from llama.async_llm.seats import Seats
+from llama.api.errors import EngineClosedError, EngineDeadError, QueueFullError
+from llama.async_llm.admission import Seats
+from llama.async_llm.async_llm import AsyncLLM
 from tests.async_llm.helpers import LONG, PATIENCE, endless, run, text_of, until
 from tests.fakes import script_of
 

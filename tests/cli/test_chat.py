@@ -4,9 +4,10 @@ import io
 import json
 import sys
 
+from llama.api.errors import EngineDeadError
+from llama.api.outputs import FinishReason, Piece, Usage
+from llama.api.params import SamplingParams
 from llama.cli import chat as chat_command
-from llama.engine.engine import EngineDeadError
-from llama.engine.request import FinishReason, Piece, SamplingParams, Usage
 from tests.cli.helpers import one_line, run
 
 

@@ -8,11 +8,11 @@ from types import SimpleNamespace
 
 import pytest
 
+from llama.api.params import SamplingParams
 from llama.cli import main
 from llama.cli.common import params_for, sampling_values
-from llama.cli.errors import UsageError
 from llama.cli.flags import Chat, Generate, SamplingFlags, parse
-from llama.engine.request import SamplingParams
+from llama.cli.usage import UsageError
 from tests.cli.helpers import one_line, run
 
 

@@ -7,16 +7,9 @@ import sys
 import pytest
 
 from llama import LLM
+from llama.api.outputs import CompletionOutput, FinishReason, Piece, RequestMetrics, RequestOutput, Usage
+from llama.api.params import SamplingParams
 from llama.cli.common import Timed
-from llama.engine.request import (
-    CompletionOutput,
-    FinishReason,
-    Piece,
-    RequestMetrics,
-    RequestOutput,
-    SamplingParams,
-    Usage,
-)
 from tests.cli.helpers import one_line, run
 
 
@@ -60,7 +53,7 @@ def test_a_failure_of_the_model_is_one_line_and_code_1(capsys, tiny, monkeypatch
     def stream(self, prompt, params, lora):
         return iter([Piece(0, "Hel", [1]), Piece(0, "", [], finish_reason=FinishReason.ERROR, usage=Usage(3, 1))])
 
-    monkeypatch.setattr("llama.llm.LLM.stream", stream)
+    monkeypatch.setattr("llama.llm.llm.LLM.stream", stream)
     code, out, err = run(capsys, "generate", tiny, "Hello")
     assert (code, out) == (1, "Hel\n") and err.endswith("llama: the model failed while it wrote this answer\n")
 
@@ -72,7 +65,7 @@ def test_a_failure_is_code_1_also_where_nothing_is_streamed(capsys, tiny, monkey
         completions.append(CompletionOutput(1, finish_reason=FinishReason.ERROR))
         return [RequestOutput("0", prompt, [1], completions, RequestMetrics(0.0), finished=True)]
 
-    monkeypatch.setattr("llama.llm.LLM.generate", generate)
+    monkeypatch.setattr("llama.llm.llm.LLM.generate", generate)
     code, out, err = run(capsys, "generate", tiny, "Hello", *how)
     assert code == 1 and out and err == "llama: the model failed while it wrote this answer\n"
 

@@ -10,11 +10,13 @@ from hashlib import blake2b
 import numpy as np
 import torch
 
+from llama.api.outputs import FinishReason
+from llama.api.params import SamplingParams
 from llama.engine.blocks import BlockPool, _key, prefix_root
 from llama.engine.engine import Engine, EngineConfig
 from llama.engine.plan import LAST_SAMPLED, LogprobArrays, Plan, StepResult
-from llama.engine.request import FinishReason, SamplingParams, Sequence, TokenOutput
 from llama.engine.scheduler import Scheduler
+from llama.engine.sequence import Sequence, TokenOutput
 
 UNWRITTEN = -9
 VOCAB = 97  # of a FakeDevice, and of the tiny models

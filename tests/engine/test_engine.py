@@ -4,9 +4,10 @@ import logging
 
 import pytest
 
+from llama.api.outputs import FinishReason
+from llama.api.params import SamplingParams
 from llama.engine import memory
 from llama.engine.engine import Engine
-from llama.engine.request import FinishReason, SamplingParams
 from tests.engine.fakes import VOCAB, config, make, right, run
 from tests.model.models import tiny_model
 

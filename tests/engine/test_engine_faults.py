@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from llama.engine.engine import Engine, EngineDeadError
-from llama.engine.request import FinishReason, SamplingParams
+from llama.api.errors import EngineDeadError
+from llama.api.outputs import FinishReason
+from llama.api.params import SamplingParams
+from llama.engine.engine import Engine
 from tests.engine.fakes import config, make, right, run
 from tests.model.models import tiny_model
 

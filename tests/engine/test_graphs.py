@@ -14,11 +14,11 @@ from safetensors.torch import save_file
 
 from llama import SamplingParams
 from llama.engine import decodes
+from llama.engine.device import Mirror, Packed, to_device
 from llama.engine.engine import Engine, EngineConfig
 from llama.engine.graphs import Graphs, bucket_of
 from llama.engine.memory import worst_step
 from llama.engine.runner import Runner
-from llama.engine.transfer import Mirror, Packed, to_device
 from llama.llm.loras import read_lora
 from llama.model.kv_cache import KVCache
 from tests import test_equivalence

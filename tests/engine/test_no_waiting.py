@@ -10,11 +10,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from triton.runtime.jit import JITFunction
 
-import kernels
-from kernels.types import SamplerState
 from llama.engine.decodes import GraphedDecodes
 from llama.engine.memory import worst_step
 from llama.engine.sampler import Flags, SamplerTable
+from llama.kernels import ops
+from llama.kernels.types import SamplerState
 from llama.llm.loras import read_lora
 from llama.model.config import ModelConfig
 from llama.model.kv_cache import KVCache
@@ -44,7 +44,7 @@ class OnDeviceAlone(TorchDispatchMode):
 def launched(monkeypatch):
     """Names of the Triton kernels that would have run."""
     names = []
-    monkeypatch.setattr(kernels, "_INTERPRETED", True)
+    monkeypatch.setattr(ops, "_INTERPRETED", True)
     monkeypatch.setattr(JITFunction, "run", lambda self, *args, **kwargs: names.append(self.fn.__name__))
     return names
 

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from kernels.reference.sampling import sample
-from kernels.types import LOGPROBS_OFF, LOGPROBS_PROCESSED, LOGPROBS_RAW
-from llama.engine.request import MAX_SEED, SamplingParams
+from llama.api.params import MAX_SEED, SamplingParams
 from llama.engine.sampler import SamplerTable, Seeds, child_seed, noise_keys
+from llama.kernels.cpu.sampling import sample
+from llama.kernels.types import LOGPROBS_OFF, LOGPROBS_PROCESSED, LOGPROBS_RAW
 from tests import naive_sampling
 
 EOS = frozenset({2, 3})

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from llama.engine.request import MAX_SEED, SamplingParams
+from llama.api.params import MAX_SEED, SamplingParams
 
 NAN, INF = math.nan, math.inf
 
@@ -195,5 +195,5 @@ def test_the_signature_shows_every_field():
 
 
 def test_runs_without_torch():
-    script = "import sys; sys.modules['torch'] = None; from llama.engine.params import SamplingParams; SamplingParams()"
+    script = "import sys; sys.modules['torch'] = None; from llama.api.params import SamplingParams; SamplingParams()"
     subprocess.run([sys.executable, "-c", script], check=True)

@@ -3,9 +3,11 @@
 import numpy as np
 import pytest
 
+from llama.api.outputs import FinishReason
+from llama.api.params import SamplingParams
 from llama.engine.blocks import PrefixPath, prefix_root
 from llama.engine.plan import LAST_SAMPLED
-from llama.engine.request import NO_ADAPTER, Adapter, FinishReason, SamplingParams
+from llama.engine.sequence import NO_ADAPTER, Adapter
 from tests.engine.fakes import Driver, expected, sequences_of
 
 

@@ -9,7 +9,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
-from llama.engine.request import FinishReason, SamplingParams
+from llama.api.outputs import FinishReason
+from llama.api.params import SamplingParams
 from tests.engine.fakes import Driver
 
 MAX_MODEL_LEN = 40

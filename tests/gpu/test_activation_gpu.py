@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-import kernels
+from llama.kernels import ops
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
 
@@ -29,18 +29,18 @@ def _check(out, gate_up):
 @pytest.mark.parametrize("shape", [(1, 14336), (257, 14336), (3, 28672), (5, 1536), (2, 2049), (4, 1)], ids=str)
 def test_error_budget(shape, dtype):
     gate_up = _gate_up(*shape, dtype)
-    _check(kernels.silu_mul(gate_up), gate_up)
+    _check(ops.silu_mul(gate_up), gate_up)
 
 
 def test_saturation_without_nan():
     gate_up = _gate_up(4, 4096, torch.bfloat16, scale=100.0)
-    _check(kernels.silu_mul(gate_up), gate_up)
+    _check(ops.silu_mul(gate_up), gate_up)
 
 
 def test_offsets_beyond_32_bits():
     size = 14336
     gate_up = torch.zeros(2**31 // (2 * size) + 8, 2 * size, dtype=torch.bfloat16, device=DEVICE)
     gate_up[-4:] = _gate_up(4, size, torch.bfloat16)
-    out = kernels.silu_mul(gate_up)
+    out = ops.silu_mul(gate_up)
     _check(out[-4:], gate_up[-4:])
     assert not out[:-4].any()

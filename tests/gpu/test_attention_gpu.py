@@ -6,8 +6,8 @@ Every problem has NaN wherever no sequence's keys lie, so each test is one of po
 import pytest
 import torch
 
-import kernels
-from kernels.attention import decode, paged_attention
+from llama.kernels import ops
+from llama.kernels.gpu.attention import decode, paged_attention
 from tests.paged_attention import answer, make_problem
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
@@ -38,7 +38,7 @@ def decodes(contexts, **options):
 
 
 def check(case, out=None):
-    out = case.run(kernels.paged_attention) if out is None else out
+    out = case.run(ops.paged_attention) if out is None else out
     expected = answer(case)
     error = ((out.double() - expected).norm() / expected.norm()).item()
     assert error <= BUDGET[out.dtype], f"relative error {error:.2e}"  # NaN fails

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from kernels import lora
-from kernels.reference.lora import LoraPlan
+from llama.kernels.cpu.lora import LoraPlan
+from llama.kernels.gpu import lora
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
 

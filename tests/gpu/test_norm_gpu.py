@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-import kernels
+from llama.kernels import ops
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
 
@@ -34,8 +34,8 @@ def _check(normed, source, weight):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_error_budget(shape, dtype):
     x, residual, weight = _inputs(*shape, dtype)
-    _check(kernels.rms_norm(x, weight, EPS), x, weight)
-    normed, summed = kernels.add_rms_norm(x, residual, weight, EPS)
+    _check(ops.rms_norm(x, weight, EPS), x, weight)
+    normed, summed = ops.add_rms_norm(x, residual, weight, EPS)
     assert torch.equal(summed, x + residual)
     _check(normed, summed, weight)
 
@@ -45,22 +45,22 @@ def test_offsets_beyond_32_bits():
     x = torch.zeros(tokens, hidden, dtype=torch.bfloat16, device=DEVICE)
     values, _, weight = _inputs(4, hidden, torch.bfloat16)
     x[-4:] = values
-    _check(kernels.rms_norm(x, weight, EPS)[-4:], values, weight)
-    normed, summed = kernels.add_rms_norm(x, torch.zeros_like(x), weight, EPS)
+    _check(ops.rms_norm(x, weight, EPS)[-4:], values, weight)
+    normed, summed = ops.add_rms_norm(x, torch.zeros_like(x), weight, EPS)
     assert torch.equal(summed[-4:], values)
     _check(normed[-4:], values, weight)
 
 
 def test_a_row_does_not_depend_on_its_batch():
     x, residual, weight = _inputs(256, 4096, torch.bfloat16)
-    together = kernels.add_rms_norm(x, residual, weight, EPS)
+    together = ops.add_rms_norm(x, residual, weight, EPS)
     for row in (0, 100, 255):
-        alone = kernels.add_rms_norm(x[row : row + 1], residual[row : row + 1], weight, EPS)
+        alone = ops.add_rms_norm(x[row : row + 1], residual[row : row + 1], weight, EPS)
         assert all(torch.equal(a[0], b[row]) for a, b in zip(alone, together, strict=True))
 
 
 def test_strided_rows():
     x, residual, weight = _inputs(64, 4096, torch.bfloat16)
-    normed, summed = kernels.add_rms_norm(x[::2], residual[1::2], weight, EPS)
+    normed, summed = ops.add_rms_norm(x[::2], residual[1::2], weight, EPS)
     assert torch.equal(summed, x[::2] + residual[1::2])
     _check(normed, summed, weight)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-import kernels
+from llama.kernels import ops
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
 
@@ -39,7 +39,7 @@ def is_rotation(actual, x, cos_sin):
 def test_error_budget(tokens, heads, kv_heads, head_dim, dtype):
     q, k, v, cos_sin, k_cache, v_cache = make(tokens, heads, kv_heads, head_dim, dtype, blocks=tokens // 16 + 3)
     slots = torch.randperm(k_cache.shape[0] * 16, device=DEVICE)[:tokens]
-    out = kernels.rope_and_store(q, k, v, cos_sin, slots, k_cache, v_cache)
+    out = ops.rope_and_store(q, k, v, cos_sin, slots, k_cache, v_cache)
     assert is_rotation(out, q, cos_sin)
     assert is_rotation(k_cache.flatten(0, 1)[slots], k, cos_sin)
     assert torch.equal(v_cache.flatten(0, 1)[slots], v)
@@ -52,7 +52,7 @@ def test_error_budget(tokens, heads, kv_heads, head_dim, dtype):
 def test_padding_stores_nothing():
     q, k, v, cos_sin, *caches = make(8, 32, 8, 128, torch.bfloat16, blocks=2)
     slots = torch.full((8,), -1, device=DEVICE)
-    assert is_rotation(kernels.rope_and_store(q, k, v, cos_sin, slots, *caches), q, cos_sin)
+    assert is_rotation(ops.rope_and_store(q, k, v, cos_sin, slots, *caches), q, cos_sin)
     assert all(cache.isnan().all() for cache in caches)
 
 
@@ -60,7 +60,7 @@ def test_cache_of_more_than_2_to_the_31_elements():
     blocks = (1 << 31) // (16 * 8 * 128) + 2
     q, k, v, cos_sin, k_cache, v_cache = make(4, 32, 8, 128, torch.bfloat16, blocks=blocks)
     slots = torch.tensor([blocks * 16 - 1, 0, blocks * 16 - 17, 5], device=DEVICE)
-    kernels.rope_and_store(q, k, v, cos_sin, slots, k_cache, v_cache)
+    ops.rope_and_store(q, k, v, cos_sin, slots, k_cache, v_cache)
     assert is_rotation(k_cache.flatten(0, 1)[slots], k, cos_sin)
     assert torch.equal(v_cache.flatten(0, 1)[slots], v)
 
@@ -68,11 +68,11 @@ def test_cache_of_more_than_2_to_the_31_elements():
 def test_a_token_does_not_depend_on_its_batch():
     q, k, v, cos_sin, *caches = make(256, 32, 8, 128, torch.bfloat16, blocks=17)
     slots = torch.arange(256, device=DEVICE)
-    together = kernels.rope_and_store(q, k, v, cos_sin, slots, *caches)
+    together = ops.rope_and_store(q, k, v, cos_sin, slots, *caches)
     others = [torch.full_like(cache, torch.nan) for cache in caches]
     for token in (0, 100, 255):
         one = slice(token, token + 1)
-        alone = kernels.rope_and_store(q[one], k[one], v[one], cos_sin[one], slots[one], *others)
+        alone = ops.rope_and_store(q[one], k[one], v[one], cos_sin[one], slots[one], *others)
         assert torch.equal(alone, together[one])
         assert all(
             torch.equal(a.flatten(0, 1)[token], b.flatten(0, 1)[token]) for a, b in zip(caches, others, strict=True)

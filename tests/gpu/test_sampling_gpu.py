@@ -6,9 +6,9 @@ import math
 import pytest
 import torch
 
-import kernels
-from kernels.reference import sampling as twin
-from kernels.types import SamplerRows
+from llama.kernels import ops
+from llama.kernels.cpu import sampling as twin
+from llama.kernels.types import SamplerRows
 from tests.sampling_rows import gumbel, make_rows, make_state
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
@@ -71,7 +71,7 @@ def _check(logits, params, *, seed=0):
     slots = [tuple([token for token in ids if token < vocab] for ids in slot) for slot in SLOTS]
     state, oracle_state = make_state(vocab, slots, DEVICE), make_state(vocab, slots)
     before = make_state(vocab, slots)
-    sampled = kernels.sample(logits, rows, state)
+    sampled = ops.sample(logits, rows, state)
     expected = twin.sample(logits.cpu().double(), _on_cpu(rows), oracle_state)
     assert sampled.is_bad.tolist() == expected.is_bad.tolist()
     pairs = list(zip(sampled.token_ids.tolist(), expected.token_ids.tolist(), strict=True))
@@ -114,7 +114,7 @@ def test_bad_rows_harm_nobody():
     logits[2, 3] = torch.inf
     params = [{"top_p": 0.9}, {}, {"temperature": 0.0}, {}, {"top_k": 9}, {"temperature": 0.0}]
     _check(logits, params)
-    assert kernels.sample(logits, make_rows(params, VOCAB, device=DEVICE)).is_bad.tolist() == [True] * 3 + [False] * 3
+    assert ops.sample(logits, make_rows(params, VOCAB, device=DEVICE)).is_bad.tolist() == [True] * 3 + [False] * 3
 
 
 # --- as a distribution
@@ -133,7 +133,7 @@ def test_draws_follow_the_distribution(param):
     probabilities = torch.zeros(vocab, dtype=torch.float64)
     kept = top.top_ids[0] >= 0
     probabilities[top.top_ids[0][kept]] = top.top_logprobs[0][kept].exp()
-    tokens = kernels.sample(logits.expand(draws, vocab), make_rows([param] * draws, vocab, device=DEVICE)).token_ids
+    tokens = ops.sample(logits.expand(draws, vocab), make_rows([param] * draws, vocab, device=DEVICE)).token_ids
     seen = torch.bincount(tokens.cpu(), minlength=vocab).double()
     assert not seen[probabilities == 0].any()
     expected = probabilities * draws
@@ -155,7 +155,7 @@ def _answers(logits, params):
     """Of rows that each have a slot of their own, where they have one."""
     params = [{**p, "logprobs": "processed"} | ({"slot": row} if "slot" in p else {}) for row, p in enumerate(params)]
     rows = make_rows(params, VOCAB, num_logprobs=5, device=DEVICE)
-    logprobs = (sampled := kernels.sample(logits, rows, make_state(VOCAB, SLOTS * len(params), DEVICE))).logprobs
+    logprobs = (sampled := ops.sample(logits, rows, make_state(VOCAB, SLOTS * len(params), DEVICE))).logprobs
     return sampled.token_ids, logprobs.logprob, logprobs.rank, logprobs.top_ids, logprobs.top_logprobs
 
 
@@ -182,7 +182,7 @@ def test_the_same_call_gives_the_same_bits():
 def test_token_logprobs(dtype):
     logits = _logits(33, dtype=dtype)
     token_ids = torch.randint(0, VOCAB, (33,), generator=torch.Generator().manual_seed(0)).to(DEVICE)
-    actual = kernels.token_logprobs(logits, token_ids, 20)
+    actual = ops.token_logprobs(logits, token_ids, 20)
     expected = twin.token_logprobs(logits.cpu().double(), token_ids.cpu(), 20)
     assert torch.equal(actual.rank.cpu(), expected.rank)
     assert torch.equal(actual.top_ids.cpu(), expected.top_ids)
@@ -200,16 +200,16 @@ def test_a_graph_replays_what_the_eager_call_does():
     state, eager_state = make_state(VOCAB, SLOTS, DEVICE), make_state(VOCAB, SLOTS, DEVICE)
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
-        kernels.sample(logits, rows, make_state(VOCAB, SLOTS, DEVICE))  # compiles
+        ops.sample(logits, rows, make_state(VOCAB, SLOTS, DEVICE))  # compiles
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = kernels.sample(logits, rows, state)
+        captured = ops.sample(logits, rows, state)
     for seed in range(4):
         logits.copy_(_logits(len(PARAMS), dtype=torch.bfloat16, scale=1 + seed, seed=seed))
         rows.keys.copy_(torch.randint(-(2**31), 2**31, rows.keys.shape, dtype=torch.int32, device=DEVICE))
         graph.replay()
-        eager = kernels.sample(logits, rows, eager_state)
+        eager = ops.sample(logits, rows, eager_state)
         assert torch.equal(captured.token_ids, eager.token_ids)
         assert torch.equal(captured.logprobs.logprob, eager.logprobs.logprob)
         assert torch.equal(captured.logprobs.top_ids, eager.logprobs.top_ids)
@@ -222,5 +222,5 @@ def test_offsets_beyond_32_bits():
     wanted = torch.arange(rows, device=DEVICE) * 7919 % VOCAB
     logits[torch.arange(rows, device=DEVICE), wanted] = 40
     for param in ({"temperature": 0.0}, {"top_p": 0.5}):
-        sampled = kernels.sample(logits, make_rows([param] * rows, VOCAB, device=DEVICE))
+        sampled = ops.sample(logits, make_rows([param] * rows, VOCAB, device=DEVICE))
         assert torch.equal(sampled.token_ids, wanted)

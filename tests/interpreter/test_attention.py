@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-import kernels
-from kernels.attention import config, decode, paged_attention, split
+from llama.kernels import ops
+from llama.kernels.gpu.attention import config, decode, paged_attention, split
 from tests.paged_attention import answer, make_problem
 
 # float16 probabilities and outputs are rounded to 11 bits.
@@ -120,7 +120,7 @@ def test_prefill_of_head_dims(head_dim):
 
 
 def test_prefill_finds_its_sequence_among_many(monkeypatch):
-    from kernels.attention import prefill
+    from llama.kernels.gpu.attention import prefill
 
     monkeypatch.setattr(prefill, "_SEQUENCES", prefill.tl.constexpr(4))
     check(make_problem([2, 0, 3, 1, 40, 1, 0, 5], [9, 0, 3, 8, 40, 33, 1, 20], head_dim=16))
@@ -181,7 +181,7 @@ def test_cache_of_more_than_2_to_the_31_elements(queries):
 
 def test_public_op_takes_the_kernel():
     problem = make_problem([1, 4], [20, 4], num_decodes=1)
-    assert torch.equal(problem.run(kernels.paged_attention), problem.run(paged_attention))
+    assert torch.equal(problem.run(ops.paged_attention), problem.run(paged_attention))
 
 
 @pytest.mark.parametrize(

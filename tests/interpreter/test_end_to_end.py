@@ -7,8 +7,8 @@ import pytest
 import torch
 from triton.runtime import interpreter
 
-import kernels
 from llama import LLM, ModelConfig, SamplingParams, Transformer
+from llama.kernels import ops
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # infinities meet on purpose
 
@@ -77,7 +77,7 @@ def test_generation_through_triton(monkeypatch, launched):
     wanted |= {"scan_kernel", "count_kernel", "choose_kernel", "finish_kernel", "logprob_parts_kernel"}
     assert wanted <= launched
     launched.clear()
-    monkeypatch.setattr(kernels, "_INTERPRETED", False)
+    monkeypatch.setattr(ops, "_INTERPRETED", False)
     plain, plain_outputs = _generate(torch.float32)
     assert not launched
 

@@ -4,9 +4,9 @@ compared to the bit."""
 import pytest
 import torch
 
-import kernels
-from kernels import lora, reference
-from kernels.reference.lora import LoraPlan
+from llama.kernels import cpu, ops
+from llama.kernels.cpu.lora import LoraPlan
+from llama.kernels.gpu import lora
 
 # float32: the order of sums. float16: h and the result are rounded once, the twin's product once more.
 TOLERANCES = {torch.float32: 2e-5, torch.float16: 4e-3}
@@ -35,7 +35,7 @@ def make(slots, in_features=48, starts=QKV, rank=16, dtype=torch.float32, seed=0
 
 def apply(ops, x, a, y, b, slots, starts=QKV):
     """y after both halves, by the ops of `ops`; the given y stays."""
-    plan = LoraPlan(slots) if ops is lora else reference.plan_lora(slots)
+    plan = LoraPlan(slots) if ops is lora else cpu.plan_lora(slots)
     y = y.clone()
     ops.lora_expand(ops.lora_shrink(x, a, plan), y, b, plan, starts)
     return y
@@ -44,7 +44,7 @@ def apply(ops, x, a, y, b, slots, starts=QKV):
 def check(slots, starts=QKV, **shape):
     arguments = make(slots, starts=starts, **shape)
     before = [tensor.clone() for tensor in arguments]
-    actual, expected = apply(lora, *arguments, starts), apply(reference, *arguments, starts)
+    actual, expected = apply(lora, *arguments, starts), apply(cpu, *arguments, starts)
     assert all(torch.equal(tensor, old) for tensor, old in zip(arguments, before, strict=True))
     tolerance = TOLERANCES[actual.dtype]
     torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
@@ -143,18 +143,18 @@ def test_embedding(rank):
     y, token_ids = torch.randn(5, 20, generator=generator), torch.tensor([29, 0, 7, 7, 3])
     slots = torch.tensor([1, 4, 0, 2, 1], dtype=torch.int32)
     results = []
-    for ops, plan in ((lora, LoraPlan(slots)), (reference, reference.plan_lora(slots))):
+    for twin, plan in ((lora, LoraPlan(slots)), (cpu, cpu.plan_lora(slots))):
         results.append(y.clone())
-        ops.lora_expand(ops.lora_embedding(token_ids, a, plan), results[-1], b, plan, (0, 20))
+        twin.lora_expand(twin.lora_embedding(token_ids, a, plan), results[-1], b, plan, (0, 20))
     torch.testing.assert_close(*results, rtol=2e-5, atol=2e-5)
     assert torch.equal(results[0][2], y[2])
 
 
 def test_public_ops_take_the_kernels():
     x, a, y, b, slots = make([1, 0, 2])
-    plan, actual = kernels.plan_lora(slots), y.clone()
+    plan, actual = ops.plan_lora(slots), y.clone()
     assert plan.slots is slots and plan.rows is None
-    kernels.lora_expand(kernels.lora_shrink(x, a, plan), actual, b, plan, QKV)
+    ops.lora_expand(ops.lora_shrink(x, a, plan), actual, b, plan, QKV)
     assert torch.equal(actual, apply(lora, x, a, y, b, slots))
 
 

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from kernels import lora
+from llama.api.params import SamplingParams
 from llama.engine.engine import Engine, EngineConfig
-from llama.engine.request import Adapter as EngineAdapter
-from llama.engine.request import SamplingParams
+from llama.engine.sequence import Adapter as EngineAdapter
+from llama.kernels.gpu import lora
 from llama.model.lora import LoraSlots
 from llama.model.lora.adapter import Adapter, Pair, module_sizes
 from llama.model.lora.slots import module_places

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-import kernels
-from kernels import norm, reference
+from llama.kernels import cpu, ops
+from llama.kernels.gpu import norm
 
 # float32: the order of the sum differs. float16: one rounding of the normed value may fall the other way.
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3}
@@ -28,7 +28,7 @@ def _close(actual, expected):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_rms_norm(shape, dtype):
     x, _, weight = _inputs(*shape, dtype)
-    _close(kernels.rms_norm(x, weight, 1e-5), reference.rms_norm(x, weight, 1e-5))
+    _close(ops.rms_norm(x, weight, 1e-5), cpu.rms_norm(x, weight, 1e-5))
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
@@ -36,8 +36,8 @@ def test_rms_norm(shape, dtype):
 def test_add_rms_norm(shape, dtype):
     x, residual, weight = _inputs(*shape, dtype)
     before = x.clone(), residual.clone()
-    normed, summed = kernels.add_rms_norm(x, residual, weight, 1e-5)
-    expected_normed, expected_summed = reference.add_rms_norm(x, residual, weight, 1e-5)
+    normed, summed = ops.add_rms_norm(x, residual, weight, 1e-5)
+    expected_normed, expected_summed = cpu.add_rms_norm(x, residual, weight, 1e-5)
     assert torch.equal(summed, expected_summed)
     _close(normed, expected_normed)
     assert torch.equal(x, before[0]) and torch.equal(residual, before[1])
@@ -47,24 +47,24 @@ def test_add_rms_norm(shape, dtype):
 def test_row_wider_than_a_block(hidden, monkeypatch):
     monkeypatch.setattr(norm, "_MAX_BLOCK", 64)
     x, residual, weight = _inputs(2, hidden, torch.float32)
-    _close(kernels.rms_norm(x, weight, 1e-5), reference.rms_norm(x, weight, 1e-5))
-    normed, summed = kernels.add_rms_norm(x, residual, weight, 1e-5)
+    _close(ops.rms_norm(x, weight, 1e-5), cpu.rms_norm(x, weight, 1e-5))
+    normed, summed = ops.add_rms_norm(x, residual, weight, 1e-5)
     assert torch.equal(summed, x + residual)
-    _close(normed, reference.rms_norm(summed, weight, 1e-5))
+    _close(normed, cpu.rms_norm(summed, weight, 1e-5))
 
 
 def test_no_tokens():
     x, _, weight = _inputs(0, 64, torch.float32)
-    assert kernels.rms_norm(x, weight, 1e-5).shape == (0, 64)
-    assert [t.shape for t in kernels.add_rms_norm(x, x, weight, 1e-5)] == [(0, 64), (0, 64)]
+    assert ops.rms_norm(x, weight, 1e-5).shape == (0, 64)
+    assert [t.shape for t in ops.add_rms_norm(x, x, weight, 1e-5)] == [(0, 64), (0, 64)]
 
 
 def test_strided_rows():
     x, residual, weight = _inputs(6, 64, torch.float32)
-    _close(kernels.rms_norm(x[::2], weight, 1e-5), reference.rms_norm(x[::2], weight, 1e-5))
+    _close(ops.rms_norm(x[::2], weight, 1e-5), cpu.rms_norm(x[::2], weight, 1e-5))
     _close(
-        kernels.add_rms_norm(x[::3], residual[1::3], weight, 1e-5)[0],
-        reference.add_rms_norm(x[::3], residual[1::3], weight, 1e-5)[0],
+        ops.add_rms_norm(x[::3], residual[1::3], weight, 1e-5)[0],
+        cpu.add_rms_norm(x[::3], residual[1::3], weight, 1e-5)[0],
     )
 
 
@@ -74,16 +74,16 @@ def test_rows_beyond_32_bit_offsets():
     x = storage.as_strided((2, 64), (2**31 + 2**27, 1))
     values, _, weight = _inputs(2, 64, torch.float16)
     x.copy_(values)
-    _close(kernels.rms_norm(x, weight, 1e-5), reference.rms_norm(values, weight, 1e-5))
+    _close(ops.rms_norm(x, weight, 1e-5), cpu.rms_norm(values, weight, 1e-5))
 
 
 def test_large_values_do_not_overflow_float16():
     x = torch.full((1, 64), 6e4, dtype=torch.float16)
     weight = torch.ones(64, dtype=torch.float16)
-    _close(kernels.rms_norm(x, weight, 1e-5), torch.ones(1, 64, dtype=torch.float16))
+    _close(ops.rms_norm(x, weight, 1e-5), torch.ones(1, 64, dtype=torch.float16))
 
 
 def test_bfloat16_is_refused_by_name():
     x, _, weight = _inputs(2, 64, torch.bfloat16)
     with pytest.raises(ValueError, match=r"rms_norm: x is torch\.bfloat16"):
-        kernels.rms_norm(x, weight, 1e-5)
+        ops.rms_norm(x, weight, 1e-5)

@@ -5,10 +5,10 @@ import torch
 import triton
 import triton.language as tl
 
-import kernels
-from kernels.reference import sampling as twin
-from kernels.sampling import filters, plan, rules
-from kernels.types import SamplerState
+from llama.kernels import ops
+from llama.kernels.cpu import sampling as twin
+from llama.kernels.gpu.sampling import filters, plan, rules
+from llama.kernels.types import SamplerState
 from tests.naive_sampling import M32, lowbias32
 from tests.sampling_rows import make_rows, make_state
 
@@ -34,7 +34,7 @@ def _check(logits, params, *, state=None, seed=0, num_logprobs=0):
     states = [None, None]
     if state is not None:
         states = [make_state(logits.shape[1], state) for _ in range(2)]
-    actual, expected = kernels.sample(logits, rows, states[0]), twin.sample(logits, rows, states[1])
+    actual, expected = ops.sample(logits, rows, states[0]), twin.sample(logits, rows, states[1])
     assert actual.is_bad.tolist() == expected.is_bad.tolist()
     assert actual.token_ids.tolist() == expected.token_ids.tolist()
     good = ~expected.is_bad
@@ -73,7 +73,7 @@ def test_noise_integers(key):
 def test_greedy(vocab, dtype):
     logits = _logits(3, vocab, dtype=dtype)
     rows = make_rows([{"temperature": 0.0}] * 3, vocab)
-    sampled = kernels.sample(logits, rows)
+    sampled = ops.sample(logits, rows)
     assert sampled.token_ids.tolist() == logits.argmax(1).tolist()
     assert not sampled.is_bad.any() and sampled.logprobs is None
 
@@ -84,12 +84,12 @@ def test_greedy_takes_the_lowest_id_on_ties():
     logits[2, [699, 255, 256]] = 1
     logits[3] = -torch.inf
     logits[3, [600, 500]] = -5
-    tokens = kernels.sample(logits, make_rows([{"temperature": 0.0}] * 4, 700)).token_ids
+    tokens = ops.sample(logits, make_rows([{"temperature": 0.0}] * 4, 700)).token_ids
     assert tokens.tolist() == [0, 300, 255, 500]
 
 
 def test_no_rows():
-    sampled = kernels.sample(torch.empty(0, 50), make_rows([], 50, num_logprobs=3))
+    sampled = ops.sample(torch.empty(0, 50), make_rows([], 50, num_logprobs=3))
     assert sampled.token_ids.shape == sampled.is_bad.shape == (0,)
     assert sampled.logprobs.top_ids.shape == (0, 3)
 
@@ -101,7 +101,7 @@ def test_draws_equal_the_twins():
     logits = _logits(1, 500).expand(20, -1).contiguous()
     params = [{"temperature": 0.5 + row / 8} for row in range(20)]
     rows = make_rows(params, 500)
-    tokens = kernels.sample(logits, rows).token_ids
+    tokens = ops.sample(logits, rows).token_ids
     assert tokens.tolist() == twin.sample(logits, rows, None).token_ids.tolist()
     assert tokens.unique().numel() > 8
 
@@ -219,7 +219,7 @@ def test_rows_that_share_a_slot_are_all_counted():
     rows = make_rows([{"slot": 1, "temperature": 0.0}] * 3 + [{"slot": 0, "temperature": 0.0}], 50)
     logits = torch.zeros(4, 50)
     logits[:, 33] = 1
-    kernels.sample(logits, rows, state)
+    ops.sample(logits, rows, state)
     assert state.counts[:, 33].tolist() == [1, 3] and state.counts.sum() == 4
 
 
@@ -278,7 +278,7 @@ def test_results_do_not_depend_on_splits_or_neighbours(monkeypatch):
 
     def run(chosen):
         part = [{**params[row], "key": (row, 7), "logprobs": "processed"} for row in chosen]
-        sampled = kernels.sample(logits[chosen], make_rows(part, 900, num_logprobs=4))
+        sampled = ops.sample(logits[chosen], make_rows(part, 900, num_logprobs=4))
         logprobs = sampled.logprobs
         fields = (sampled.token_ids, logprobs.logprob, logprobs.rank, logprobs.top_ids, logprobs.top_logprobs)
         return [[field[index] for field in fields] for index in range(len(chosen))]
@@ -313,7 +313,7 @@ def test_slots_beyond_32_bit_offsets():
 
 
 def _check_equal_draw(logits, near_logits, params, state, near_state, near_params=None):
-    actual = kernels.sample(logits, make_rows(params, logits.shape[1]), state)
+    actual = ops.sample(logits, make_rows(params, logits.shape[1]), state)
     expected = twin.sample(near_logits, make_rows(near_params or params, logits.shape[1]), near_state)
     assert actual.token_ids.tolist() == expected.token_ids.tolist()
 
@@ -324,10 +324,10 @@ def _check_equal_draw(logits, near_logits, params, state, near_state, near_param
 def test_refusals():
     rows = make_rows([{}], 50)
     with pytest.raises(ValueError, match=r"sample: logits is torch\.bfloat16"):
-        kernels.sample(torch.empty(1, 50, dtype=torch.bfloat16), rows)
+        ops.sample(torch.empty(1, 50, dtype=torch.bfloat16), rows)
     with pytest.raises(ValueError, match=r"float64"):
-        kernels.sample(torch.empty(1, 50, dtype=torch.float64), rows)
+        ops.sample(torch.empty(1, 50, dtype=torch.float64), rows)
     with pytest.raises(ValueError, match="SamplerState"):
-        kernels.sample(torch.empty(1, 50), make_rows([{"slot": 0}], 50))
+        ops.sample(torch.empty(1, 50), make_rows([{"slot": 0}], 50))
     with pytest.raises(ValueError, match="50 logits per row, 40 counts"):
-        kernels.sample(torch.empty(1, 50), make_rows([{"slot": 0}], 50), SamplerState(1, 40))
+        ops.sample(torch.empty(1, 50), make_rows([{"slot": 0}], 50), SamplerState(1, 40))

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from llama import LLM, SamplingParams, Transformer
-from llama.model.config import ConfigError
+from llama.api.errors import ConfigError
 from tests import naive
 from tests.fakes import byte_tokenizer
 from tests.llm.helpers import GREEDY

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from llama import LLM, SamplingParams
-from llama.llm.inputs import as_prompts
+from llama.api.errors import ConfigError
 from llama.llm.loading import resolve_device, resolve_dtype
-from llama.model.config import ConfigError
+from llama.llm.requests import as_prompts
 from llama.text.tokenizer import Tokenizer
 from tests.llm.helpers import GREEDY
 from tests.model.models import tiny_model

@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from llama import LLM, SamplingParams
-from llama.engine.engine import EngineDeadError
+from llama.api.errors import EngineDeadError
 from tests.llm.helpers import GREEDY
 
 

@@ -7,7 +7,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from llama import LLM, SamplingParams
-from llama.model.lora import AdapterError, read_adapter
+from llama.api.errors import AdapterError
+from llama.model.lora import read_adapter
 from llama.model.transformer import Transformer
 from tests.lora.adapters import make_adapter
 

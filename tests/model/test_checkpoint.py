@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from llama import LLM
-from llama.model.checkpoint import CheckpointError, save_pretrained
+from llama.api.errors import CheckpointError
+from llama.model.checkpoint import save_pretrained
 from llama.model.transformer import Transformer
 from tests.model.models import hugging_face_weights, tiny_config, tiny_model
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from llama.model.checkpoint import CheckpointError, save_pretrained
+from llama.api.errors import CheckpointError
+from llama.model.checkpoint import save_pretrained
 from llama.model.transformer import Transformer
 from tests.model.models import tiny_model
 

@@ -7,7 +7,8 @@ import torch
 from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from llama.model.config import ConfigError, ModelConfig, RopeScaling
+from llama.api.errors import ConfigError
+from llama.model.config import ModelConfig, RopeScaling
 from llama.model.rope import inverse_frequencies
 
 LLAMA_3_1_8B = {

@@ -5,7 +5,7 @@ import sys
 import pytest
 import torch
 
-from llama.model.huge_pages import move_to_huge_pages
+from llama.model.weights.huge_pages import move_to_huge_pages
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="Linux alone has them")

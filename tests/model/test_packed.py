@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from llama.model import packed
 from llama.model.linear import Linear
-from llama.model.packed import Float16Weight, OneDNNWeight, pack
 from llama.model.transformer import Transformer
+from llama.model.weights import packed
+from llama.model.weights.packed import Float16Weight, OneDNNWeight, pack
 from tests.model.models import hugging_face_weights, tiny_model
 
 TOLERANCES = {torch.float32: 1e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from kernels.reference.sampling import sample
-from kernels.types import LOGPROBS_OFF, LOGPROBS_PROCESSED, SamplerRows, SamplerState
+from llama.kernels.cpu.sampling import sample
+from llama.kernels.types import LOGPROBS_OFF, LOGPROBS_PROCESSED, SamplerRows, SamplerState
 from tests import naive_sampling
 from tests.naive_sampling import Params
 

@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-import kernels
-from kernels.reference import attention
+from llama.kernels import ops
+from llama.kernels.cpu import attention
 
 TOLERANCES = {torch.float64: 1e-12, torch.float32: 5e-6, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 
@@ -60,7 +60,7 @@ def expected(p):
 
 
 def plan_of(p):
-    return kernels.plan_step(
+    return ops.plan_step(
         p["block_tables"],
         p["query_starts"],
         p["context_lens"],
@@ -72,10 +72,10 @@ def plan_of(p):
 
 
 def check(p):
-    out = kernels.paged_attention(**p)
+    out = ops.paged_attention(**p)
     plan = plan_of(p)
     for _ in range(2):  # layers share a plan and its working memory
-        assert torch.equal(kernels.paged_attention(**p, plan=plan), out)
+        assert torch.equal(ops.paged_attention(**p, plan=plan), out)
     tolerance = TOLERANCES[p["q"].dtype]
     assert out.dtype == p["q"].dtype
     assert out.is_contiguous()
@@ -118,7 +118,7 @@ def test_long_chunks_are_tiled(monkeypatch):
 
 
 def test_nothing_to_do():
-    assert kernels.paged_attention(**problem([], [])).shape == (0, 6, 16)
+    assert ops.paged_attention(**problem([], [])).shape == (0, 6, 16)
     check(problem([0, 3, 0], [8, 5, 0]))
 
 
@@ -126,7 +126,7 @@ def test_decode_without_context_gives_zeros():
     """Padding rows of a fixed-size batch."""
     p = problem([1, 1], [5, 5])
     p["context_lens"] = torch.tensor([5, 0], dtype=torch.int32)
-    out = kernels.paged_attention(**p)
+    out = ops.paged_attention(**p)
     assert not bool(out.isnan().any())
     assert not bool(out[1].any())
 
@@ -143,7 +143,7 @@ def test_softmax_is_at_least_float32():
     p["q"].zero_()
     for name in ("k_cache", "v_cache"):
         p[name].nan_to_num_(1.0).fill_(1.0)
-    assert math.isclose(kernels.paged_attention(**p).double().mean(), 1.0, abs_tol=1e-3)
+    assert math.isclose(ops.paged_attention(**p).double().mean(), 1.0, abs_tol=1e-3)
 
 
 def test_refusals():
@@ -156,4 +156,4 @@ def test_refusals():
         {"v_cache": p["v_cache"][:1]},
     ):
         with pytest.raises(ValueError, match="paged_attention"):
-            kernels.paged_attention(**{**p, **changed})
+            ops.paged_attention(**{**p, **changed})

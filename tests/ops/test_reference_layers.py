@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-import kernels
+from llama.kernels import ops
 
 TOLERANCES = {torch.float64: 1e-13, torch.float32: 2e-6, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 DTYPES = pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
@@ -25,7 +25,7 @@ def test_rms_norm(dtype, tokens):
     x, weight = randn(tokens, 72, dtype=dtype), randn(72, dtype=dtype, seed=1)
     wide = x.double()
     expected = wide / (wide.square().mean(-1, keepdim=True) + 1e-5).sqrt() * weight.double()
-    result = kernels.rms_norm(x, weight, 1e-5)
+    result = ops.rms_norm(x, weight, 1e-5)
     assert result.dtype == dtype
     assert_near(result, expected)
 
@@ -37,8 +37,8 @@ def test_rms_norm_of_outliers(dtype):
     x[:, 7] *= 1000
     wide = x.double()
     expected = wide / (wide.square().mean(-1, keepdim=True) + 1e-5).sqrt() * weight.double()
-    assert_near(kernels.rms_norm(x, weight, 1e-5), expected)
-    assert_near(kernels.rms_norm(x[:1], weight, 1e-5), expected[:1])
+    assert_near(ops.rms_norm(x, weight, 1e-5), expected)
+    assert_near(ops.rms_norm(x[:1], weight, 1e-5), expected[:1])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -47,7 +47,7 @@ def test_rms_norm_rounds_before_the_weight(dtype):
     x, weight = randn(33, 576, dtype=dtype), randn(576, dtype=dtype, seed=1)
     wide = x.float()
     expected = weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-5)).to(dtype)
-    result = kernels.rms_norm(x, weight, 1e-5)
+    result = ops.rms_norm(x, weight, 1e-5)
     torch.testing.assert_close(result, expected, atol=0, rtol=2 * torch.finfo(dtype).eps)
     assert (result != expected).double().mean() < 0.002
     late = (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-5) * weight.float()).to(dtype)
@@ -60,9 +60,9 @@ def test_add_rms_norm(dtype, tokens):
     x, residual = randn(tokens, 72, dtype=dtype), randn(tokens, 72, dtype=dtype, seed=2)
     weight = randn(72, dtype=dtype, seed=1)
     kept = x.clone(), residual.clone()
-    normed, summed = kernels.add_rms_norm(x, residual, weight, 1e-5)
+    normed, summed = ops.add_rms_norm(x, residual, weight, 1e-5)
     assert torch.equal(summed, x + residual)
-    assert torch.equal(normed, kernels.rms_norm(summed, weight, 1e-5))
+    assert torch.equal(normed, ops.rms_norm(summed, weight, 1e-5))
     assert torch.equal(x, kept[0])
     assert torch.equal(residual, kept[1])
 
@@ -88,7 +88,7 @@ def test_rope_and_store(dtype, tokens):
     fused, (q, k, v), cos_sin, (k_cache, v_cache) = rope_inputs(tokens, dtype)
     before = fused.clone()
     slots = torch.randperm(36, generator=torch.manual_seed(1))[:tokens]
-    out = kernels.rope_and_store(q, k, v, cos_sin, slots, k_cache, v_cache)
+    out = ops.rope_and_store(q, k, v, cos_sin, slots, k_cache, v_cache)
     assert torch.equal(fused, before)
     assert_near(out, rotated(q, cos_sin))
     assert_near(k_cache.flatten(0, 1)[slots], rotated(k, cos_sin))
@@ -99,7 +99,7 @@ def test_rope_and_store(dtype, tokens):
 
 def plan_of(cos_sin, slots):
     empty = torch.empty(0, dtype=torch.int32)
-    return kernels.plan_step(empty.view(0, 0), torch.zeros(1).int(), empty, slots, cos_sin, num_decodes=0, block_size=4)
+    return ops.plan_step(empty.view(0, 0), torch.zeros(1).int(), empty, slots, cos_sin, num_decodes=0, block_size=4)
 
 
 @DTYPES
@@ -111,7 +111,7 @@ def test_a_plan_changes_nothing(dtype, slots, head_dim):
         _, (q, k, v), cos_sin, caches = rope_inputs(len(slots), dtype, head_dim=head_dim)
         ids = torch.tensor(slots, dtype=torch.int64)
         plan = plan_of(cos_sin, ids) if planned else None
-        results.append((kernels.rope_and_store(q, k, v, cos_sin, ids, *caches, plan=plan), *caches))
+        results.append((ops.rope_and_store(q, k, v, cos_sin, ids, *caches, plan=plan), *caches))
     for one, other in zip(*results, strict=True):
         tolerance = TOLERANCES[dtype]
         torch.testing.assert_close(one, other, atol=tolerance, rtol=tolerance, equal_nan=True)
@@ -120,7 +120,7 @@ def test_a_plan_changes_nothing(dtype, slots, head_dim):
 @pytest.mark.parametrize("slots", [[-1], [-1, 7, -1, 3], [-1, -1]], ids=str)
 def test_padding_is_not_stored(slots):
     _, (q, k, v), cos_sin, (k_cache, v_cache) = rope_inputs(len(slots), torch.float64)
-    out = kernels.rope_and_store(q, k, v, cos_sin, torch.tensor(slots), k_cache, v_cache)
+    out = ops.rope_and_store(q, k, v, cos_sin, torch.tensor(slots), k_cache, v_cache)
     assert_near(out, rotated(q, cos_sin))
     stored = (~v_cache.flatten(0, 1).isnan().all(-1).all(-1)).nonzero().flatten().tolist()
     assert stored == sorted(slot for slot in slots if slot >= 0)
@@ -131,7 +131,7 @@ def test_padding_is_not_stored(slots):
 def test_silu_mul(dtype, tokens):
     gate_up = randn(tokens, 50, dtype=dtype)
     gate, up = gate_up.double().chunk(2, -1)
-    result = kernels.silu_mul(gate_up)
+    result = ops.silu_mul(gate_up)
     assert result.is_contiguous()
     assert_near(result, gate * torch.sigmoid(gate) * up)
 
@@ -139,14 +139,14 @@ def test_silu_mul(dtype, tokens):
 def test_refusals_name_the_op_and_the_shapes():
     x, weight = torch.zeros(2, 8), torch.zeros(9)
     with pytest.raises(ValueError, match=r"rms_norm: .*x float32 \[2, 8\], weight float32 \[9\]"):
-        kernels.rms_norm(x, weight, 1e-5)
+        ops.rms_norm(x, weight, 1e-5)
     with pytest.raises(ValueError, match="add_rms_norm"):
-        kernels.add_rms_norm(x, x.double(), torch.zeros(8), 1e-5)
+        ops.add_rms_norm(x, x.double(), torch.zeros(8), 1e-5)
     with pytest.raises(ValueError, match="silu_mul"):
-        kernels.silu_mul(torch.zeros(2, 7))
+        ops.silu_mul(torch.zeros(2, 7))
     _, (q, k, v), cos_sin, (k_cache, v_cache) = rope_inputs(2, torch.float32)
     slots = torch.zeros(2, dtype=torch.int64)
     for changed in ({"slots": slots.int()}, {"cos_sin": cos_sin.double()}, {"k": k[:1]}, {"v_cache": v_cache[:1]}):
         arguments = {"q": q, "k": k, "v": v, "cos_sin": cos_sin, "slots": slots, "k_cache": k_cache}
         with pytest.raises(ValueError, match="rope_and_store"):
-            kernels.rope_and_store(**{**arguments, "v_cache": v_cache, **changed})
+            ops.rope_and_store(**{**arguments, "v_cache": v_cache, **changed})

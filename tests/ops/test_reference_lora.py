@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-import kernels
-from kernels.reference import lora
+from llama.kernels import ops
+from llama.kernels.cpu import lora
 
 SLOTS = 9
 STARTS = (0, 10, 14, 18)
@@ -37,8 +37,8 @@ def test_every_token_gets_its_adapter(slots):
     x, a, y, b, adapter_slots = make(slots)
     for unused in set(range(1, SLOTS + 1)) - set(slots):
         a[unused - 1] = b[unused - 1] = torch.nan
-    plan, out = kernels.plan_lora(adapter_slots), y.clone()
-    kernels.lora_expand(kernels.lora_shrink(x, a, plan), out, b, plan, STARTS)
+    plan, out = ops.plan_lora(adapter_slots), y.clone()
+    ops.lora_expand(ops.lora_shrink(x, a, plan), out, b, plan, STARTS)
     for token, slot in enumerate(slots):
         expected = y[token].clone()
         for i in range(3 if slot else 0):
@@ -54,8 +54,8 @@ def test_embedding(slots):
     generator = torch.Generator().manual_seed(1)
     a = torch.randn(SLOTS, 30, 5, generator=generator, dtype=torch.float64)
     token_ids = torch.randint(30, (len(slots),), generator=generator)
-    plan, out = kernels.plan_lora(adapter_slots), y.clone()
-    kernels.lora_expand(kernels.lora_embedding(token_ids, a, plan), out, b, plan, (0, STARTS[-1]))
+    plan, out = ops.plan_lora(adapter_slots), y.clone()
+    ops.lora_expand(ops.lora_embedding(token_ids, a, plan), out, b, plan, (0, STARTS[-1]))
     for token, slot in enumerate(slots):
         expected = y[token] + b[slot - 1] @ a[slot - 1, token_ids[token]] if slot else y[token]
         torch.testing.assert_close(out[token], expected, rtol=1e-12, atol=1e-12)
@@ -63,10 +63,10 @@ def test_embedding(slots):
 
 def test_few_rows_only_fill_up():
     for slots in MIXES.values():
-        plan = kernels.plan_lora(torch.tensor(slots, dtype=torch.int32))
+        plan = ops.plan_lora(torch.tensor(slots, dtype=torch.int32))
         assert len(plan.tokens) == sum(slot > 0 for slot in slots)
         assert len(plan.rows) <= len(plan.tokens) + lora._FILLED * len(set(slots) - {0})
-    together = kernels.plan_lora(torch.tensor(MIXES["equal counts"], dtype=torch.int32))
+    together = ops.plan_lora(torch.tensor(MIXES["equal counts"], dtype=torch.int32))
     assert len(together.groups) == 1 and together.used is None
-    apart = kernels.plan_lora(torch.tensor(MIXES["one long"], dtype=torch.int32))
+    apart = ops.plan_lora(torch.tensor(MIXES["one long"], dtype=torch.int32))
     assert [group.first for group in apart.groups] == [4, 5, 6] and apart.used is None

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from kernels.reference.noise import GUMBEL_SPAN, block_noise_bits, gumbel, noise_bits
 from llama.engine.sampler import noise_keys
+from llama.kernels.cpu.noise import GUMBEL_SPAN, block_noise_bits, gumbel, noise_bits
 from tests import naive_sampling
 from tests.ops.naive_rows import chi_square_score
 

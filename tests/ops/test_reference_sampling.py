@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-import kernels.reference.sampling as twin
-from kernels.reference.sampling import sample, token_logprobs
-from kernels.types import LOGPROBS_OFF, LOGPROBS_PROCESSED, LOGPROBS_RAW, SamplerState
+import llama.kernels.cpu.sampling as twin
+from llama.kernels.cpu.sampling import sample, token_logprobs
+from llama.kernels.types import LOGPROBS_OFF, LOGPROBS_PROCESSED, LOGPROBS_RAW, SamplerState
 from tests import naive_sampling
 from tests.naive_sampling import Params
 from tests.ops.naive_rows import distribution, make_rows, random_logits

@@ -8,8 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels.reference.sampling import sample
-from kernels.types import LOGPROBS_OFF, LOGPROBS_PROCESSED, LOGPROBS_RAW, SamplerState
+from llama.kernels.cpu.sampling import sample
+from llama.kernels.types import LOGPROBS_OFF, LOGPROBS_PROCESSED, LOGPROBS_RAW, SamplerState
 from tests import naive_sampling
 from tests.naive_sampling import Params
 from tests.ops.naive_rows import chi_square_score, distribution, make_rows, random_logits

@@ -12,11 +12,12 @@ from types import SimpleNamespace
 import httpx
 
 from llama import LLM
-from llama.async_llm import AsyncLLM
+from llama.api.outputs import FinishReason
+from llama.async_llm.async_llm import AsyncLLM
 from llama.engine.adapters import Adapters
 from llama.engine.engine import EngineMetrics
-from llama.engine.request import FinishReason, TokenOutput
-from llama.output import Replies
+from llama.engine.sequence import TokenOutput
+from llama.llm.replies import Replies
 from llama.server.config import ServerConfig
 from llama.server.port import take_port
 from llama.server.run import Server
@@ -101,7 +102,7 @@ class ServedEngine(ScriptedEngine):
         return super()._next(key, state)
 
     def _entries(self, token):
-        from llama.engine.request import Logprob
+        from llama.api.outputs import Logprob
 
         return {token: Logprob(-0.5, 1)}
 

@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from llama import LLM, SamplingParams
-from llama.async_llm import AsyncLLM
+from llama.async_llm.async_llm import AsyncLLM
 from tests.lora.adapters import make_adapter, save_base
 from tests.server.helpers import NAME, RUN, running
 

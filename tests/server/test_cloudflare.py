@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from llama.server.schemas.cloudflare import RunRequest
+from llama.server.cloudflare.schema import RunRequest
 from llama.text.grammar import GrammarError, Matcher
 from tests.server.helpers import NAME, RUN, events_of, user
 

@@ -5,7 +5,7 @@ import json
 import jsonschema
 import pytest
 
-from llama.async_llm import AsyncLLM
+from llama.async_llm.async_llm import AsyncLLM
 from tests.server.helpers import running, user
 from tests.server.test_chat import client_of
 

@@ -8,13 +8,13 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from llama.async_llm import AsyncLLM
+from llama.async_llm.async_llm import AsyncLLM
 from llama.server.bodies import parse_body
+from llama.server.cloudflare.schema import RunRequest
 from llama.server.errors import ApiError
+from llama.server.openai.schema import ChatRequest
 from llama.server.run import _read_vocabulary
-from llama.server.schemas.cloudflare import RunRequest
-from llama.server.schemas.openai import ChatRequest
-from llama.text.worker import STANDS_BACK, Worker, WorkerError
+from llama.text.sandbox import STANDS_BACK, Worker, WorkerError
 from tests.model.models import tiny_model
 from tests.server.helpers import PATIENCE, RUN, begin, read_all, real_llm, running, scripted_llm, until, user
 
@@ -103,7 +103,7 @@ def test_long_prompts_hold_up_no_short_ones(server, monkeypatch):
 def test_large_renderings_have_a_process_of_their_own():
     slow = "{% for a in range(n) %}{% for b in range(99999) %}{% endfor %}{% endfor %}done"
     setup = {"templates": {"slow": slow}, "max_characters": 100}
-    worker = Worker("llama.text.worker.chat_templates", setup, deadline_seconds=3.0)
+    worker = Worker("llama.text.sandbox.chat_templates", setup, deadline_seconds=3.0)
     large = {"template": "slow", "variables": {"n": 99999, "x": "x" * 200_000}}
     with ThreadPoolExecutor(1) as pool:
         late = pool.submit(worker.ask, large)

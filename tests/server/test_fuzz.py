@@ -12,9 +12,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from llama.server.app import create_app
+from llama.server.cloudflare.schema import RunRequest
 from llama.server.config import ServerConfig
-from llama.server.schemas.cloudflare import RunRequest
-from llama.server.schemas.openai import ChatRequest, CompletionRequest
+from llama.server.openai.schema import ChatRequest, CompletionRequest
 from llama.server.service import Service
 from tests.server.helpers import NAME, RUN, real_llm
 

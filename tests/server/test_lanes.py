@@ -10,8 +10,9 @@ from concurrent.futures import CancelledError
 import pytest
 
 from llama import LLM, SamplingParams
-from llama.async_llm import AsyncLLM, EngineClosedError, QueueFullError
-from llama.async_llm.lanes import Lane, Lanes, grammar_key, size_of
+from llama.api.errors import EngineClosedError, QueueFullError
+from llama.async_llm.async_llm import AsyncLLM
+from llama.async_llm.preparation import Lane, Lanes, grammar_key, size_of
 from tests.model.models import tiny_model
 from tests.server.helpers import PATIENCE, until, user
 

@@ -9,18 +9,7 @@ import time
 
 import pytest
 
-from tests.server.helpers import (
-    NAME,
-    PATIENCE,
-    RUN,
-    begin,
-    events_of,
-    read_all,
-    running,
-    scripted_llm,
-    until,
-    user,
-)
+from tests.server.helpers import NAME, PATIENCE, RUN, begin, events_of, read_all, running, scripted_llm, until, user
 
 FOREVER = {"prompt": "forever", "max_tokens": 3000}
 

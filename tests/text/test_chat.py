@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llama.text.chat import ChatTemplate, ChatTemplateError
+from llama.api.errors import ChatTemplateError
+from llama.text.chat import ChatTemplate
 from llama.text.tokenizer import Tokenizer
 from tests.text.helpers import BOS, TOOL_TEMPLATE, WEATHER_TOOL, llama_backend, write_checkpoint
 

@@ -6,15 +6,7 @@ from hypothesis import strategies as st
 
 from llama.text.chat import ChatTemplate
 from llama.text.tokenizer import Tokenizer
-from tests.text.helpers import (
-    BOS,
-    EOT,
-    LLAMA_SPECIAL,
-    PYTHON_TAG,
-    TOOL_TEMPLATE,
-    llama_backend,
-    write_checkpoint,
-)
+from tests.text.helpers import BOS, EOT, LLAMA_SPECIAL, PYTHON_TAG, TOOL_TEMPLATE, llama_backend, write_checkpoint
 
 CHATML = (
     "{% for m in messages %}{{ '<|start_header_id|>' + m.role + '\n' + m.content + '<|eot_id|>' + '\n' }}{% endfor %}"

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from llama.text.chat import ChatTemplateError
+from llama.api.errors import ChatTemplateError
 from llama.text.chat.sandbox import Sandbox
 
 HOSTILE = {
@@ -177,7 +177,7 @@ def test_a_worker_that_dies_while_it_renders_is_an_error():
 def test_the_worker_can_open_no_file_even_outside_the_sandbox():
     """The limits hold for all code of the process, so a template that escaped jinja2's sandbox would gain nothing."""
     script = (
-        "import sys, json; from llama.text.worker import child; child.limit_files()\n"
+        "import sys, json; from llama.text.sandbox import child; child.limit_files()\n"
         "try: open('/dev/null')\nexcept OSError as error: print('refused')\n"
         "try: import socket; socket.socket()\nexcept (OSError, ImportError): print('refused')\n"
     )
@@ -187,7 +187,7 @@ def test_the_worker_can_open_no_file_even_outside_the_sandbox():
 
 def test_the_worker_imports_little():
     script = (
-        "import json, sys; import llama.text.worker.chat_templates as c; c.make_environment()\n"
+        "import json, sys; import llama.text.sandbox.chat_templates as c; c.make_environment()\n"
         "print(json.dumps(sorted({m.split('.')[0] for m in sys.modules} & {'torch', 'numpy', 'tokenizers'})))"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)

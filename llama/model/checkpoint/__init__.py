@@ -4,8 +4,8 @@
 format, `load` and `save` put the two together. No pickle anywhere: other formats get an error that names a converter.
 """
 
+from llama.api.errors import CheckpointError
 from llama.model.checkpoint.load import from_pretrained
 from llama.model.checkpoint.save import save_pretrained
-from llama.model.checkpoint.shards import CheckpointError
 
 __all__ = ["CheckpointError", "from_pretrained", "save_pretrained"]

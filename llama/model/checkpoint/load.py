@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 import torch
 from tqdm import tqdm
 
+from llama.api.errors import CheckpointError
 from llama.model.checkpoint.layout import Entry, layout
-from llama.model.checkpoint.shards import CheckpointError, StoredTensor, read_header, read_into
+from llama.model.checkpoint.shards import StoredTensor, read_header, read_into
 from llama.model.config import DTYPES, ModelConfig
 
 if TYPE_CHECKING:

@@ -15,6 +15,8 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
+from llama.api.errors import CheckpointError
+
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -37,10 +39,6 @@ _FOREIGN = (
         for n in range(2, 6)
     ),
 )
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that is missing, damaged, or does not fit its config.json."""
 
 
 @dataclass(frozen=True, slots=True)

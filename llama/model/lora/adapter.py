@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from llama.model.checkpoint.shards import CheckpointError, StoredTensor, read_header, read_into
+from llama.api.errors import AdapterError, CheckpointError
+from llama.model.checkpoint.shards import StoredTensor, read_header, read_into
 from llama.model.config import ModelConfig
-from llama.model.lora.adapter_config import AdaptedModule, AdapterError, module_names, read_adapter_config
+from llama.model.lora.adapter_config import AdaptedModule, module_names, read_adapter_config
 
 if TYPE_CHECKING:
     from llama.model.transformer import Transformer

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from llama.api.errors import AdapterError
 from llama.model.config import ModelConfig
 
 MAX_CONFIG_BYTES = 1 << 20
@@ -39,10 +40,6 @@ _READ_KEYS = frozenset(
 # Starting points that leave the base weight as it is. The others (pissa, olora, corda, loftq, ...) train against a
 # changed base, so that the adapter alone is not what was trained.
 _PLAIN_INITS = (True, False, None, "gaussian", "orthogonal", "eva")
-
-
-class AdapterError(ValueError):
-    """An adapter that is missing, damaged, unsupported, or made for another model."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from torch import Tensor, nn
 
-import kernels
+from llama.kernels import ops
 from llama.model.checkpoint.layout import layout
 from llama.model.lora.adapter import Adapter, Pair
 
@@ -31,10 +31,10 @@ class LoraStack:
         self.is_embedding = is_embedding
         self.rank = 0
 
-    def apply(self, x: Tensor, y: Tensor, plan: kernels.LoraPlan) -> Tensor:
+    def apply(self, x: Tensor, y: Tensor, plan: ops.LoraPlan) -> Tensor:
         """Adds to y [tokens, out] in place and returns it; x [tokens, in], or token ids [tokens]."""
-        shrink = kernels.lora_embedding if self.is_embedding else kernels.lora_shrink
-        kernels.lora_expand(shrink(x, self.a, plan), y, self.b, plan, self.slice_starts)
+        shrink = ops.lora_embedding if self.is_embedding else ops.lora_shrink
+        ops.lora_expand(shrink(x, self.a, plan), y, self.b, plan, self.slice_starts)
         return y
 
     def reserve(self, num_slots: int, in_features: int, rank: int, like: Tensor) -> bool:
@@ -71,7 +71,7 @@ class AdapterUse(NamedTuple):
     """The adapters of one step."""
 
     stacks: Mapping[nn.Module, LoraStack]
-    plan: kernels.LoraPlan
+    plan: ops.LoraPlan
 
     def add(self, module: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         """y with what the adapters of `module` add to it, in place."""
@@ -110,7 +110,7 @@ class LoraSlots:
 
     def use(self, adapter_slots: Tensor) -> AdapterUse:
         """For tokens whose slots are adapter_slots int32 [tokens]."""
-        return AdapterUse(self.stacks, kernels.plan_lora(adapter_slots))
+        return AdapterUse(self.stacks, ops.plan_lora(adapter_slots))
 
 
 def module_places(model: "Transformer") -> dict[str, tuple[nn.Module, int, tuple[int, ...]]]:

@@ -5,7 +5,7 @@ import time
 from typing import Any
 
 import llama
-from llama.engine.request import Logprob, Usage
+from llama.api.outputs import Logprob, Usage
 
 _FINGERPRINT = f"llama-engine-{llama.__version__}"
 _LEAST = -9999.0  # JSON has no infinity

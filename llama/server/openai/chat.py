@@ -6,12 +6,12 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response
 
-from llama.engine.request import CompletionOutput, Logprob, RequestOutput
+from llama.api.outputs import CompletionOutput, Logprob, RequestOutput
 from llama.server.bodies import json_response, read_body
 from llama.server.errors import Dialect, bad_input
 from llama.server.openai.answers import frame, new_id, now, top_of, usage_of, value_of
 from llama.server.openai.sampling import sampling_params
-from llama.server.schemas.openai import ChatRequest
+from llama.server.openai.schema import ChatRequest
 from llama.server.service import Answer, Ask, Service
 from llama.server.streaming import DONE, EventStream, unless_gone
 from llama.text.tool_calls import ToolCall

@@ -8,12 +8,13 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response
 
-from llama.engine.request import CompletionOutput, Logprob, Piece, SamplingParams
+from llama.api.outputs import CompletionOutput, Logprob, Piece
+from llama.api.params import SamplingParams
 from llama.server.bodies import json_response, read_body
 from llama.server.errors import Dialect, bad_input
 from llama.server.openai.answers import frame, new_id, now, top_of, usage_of, value_of
 from llama.server.openai.sampling import sampling_params
-from llama.server.schemas.openai import CompletionRequest
+from llama.server.openai.schema import CompletionRequest
 from llama.server.service import Answer, Ask, Record, Service
 from llama.server.streaming import DONE, EventStream, interleaved, unless_gone
 from llama.text.tokenizer import IncrementalDecoder, Tokenizer

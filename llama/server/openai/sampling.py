@@ -3,9 +3,9 @@
 from dataclasses import fields, replace
 from typing import Any
 
-from llama.engine.request import SamplingParams
+from llama.api.params import SamplingParams
 from llama.server.errors import ApiError, bad_input
-from llama.server.schemas.openai import CommonRequest
+from llama.server.openai.schema import CommonRequest
 
 _SAME = (
     "n",

@@ -1,6 +1,6 @@
 """Messages and tools to token ids, by the checkpoint's own chat template or the built-in Llama 3.1 format."""
 
-from llama.text.chat.sandbox import ChatTemplateError
+from llama.api.errors import ChatTemplateError
 from llama.text.chat.template import ChatTemplate
 
 __all__ = ["ChatTemplate", "ChatTemplateError"]

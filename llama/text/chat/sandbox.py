@@ -6,14 +6,11 @@ jinja2's sandbox keeps a template from Python's internals; the worker process bo
 from collections.abc import Mapping
 from typing import Any
 
-from llama.text.worker import Worker, WorkerError
+from llama.api.errors import ChatTemplateError
+from llama.text.sandbox import Worker, WorkerError
 
 DEADLINE_SECONDS = 5.0
 MAX_CHARACTERS = 16 * 2**20
-
-
-class ChatTemplateError(ValueError):
-    """The template refused the messages, or did not finish within its limits."""
 
 
 class Sandbox:
@@ -21,7 +18,7 @@ class Sandbox:
 
     def __init__(self, templates: Mapping[str, str], *, deadline_seconds: float = DEADLINE_SECONDS) -> None:
         setup = {"templates": dict(templates), "max_characters": MAX_CHARACTERS}
-        self.worker = Worker("llama.text.worker.chat_templates", setup, deadline_seconds=deadline_seconds)
+        self.worker = Worker("llama.text.sandbox.chat_templates", setup, deadline_seconds=deadline_seconds)
 
     def render(self, template: str, variables: Mapping[str, Any]) -> str:
         """Raises ChatTemplateError with the template's own message, or saying which limit it exceeded."""

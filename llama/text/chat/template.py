@@ -8,13 +8,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
+from llama.api.errors import ChatTemplateError
 from llama.text.chat.builtin import REQUIRED_TOKENS, as_text, render_llama, with_calls_in_text, with_tools_in_text
 from llama.text.chat.prepare import prepare_messages, prepare_tools
 from llama.text.chat.safe_text import SafeText
-from llama.text.chat.sandbox import DEADLINE_SECONDS, ChatTemplateError, Sandbox
+from llama.text.chat.sandbox import DEADLINE_SECONDS, Sandbox
+from llama.text.sandbox.chat_templates import make_environment
 from llama.text.tokenizer import Tokenizer
 from llama.text.tokenizer.files import read_json, read_text
-from llama.text.worker.chat_templates import make_environment
 
 MAX_TEMPLATE_CHARACTERS = 2**18
 _DEFAULT, _TOOL_USE = "default", "tool_use"

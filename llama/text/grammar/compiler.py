@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 from llama.text.chat.prepare import prepare_tools, tool_name
 from llama.text.grammar.matcher import Matcher, told
 from llama.text.grammar.schema import MAX_BYTES, prepared_schema, schema_of_response_format, schema_of_tool
+from llama.text.sandbox import STANDS_BACK, Worker, WorkerError
+from llama.text.sandbox.grammars import parser_limits
 from llama.text.tokenizer import Tokenizer
 from llama.text.tokenizer.tokenizer import check_unicode
-from llama.text.worker import STANDS_BACK, Worker, WorkerError
-from llama.text.worker.grammars import parser_limits
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
@@ -48,7 +48,7 @@ class GrammarCompiler:
         tokenizer.check_vocab(vocab_size)
         self._tokenizer = tokenizer
         self._vocab_size = vocab_size
-        module = "llama.text.worker.grammars"
+        module = "llama.text.sandbox.grammars"
         self._worker = Worker(module, {}, deadline_seconds=deadline_seconds, niceness=STANDS_BACK)
         self._lock = threading.Lock()
         self._kept: OrderedDict[str, Grammar] = OrderedDict()

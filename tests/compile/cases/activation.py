@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import torch
 
-from kernels.activation import silu_mul
+from llama.kernels.gpu.activation import silu_mul
 from tests.compile.harness import Case
 
 

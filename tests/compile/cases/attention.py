@@ -4,8 +4,8 @@ from collections.abc import Iterator
 
 import torch
 
-from kernels.attention import paged_attention
-from kernels.attention.config import decode_tiles
+from llama.kernels.gpu.attention import paged_attention
+from llama.kernels.gpu.attention.config import decode_tiles
 from tests.compile.harness import Case
 
 # head_dim, heads, KV heads, block size, dtype: each entry of the tile tables, both ways to find a key's block

@@ -4,8 +4,8 @@ from collections.abc import Iterator
 
 import torch
 
-from kernels.lora import lora_embedding, lora_expand, lora_shrink
-from kernels.reference.lora import LoraPlan
+from llama.kernels.cpu.lora import LoraPlan
+from llama.kernels.gpu.lora import lora_embedding, lora_expand, lora_shrink
 from tests.compile.harness import Case
 
 _SLOTS = 8

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import torch
 
-from kernels.norm import add_rms_norm, rms_norm
+from llama.kernels.gpu.norm import add_rms_norm, rms_norm
 from tests.compile.harness import Case
 
 

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import torch
 
-from kernels.rope import rope_and_store
+from llama.kernels.gpu.rope import rope_and_store
 from tests.compile.harness import Case
 
 

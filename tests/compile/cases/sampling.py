@@ -8,8 +8,8 @@ from collections.abc import Iterator
 
 import torch
 
-from kernels.sampling import sample, token_logprobs
-from kernels.types import SamplerState
+from llama.kernels.gpu.sampling import sample, token_logprobs
+from llama.kernels.types import SamplerState
 from tests.compile.harness import Case
 from tests.sampling_rows import make_rows
 

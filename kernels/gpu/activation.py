@@ -1,0 +1,45 @@
+"""The gated activation of the MLP: silu(gate) * up = gate / (1 + exp(-gate)) * up, on one fused gate_up row.
+
+Float32 arithmetic; silu(gate) is rounded to the model's dtype before `up` multiplies it, as in
+Hugging Face's Llama. Per token of width I it reads 2 I elements and writes I.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from llama.kernels.checks import check_tensors
+
+
+@triton.jit
+def _silu_mul_kernel(out, gate_up, stride, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = columns < SIZE
+    gate_up += row * stride
+    gate = tl.load(gate_up + columns, mask=mask, other=0.0).to(tl.float32)
+    up = tl.load(gate_up + SIZE + columns, mask=mask, other=0.0).to(tl.float32)
+    dtype: tl.constexpr = out.dtype.element_ty
+    activated = (gate / (1 + tl.exp(-gate))).to(dtype).to(tl.float32)
+    tl.store(out + row * SIZE + columns, (activated * up).to(dtype), mask=mask)
+
+
+def silu_mul(gate_up: Tensor) -> Tensor:
+    """See `ops.silu_mul`."""
+    check_tensors("silu_mul", gate_up=gate_up)
+    tokens, size = gate_up.shape[0], gate_up.shape[1] // 2
+    out = torch.empty((tokens, size), dtype=gate_up.dtype, device=gate_up.device)
+    if out.numel() == 0:
+        return out
+    block = min(triton.next_power_of_2(size), 2048)
+    _silu_mul_kernel[(tokens, triton.cdiv(size, block))](
+        out,
+        gate_up,
+        gate_up.stride(0),
+        SIZE=size,
+        BLOCK=block,
+        # Two loads of 16 bytes per thread from each half in 16-bit dtypes.
+        num_warps=max(block // 512, 1),
+    )
+    return out

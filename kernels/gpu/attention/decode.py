@@ -1,0 +1,279 @@
+"""Decode: one query per sequence against its whole paged context (split-KV, exact to the bit whoever does the work).
+
+    out = softmax(scale q K^T) V      reads 2 context kv_heads D elements per sequence: K and V once per group of heads
+
+A context is cut into chunks whose size follows from that context alone: at most MAX_CHUNKS of at least MIN_CHUNK keys.
+A fixed number of programs takes equal, contiguous shares of all tiles of all (sequence, KV head) pairs. So the grid
+depends on the device alone, any contexts up to any capacity fit one CUDA graph, and nothing is launched in vain.
+
+Why the shares cannot change a result: each chunk starts from nothing, and a pair's chunks are added in order. Maxima
+are rounded up to integers in the base-2 domain, so every rescaling is by a power of two, which commutes with rounding
+(above underflow): a sum has the same bits whether a program folds the chunks in registers or the second kernel adds
+them from memory. A request's answer does not depend on its neighbours.
+
+A program folds a pair's chunks as long as it has them from the first on. Where its share ends within a pair it writes
+that prefix; the later chunks are written one by one by the programs that own them, and `covered` tells the second
+kernel where the prefix ends.
+"""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from llama.kernels.checks import multiprocessor_count
+from llama.kernels.gpu.attention import split
+from llama.kernels.gpu.attention.config import LOG2_E, decode_tiles, padded
+from llama.kernels.gpu.attention.split import NOTHING, chunking, power_of_two
+from llama.kernels.gpu.attention.tiles import key_rows, load_blocks, row_mask
+
+# Sequences that a program looks at together when it finds its share.
+_SEQUENCES = tl.constexpr(128)
+
+
+@triton.jit
+def _tiles_of(context_lens, first, num_sequences, BLOCK_KEYS: tl.constexpr):
+    index = first + tl.arange(0, _SEQUENCES)
+    contexts = tl.load(context_lens + index, mask=index < num_sequences, other=0)
+    return tl.where(index < num_sequences, tl.maximum(tl.cdiv(contexts, BLOCK_KEYS), 1), 0)
+
+
+@triton.jit
+def _owner(position, quotient, remainder):
+    """The program whose share holds a tile: `remainder` shares of quotient + 1 tiles come before those of quotient."""
+    longer = (quotient + 1) * remainder
+    behind = remainder + (position - longer) // tl.maximum(quotient, 1)
+    return tl.where(position < longer, position // (quotient + 1), behind)
+
+
+@triton.jit
+def _attend_chunk(
+    query,  # [ROWS, DIMS]
+    k_head,
+    v_head,
+    block_table,
+    start,
+    end,
+    scale_log2,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    BLOCK_STRIDE: tl.constexpr,
+    SLOT_STRIDE: tl.constexpr,
+    BLOCK_KEYS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """-> integer maximum (base 2), sum of weights and weighted sum of values over the keys start .. end - 1."""
+    ROWS: tl.constexpr = query.shape[0]
+    DIMS: tl.constexpr = query.shape[1]
+    dims = tl.arange(0, DIMS)[None, :]
+    top = tl.full([ROWS], NOTHING, tl.float32)
+    # Added over keys at the end alone: a sum across warps in every step would cost two more barriers.
+    sums = tl.zeros([ROWS, BLOCK_KEYS], tl.float32)
+    values = tl.zeros([ROWS, DIMS], tl.float32)
+    blocks = load_blocks(block_table, start, end, BLOCK_SIZE, BLOCK_KEYS)
+    for first in range(start, end, BLOCK_KEYS):
+        valid = first + tl.arange(0, BLOCK_KEYS) < end
+        rows = key_rows(blocks, first, BLOCK_SIZE, BLOCK_KEYS, BLOCK_STRIDE, SLOT_STRIDE)[:, None]
+        blocks = load_blocks(block_table, first + BLOCK_KEYS, end, BLOCK_SIZE, BLOCK_KEYS)
+        # Places that are not in use may hold NaN, and 0 * NaN is NaN: they are read as 0.
+        mask = row_mask(valid, DIMS, HEAD_DIM)
+        k = tl.load(k_head + rows + dims, mask=mask, other=0.0).to(query.dtype)
+        v = tl.load(v_head + rows + dims, mask=mask, other=0.0).to(query.dtype)
+
+        scores = tl.dot(query, tl.trans(k), input_precision=PRECISION)
+        scores = tl.where(valid[None, :], scores, -float("inf"))
+        higher = tl.maximum(top, tl.ceil(tl.max(scores, axis=1) * scale_log2))
+        weights = tl.exp2(scores * scale_log2 - higher[:, None])
+        rescale = power_of_two(top - higher)[:, None]
+        top = higher
+        sums = sums * rescale + weights
+        values = tl.dot(weights.to(query.dtype), v, values * rescale, input_precision=PRECISION)
+    return top, tl.sum(sums, axis=1), values
+
+
+# What varies from step to step makes no further variants of the kernel.
+@triton.jit(
+    do_not_specialize=["num_sequences", "num_programs", "table_stride"],
+    do_not_specialize_on_alignment=["block_tables", "context_lens"],
+)
+def _decode_kernel(
+    out,
+    partial_values,  # see split.Partials
+    partial_stats,
+    covered,
+    q,
+    k_cache,
+    v_cache,
+    block_tables,
+    context_lens,
+    num_sequences,
+    num_programs,
+    scale_log2,
+    q_token_stride,
+    q_head_stride,
+    table_stride,
+    KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    BLOCK_STRIDE: tl.constexpr,
+    SLOT_STRIDE: tl.constexpr,
+    HEAD_STRIDE: tl.constexpr,
+    ROWS: tl.constexpr,
+    DIMS: tl.constexpr,
+    BLOCK_KEYS: tl.constexpr,
+    MIN_CHUNK: tl.constexpr,
+    MAX_CHUNKS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    program = tl.program_id(0)
+    # A lone sequence, where each microsecond counts most, is not searched for.
+    if num_sequences == 1:
+        all_tiles = tl.maximum(tl.cdiv(tl.load(context_lens), BLOCK_KEYS), 1)
+    else:
+        all_tiles = 0
+        for first in range(0, num_sequences, _SEQUENCES):
+            all_tiles += tl.sum(_tiles_of(context_lens, first, num_sequences, BLOCK_KEYS))
+    all_tiles *= KV_HEADS
+    quotient, remainder = all_tiles // num_programs, all_tiles % num_programs
+    share_start = program * quotient + tl.minimum(program, remainder)
+    share_end = share_start + quotient + tl.where(program < remainder, 1, 0)
+    if share_start == share_end:
+        return
+
+    # The sequence in which the share starts, and that sequence's first tile.
+    sequence = 0
+    sequence_start = 0
+    if num_sequences > 1:
+        before = 0
+        for first in range(0, num_sequences, _SEQUENCES):
+            of_each = _tiles_of(context_lens, first, num_sequences, BLOCK_KEYS)
+            ends = (before + tl.cumsum(of_each)) * KV_HEADS
+            passed = (ends <= share_start) & (of_each > 0)
+            sequence += tl.sum(passed.to(tl.int32))
+            sequence_start = tl.maximum(sequence_start, tl.max(tl.where(passed, ends, 0)))
+            before += tl.sum(of_each)
+
+    context = tl.load(context_lens + sequence)
+    tiles, width, chunks = chunking(context, BLOCK_KEYS, MIN_CHUNK, MAX_CHUNKS)
+    head = (share_start - sequence_start) // tiles
+    # A chunk belongs to the share in which its first tile lies.
+    chunk = tl.cdiv((share_start - sequence_start) % tiles, width)
+    pair_start = sequence_start + head * tiles
+
+    group = tl.arange(0, ROWS)
+    dims = tl.arange(0, DIMS)[None, :]
+    row_valid = group < GROUP
+    group_mask = row_mask(row_valid, DIMS, HEAD_DIM)
+    while pair_start + tl.minimum(chunk * width, tiles) < share_end:
+        pair = sequence * KV_HEADS + head
+        query_offset = sequence.to(tl.int64) * q_token_stride + (head * GROUP + group[:, None]) * q_head_stride
+        query = tl.load(q + query_offset + dims, mask=group_mask, other=0.0)
+        block_table = block_tables + sequence.to(tl.int64) * table_stride
+        last = tl.minimum(chunks, tl.cdiv(share_end - pair_start, width))
+        has_prefix = chunk == 0
+        row = tl.where(num_sequences * KV_HEADS <= num_programs, pair, _owner(pair_start, quotient, remainder))
+        top = tl.full([ROWS], NOTHING, tl.float32)
+        total = tl.zeros([ROWS], tl.float32)
+        values = tl.zeros([ROWS, DIMS], tl.float32)
+        for index in range(chunk, last):
+            chunk_top, chunk_total, chunk_values = _attend_chunk(
+                query,
+                k_cache + head * HEAD_STRIDE,
+                v_cache + head * HEAD_STRIDE,
+                block_table,
+                index * width * BLOCK_KEYS,
+                tl.minimum(context, (index + 1) * width * BLOCK_KEYS),
+                scale_log2,
+                HEAD_DIM,
+                BLOCK_SIZE,
+                BLOCK_STRIDE,
+                SLOT_STRIDE,
+                BLOCK_KEYS,
+                PRECISION,
+            )
+            top = tl.where(has_prefix, top, NOTHING)
+            higher = tl.maximum(top, chunk_top)
+            old, new = power_of_two(top - higher), power_of_two(chunk_top - higher)
+            top = higher
+            total = total * old + chunk_total * new
+            values = values * old[:, None] + chunk_values * new[:, None]
+
+            if has_prefix & (index + 1 == chunks):
+                # Only an empty context has a sum of 0; its rows become 0.
+                result = tl.div_rn(values, tl.where(total > 0, total, 1.0)[:, None])
+                offset = pair.to(tl.int64) * GROUP + group[:, None]
+                tl.store(out + offset * HEAD_DIM + dims, result.to(out.dtype.element_ty), mask=group_mask)
+            elif (not has_prefix) | (index + 1 == last):
+                place = row.to(tl.int64) * MAX_CHUNKS + tl.where(has_prefix, 0, index)
+                tl.store(partial_values + (place * GROUP + group[:, None]) * HEAD_DIM + dims, values, mask=group_mask)
+                tl.store(partial_stats + place * 2 * GROUP + group, top, mask=row_valid)
+                tl.store(partial_stats + (place * 2 + 1) * GROUP + group, total, mask=row_valid)
+        if has_prefix:
+            tl.store(covered + pair * 2, last)
+            tl.store(covered + pair * 2 + 1, row)
+
+        pair_start += tiles
+        chunk = 0
+        head += 1
+        if head == KV_HEADS:
+            head = 0
+            sequence += 1
+            context = tl.load(context_lens + sequence, mask=sequence < num_sequences, other=0)
+            tiles, width, chunks = chunking(context, BLOCK_KEYS, MIN_CHUNK, MAX_CHUNKS)
+
+
+def decode_attention(
+    out: Tensor,
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_tables: Tensor,
+    context_lens: Tensor,
+    scale: float,
+    num_programs: int | None = None,
+) -> None:
+    """Write rows 0 .. len(context_lens) - 1 of `out`; `num_programs` is for tests alone and changes no bit."""
+    sequences = context_lens.shape[0]
+    heads, head_dim = q.shape[1:]
+    block_size, kv_heads = k_cache.shape[1:3]
+    group = heads // kv_heads
+    tiles = decode_tiles(head_dim, q.element_size(), group)
+    if num_programs is None:
+        num_programs = tiles.programs * multiprocessor_count(q.device)
+    partials = split.allocate(out, sequences * kv_heads, num_programs, kv_heads)
+    sizes = {
+        "KV_HEADS": kv_heads,
+        "GROUP": group,
+        "HEAD_DIM": head_dim,
+        "DIMS": padded(head_dim),
+        "BLOCK_KEYS": tiles.keys,
+        "MIN_CHUNK": split.MIN_CHUNK,
+        "MAX_CHUNKS": split.max_chunks(kv_heads),
+    }
+    _decode_kernel[(num_programs,)](
+        out,
+        *partials,
+        q,
+        k_cache,
+        v_cache,
+        block_tables,
+        context_lens,
+        sequences,
+        num_programs,
+        scale * LOG2_E,
+        *q.stride()[:2],
+        block_tables.stride(0),
+        **sizes,
+        BLOCK_SIZE=block_size,
+        BLOCK_STRIDE=k_cache.stride(0),
+        SLOT_STRIDE=k_cache.stride(1),
+        HEAD_STRIDE=k_cache.stride(2),
+        ROWS=tiles.rows,
+        PRECISION="ieee",
+        num_warps=tiles.warps,
+        num_stages=tiles.stages,
+        maxnreg=tiles.registers,
+    )
+    # A context within one chunk is never split, whoever owns it.
+    if block_tables.shape[1] * block_size > split.MIN_CHUNK:
+        split.merge(out, partials, context_lens, sizes)

@@ -1,0 +1,135 @@
+"""Rotary embedding of q and k fused with the write of k and v into the paged cache.
+
+    x'[i] = x[i] cos[i] - x[i + D/2] sin[i],   x'[i + D/2] = x[i + D/2] cos[i] + x[i] sin[i]   (half-split pairs)
+
+in float32, rounded once. One launch instead of four (rotate q, rotate k, store k, store v): per token it reads
+(heads + 2 kv_heads) D elements and D floats, and writes (heads + 2 kv_heads) D elements. A program takes one token and
+a few heads of q, k or v. Slots are 64-bit: a cache may have more than 2^31 elements.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from llama.kernels.checks import check_tensors, require
+
+
+@triton.jit
+def _rotated(source, cos_sin, dims, mask, HALF_DIM: tl.constexpr):
+    """Both halves of the rotated rows at `source`, in float32."""
+    # Every head loads them (from the cache) in the layout of its own values: nothing is exchanged between threads.
+    cos_rows = tl.broadcast_to(cos_sin + dims, mask.shape)
+    cos = tl.load(cos_rows, mask=mask)
+    sin = tl.load(cos_rows + HALF_DIM, mask=mask)
+    first = tl.load(source, mask=mask).to(tl.float32)
+    second = tl.load(source + HALF_DIM, mask=mask).to(tl.float32)
+    return first * cos - second * sin, second * cos + first * sin
+
+
+@triton.jit
+def _store_halves(target, first, second, mask, HALF_DIM: tl.constexpr):
+    tl.store(target, first.to(target.dtype.element_ty), mask=mask)
+    tl.store(target + HALF_DIM, second.to(target.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize_on_alignment=["slots"])
+def _rope_and_store_kernel(
+    out,
+    q,
+    k,
+    v,
+    cos_sin,
+    slots,
+    k_cache,
+    v_cache,
+    q_token_stride,
+    q_head_stride,
+    k_token_stride,
+    k_head_stride,
+    v_token_stride,
+    v_head_stride,
+    cache_block_stride,
+    cache_slot_stride,
+    cache_head_stride,
+    HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    HEADS_PER_PROGRAM: tl.constexpr,
+    HALF: tl.constexpr,  # HALF_DIM rounded up to a power of two
+):
+    HALF_DIM: tl.constexpr = HEAD_DIM // 2
+    Q_PARTS: tl.constexpr = (HEADS + HEADS_PER_PROGRAM - 1) // HEADS_PER_PROGRAM
+    KV_PARTS: tl.constexpr = (KV_HEADS + HEADS_PER_PROGRAM - 1) // HEADS_PER_PROGRAM
+    token = tl.program_id(0).to(tl.int64)
+    part = tl.program_id(1)  # parts of q, then of k, then of v
+    dims = tl.arange(0, HALF)[None, :]
+    heads = tl.arange(0, HEADS_PER_PROGRAM)[:, None]
+    cos_sin += token * HEAD_DIM
+
+    if part < Q_PARTS:
+        heads += part * HEADS_PER_PROGRAM
+        mask = (heads < HEADS) & (dims < HALF_DIM)
+        source = q + token * q_token_stride + heads * q_head_stride + dims
+        first, second = _rotated(source, cos_sin, dims, mask, HALF_DIM)
+        _store_halves(out + (token * HEADS + heads) * HEAD_DIM + dims, first, second, mask, HALF_DIM)
+    else:
+        slot = tl.load(slots + token)  # needed for the stores alone: the loads do not wait for it
+        heads += (part - Q_PARTS) % KV_PARTS * HEADS_PER_PROGRAM
+        mask = (heads < KV_HEADS) & (dims < HALF_DIM)
+        place = slot // BLOCK_SIZE * cache_block_stride + slot % BLOCK_SIZE * cache_slot_stride
+        place += heads * cache_head_stride + dims
+        if part < Q_PARTS + KV_PARTS:
+            source = k + token * k_token_stride + heads * k_head_stride + dims
+            first, second = _rotated(source, cos_sin, dims, mask, HALF_DIM)
+            if slot >= 0:
+                _store_halves(k_cache + place, first, second, mask, HALF_DIM)
+        else:
+            source = v + token * v_token_stride + heads * v_head_stride + dims
+            first = tl.load(source, mask=mask).to(tl.float32)
+            second = tl.load(source + HALF_DIM, mask=mask).to(tl.float32)
+            if slot >= 0:
+                _store_halves(v_cache + place, first, second, mask, HALF_DIM)
+
+
+def rope_and_store(
+    q: Tensor, k: Tensor, v: Tensor, cos_sin: Tensor, slots: Tensor, k_cache: Tensor, v_cache: Tensor
+) -> Tensor:
+    """See `ops.rope_and_store`."""
+    check_tensors("rope_and_store", q=q, k=k, v=v, cos_sin=cos_sin, slots=slots, k_cache=k_cache, v_cache=v_cache)
+    require(q.shape[2] % 2 == 0, f"rope_and_store: head_dim must be even, got {q.shape[2]}")
+    require(k_cache.stride() == v_cache.stride(), "rope_and_store: k_cache and v_cache must have the same strides")
+    require(cos_sin.is_contiguous(), "rope_and_store: cos_sin must be contiguous")
+    tokens, heads, head_dim = q.shape
+    kv_heads, block_size = k.shape[1], k_cache.shape[1]
+    out = torch.empty((tokens, heads, head_dim), dtype=q.dtype, device=q.device)
+    if tokens == 0:
+        return out
+
+    half = triton.next_power_of_2(head_dim // 2)
+    # Two warps with 16 bytes per thread and half: 512 elements of 16 bits.
+    heads_per_program = max(1, 64 * 16 // (half * q.element_size()))
+    parts = triton.cdiv(heads, heads_per_program) + 2 * triton.cdiv(kv_heads, heads_per_program)
+    _rope_and_store_kernel[(tokens, parts)](
+        out,
+        q,
+        k,
+        v,
+        cos_sin,
+        slots,
+        k_cache,
+        v_cache,
+        *q.stride()[:2],
+        *k.stride()[:2],
+        *v.stride()[:2],
+        *k_cache.stride()[:3],
+        HEADS=heads,
+        KV_HEADS=kv_heads,
+        HEAD_DIM=head_dim,
+        BLOCK_SIZE=block_size,
+        HEADS_PER_PROGRAM=heads_per_program,
+        HALF=half,
+        num_warps=2,
+    )
+    return out

@@ -1,0 +1,92 @@
+"""Sampling in Triton: raw logits to token ids and log-probabilities, rows split over programs, no sort.
+
+The rules, their order and formulas are those of `llama.kernels.cpu.sampling`. Per row of V logits of e bytes, `sample`
+reads V e bytes once for a greedy row, once more for one that is sampled from all tokens or from the top_p of all, and
+three times where filters keep very many; with penalties also 4 V of counts, and with any rule that changes logits it
+writes them once in float32 and reads those from then on. Log-probabilities read V e once more. Launches and grids
+follow from the number of rows and from what the host knows of them, never from a value, and nothing waits for the
+device: `sample` can be captured in a CUDA graph. Filters want a scratch of 8 V bytes per row, mostly never touched.
+"""
+
+import torch
+from torch import Tensor
+
+from llama.kernels.checks import check_tensors, require
+from llama.kernels.gpu.sampling.draw import choose_kernel, finish_kernel, scan_kernel
+from llama.kernels.gpu.sampling.filters import count_kernel
+from llama.kernels.gpu.sampling.logprobs import Draw, compute_logprobs
+from llama.kernels.gpu.sampling.plan import plan_kernel
+from llama.kernels.gpu.sampling.rules import Rules, Tiling, gather_rules
+from llama.kernels.gpu.sampling.work import Work
+from llama.kernels.types import Logprobs, Sampled, SamplerRows, SamplerState
+
+_INTEGERS = ("slots", "keys", "top_k", "bias_starts", "bias_ids", "mask")
+_FLOATS = (
+    "temperature",
+    "top_p",
+    "min_p",
+    "repetition_penalty",
+    "frequency_penalty",
+    "presence_penalty",
+    "bias_values",
+)
+
+
+def _check(logits: Tensor, rows: SamplerRows, state: SamplerState | None) -> None:
+    tensors = {name: getattr(rows, name) for name in (*_INTEGERS, *_FLOATS) if getattr(rows, name) is not None}
+    if rows.any_penalty:
+        require(state is not None, "sample: rows with penalties need a SamplerState")
+        tensors |= {"prompt_mask": state.prompt_mask, "counts": state.counts}
+        sizes = f"{logits.shape[1]} logits per row, {state.counts.shape[1]} counts per slot"
+        require(state.counts.shape[1] == logits.shape[1], f"sample: {sizes}")
+    check_tensors("sample", logits=logits, modes=rows.logprobs_modes, **tensors)
+    for name, tensor in tensors.items():
+        dtype = torch.float32 if name in _FLOATS else torch.int32
+        require(tensor.dtype == dtype, f"sample: {name} must be {dtype}, got {tensor.dtype}")
+        require(tensor.is_contiguous(), f"sample: {name} must be contiguous")
+
+
+def sample(logits: Tensor, rows: SamplerRows, state: SamplerState | None) -> Sampled:
+    """See `ops.sample`."""
+    _check(logits, rows, state)
+    num_rows, vocab = logits.shape
+    rules, flags = gather_rules(logits, rows, state)
+    keeps = any(flags.values()) and not (rows.all_greedy and not rows.any_processed)
+    filters = rows.any_filter and not rows.all_greedy
+    tiling = Tiling.of(max(num_rows, 1), vocab)
+    work = Work.allocate(logits, tiling, keeps, filters)
+    source = (work.changed, vocab) if keeps else (logits, logits.stride(0))
+
+    if num_rows > 0:
+        per_split, per_row = (num_rows, tiling.splits), (num_rows,)
+        walk = {"splits": tiling.splits, "tiles": tiling.tiles_per_split, "VOCAB": vocab, "TILE": tiling.tile}
+        walk |= {"num_warps": 4, "enable_fp_fusion": False}
+        whole = {"splits": tiling.splits, "VOCAB": vocab, "ID_BITS": tiling.id_bits}
+        whole |= {"num_warps": 8, "enable_fp_fusion": False}
+        most = {"MAX_SPLITS": tiling.max_splits}
+        scan_kernel[per_split](rules, work, keeps=int(keeps), **flags, **walk)
+        if filters:
+            groups = {"num_groups": tiling.num_groups, "MAX_GROUPS": tiling.max_splits * tiling.tile // 32}
+            plan_kernel[per_row](rules, work, *source, **groups, **most, **whole)
+            count_kernel[per_split](rules, work, *source, **most, **walk)
+        if not rows.all_greedy:
+            choose_kernel[per_split](rules, work, *source, ID_BITS=tiling.id_bits, **most, **walk)
+        # Where log-probabilities are wanted, they are taken before the token is counted.
+        counts_here = flags["has_state"] and rows.num_logprobs < 0
+        finish_kernel[per_row](rules, work, has_state=int(counts_here), **most, **whole)
+
+    logprobs = None
+    if rows.num_logprobs >= 0:
+        draw = Draw(*source, work.is_bad, rows.logprobs_modes, work.maxima, work.cuts)
+        logprobs = compute_logprobs(
+            rules, work.token_ids, rows.num_logprobs, draw, tiling.splits, counts=bool(flags["has_state"])
+        )
+    return Sampled(work.token_ids, work.is_bad, logprobs)
+
+
+def token_logprobs(logits: Tensor, token_ids: Tensor, num_top: int) -> Logprobs:
+    """See `ops.token_logprobs`."""
+    check_tensors("token_logprobs", logits=logits, token_ids=token_ids)
+    require(token_ids.is_contiguous(), "token_logprobs: token_ids must be contiguous")
+    unused = [token_ids] * (len(Rules._fields) - 2)
+    return compute_logprobs(Rules(logits, logits.stride(0), *unused), token_ids, num_top)

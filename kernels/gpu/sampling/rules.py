@@ -1,0 +1,192 @@
+"""A row's logits after the rules that change them, how rows are cut into tiles, and a token's noise.
+
+`scan` alone applies the rules; where there are any it leaves the changed logits in float32 for the other kernels, which
+otherwise read the logits as they came. All kernels are compiled without fused multiply-adds, so that they agree on
+every bit of what they compute twice.
+"""
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from llama.kernels.types import SamplerRows, SamplerState
+
+# Logits that one program holds at a time, and the programs that a launch aims at: a row of a small batch is split over
+# many, since one program alone moves only a fraction of what memory can.
+TILE = 1024
+PROGRAMS = 2048
+
+
+class Tiling(NamedTuple):
+    """How rows are cut: `splits` programs per row, each walks `tiles_per_split` of the row's `num_tiles` tiles."""
+
+    tile: int
+    num_tiles: int
+    splits: int
+    tiles_per_split: int
+    max_splits: int  # a power of two, the same for any number of rows
+    id_bits: int  # hold any id of any tile
+
+    @classmethod
+    def of(cls, rows: int, vocab: int) -> "Tiling":
+        num_tiles = triton.cdiv(vocab, TILE)
+        tiles_per_split = triton.cdiv(num_tiles, max(1, PROGRAMS // rows))
+        splits = triton.cdiv(num_tiles, tiles_per_split)
+        id_bits = (num_tiles * TILE - 1).bit_length()
+        return cls(TILE, num_tiles, splits, tiles_per_split, triton.next_power_of_2(num_tiles), id_bits)
+
+    @property
+    def num_groups(self) -> int:
+        """Of 32 tokens, in all tiles of all splits."""
+        return self.splits * self.tiles_per_split * self.tile // 32
+
+
+class Rules(NamedTuple):
+    """Where a kernel finds the logits and the rows' parameters. What a call does not have is any tensor of its type."""
+
+    logits: Tensor
+    logits_stride: int
+    slots: Tensor
+    keys: Tensor
+    temperature: Tensor
+    top_p: Tensor
+    top_k: Tensor
+    min_p: Tensor
+    repetition_penalty: Tensor
+    frequency_penalty: Tensor
+    presence_penalty: Tensor
+    bias_starts: Tensor
+    bias_ids: Tensor
+    bias_values: Tensor
+    mask: Tensor
+    prompt_mask: Tensor
+    counts: Tensor
+
+
+def gather_rules(logits: Tensor, rows: SamplerRows, state: SamplerState | None) -> tuple[Rules, dict[str, int]]:
+    """-> rules, and which of the optional ones exist. These flags are arguments, not constants: a first request with a
+    bias must not wait for a compiler."""
+    has_bias = rows.bias_starts is not None
+    has_state = rows.any_penalty and state is not None
+    has_mask = rows.mask is not None
+    rules = Rules(
+        logits,
+        logits.stride(0),
+        rows.slots,
+        rows.keys,
+        rows.temperature,
+        rows.top_p,
+        rows.top_k,
+        rows.min_p,
+        rows.repetition_penalty,
+        rows.frequency_penalty,
+        rows.presence_penalty,
+        rows.bias_starts if has_bias else rows.slots,
+        rows.bias_ids if has_bias else rows.slots,
+        rows.bias_values if has_bias else rows.temperature,
+        rows.mask if has_mask else rows.slots,
+        state.prompt_mask if has_state else rows.slots,
+        state.counts if has_state else rows.slots,
+    )
+    return rules, {"has_bias": int(has_bias), "has_state": int(has_state), "has_mask": int(has_mask)}
+
+
+@triton.jit
+def tile_ids(first, TILE: tl.constexpr):
+    """TILE consecutive token ids as [TILE / 32, 32]: one row per word of a bit mask."""
+    return first + tl.arange(0, TILE // 32)[:, None] * 32 + tl.arange(0, 32)[None, :]
+
+
+@triton.jit
+def _bits(words, first, VOCAB: tl.constexpr, TILE: tl.constexpr):
+    """The tile's bits of one row's mask, as 0 and 1."""
+    at = first // 32 + tl.arange(0, TILE // 32)[:, None]
+    return (tl.load(words + at, mask=at * 32 < VOCAB, other=0) >> tl.arange(0, 32)[None, :]) & 1
+
+
+@triton.jit
+def load_tile(source, stride, row, first, VOCAB: tl.constexpr, TILE: tl.constexpr):
+    """Ids and values in float32 of one tile of a row; -inf past the vocabulary."""
+    ids = tile_ids(first, TILE)
+    return ids, tl.load(source + row * stride + ids, mask=ids < VOCAB, other=-float("inf")).to(tl.float32)
+
+
+@triton.jit
+def load_changed(rules, row, first, has_bias, has_state, has_mask, VOCAB: tl.constexpr, TILE: tl.constexpr):
+    """Ids and logits of one tile after bias, penalties and mask, in this order."""
+    ids, logits = load_tile(rules.logits, rules.logits_stride, row, first, VOCAB, TILE)
+    WORDS: tl.constexpr = (VOCAB + 31) // 32
+
+    if has_bias != 0:
+        for entry in range(tl.load(rules.bias_starts + row), tl.load(rules.bias_starts + row + 1)):
+            token = tl.load(rules.bias_ids + entry)
+            if (token >= first) & (token < first + TILE):
+                logits = tl.where(ids == token, logits + tl.load(rules.bias_values + entry), logits)
+
+    if has_state != 0:
+        slot = tl.load(rules.slots + row).to(tl.int64)
+        if slot >= 0:
+            counts = tl.load(rules.counts + slot * VOCAB + ids, mask=ids < VOCAB, other=0)
+            repetition = tl.load(rules.repetition_penalty + row)
+            if repetition != 1:
+                seen = (_bits(rules.prompt_mask + slot * WORDS, first, VOCAB, TILE) != 0) | (counts > 0)
+                scaled = tl.where(logits > 0, tl.div_rn(logits, repetition), logits * repetition)
+                logits = tl.where(seen, scaled, logits)
+            frequency = tl.load(rules.frequency_penalty + row)
+            presence = tl.load(rules.presence_penalty + row)
+            logits -= frequency * counts.to(tl.float32)
+            logits -= tl.where(counts > 0, presence, 0.0)
+
+    if has_mask != 0:
+        # Subtracting infinity, where writing it would hide a NaN or +inf.
+        allowed = _bits(rules.mask + row * WORDS, first, VOCAB, TILE) != 0
+        logits = tl.where(allowed, logits, logits - float("inf"))
+    return ids, logits
+
+
+@triton.jit
+def row_maximum(maxima, row, splits, MAX_SPLITS: tl.constexpr):
+    """The largest changed logit of a row, from its splits'. Infinite or finite: whether the row is bad or not."""
+    split = tl.arange(0, MAX_SPLITS)
+    return tl.max(tl.load(maxima + row * splits + split, mask=split < splits, other=-float("inf")))
+
+
+@triton.jit
+def is_finite(x):
+    return tl.abs(x) < float("inf")
+
+
+@triton.jit
+def depths(logits, maximum, temperature):
+    """How far each token lies below the row's best in units of the temperature, >= 0: -log of its mass."""
+    return tl.abs(maximum - logits) / temperature  # the bits of -0.0 would come last, not first
+
+
+@triton.jit
+def noise_bits(ids, key_low, key_high):
+    """24 uniform bits per token id, all in uint32: lowbias32 twice, one key word injected before each round.
+
+    x ^ (x >> 16) is linear over xor and its own inverse: the one that ends the first round and the one that begins the
+    second leave only the key's, as in `llama.kernels.cpu.noise`.
+    """
+    x = (ids ^ (ids >> 16)) ^ (key_low ^ (key_low >> 16))
+    x *= 0x7FEB352D
+    x ^= x >> 15
+    x *= 0x846CA68B
+    x ^= key_high ^ (key_high >> 16)
+    x *= 0x7FEB352D
+    x ^= x >> 15
+    x *= 0x846CA68B
+    return (x ^ (x >> 16)) >> 8
+
+
+@triton.jit
+def gumbel(ids, keys, row):
+    """The noise of tokens of one row: -log(-log(u)) with u in (0, 1) from the bits."""
+    key_low = tl.load(keys + row * 2).to(tl.uint32, bitcast=True)
+    key_high = tl.load(keys + row * 2 + 1).to(tl.uint32, bitcast=True)
+    bits = noise_bits(ids.to(tl.uint32), key_low, key_high)
+    uniform = tl.maximum(bits, 1).to(tl.float32) * (2.0**-24)
+    return -tl.log(-tl.log(uniform))

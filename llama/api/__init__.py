@@ -1,0 +1,1 @@
+"""What users pass, get and catch: parameters, outputs, errors. Runs without torch."""

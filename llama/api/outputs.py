@@ -1,0 +1,95 @@
+"""What comes back of a request: completions, pieces of a stream, log-probabilities, usage. Runs without torch."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any, NamedTuple
+
+
+class FinishReason(StrEnum):
+    STOP = "stop"
+    LENGTH = "length"
+    TOOL_CALLS = "tool_calls"
+    ABORT = "abort"
+    ERROR = "error"
+
+
+class Logprob(NamedTuple):
+    """A token's log-probability and its rank: 1 + the number of tokens that are strictly more probable."""
+
+    logprob: float
+    rank: int
+    decoded_token: str | None = None
+
+
+@dataclass(slots=True)
+class RequestMetrics:
+    """When things happened to one request, in seconds of `time.monotonic()`."""
+
+    queued: float
+    first_token: float | None = None
+    finished: float | None = None
+
+    @property
+    def time_to_first_token(self) -> float | None:
+        """Seconds from being queued to the first token."""
+        return None if self.first_token is None else self.first_token - self.queued
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Tokens that a request cost; `completion_tokens` counts all of its completions."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int = 0
+
+    @property
+    def total_tokens(self) -> int:
+        return self.prompt_tokens + self.completion_tokens
+
+
+@dataclass(slots=True)
+class CompletionOutput:
+    """One completion: `text` is cut before a stop string, `token_ids` are all tokens up to the one that ended it."""
+
+    index: int
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None  # the stop string or the id of stop_token_ids; None for the model's own end
+    logprobs: list[dict[int, Logprob]] | None = None
+    cumulative_logprob: float | None = None
+    tool_calls: list[Any] = field(default_factory=list)
+    seed: int | None = None  # the one used, also where none was asked for
+
+
+@dataclass(slots=True)
+class RequestOutput:
+    """A request with all of its completions, in the order of their index."""
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    outputs: list[CompletionOutput]
+    metrics: RequestMetrics
+    prompt_logprobs: list[dict[int, Logprob] | None] | None = None
+    num_cached_tokens: int = 0
+    finished: bool = False
+
+
+@dataclass(slots=True)
+class Piece:
+    """What is new in one completion of a streamed request; `usage` comes with the last piece of the request.
+
+    Not frozen, as TokenOutput is not: a step makes one for each running completion.
+    """
+
+    index: int
+    text: str
+    token_ids: list[int]
+    logprobs: list[dict[int, Logprob]] | None = None
+    finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None
+    tool_calls: Sequence[Any] = ()
+    usage: Usage | None = None

@@ -1,0 +1,231 @@
+"""SamplingParams: what a request asks of its tokens, every value checked where it is given. Runs without torch."""
+
+import functools
+import math
+import reprlib
+from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass, fields
+from numbers import Integral, Real
+from typing import Any, Literal, TypeVar
+
+MAX_SEED = 2**63 - 1
+MAX_TOKENS = 2**63 - 1
+MAX_LOGPROBS = 20
+MAX_COMPLETIONS = 128
+
+# Names that users of other libraries type, and what they are called here.
+_CALLED = {
+    "max_new_tokens": "max_tokens",
+    "max_completion_tokens": "max_tokens",
+    "min_new_tokens": "min_tokens",
+    "num_return_sequences": "n",
+    "stop_strings": "stop",
+    "eos_token_id": "stop_token_ids",
+    "top_logprobs": "logprobs",
+}
+# What they say that is said otherwise here.
+_INSTEAD = {
+    "do_sample": "temperature=0 is greedy decoding, and any higher temperature samples",
+    "max_length": "max_tokens counts the new tokens alone",
+    "min_length": "min_tokens counts the new tokens alone",
+    "guided_decoding": "response_format constrains the output",
+    "structured_outputs": "response_format constrains the output",
+    "bad_words": "logit_bias forbids single tokens",
+    "allowed_token_ids": "response_format or logit_bias constrain the output",
+}
+# Fields of vLLM's SamplingParams that this one does not have: harmless at their defaults, refused by name otherwise.
+_DEFAULTS_OF_VLLM: dict[str, tuple[Any, ...]] = {
+    "allowed_token_ids": (None,),
+    "bad_words": (None, []),
+    "best_of": (None, 1),
+    "detokenize": (True,),
+    "early_stopping": (False,),
+    "extra_args": (None,),
+    "flat_logprobs": (False,),
+    "guided_decoding": (None,),
+    "length_penalty": (1.0,),
+    "logits_processors": (None, []),
+    "output_kind": (0,),
+    "skip_reading_prefix_cache": (None, False),
+    "skip_special_tokens": (True,),
+    "spaces_between_special_tokens": (True,),
+    "structured_outputs": (None,),
+    "truncate_prompt_tokens": (None,),
+    "use_beam_search": (False,),
+}
+_FORMATS: dict[str, tuple[str, type, str] | None] = {  # type -> the key that goes with it, and what that holds
+    "json_object": None,
+    "json_schema": ("json_schema", Mapping, "a JSON schema"),
+    "regex": ("regex", str, "a regular expression"),
+}
+_Class = TypeVar("_Class", bound=type[Any])
+
+
+def _named_refusals(cls: _Class) -> _Class:
+    """Class decorator: a name of another library's is refused with ours, before anything else is looked at."""
+    generated: Callable[..., None] = cls.__init__
+    ours = {field.name for field in fields(cls)}
+
+    @functools.wraps(generated)
+    def init(self: Any, **given: Any) -> None:
+        for name in sorted(given.keys() - ours):
+            if name in _CALLED:
+                raise ValueError(f"{name} is called {_CALLED[name]} here")
+            if name not in _DEFAULTS_OF_VLLM or given[name] not in _DEFAULTS_OF_VLLM[name]:
+                if name in _INSTEAD or name in _DEFAULTS_OF_VLLM:
+                    hint = _INSTEAD.get(name)
+                    raise ValueError(f"{name}={given[name]!r} is not offered{f': {hint}' if hint else ''}")
+                raise TypeError(f"{cls.__name__} has no field {name}; it has {', '.join(sorted(ours))}")
+            del given[name]
+        generated(self, **given)
+
+    cls.__init__ = init
+    return cls
+
+
+@_named_refusals
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingParams:
+    """How the next tokens are chosen. Every value is checked; a ValueError names the field and what is legal.
+
+    The order in which the rules apply, with formulas, is told in `llama.kernels.cpu.sampling`. seed=None draws fresh
+    entropy, and the seed used comes back with the output. max_tokens=None means the rest of the context.
+    """
+
+    n: int = 1
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    logit_bias: Mapping[int, float] | None = None
+    seed: int | None = None
+    max_tokens: int | None = 256
+    min_tokens: int = 0
+    stop: str | SequenceOf[str] = ()
+    stop_token_ids: SequenceOf[int] = ()
+    include_stop_str_in_output: bool = False
+    ignore_eos: bool = False
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    logprobs_mode: Literal["raw", "processed"] = "raw"
+    response_format: Mapping[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        put = functools.partial(object.__setattr__, self)
+        put("n", _integer("n", self.n, 1, MAX_COMPLETIONS))
+        put("temperature", _number("temperature", self.temperature, 0, 5))
+        put("top_p", _number("top_p", self.top_p, 0, 1))
+        put("top_k", max(0, _integer("top_k", self.top_k, -1)))
+        put("min_p", _number("min_p", self.min_p, 0, 1))
+        put("repetition_penalty", _positive("repetition_penalty", self.repetition_penalty))
+        put("frequency_penalty", _number("frequency_penalty", self.frequency_penalty, -2, 2))
+        put("presence_penalty", _number("presence_penalty", self.presence_penalty, -2, 2))
+        put("logit_bias", _bias(self.logit_bias))
+        put("seed", None if self.seed is None else _integer("seed", self.seed, 0, MAX_SEED))
+        put("max_tokens", None if self.max_tokens is None else _integer("max_tokens", self.max_tokens, 1, MAX_TOKENS))
+        put("min_tokens", _integer("min_tokens", self.min_tokens, 0, MAX_TOKENS))
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise ValueError(f"min_tokens must be at most max_tokens ({self.max_tokens}), got {self.min_tokens}")
+        put("stop", _stop(self.stop))
+        ids = _listed("stop_token_ids", self.stop_token_ids, "token ids")
+        put("stop_token_ids", tuple(dict.fromkeys(_integer("stop_token_ids: each id", each, 0) for each in ids)))
+        for name in ("include_stop_str_in_output", "ignore_eos"):
+            if not isinstance(getattr(self, name), bool):
+                raise _refusal(name, "True or False", getattr(self, name))
+        for name in ("logprobs", "prompt_logprobs"):
+            wanted = getattr(self, name)
+            put(name, None if wanted is None else _integer(name, wanted, 0, MAX_LOGPROBS))
+        if self.logprobs_mode not in ("raw", "processed"):
+            raise _refusal("logprobs_mode", '"raw" or "processed"', self.logprobs_mode)
+        put("response_format", _response_format(self.response_format))
+
+
+def _refusal(name: str, legal: str, value: Any) -> ValueError:
+    return ValueError(f"{name} must be {legal}, got {reprlib.repr(value)}")
+
+
+def _finite(value: Any) -> float | None:
+    """A real number as a float; None for anything else, bool, NaN and infinities among it."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        return None
+    try:
+        number = float(value)
+    except OverflowError:  # an int beyond any float
+        return None
+    return number if math.isfinite(number) else None
+
+
+def _number(name: str, value: Any, low: float, high: float) -> float:
+    number = _finite(value)
+    if number is None or not low <= number <= high:
+        raise _refusal(name, f"a number from {low} to {high}", value)
+    return number
+
+
+def _positive(name: str, value: Any) -> float:
+    number = _finite(value)
+    if number is None or number <= 0:
+        raise _refusal(name, "a number above 0", value)
+    return number
+
+
+def _integer(name: str, value: Any, low: int, high: int | None = None) -> int:
+    legal = f"an integer of at least {low}" if high is None else f"an integer from {low} to {high}"
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise _refusal(name, legal, value)
+    number = int(value)
+    if number < low or (high is not None and number > high):
+        raise _refusal(name, legal, value)
+    return number
+
+
+def _listed(name: str, values: Any, what: str) -> list[Any]:
+    if values is None:
+        return []
+    if isinstance(values, str | bytes | Mapping) or not isinstance(values, Iterable):
+        raise _refusal(name, f"a list of {what}", values)
+    return list(values)
+
+
+def _stop(value: Any) -> tuple[str, ...]:
+    stop = [value] if isinstance(value, str) else _listed("stop", value, "strings, or one string")
+    for text in stop:
+        if not isinstance(text, str) or not text:
+            raise ValueError(f"stop must hold strings that are not empty, got {reprlib.repr(text)}")
+        if any("\ud800" <= character <= "\udfff" for character in text):
+            raise ValueError(f"stop must hold valid text, got a lone surrogate in {reprlib.repr(text)}")
+    return tuple(stop)
+
+
+def _bias(value: Any) -> dict[int, float] | None:
+    if value is None:
+        return None
+    if not isinstance(value, Mapping):
+        raise _refusal("logit_bias", "a mapping of token ids to numbers from -100 to 100", value)
+    bias = {_integer("logit_bias: each token id", each, 0): value[each] for each in value}
+    return {each: _number(f"logit_bias[{each}]", number, -100, 100) for each, number in bias.items()} or None
+
+
+def _response_format(value: Any) -> dict[str, Any] | None:
+    if value is None:
+        return None
+    if not isinstance(value, Mapping):
+        raise _refusal("response_format", 'a mapping with a "type"', value)
+    kind = value.get("type")
+    if kind == "text" and len(value) == 1:
+        return None
+    if not isinstance(kind, str) or kind not in _FORMATS:
+        raise _refusal('response_format["type"]', 'one of "text", "json_object", "json_schema", "regex"', kind)
+    content = _FORMATS[kind]
+    legal = {"type"} if content is None else {"type", content[0]}
+    if value.keys() - legal:
+        raise ValueError(f"response_format of type {kind} has no key {sorted(value.keys() - legal, key=str)[0]!r}")
+    if content is not None:
+        key, holds, what = content
+        if not isinstance(value.get(key), holds) or (holds is str and not value[key]):
+            raise _refusal(f'response_format["{key}"]', what, value.get(key))
+    return dict(value)

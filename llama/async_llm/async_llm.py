@@ -1,0 +1,272 @@
+"""AsyncLLM: LLM for asyncio. Many tasks ask at once; one thread steps the engine; no call blocks the event loop.
+
+    async with AsyncLLM("checkpoints/model") as llm:
+        async for piece in llm.chat([{"role": "user", "content": "Hello"}]):
+            print(piece.text, end="")
+
+Leaving the loop, closing the generator or cancelling the task aborts the request. Streams may be read on any event
+loop; several AsyncLLMs may live in one process.
+"""
+
+import asyncio
+import atexit
+import math
+import time
+import weakref
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from llama.api.errors import EngineClosedError, EngineDeadError, QueueFullError
+from llama.api.outputs import Piece
+from llama.api.params import SamplingParams
+from llama.async_llm.admission import Seats
+from llama.async_llm.preparation import Lanes, grammar_key, size_of
+from llama.async_llm.stepper import Stepper, Stream
+from llama.engine.engine import EngineMetrics
+from llama.llm.llm import LLM
+from llama.llm.loras import LoraInfo, describe, read_lora
+from llama.llm.replies import Request
+from llama.llm.requests import Message, Prompt
+from llama.llm.tool_choice import ToolChoice
+from llama.model.transformer import Transformer
+
+__all__ = ["AsyncLLM", "EngineClosedError", "EngineDeadError", "QueueFullError", "Stream"]
+
+_EXIT_SECONDS = 10.0  # for the last step when Python exits
+_JOIN_SECONDS = 1.0  # for what is still being prepared when all is closed
+_INLINE_CHARACTERS = 2_000  # longer prompts are encoded off the event loop: about a millisecond's worth
+
+
+class AsyncLLM:
+    """`model` and `llm_arguments` as LLM takes them, or an LLM that nobody else uses from then on.
+
+    max_waiting_requests: how many requests may wait beyond the max_num_seqs that run; max_waiting_tokens: how many
+    prompt tokens may wait for their first answer; above either, QueueFullError. slow_reader_timeout: seconds that news
+    may lie unread before the request is aborted.
+    """
+
+    def __init__(
+        self,
+        model: str | Path | Transformer | LLM,
+        tokenizer: str | Path | None = None,
+        *,
+        max_waiting_requests: int = 1024,
+        max_waiting_tokens: int = 1 << 20,
+        slow_reader_timeout: float = 60.0,
+        **llm_arguments: Any,
+    ) -> None:
+        for name, limit in (("max_waiting_requests", max_waiting_requests), ("max_waiting_tokens", max_waiting_tokens)):
+            if isinstance(limit, bool) or not isinstance(limit, int) or limit < 0:
+                raise ValueError(f"{name} must be an integer >= 0, got {limit!r}")
+        if not (_is_number(slow_reader_timeout) and slow_reader_timeout > 0):
+            raise ValueError(f"slow_reader_timeout must be a number of seconds > 0, got {slow_reader_timeout!r}")
+        if isinstance(model, LLM):
+            if tokenizer is not None or llm_arguments:
+                raise ValueError(f"an LLM has its arguments already, got {sorted(llm_arguments) or 'a tokenizer'}")
+            self.llm = model
+        else:
+            self.llm = LLM(model, tokenizer, **llm_arguments)
+        self._draining = False
+        self._lanes = Lanes()
+        self._seats = Seats(self.llm.engine.config.max_num_seqs + max_waiting_requests, max_waiting_tokens)
+        self._stepper = Stepper(self.llm.replies, self._seats, slow_reader_timeout)
+        self._stepper.thread.start()
+        # The thread knows the stepper alone, so an AsyncLLM that is dropped takes its thread with it. When Python exits
+        # the thread must not be caught inside a step.
+        weakref.finalize(self, self._stepper.stop)
+        weakref.finalize(self, self._lanes.stop)
+        atexit.register(_end, weakref.ref(self._stepper))
+
+    async def generate(
+        self,
+        prompt: Prompt,
+        sampling_params: SamplingParams | None = None,
+        lora: str | None = None,
+        *,
+        request_id: str | None = None,
+    ) -> AsyncIterator[Piece]:
+        """The pieces of the text that continues one prompt, in any form that LLM.generate takes."""
+        async with await self.submit(prompt, sampling_params, lora, request_id=request_id) as stream:
+            async for piece in stream:
+                yield piece
+
+    async def chat(
+        self,
+        messages: Sequence[Message],
+        sampling_params: SamplingParams | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        lora: str | None = None,
+        *,
+        tool_choice: ToolChoice = "auto",
+        request_id: str | None = None,
+    ) -> AsyncIterator[Piece]:
+        """The pieces of the answer to one conversation."""
+        rest = {"tool_choice": tool_choice, "request_id": request_id}
+        async with await self.submit_chat(messages, sampling_params, tools, lora, **rest) as stream:
+            async for piece in stream:
+                yield piece
+
+    async def submit(
+        self,
+        prompt: Prompt,
+        sampling_params: SamplingParams | None = None,
+        lora: str | None = None,
+        *,
+        request_id: str | None = None,
+        clip: bool = True,
+    ) -> Stream:
+        """What generate() reads from. Here the engine has taken the request when the call returns, so every refusal
+        (ValueError, QueueFullError, EngineClosedError, EngineDeadError) comes before the first piece. The stream must
+        be read to its end or closed. Without `clip`, max_tokens that the context has no room for are a
+        ContextLengthError."""
+        prepare = partial(self.llm.inputs.request, prompt, sampling_params, lora, request_id=request_id, clip=clip)
+        parts = [*prompt.values()] if isinstance(prompt, Mapping) else [prompt]
+        size = max((len(part) for part in parts if isinstance(part, str | list | tuple)), default=0)
+        return await self._submit(prepare, size, grammar_key(_response_format(sampling_params)))
+
+    async def submit_chat(
+        self,
+        messages: Sequence[Message],
+        sampling_params: SamplingParams | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        lora: str | None = None,
+        *,
+        tool_choice: ToolChoice = "auto",
+        request_id: str | None = None,
+        clip: bool = True,
+    ) -> Stream:
+        """submit() for a conversation."""
+        prepare = partial(
+            self.llm.inputs.chat_request,
+            messages,
+            sampling_params,
+            lora,
+            tools=tools,
+            tool_choice=tool_choice,
+            request_id=request_id,
+            clip=clip,
+        )
+        grammar = grammar_key(_response_format(sampling_params), tools, tool_choice)
+        # A template may be slow however short the messages are.
+        return await self._submit(prepare, max(_INLINE_CHARACTERS, size_of(messages, tools)), grammar)
+
+    def check_accepts(self, num_coming: int = 0) -> None:
+        """Raises what any request would be refused with now: EngineDeadError, EngineClosedError, QueueFullError. For
+        those who would rather know before they read and encode one. `num_coming`: how many they have let in and not
+        yet answered, which may have no seats yet."""
+        if (dead := self._stepper.dead) is not None:
+            raise dead
+        if self._draining:
+            raise EngineClosedError("the engine is draining or closed: it takes no new requests")
+        self._seats.check(num_coming)
+
+    async def _submit(self, prepare: Callable[[], Request], size: int, grammar: str | None) -> Stream:
+        queued = time.monotonic()
+        self.check_accepts()
+        seat = self._seats.take()
+        stream = None
+        try:
+            if grammar is None and size < _INLINE_CHARACTERS:
+                request = prepare()
+            else:
+                request = await asyncio.wrap_future(self._lanes.of(size, grammar).submit(prepare))
+                self._lanes.compiled(grammar)
+            self._seats.wait_with(seat, len(request.prompt_token_ids))
+            stream = Stream(request, seat, self._stepper)
+            await asyncio.wrap_future(self._stepper.call(partial(self._stepper.add, stream, queued)))
+        except BaseException:
+            # Also when cancelled, and then the engine may just have taken it.
+            if stream is not None:
+                stream.close()
+            self._seats.give_back(seat)
+            raise
+        return stream
+
+    async def load_lora(self, name: str, path: str | Path) -> LoraInfo:
+        """LLM.load_lora while requests run; the files are read off the event loop."""
+        adapter = await asyncio.to_thread(read_lora, self.llm.engine, self.llm.model, name, path)
+        await asyncio.wrap_future(self._stepper.call(partial(self.llm.engine.adapters.add, adapter)))
+        return describe(adapter)
+
+    async def unload_lora(self, name: str) -> None:
+        """LLM.unload_lora while requests run."""
+        await asyncio.wrap_future(self._stepper.call(partial(self.llm.engine.adapters.remove, name)))
+
+    def list_loras(self) -> list[LoraInfo]:
+        return self.llm.list_loras()
+
+    @property
+    def num_requests(self) -> int:
+        """Requests that run or wait."""
+        return self._seats.taken
+
+    @property
+    def num_waiting_tokens(self) -> int:
+        """Prompt tokens of requests that have no answer yet."""
+        return self._seats.waiting_tokens
+
+    @property
+    def seconds_in_step(self) -> float:
+        """How long the engine's present step has been running, 0 between steps: a watchdog's measure."""
+        return self._stepper.seconds_in_step
+
+    def metrics(self) -> EngineMetrics:
+        """The engine's counts, at any time and from any thread: waiting, running, KV blocks, totals."""
+        return self.llm.engine.metrics()
+
+    @property
+    def is_dead(self) -> bool:
+        return self._stepper.dead is not None
+
+    @property
+    def is_draining(self) -> bool:
+        """Whether new requests are refused because of drain() or close()."""
+        return self._draining
+
+    async def drain(self, timeout: float | None = None) -> None:
+        """Refuse new requests from now on and wait until those that were taken have ended; what runs for longer than
+        `timeout` seconds is aborted."""
+        if timeout is not None and not (_is_number(timeout) and timeout >= 0):
+            raise ValueError(f"timeout must be a number of seconds >= 0 or None, got {timeout!r}")
+        self._draining = True
+        empty = asyncio.wrap_future(self._seats.when_empty())
+        try:
+            await asyncio.wait_for(empty, timeout)
+        except TimeoutError:
+            self._lanes.stop()
+            self._stepper.post(self._stepper.end_all)
+            await asyncio.wrap_future(self._seats.when_empty())
+
+    async def close(self) -> None:
+        """Refuse new requests, abort those that run, end the engine's thread. What was written can still be read."""
+        self._draining = True
+        self._lanes.stop()
+        self._stepper.stop()
+        await asyncio.to_thread(self._stepper.thread.join)
+        await asyncio.to_thread(self._lanes.join, _JOIN_SECONDS)
+
+    async def __aenter__(self) -> "AsyncLLM":
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and not math.isnan(value)
+
+
+def _response_format(params: Any) -> Any:
+    return params.response_format if isinstance(params, SamplingParams) else None
+
+
+def _end(reference: "weakref.ref[Stepper]") -> None:
+    stepper = reference()
+    if stepper is not None:
+        stepper.stop()
+        stepper.thread.join(_EXIT_SECONDS)

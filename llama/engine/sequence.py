@@ -1,0 +1,123 @@
+"""Sequence: one completion of a request on its way through the engine, and what it holds. Runs without torch.
+
+Sequence is the only mutable state of a request, and the scheduler owns it. Everything else here is a value.
+"""
+
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llama.api.outputs import FinishReason, Logprob
+from llama.api.params import SamplingParams
+
+BROKEN_GRAMMAR = "grammar"  # the stop_reason of an error: the grammar exceeded a limit while it ran
+
+
+@dataclass(slots=True)
+class TokenOutput:
+    """What one step adds to one completion; the token that ended it (end of text, stop id) is in `token_ids`.
+
+    Not frozen: hundreds are made in every step, and a frozen dataclass costs four times as much to make.
+    """
+
+    request_id: str
+    index: int
+    token_ids: list[int]
+    logprobs: list[dict[int, Logprob]] | None = None
+    finish_reason: FinishReason | None = None
+    # The id of stop_token_ids that ended it, BROKEN_GRAMMAR with an error; None for the model's own end.
+    stop_reason: int | str | None = None
+    prompt_logprobs: list[dict[int, Logprob] | None] | None = None  # with the first output of index 0 only
+    num_cached_tokens: int = 0
+
+
+@dataclass(slots=True, eq=False)
+class Adapter:
+    """A LoRA adapter as the engine sees it. The scheduler says which slot of the device it has, if any."""
+
+    name: str = ""
+    digest: bytes = b""  # of its content; part of the prefix cache's keys
+    content: Any = None  # what the runner puts into the slot
+    slot: int = 0  # 0 = none
+    num_users: int = 0  # running sequences
+
+
+NO_ADAPTER = Adapter()
+
+
+class TokenMatcher(Protocol):
+    """A grammar at work on one completion; it follows the generated tokens alone."""
+
+    def fill_mask(self, words: NDArray[np.int32]) -> None:
+        """Write the allowed next tokens: token t is bit t % 32 of words[t // 32]."""
+
+    def advance(self, token_id: int) -> None:
+        """Take an allowed token."""
+
+    def rollback(self, num_tokens: int) -> None:
+        """Take back the last tokens."""
+
+    def fork(self) -> "TokenMatcher":
+        """A matcher of its own in the same state."""
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """One completion of a request on its way through the engine. The scheduler alone changes it.
+
+    It waits (row -1), runs (it owns a row and its blocks), and may be sent back to wait; in the end it is finished.
+    """
+
+    request_id: str
+    index: int
+    arrival: int  # requests are served in this order
+    params: SamplingParams
+    seed: int
+    prompt: NDArray[np.int32]  # shared by all completions of the request
+    limit: int  # the most tokens, prompt included
+    adapter: Adapter = NO_ADAPTER
+    matcher: TokenMatcher | None = None
+    followers: "list[Sequence]" = field(default_factory=list)  # they fork from this one once its prompt is computed
+
+    output_token_ids: list[int] = field(default_factory=list)
+    prompt_logprobs: list[dict[int, Logprob] | None] | None = None  # gathered so far; None once handed out or not asked
+    num_cached_tokens: int = -1  # -1 = it has never run
+    row: int = -1
+    ready_after: int = -1  # the step whose result must be known before the sequence may run again
+    finished: bool = False
+
+    @property
+    def order(self) -> tuple[int, int]:
+        return (self.arrival, self.index)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens known so far."""
+        return len(self.prompt) + len(self.output_token_ids)
+
+    def tokens_between(self, start: int, stop: int) -> NDArray[np.int32]:
+        """The known tokens at positions start : stop."""
+        split = len(self.prompt)
+        if stop <= split:
+            return self.prompt[start:stop]
+        outputs = np.array(self.output_token_ids[max(0, start - split) : stop - split], np.int32)
+        return np.concatenate([self.prompt[start:split], outputs]) if start < split else outputs
+
+    def ending(self, eos_token_ids: Collection[int]) -> tuple[FinishReason | None, int | None]:
+        """Whether the last token ended the sequence, and the id of `stop_token_ids` that did it."""
+        token, params = self.output_token_ids[-1], self.params
+        is_long_enough = len(self.output_token_ids) > params.min_tokens
+        # With a grammar, EOS comes before min_tokens only where nothing else may.
+        if token in eos_token_ids and not params.ignore_eos and (is_long_enough or self.matcher is not None):
+            return FinishReason.STOP, None
+        if token in params.stop_token_ids and is_long_enough:
+            return FinishReason.STOP, token
+        return FinishReason.LENGTH if self.num_tokens >= self.limit else None, None
+
+    @property
+    def wants_prompt_logprobs(self) -> bool:
+        """Some of the prompt's log-probabilities are still to be computed."""
+        return self.prompt_logprobs is not None and len(self.prompt_logprobs) < len(self.prompt)

@@ -1,0 +1,260 @@
+"""LLM: the library's face. Text in, text out; prompts of any form, in batches or streamed.
+
+One thread at a time uses an LLM (AsyncLLM is the face for many). All requests of one LLM share its engine: a stream
+that is read while another is open, or a generate() in between, advances both.
+"""
+
+import signal
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from llama.api.outputs import Piece, RequestOutput
+from llama.api.params import SamplingParams
+from llama.engine.engine import Engine
+from llama.llm.loading import check_model, engine_config, load_defaults, load_model, load_text
+from llama.llm.loras import LoraInfo, LoRARequest, describe, read_lora
+from llama.llm.pieces import Pieces
+from llama.llm.replies import Replies, Reply, Request
+from llama.llm.requests import Inputs, Message, Prompt, as_conversations, as_prompts, is_conversation, one_per_prompt
+from llama.llm.tool_choice import ToolChoice
+from llama.llm.vllm_names import refuse_foreign
+from llama.model.transformer import Transformer
+from llama.text.tokenizer import Tokenizer
+
+__all__ = ["LLM"]
+
+
+class LLM:
+    """A model with its engine. `model` is a Hugging Face folder or a Transformer; without a tokenizer (a Transformer
+    alone, or a folder that has none) prompts and answers are token ids only.
+
+    device: "auto" (CUDA where there is one), "cpu", "cuda", "cuda:0". dtype: "auto" (the checkpoint's), "float64" (on
+    the CPU), "float32", "float16", "bfloat16". max_model_len: the context in tokens, None = the model's. num_blocks:
+    blocks of KV cache, None = what memory allows. seed: None draws fresh entropy for unseeded requests, a number from 0
+    to 2**64 - 1 makes the whole run repeatable. load_format: "auto", or "dummy" for random weights from config.json
+    alone. check_weights: refuse NaN and infinities. Arguments of vLLM's that are not here are refused by name unless
+    they hold vLLM's default.
+    """
+
+    def __init__(
+        self,
+        model: str | Path | Transformer,
+        tokenizer: str | Path | Tokenizer | None = None,
+        *,
+        device: str | torch.device = "auto",
+        dtype: str | torch.dtype = "auto",
+        max_model_len: int | None = None,
+        max_num_seqs: int = 256,
+        max_num_batched_tokens: int | None = None,
+        block_size: int = 16,
+        num_blocks: int | None = None,
+        gpu_memory_utilization: float = 0.9,
+        enable_prefix_caching: bool = True,
+        enforce_eager: bool = False,
+        max_loras: int = 8,
+        max_lora_rank: int = 64,
+        seed: int | None = None,
+        load_format: str = "auto",
+        check_weights: bool = False,
+        **foreign: Any,
+    ) -> None:
+        refuse_foreign(foreign)
+        self.tokenizer, template = load_text(model, tokenizer)
+        defaults, eos_token_ids = load_defaults(model)
+        model_config, where = check_model(model, device=device, dtype=dtype, load_format=load_format)
+        config = engine_config(
+            model_config,
+            where,
+            max_model_len=max_model_len,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+            block_size=block_size,
+            num_blocks=num_blocks,
+            gpu_memory_utilization=gpu_memory_utilization,
+            enable_prefix_caching=enable_prefix_caching,
+            enforce_eager=enforce_eager,
+            max_loras=max_loras,
+            max_lora_rank=max_lora_rank,
+            seed=seed,
+        )
+        eos_token_ids |= frozenset(model_config.eos_token_ids)
+        if self.tokenizer is not None:
+            self.tokenizer.check_vocab(model_config.vocab_size)
+            eos_token_ids |= self.tokenizer.eos_token_ids
+        self.model = load_model(model, where, dtype=dtype, load_format=load_format, check_weights=check_weights)
+        self.engine = Engine(self.model, config, eos_token_ids=eos_token_ids)
+        self.inputs = Inputs(
+            tokenizer=self.tokenizer,
+            template=template,
+            vocab_size=model_config.vocab_size,
+            max_model_len=config.max_model_len,
+            defaults=defaults,
+            adapters=self.engine.adapters,
+        )
+        self.replies = Replies(self.engine, self.tokenizer)
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        lora: str | Sequence[str | None] | None = None,
+        use_tqdm: bool = True,
+        lora_request: LoRARequest | Sequence[LoRARequest | None] | None = None,
+    ) -> list[RequestOutput]:
+        """Write on from each prompt; the outputs come in the order asked. Prompts are a string (encoded as the
+        checkpoint's tokenizer does it, special-token text parsed), token ids, {"prompt_token_ids": [...]}, or a list of
+        these. One mistake in any of them is a ValueError before anything runs."""
+        listed = as_prompts(prompts)
+        each_params = one_per_prompt("sampling_params", sampling_params, len(listed))
+        each_lora = self._loras(lora, lora_request, len(listed))
+        return self._run([self.inputs.request(*r) for r in zip(listed, each_params, each_lora, strict=True)], use_tqdm)
+
+    def chat(
+        self,
+        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        lora: str | Sequence[str | None] | None = None,
+        use_tqdm: bool = True,
+        lora_request: LoRARequest | Sequence[LoRARequest | None] | None = None,
+        *,
+        tool_choice: ToolChoice = "auto",
+    ) -> list[RequestOutput]:
+        """Answer one conversation, or each of several. What a message holds is text, never a control token.
+
+        tool_choice, as OpenAI spells it: "auto" lets the model decide, "none" hides the tools from it, "required" holds
+        the answer to a call of one of them, {"type": "function", "function": {"name": NAME}} to a call of that one.
+        """
+        listed = as_conversations(messages)
+        each_params = one_per_prompt("sampling_params", sampling_params, len(listed))
+        each_lora = self._loras(lora, lora_request, len(listed))
+        ask = partial(self.inputs.chat_request, tools=tools, tool_choice=tool_choice)
+        return self._run([ask(*r) for r in zip(listed, each_params, each_lora, strict=True)], use_tqdm)
+
+    def stream(
+        self,
+        prompt_or_messages: Prompt | Sequence[Message],
+        sampling_params: SamplingParams | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        lora: str | None = None,
+        lora_request: LoRARequest | None = None,
+        *,
+        tool_choice: ToolChoice = "auto",
+    ) -> Pieces:
+        """The answer to one prompt or conversation as it is written, for a loop to read. The engine takes the request
+        here, so every refusal comes from this call. Closing or dropping what it returns aborts the request; the pieces
+        of each completion add up to what generate() or chat() would have given. `tools` and `tool_choice`, as in
+        chat(), need a conversation."""
+        [lora] = self._loras(lora, lora_request, 1)
+        if is_conversation(prompt_or_messages):
+            choice = {"tools": tools, "tool_choice": tool_choice}
+            request = self.inputs.chat_request(prompt_or_messages, sampling_params, lora, **choice)
+        elif tools or tool_choice != "auto":
+            raise ValueError("tools and tool_choice need a conversation: give a list of messages")
+        else:
+            request = self.inputs.request(prompt_or_messages, sampling_params, lora)
+        with _interrupts_held():
+            return Pieces(self.replies, self.replies.add(request), self._step)
+
+    def load_lora(self, name: str, path: str | Path) -> LoraInfo:
+        """Load a PEFT adapter's folder; requests ask for it with lora=name. AdapterError (a ValueError) says what is
+        wrong with it. Legal while requests run."""
+        adapter = read_lora(self.engine, self.model, name, path)
+        self.engine.adapters.add(adapter)
+        return describe(adapter)
+
+    def unload_lora(self, name: str) -> None:
+        """From now on no request can ask for it; those that run with it keep it to their end."""
+        self.engine.adapters.remove(name)
+
+    def list_loras(self) -> list[LoraInfo]:
+        return [describe(adapter) for adapter in self.engine.adapters.by_name.values()]
+
+    def _loras(
+        self,
+        lora: str | Sequence[str | None] | None,
+        lora_request: LoRARequest | Sequence[LoRARequest | None] | None,
+        count: int,
+    ) -> list[str | None]:
+        """The adapter's name for each prompt; what a LoRARequest asks for is loaded where it is not yet."""
+        if lora_request is None:
+            return one_per_prompt("lora", lora, count)
+        if lora is not None:
+            raise ValueError("lora and lora_request name the same thing: give one of them")
+        names: list[str | None] = []
+        for request in one_per_prompt("lora_request", lora_request, count):
+            if request is not None:
+                if not isinstance(request, LoRARequest):
+                    raise ValueError(f"lora_request must be a LoRARequest, got {type(request).__name__}")
+                known = self.engine.adapters.by_name.get(request.lora_name)
+                if known is None:
+                    self.load_lora(request.lora_name, request.lora_path)
+                elif known.content.path != str(Path(request.lora_path)):
+                    raise ValueError(
+                        f"an adapter named {request.lora_name!r} is loaded from {known.content.path}, "
+                        f"lora_request says {request.lora_path}"
+                    )
+            names.append(None if request is None else request.lora_name)
+        return names
+
+    def _run(self, requests: Sequence[Request], use_tqdm: bool) -> list[RequestOutput]:
+        replies: list[Reply] = []
+        try:
+            with _interrupts_held():
+                for request in requests:
+                    replies.append(self.replies.add(request))
+            self._finish(replies, use_tqdm)
+        finally:
+            for reply in replies:
+                self.replies.abort(reply)
+        return [reply.output for reply in replies]
+
+    def _finish(self, replies: Sequence[Reply], use_tqdm: bool) -> None:
+        awaited = {reply.request.request_id for reply in replies}
+        prompt_tokens = output_tokens = 0
+        started = time.monotonic()
+        # disable=None lets tqdm itself be silent where stderr is no terminal
+        with tqdm(total=len(replies), desc="Prompts", unit="prompt", disable=None if use_tqdm else True) as bar:
+            while awaited:
+                for reply, piece in self._step():
+                    if reply.request.request_id not in awaited or piece.usage is None:
+                        continue
+                    awaited.remove(reply.request.request_id)
+                    prompt_tokens += piece.usage.prompt_tokens
+                    output_tokens += piece.usage.completion_tokens
+                    seconds = max(time.monotonic() - started, 1e-9)
+                    bar.set_postfix_str(
+                        f"in {prompt_tokens / seconds:.1f} tok/s, out {output_tokens / seconds:.1f} tok/s",
+                        refresh=False,
+                    )
+                    bar.update()
+
+    def _step(self) -> list[tuple[Reply, Piece]]:
+        assert self.engine.has_unfinished, "requests wait for an answer that the engine does not know"
+        with _interrupts_held():
+            return self.replies.step()
+
+
+@contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """Ctrl-C inside a step would leave scheduler and cache half written: it takes effect when the block is left."""
+    handler = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(handler):
+        yield
+        return
+    held: list[tuple[int, Any]] = []
+    signal.signal(signal.SIGINT, lambda number, frame: held.append((number, frame)))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+        if held:
+            handler(*held[0])

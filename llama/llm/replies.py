@@ -1,0 +1,281 @@
+"""One request's way back: token ids -> text decoder -> stop strings -> tool calls -> pieces, gathered into a
+RequestOutput.
+
+Shared by LLM and AsyncLLM. `Replies` is an engine together with the requests that it is answering: it routes a step's
+outputs and tells the engine about ends that only the text shows. It is not thread-safe: one thread adds, steps and
+aborts. Without a tokenizer everything works but text: pieces and outputs carry token ids and empty strings.
+"""
+
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from llama.api.outputs import CompletionOutput, FinishReason, Logprob, Piece, RequestMetrics, RequestOutput, Usage
+from llama.api.params import SamplingParams
+from llama.engine.sequence import TokenOutput
+from llama.text.grammar import Grammar
+from llama.text.tokenizer import IncrementalDecoder, StopMatcher, Tokenizer
+from llama.text.tool_calls import PYTHON_TAG, ToolCall, ToolCallParser
+
+if TYPE_CHECKING:
+    from llama.engine.engine import Engine
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """A request that has been checked and encoded: what an engine can take."""
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    params: SamplingParams
+    lora: str | None = None
+    grammar: Grammar | None = None
+    tool_names: tuple[str, ...] = ()  # whose calls are to be found in the answer
+
+
+def named(entries: dict[int, Logprob], tokenizer: Tokenizer | None) -> dict[int, Logprob]:
+    """Log-probabilities with the text of their tokens."""
+    if tokenizer is None:
+        return entries
+    return {token: entry._replace(decoded_token=tokenizer.token_text(token)) for token, entry in entries.items()}
+
+
+class _Completion:
+    """One completion on its way: decodes, watches for stop strings, finds tool calls, gathers."""
+
+    def __init__(self, index: int, seed: int | None, request: Request, tokenizer: Tokenizer | None) -> None:
+        params = self.params = request.params
+        self.tokenizer = tokenizer
+        self.output = CompletionOutput(index=index, seed=seed)
+        if params.logprobs is not None:
+            self.output.logprobs, self.output.cumulative_logprob = [], 0.0
+        self.text_parts: list[str] = []
+        self.parser = ToolCallParser(request.tool_names) if request.tool_names else None
+        self.decoder = self._new_decoder(request.prompt_token_ids)
+        self.matcher = self._new_matcher()
+        self.held = ""  # text that the matcher keeps back
+
+    def _new_matcher(self) -> StopMatcher | None:
+        return StopMatcher(self.params.stop, self.params.include_stop_str_in_output) if self.params.stop else None
+
+    def _new_decoder(self, prompt_token_ids: list[int]) -> IncrementalDecoder | None:
+        if self.tokenizer is None:
+            return None
+        tag = self.tokenizer.special_tokens.get(PYTHON_TAG) if self.parser else None  # it announces a call
+        return IncrementalDecoder(self.tokenizer, prompt_token_ids, keep=() if tag is None else (tag,))
+
+    @property
+    def ended(self) -> bool:
+        return self.output.finish_reason is not None
+
+    def push(self, new: TokenOutput) -> Piece:
+        """Take a step's tokens. A stop string drops the tokens behind the one that completed it and wins over the
+        engine's own reason to end; the text of a token that ended the completion is hidden, its id is not (both as
+        vLLM does)."""
+        hides_last = new.finish_reason is FinishReason.STOP and not self.params.include_stop_str_in_output
+        texts: list[str] = []
+        taken, stopped_by = 0, None
+        for taken, token in enumerate(new.token_ids, start=1):
+            self.output.token_ids.append(token)
+            if not (hides_last and taken == len(new.token_ids)):
+                text, stopped_by = self._text(self.decoder.push([token]) if self.decoder else "")
+                texts.append(text)
+            if stopped_by is not None:
+                break
+        if stopped_by is not None:
+            self._end(FinishReason.STOP, stopped_by)
+        elif new.finish_reason is not None:
+            text, stopped_by = self._flush()
+            texts.append(text)
+            self._end(FinishReason.STOP if stopped_by else new.finish_reason, stopped_by or new.stop_reason)
+        logprobs = None if new.logprobs is None else [named(entry, self.tokenizer) for entry in new.logprobs[:taken]]
+        return self._gather("".join(texts), new.token_ids[:taken], logprobs)
+
+    def abort(self, reason: FinishReason) -> Piece:
+        """End from outside. What a stop string held back is given out: it did not match."""
+        text, _ = self._flush()
+        self._end(reason, None)
+        return self._gather(text, [], None)
+
+    def _text(self, text: str) -> tuple[str, str | None]:
+        if self.matcher is None or not text:
+            return text, None
+        shown, stopped_by = self.matcher.push(text)
+        if stopped_by is not None and len(self.output.token_ids) <= self.params.min_tokens:
+            # Before min_tokens nothing stops: give out all that was held and begin to watch anew.
+            shown, stopped_by, self.held = self.held + text, None, ""
+            self.matcher = self._new_matcher()
+        elif stopped_by is None:
+            self.held = (self.held + text)[len(shown) :]
+        return shown, stopped_by
+
+    def _flush(self) -> tuple[str, str | None]:
+        text, stopped_by = self._text(self.decoder.flush() if self.decoder else "")
+        if stopped_by is None and self.matcher is not None:
+            text += self.matcher.flush()
+        return text, stopped_by
+
+    def _end(self, reason: FinishReason, stop_reason: int | str | None) -> None:
+        self.output.finish_reason, self.output.stop_reason = reason, stop_reason
+
+    def _gather(self, text: str, token_ids: list[int], logprobs: list[dict[int, Logprob]] | None) -> Piece:
+        output = self.output
+        calls: list[ToolCall] = []
+        if self.parser is not None:
+            text, calls = self._find_calls(self.parser, text)
+        if text:
+            self.text_parts.append(text)
+        if logprobs is not None and output.logprobs is not None and output.cumulative_logprob is not None:
+            output.logprobs.extend(logprobs)
+            output.cumulative_logprob += sum(e[t].logprob for t, e in zip(token_ids, logprobs, strict=True))
+        return Piece(output.index, text, token_ids, logprobs, output.finish_reason, output.stop_reason, calls)
+
+    def _find_calls(self, parser: ToolCallParser, text: str) -> tuple[str, list[ToolCall]]:
+        """What the text makes certain: text that is no call, and calls."""
+        output = self.output
+        events = parser.feed(text)
+        if self.ended:
+            events += parser.finish()
+        calls = [event for event in events if isinstance(event, ToolCall)]
+        output.tool_calls.extend(calls)
+        if output.tool_calls and output.finish_reason is FinishReason.STOP:
+            output.finish_reason = FinishReason.TOOL_CALLS
+        return "".join(event for event in events if isinstance(event, str)), calls
+
+
+class Reply:
+    """One request's answer while it grows."""
+
+    def __init__(self, request: Request, seeds: list[int], tokenizer: Tokenizer | None, queued: float) -> None:
+        self.request = request
+        self.tokenizer = tokenizer
+        self.streams = False  # whoever streams sets it; then pieces wait in `pending` until they are taken
+        self.pending: list[Piece] = []
+        self._completions = [_Completion(i, seed, request, tokenizer) for i, seed in enumerate(seeds)]
+        self._output = RequestOutput(
+            request_id=request.request_id,
+            prompt=request.prompt,
+            prompt_token_ids=request.prompt_token_ids,
+            outputs=[c.output for c in self._completions],
+            metrics=RequestMetrics(queued=queued),
+        )
+
+    @property
+    def finished(self) -> bool:
+        return self._output.finished
+
+    @property
+    def output(self) -> RequestOutput:
+        """All that has come so far; complete once `finished`."""
+        for completion in self._completions:
+            completion.output.text = "".join(completion.text_parts)
+        return self._output
+
+    def push(self, new: TokenOutput) -> Piece | None:
+        """What a step's output adds; None if its completion had ended already (a lagging step may still report it)."""
+        completion = self._completions[new.index]
+        if completion.ended:
+            return None
+        output = self._output
+        if new.prompt_logprobs is not None:
+            output.prompt_logprobs = [p if p is None else named(p, self.tokenizer) for p in new.prompt_logprobs]
+        if new.index == 0:  # the others may find what it computed
+            output.num_cached_tokens = new.num_cached_tokens
+        if output.metrics.first_token is None and new.token_ids:
+            output.metrics.first_token = time.monotonic()
+        return self._closed(completion.push(new))
+
+    def abort(self, reason: FinishReason = FinishReason.ABORT) -> list[Piece]:
+        """End every completion that still runs."""
+        return [self._closed(c.abort(reason)) for c in self._completions if not c.ended]
+
+    def _closed(self, piece: Piece) -> Piece:
+        if piece.finish_reason is None or not all(c.ended for c in self._completions):
+            return piece
+        self._output.finished = True
+        self._output.metrics.finished = time.monotonic()
+        return replace(piece, usage=self.usage())
+
+    def usage(self) -> Usage:
+        completion_tokens = sum(len(c.output.token_ids) for c in self._completions)
+        return Usage(len(self.request.prompt_token_ids), completion_tokens, self._output.num_cached_tokens)
+
+
+class Replies:
+    """An engine and the requests that it is answering."""
+
+    def __init__(self, engine: "Engine", tokenizer: Tokenizer | None) -> None:
+        self.engine = engine
+        self.tokenizer = tokenizer
+        self._live: dict[str, Reply] = {}
+
+    def __len__(self) -> int:
+        return len(self._live)
+
+    def add(self, request: Request, queued: float | None = None) -> Reply:
+        """Hand a request to the engine. ValueError where the engine refuses it, and nothing is left behind."""
+        if request.request_id in self._live:
+            raise ValueError(f"request_id {request.request_id!r} is in use")
+        queued = time.monotonic() if queued is None else queued
+        matcher = None if request.grammar is None else request.grammar.matcher()
+        ids, params = request.prompt_token_ids, request.params
+        seeds = self.engine.add(request.request_id, ids, params, lora=request.lora, matcher=matcher)
+        reply = self._live[request.request_id] = Reply(request, seeds, self.tokenizer, queued)
+        return reply
+
+    def step(self) -> list[tuple[Reply, Piece]]:
+        """One engine step; every new piece, with the reply that it belongs to."""
+        news = []
+        for new in self.engine.step():
+            reply = self._live.get(new.request_id)
+            piece = reply.push(new) if reply else None
+            if reply is None or piece is None:
+                continue
+            if piece.finish_reason is not None and new.finish_reason is None:
+                self.engine.finish(new.request_id, new.index, piece.finish_reason, piece.stop_reason)
+            if reply.finished:
+                del self._live[new.request_id]
+            if reply.streams:
+                reply.pending.append(piece)
+            news.append((reply, piece))
+        return news
+
+    def abort(self, reply: Reply, reason: FinishReason = FinishReason.ABORT) -> list[Piece]:
+        """End a request now; the last pieces of what it had. Legal at any time, also when it has ended."""
+        self._live.pop(reply.request.request_id, None)
+        if reply.finished:
+            return []
+        self.engine.abort(reply.request.request_id)
+        return reply.abort(reason)
+
+    def drop_all(self, reason: FinishReason) -> list[tuple[Reply, Piece]]:
+        """Give up every live request without asking the engine, for the time after it has died."""
+        live, self._live = list(self._live.values()), {}
+        return [(reply, piece) for reply in live for piece in reply.abort(reason)]
+
+
+def merged(pieces: Iterable[Piece]) -> list[Piece]:
+    """Consecutive pieces of each completion made one, so that a slow reader costs what is left to read and no more.
+    The piece that carries the usage stays last."""
+    by_index: dict[int, list[Piece]] = {}
+    for piece in pieces:
+        by_index.setdefault(piece.index, []).append(piece)
+    joined = [parts[0] if len(parts) == 1 else _join(parts) for parts in by_index.values()]
+    return sorted(joined, key=lambda piece: piece.usage is not None)
+
+
+def _join(parts: list[Piece]) -> Piece:
+    last = parts[-1]
+    logprobs = [entry for part in parts for entry in part.logprobs or ()]
+    return Piece(
+        last.index,
+        "".join(part.text for part in parts),
+        [token for part in parts for token in part.token_ids],
+        logprobs if any(part.logprobs is not None for part in parts) else None,
+        last.finish_reason,
+        last.stop_reason,
+        [call for part in parts for call in part.tool_calls],
+        last.usage,
+    )

@@ -1,0 +1,210 @@
+"""From what a caller types to a Request: forms of prompts, defaults of sampling, checks before anything is enqueued."""
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property
+from numbers import Integral
+from typing import Any
+
+from llama.api.errors import ContextLengthError
+from llama.api.params import SamplingParams
+from llama.engine.adapters import Adapters
+from llama.llm.replies import Request
+from llama.llm.tool_choice import ToolChoice, Tools, choose
+from llama.text.chat import ChatTemplate
+from llama.text.grammar import Grammar, GrammarCompiler
+from llama.text.tokenizer import Tokenizer
+
+Message = Mapping[str, Any]
+Prompt = str | Sequence[int] | Mapping[str, Any]
+
+
+def is_token_ids(value: Any) -> bool:
+    return isinstance(value, list | tuple) and bool(value) and isinstance(value[0], Integral)
+
+
+def is_conversation(value: Any) -> bool:
+    return isinstance(value, list | tuple) and bool(value) and isinstance(value[0], Mapping) and "role" in value[0]
+
+
+def as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    """One prompt or many, as a list."""
+    if isinstance(prompts, str | Mapping) or is_token_ids(prompts):
+        return [prompts]
+    if not isinstance(prompts, list | tuple):
+        raise ValueError(
+            f"prompts must be a string, token ids, a dict or a list of these, got {type(prompts).__name__}"
+        )
+    return list(prompts)
+
+
+def as_conversations(messages: Sequence[Message] | Sequence[Sequence[Message]]) -> list[Sequence[Message]]:
+    """One conversation or many, as a list."""
+    if isinstance(messages, list | tuple) and not is_conversation(messages):
+        if all(isinstance(conversation, list | tuple) for conversation in messages):
+            return list(messages)
+    elif is_conversation(messages):
+        return [messages]
+    raise ValueError('messages must be a list of {"role": ..., "content": ...}, or a list of such lists')
+
+
+def one_per_prompt(name: str, value: Any, count: int) -> list[Any]:
+    """A value given once for all, or a list with one for each prompt."""
+    if not isinstance(value, list | tuple):
+        return [value] * count
+    if len(value) != count:
+        raise ValueError(f"{name} has {len(value)} entries for {count} prompts")
+    return list(value)
+
+
+class Inputs:
+    """What is needed to turn prompts into Requests. Has no mutable state but the count of requests and the grammars it
+    keeps: safe to share between threads."""
+
+    def __init__(
+        self,
+        *,
+        tokenizer: Tokenizer | None,
+        template: ChatTemplate | None,
+        vocab_size: int,
+        max_model_len: int,
+        defaults: SamplingParams,
+        adapters: Adapters,
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.template = template
+        self.vocab_size = vocab_size
+        self.max_model_len = max_model_len
+        self.defaults = defaults
+        self.adapters = adapters
+        self._numbers = itertools.count()
+
+    def request(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None,
+        lora: str | None,
+        *,
+        request_id: str | None = None,
+        clip: bool = True,
+    ) -> Request:
+        """A prompt in any form, checked. ValueError names the parameter and what is legal. Without `clip`, max_tokens
+        that the context has no room for are a ContextLengthError."""
+        text, token_ids = self._encode(prompt)
+        return self._checked(text, token_ids, params, lora, request_id, clip)
+
+    def chat_request(
+        self,
+        messages: Sequence[Message],
+        params: SamplingParams | None,
+        lora: str | None,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        tool_choice: ToolChoice = "auto",
+        request_id: str | None = None,
+        clip: bool = True,
+    ) -> Request:
+        """A conversation, rendered by the checkpoint's template with the assistant's header at its end."""
+        if self.template is None:
+            raise ValueError("chat needs a tokenizer: this model takes token ids only")
+        chosen = choose(tools, tool_choice)
+        text, token_ids = self.template.prompt(messages, tools=chosen.shown)
+        request = self._checked(text, token_ids, params, lora, request_id, clip, chosen)
+        return replace(request, tool_names=chosen.names)
+
+    def _encode(self, prompt: Prompt) -> tuple[str | None, list[int]]:
+        if isinstance(prompt, Mapping):
+            return self._encode_mapping(prompt)
+        if isinstance(prompt, str):
+            if self.tokenizer is None:
+                raise ValueError("text prompts need a tokenizer: this model takes token ids only")
+            if not prompt:
+                raise ValueError("prompt is empty")
+            return prompt, self.tokenizer.encode(prompt)
+        if not isinstance(prompt, list | tuple):
+            raise ValueError(f"a prompt must be a string, token ids or a dict, got {type(prompt).__name__}")
+        return None, list(prompt)
+
+    def _encode_mapping(self, prompt: Mapping[str, Any]) -> tuple[str | None, list[int]]:
+        unknown = set(prompt) - {"prompt", "prompt_token_ids"}
+        if unknown or not prompt:
+            raise ValueError(f"a prompt dict holds prompt_token_ids or prompt, got {sorted(map(str, prompt))}")
+        text, token_ids = prompt.get("prompt"), prompt.get("prompt_token_ids")
+        if text is not None and not isinstance(text, str):
+            raise ValueError(f"prompt must be a string, got {type(text).__name__}")
+        if token_ids is None:
+            return self._encode(text or "")
+        if not isinstance(token_ids, list | tuple):
+            raise ValueError(f"prompt_token_ids must be a list of token ids, got {type(token_ids).__name__}")
+        return text, list(token_ids)
+
+    def _checked(
+        self,
+        text: str | None,
+        token_ids: list[int],
+        params: SamplingParams | None,
+        lora: str | None,
+        request_id: str | None,
+        clip: bool,
+        tools: Tools | None = None,
+    ) -> Request:
+        params = self.defaults if params is None else params
+        if not isinstance(params, SamplingParams):
+            raise ValueError(f"sampling_params must be a SamplingParams, got {type(params).__name__}")
+        self.adapters.get(lora)
+        if not set(map(type, token_ids)) <= {int}:
+            token_ids = [int(t) if isinstance(t, Integral) and not isinstance(t, bool) else t for t in token_ids]
+        if not clip:
+            self._check_length(len(token_ids), params.max_tokens or 1)
+        self._check_prompt(token_ids)
+        self._check_params(params)
+        request_id = str(next(self._numbers)) if request_id is None else request_id
+        grammar = self._grammar(params, tools)
+        return Request(request_id, text, token_ids, params, lora, grammar)
+
+    def _grammar(self, params: SamplingParams, tools: Tools | None) -> Grammar | None:
+        """What the answer is held to. A call that must be made goes before a response_format."""
+        try:
+            if tools is not None and tools.must_call:
+                return self._grammars.compile_tool_choice(tools.shown or (), tools.name)
+            return None if params.response_format is None else self._grammars.compile(params.response_format)
+        except ImportError as error:
+            raise ValueError(str(error)) from None
+
+    @cached_property
+    def _grammars(self) -> GrammarCompiler:
+        if self.tokenizer is None:
+            raise ValueError("response_format needs a tokenizer: this model takes token ids only")
+        return GrammarCompiler(self.tokenizer, self.vocab_size)
+
+    def _check_prompt(self, token_ids: list[int]) -> None:
+        if not token_ids:
+            raise ValueError("prompt is empty: at least one token is needed")
+        if set(map(type, token_ids)) != {int} or min(token_ids) < 0 or max(token_ids) >= self.vocab_size:
+            wrong = next(t for t in token_ids if type(t) is not int or not 0 <= t < self.vocab_size)
+            raise ValueError(f"prompt_token_ids must be integers in [0, {self.vocab_size - 1}], got {wrong!r}")
+        if len(token_ids) >= self.max_model_len:
+            raise ContextLengthError(
+                f"the prompt has {len(token_ids)} tokens and the context is {self.max_model_len}: "
+                "no room is left for an answer (max_model_len)",
+                len(token_ids),
+                self.max_model_len,
+            )
+
+    def _check_length(self, prompt_len: int, max_tokens: int) -> None:
+        if prompt_len + max_tokens > self.max_model_len:
+            raise ContextLengthError(
+                f"the prompt has {prompt_len} tokens, with max_tokens={max_tokens} that is more than the context of "
+                f"{self.max_model_len} (max_model_len)",
+                prompt_len + max_tokens,
+                self.max_model_len,
+            )
+
+    def _check_params(self, params: SamplingParams) -> None:
+        if params.stop and self.tokenizer is None:
+            raise ValueError("stop needs a tokenizer: this model takes token ids only")
+        for name, ids in (("stop_token_ids", params.stop_token_ids), ("logit_bias", params.logit_bias or ())):
+            for token in ids:
+                if token >= self.vocab_size:
+                    raise ValueError(f"{name} must hold token ids in [0, {self.vocab_size - 1}], got {token}")

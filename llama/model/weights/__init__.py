@@ -1,0 +1,1 @@
+"""The forms that a weight may lie in, each with its own matmul."""

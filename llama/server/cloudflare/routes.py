@@ -1,0 +1,152 @@
+"""Cloudflare Workers AI's dialect: one route, one envelope."""
+
+import secrets
+from collections.abc import AsyncGenerator
+from typing import Any
+
+from fastapi import APIRouter
+from pydantic_core import from_json
+from starlette.requests import Request
+from starlette.responses import Response
+
+from llama.api.outputs import CompletionOutput, Usage
+from llama.api.params import SamplingParams
+from llama.server.bodies import json_response, read_body
+from llama.server.cloudflare.schema import RunRequest
+from llama.server.errors import Dialect, bad_input, json_mode_failed, no_such_model
+from llama.server.fields import mismatch
+from llama.server.service import Answer, Ask, Service
+from llama.server.streaming import DONE, EventStream, unless_gone
+
+_PADDING = "abcdefghijklmnopqrstuvwxyz0123456789"
+_FUNCTIONS_IGNORED = {"code": 1000, "message": "'functions' is deprecated and was ignored: use 'tools'"}
+
+
+def routes(service: Service) -> APIRouter:
+    router = APIRouter()
+
+    async def run(request: Request) -> Response:
+        """Run the model on a prompt or on messages."""
+        model = request.path_params["model"]
+        if not service.knows(model):
+            raise no_such_model(model)
+        body = await read_body(request, service, RunRequest)
+        ask = await _ask(body, model, service)
+        record = request.state.record
+        if body.stream:
+            answer = await unless_gone(request, service.answer(ask, record))
+            return EventStream(_events(answer), [answer], Dialect.CLOUDFLARE)
+
+        async def work() -> Any:
+            async with await service.answer(ask, record) as answer:
+                completion = (await answer.whole()).outputs[0]
+                return _result(completion, answer.usage(), body)
+
+        result = await unless_gone(request, work())
+        messages = [_FUNCTIONS_IGNORED] if body.functions else []
+        return json_response({"result": result, "success": True, "errors": [], "messages": messages})
+
+    extra = {
+        "requestBody": {
+            "required": True,
+            "content": {"application/json": {"schema": {"$ref": "#/components/schemas/RunRequest"}}},
+        }
+    }
+    for prefix in ("/client/v4/accounts/{account_id}/ai/run", "/ai/run"):
+        router.add_api_route(prefix + "/{model:path}", run, methods=["POST"], openapi_extra=extra, response_model=None)
+    return router
+
+
+async def _ask(body: RunRequest, model: str, service: Service) -> Ask:
+    """Raises ApiError for what no single field shows."""
+    named = body.model_fields_set
+    if {"messages", "prompt"} <= named:
+        raise bad_input("oneOf at '/' not met, 2 matches")
+    if not {"messages", "prompt"} & named:
+        raise bad_input("required properties at '/' are 'prompt'", "prompt")
+    if "image" in named:
+        raise bad_input("'/image' is not supported: this model takes text only", "image")
+    if body.stream and "response_format" in named:
+        raise bad_input("'/response_format' is not supported with stream", "response_format")
+    lora = await service.adapter(model, body.lora if "lora" in named else None)
+    messages = _messages(body)
+    common: dict[str, Any] = {"params": _params(body), "lora": lora, "clip": False}
+    if not body.raw:
+        return Ask(messages=messages, tools=body.tools or None, **common)
+    if body.tools:
+        raise bad_input("'/tools' is not supported with raw: there is no template that could show them", "tools")
+    return Ask(prompt="".join(_text(message["content"]) for message in messages), **common)
+
+
+def _messages(body: RunRequest) -> list[dict[str, Any]]:
+    if "prompt" in body.model_fields_set:
+        return [{"role": "user", "content": body.prompt}]
+    for i, message in enumerate(body.messages):
+        if message.content is None and not (message.model_extra or {}).get("tool_calls"):
+            raise bad_input(mismatch(("messages", i, "content"), "string", None), "messages")
+    return [message.model_dump() for message in body.messages]
+
+
+def _text(content: Any) -> str:
+    if isinstance(content, list):
+        return "".join(part["text"] for part in content)
+    return content or ""
+
+
+def _params(body: RunRequest) -> SamplingParams:
+    return SamplingParams(
+        temperature=body.temperature,
+        top_p=min(body.top_p, 1.0),
+        top_k=body.top_k,
+        seed=body.seed or None,
+        repetition_penalty=body.repetition_penalty or 1.0,
+        frequency_penalty=body.frequency_penalty,
+        presence_penalty=body.presence_penalty,
+        max_tokens=body.max_tokens,
+        response_format=_response_format(body),
+    )
+
+
+def _response_format(body: RunRequest) -> dict[str, Any] | None:
+    wanted = body.response_format
+    if wanted is None:
+        return None
+    if "json_schema" in wanted.model_fields_set:  # with either type
+        return {"type": "json_schema", "json_schema": wanted.json_schema}
+    if wanted.type == "json_object":
+        return {"type": "json_object"}
+    raise bad_input("required properties at '/response_format' are 'json_schema'", "response_format")
+
+
+def _result(completion: CompletionOutput, usage: Usage, body: RunRequest) -> dict[str, Any]:
+    response: Any = completion.text
+    if completion.tool_calls:
+        response = None
+    elif body.response_format is not None:
+        try:
+            response = from_json(completion.text, allow_inf_nan=False)
+        except ValueError:
+            raise json_mode_failed() from None
+    return {"response": response, "tool_calls": _calls(completion.tool_calls), "usage": _usage(usage)}
+
+
+async def _events(answer: Answer) -> AsyncGenerator[Any, None]:
+    async for piece in answer.pieces():
+        if piece.text:
+            yield {"response": piece.text, "p": _PADDING[: 1 + secrets.randbelow(len(_PADDING))]}
+        if piece.tool_calls:
+            yield {"response": "", "tool_calls": _calls(piece.tool_calls)}
+    yield {"response": "", "usage": _usage(answer.usage())}
+    yield DONE
+
+
+def _calls(calls: Any) -> list[dict[str, Any]]:
+    return [{"name": call.name, "arguments": call.arguments} for call in calls]
+
+
+def _usage(usage: Usage) -> dict[str, int]:
+    return {
+        "prompt_tokens": usage.prompt_tokens,
+        "completion_tokens": usage.completion_tokens,
+        "total_tokens": usage.total_tokens,
+    }

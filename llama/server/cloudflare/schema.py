@@ -1,0 +1,93 @@
+"""What Cloudflare's route takes. Unknown fields are ignored; an explicit null is an error, for no field may hold it.
+
+Defaults and ranges are those of the published schema; see the parameter table in docs/http.md.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, Field, PlainValidator, WithJsonSchema
+
+from llama.server.fields import MAX_MESSAGES, MAX_TOOLS, STRICT, Integer, Number, refusal
+
+MAX_CONTENT = 131_072  # characters
+
+
+def _content(value: Any) -> Any:
+    """Text, text parts, or null (beside tool calls)."""
+    if value is None or isinstance(value, str):
+        length = len(value or "")
+    elif isinstance(value, list):
+        if not all(map(_is_text_part, value)):
+            raise refusal('must be a string or an array of {"type": "text", "text": string}')
+        length = sum(len(part["text"]) for part in value)
+    else:
+        raise refusal('must be a string or an array of {"type": "text", "text": string}')
+    if length > MAX_CONTENT:
+        raise refusal(f"must have <= {MAX_CONTENT} characters")
+    return value
+
+
+def _is_text_part(part: Any) -> bool:
+    return isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
+
+
+Content = Annotated[
+    Any,
+    PlainValidator(_content),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"type": "string", "maxLength": MAX_CONTENT},
+                {
+                    "type": "array",
+                    "items": {
+                        "type": "object",
+                        "properties": {"type": {"const": "text"}, "text": {"type": "string"}},
+                        "required": ["type", "text"],
+                    },
+                },
+                {"type": "null"},
+            ]
+        }
+    ),
+]
+
+
+class Message(BaseModel):
+    """Further fields (tool_calls, name, tool_call_id) go to the chat template, which checks those that it reads."""
+
+    model_config = {**STRICT, "extra": "allow"}
+
+    role: str
+    content: Content = None
+
+
+class ResponseFormat(BaseModel):
+    model_config = STRICT
+
+    type: Literal["json_object", "json_schema"]
+    json_schema: dict[str, Any] = Field(default_factory=dict)
+
+
+class RunRequest(BaseModel):
+    """`POST .../ai/run/{model}`. `model_fields_set` tells what the request names."""
+
+    model_config = STRICT
+
+    messages: list[Message] = Field(default_factory=list, min_length=1, max_length=MAX_MESSAGES)
+    prompt: str = Field("", min_length=1, max_length=MAX_CONTENT)
+    raw: bool = False
+    stream: bool = False
+    max_tokens: Integer = Field(256, ge=1)
+    temperature: Number = Field(0.6, ge=0, le=5)
+    top_p: Number = Field(1.0, ge=0, le=2)
+    top_k: Integer = Field(0, ge=1, le=50)
+    seed: Integer = Field(0, ge=1, le=9_999_999_999)
+    repetition_penalty: Number = Field(1.0, ge=0, le=2)
+    frequency_penalty: Number = Field(0.0, ge=-2, le=2)
+    presence_penalty: Number = Field(0.0, ge=-2, le=2)
+    lora: str = ""
+    tools: list[dict[str, Any]] = Field(default_factory=list, max_length=MAX_TOOLS)
+    functions: list[Any] = Field(default_factory=list, max_length=MAX_TOOLS)
+    image: Any = None
+    response_format: ResponseFormat = Field(None)

@@ -1,0 +1,140 @@
+"""What OpenAI's routes take. A field that is null counts as absent, as OpenAI's clients send it.
+
+Types and sizes are checked here; ranges of sampling parameters where SamplingParams is made. A field that is not here
+is refused by name: what a server silently leaves out, its client believes it got.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, WithJsonSchema, model_validator
+from pydantic_core import PydanticKnownError
+
+from llama.server.fields import (
+    MAX_BIASES,
+    MAX_COMPLETIONS,
+    MAX_LOGPROBS,
+    MAX_MESSAGES,
+    MAX_PROMPTS,
+    MAX_STOP_CHARACTERS,
+    MAX_STOPS,
+    MAX_TOOLS,
+    STRICT,
+    Integer,
+    Number,
+    refusal,
+)
+
+MAX_STOP_IDS = 128
+
+
+def _stop(value: Any) -> tuple[str, ...]:
+    texts = [] if value is None else [value] if isinstance(value, str) else value
+    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+        raise refusal("must be a string or an array of strings")
+    if len(texts) > MAX_STOPS or not all(0 < len(text) <= MAX_STOP_CHARACTERS for text in texts):
+        raise refusal(f"must hold <= {MAX_STOPS} strings of 1 to {MAX_STOP_CHARACTERS} characters")
+    return tuple(texts)
+
+
+def _not_too_many(value: Any) -> Any:
+    """Refused here, before each of its values is refused for itself."""
+    if isinstance(value, dict) and len(value) > MAX_BIASES:
+        context = {"field_type": "Dictionary", "max_length": MAX_BIASES, "actual_length": len(value)}
+        raise PydanticKnownError("too_long", context)
+    return value
+
+
+def _prompts(value: Any) -> list[str | list[int]]:
+    """Every form of `prompt` as a list of prompts: text, or token ids."""
+    listed = [value] if isinstance(value, str) or _is_ids(value) else value
+    if not isinstance(listed, list) or not all(isinstance(each, str) or _is_ids(each) for each in listed):
+        raise refusal("must be a string, an array of token ids, or an array of either")
+    if not 0 < len(listed) <= MAX_PROMPTS:
+        raise refusal(f"must hold 1 to {MAX_PROMPTS} prompts")
+    return listed
+
+
+def _is_ids(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(type(each) is int for each in value)
+
+
+Stop = Annotated[
+    tuple[str, ...],
+    PlainValidator(_stop),
+    WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}, {"type": "null"}]}),
+]
+Biases = Annotated[dict[str, Number], BeforeValidator(_not_too_many), Field(max_length=MAX_BIASES)]
+Prompts = Annotated[
+    list[str | list[int]],
+    PlainValidator(_prompts),
+    WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": {}}]}),
+]
+
+
+class StreamOptions(BaseModel):
+    model_config = STRICT
+
+    include_usage: bool | None = None
+
+
+class CommonRequest(BaseModel):
+    """What chat and completions share."""
+
+    model_config = ConfigDict(**{**STRICT, "extra": "forbid"})
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, values: Any) -> Any:
+        """A client that writes out all of its options asks for nothing by those that are null."""
+        if not isinstance(values, dict):
+            return values
+        return {name: value for name, value in values.items() if value is not None or name in cls.model_fields}
+
+    model: str | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    n: Integer | None = Field(None, ge=1, le=MAX_COMPLETIONS)
+    max_tokens: Integer | None = Field(None, ge=0)
+    temperature: Number | None = None
+    top_p: Number | None = None
+    seed: Integer | None = None
+    stop: Stop = ()
+    frequency_penalty: Number | None = None
+    presence_penalty: Number | None = None
+    logit_bias: Biases | None = None
+    response_format: dict[str, Any] | None = None
+    # Not OpenAI's; clients send them in extra_body.
+    top_k: Integer | None = None
+    min_p: Number | None = None
+    min_tokens: Integer | None = None
+    repetition_penalty: Number | None = None
+    ignore_eos: bool | None = None
+    stop_token_ids: list[Integer] | None = Field(None, max_length=MAX_STOP_IDS)
+    include_stop_str_in_output: bool | None = None
+    lora: str | None = None
+    # They change nothing about an answer.
+    user: str | None = None
+    metadata: dict[str, Any] | None = None
+    store: bool | None = None
+    service_tier: str | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+
+
+class ChatRequest(CommonRequest):
+    messages: list[dict[str, Any]] = Field(min_length=1, max_length=MAX_MESSAGES)
+    max_completion_tokens: Integer | None = Field(None, ge=1)
+    logprobs: bool | None = None
+    top_logprobs: Integer | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    tools: list[dict[str, Any]] | None = Field(None, max_length=MAX_TOOLS)
+    tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
+    modalities: list[Literal["text"]] | None = Field(None, max_length=1)
+
+
+class CompletionRequest(CommonRequest):
+    prompt: Prompts
+    logprobs: Integer | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    echo: bool | None = None
+    best_of: Integer | None = Field(None, ge=1, le=MAX_COMPLETIONS)
+    suffix: str | None = None

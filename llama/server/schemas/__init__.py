@@ -1,1 +1,0 @@
-"""What requests may hold, by dialect."""
