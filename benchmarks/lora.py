@@ -12,7 +12,8 @@ import torch
 
 from benchmarks.common import close, in_turn, ratio, summary
 from llama import ModelConfig, SamplingParams, Transformer
-from llama.engine.engine import Engine, EngineConfig
+from llama.engine.config import EngineConfig
+from llama.engine.engine import Engine
 from llama.engine.sequence import Adapter as EngineAdapter
 from llama.model.lora.adapter import Adapter, Pair, module_sizes
 from llama.model.lora.slots import module_places

@@ -12,7 +12,8 @@ import torch
 from benchmarks.common import close, ratio, summary
 from llama import Transformer
 from llama.api.params import SamplingParams
-from llama.engine.engine import Engine, EngineConfig
+from llama.engine.config import EngineConfig
+from llama.engine.engine import Engine
 
 NUM_REQUESTS, SHARED, OWN, NEW = 32, 400, 20, 16
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

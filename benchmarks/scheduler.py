@@ -12,7 +12,8 @@ import numpy as np
 from benchmarks.common import close, summary, timed
 from llama.api.params import SamplingParams
 from llama.engine.blocks import BlockPool, prefix_root
-from llama.engine.engine import Engine, EngineConfig
+from llama.engine.config import EngineConfig
+from llama.engine.engine import Engine
 from llama.engine.plan import Plan, StepResult
 
 TARGETS_US = {1: 40.0, 256: 400.0}

@@ -15,7 +15,8 @@ import torch
 
 from llama.api.outputs import FinishReason
 from llama.api.params import SamplingParams
-from llama.engine.engine import Engine, EngineConfig
+from llama.engine.config import EngineConfig
+from llama.engine.engine import Engine
 from llama.engine.sequence import TokenOutput
 from tests import naive, naive_sampling
 from tests.model.models import hugging_face_weights, tiny_model

@@ -85,6 +85,7 @@ WITHOUT_TORCH = (
     "llama/api/",
     "llama/text/",
     "llama/model/config.py",
+    "llama/engine/config.py",
     "llama/engine/sequence.py",
     "llama/engine/blocks.py",
     "llama/engine/plan.py",

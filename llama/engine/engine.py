@@ -18,6 +18,7 @@ from llama.api.outputs import FinishReason
 from llama.api.params import SamplingParams
 from llama.engine.adapters import Adapters
 from llama.engine.blocks import BlockPool
+from llama.engine.config import EngineConfig
 from llama.engine.memory import fitting_blocks
 from llama.engine.plan import Plan, StepResult
 from llama.engine.runner import Runner
@@ -32,42 +33,6 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 STEP_ATTEMPTS = 3  # of a step that runs out of memory, each with half the tokens of the one before
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EngineConfig:
-    """Sizes and switches. `num_blocks=None` takes what memory allows (see `llama.engine.memory`)."""
-
-    max_model_len: int
-    max_num_batched_tokens: int
-    max_num_seqs: int = 256
-    block_size: int = 16
-    num_blocks: int | None = None
-    enable_prefix_caching: bool = True
-    seed: int | None = None
-    enforce_eager: bool = False
-    max_loras: int = 8
-    max_lora_rank: int = 64
-    gpu_memory_utilization: float = 0.9
-
-    def __post_init__(self) -> None:
-        least = {"max_model_len": 2, "max_num_batched_tokens": 1, "max_num_seqs": 1, "block_size": 1, "num_blocks": 1}
-        for name, low in (least | {"max_loras": 0, "max_lora_rank": 1, "seed": 0}).items():
-            value = getattr(self, name)
-            if value is None and name in ("num_blocks", "seed"):
-                continue
-            if isinstance(value, bool) or not isinstance(value, int) or value < low:
-                raise ValueError(f"{name} must be an integer >= {low}, got {value!r}")
-        if self.seed is not None and self.seed >= 1 << 64:
-            raise ValueError(f"seed must be an integer in [0, 2**64 - 1], got {self.seed}")
-        if self.block_size & (self.block_size - 1):
-            raise ValueError(f"block_size must be a power of two, got {self.block_size}")
-        share = self.gpu_memory_utilization
-        if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share <= 1:
-            raise ValueError(f"gpu_memory_utilization must be in (0, 1], got {share!r}")
-        for name in ("enable_prefix_caching", "enforce_eager"):
-            if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,13 +79,15 @@ class Engine:
         runner: StepRunner | None = None,
     ) -> None:
         """`runner` stands in for the one that computes `model` (tests, benchmarks); then num_blocks must be given."""
+        if model is not None:
+            config = config.resolved(model.config, model.device.type)
         self.config = config
         eos_token_ids = frozenset(eos_token_ids)
         num_blocks = config.num_blocks
         if runner is None:
             if model is None:
                 raise ValueError("an engine needs a model, or a runner in its place")
-            most = config.max_num_seqs * -(-config.max_model_len // config.block_size)
+            most = config.max_num_seqs * config.blocks_per_sequence
             kv = KVCache(
                 model.config,
                 num_blocks or self._fitting_blocks(model, most),
@@ -129,18 +96,22 @@ class Engine:
                 device=model.device,
             )
             num_blocks = kv.num_blocks
-            sizes = {name: getattr(config, name) for name in ("max_num_seqs", "max_model_len", "max_loras")}
-            runner = Runner(model, kv, eos_token_ids=eos_token_ids, enforce_eager=config.enforce_eager, **sizes)
+            runner = Runner(
+                model,
+                kv,
+                max_num_seqs=config.max_num_seqs,
+                max_model_len=config.context_len,
+                max_loras=config.max_loras,
+                eos_token_ids=eos_token_ids,
+                enforce_eager=config.enforce_eager,
+            )
         elif num_blocks is None:
             raise ValueError("num_blocks must be given with a runner")
         self.runner = runner
         self.pool = BlockPool(num_blocks, config.block_size, enable_prefix_caching=config.enable_prefix_caching)
         self.scheduler = Scheduler(
+            config,
             self.pool,
-            max_num_seqs=config.max_num_seqs,
-            max_num_batched_tokens=config.max_num_batched_tokens,
-            max_model_len=config.max_model_len,
-            max_loras=config.max_loras,
             eos_token_ids=eos_token_ids,
             vocab_size=runner.vocab_size,
             model=repr(model.config).encode() if model is not None else b"",
@@ -156,7 +127,7 @@ class Engine:
             model,
             block_size=config.block_size,
             gpu_memory_utilization=config.gpu_memory_utilization,
-            max_num_batched_tokens=config.max_num_batched_tokens,
+            max_num_batched_tokens=config.token_budget,
             max_num_seqs=config.max_num_seqs,
             has_graphs=not config.enforce_eager,
             most=most,
@@ -197,7 +168,7 @@ class Engine:
         return [sequence.seed for sequence in sequences]
 
     def _checked_prompt(self, token_ids: list[int]) -> np.ndarray:
-        vocab_size, most = self.runner.vocab_size, self.config.max_model_len - 1
+        vocab_size, most = self.runner.vocab_size, self.config.context_len - 1
         prompt = np.asarray(token_ids)
         if prompt.ndim != 1 or not len(prompt) or prompt.dtype.kind not in "iu":
             raise ValueError("prompt_token_ids must be a non-empty list of integers")
@@ -207,14 +178,14 @@ class Engine:
         if len(prompt) > most:
             raise ValueError(
                 f"the prompt has {len(prompt)} tokens and leaves no room for one more: "
-                f"the context holds {self.config.max_model_len}"
+                f"the context holds {self.config.context_len}"
             )
         return prompt.astype(np.int32)
 
     def _limit(self, prompt_len: int, max_tokens: int | None) -> int:
         """The most tokens that the request may have. The last one is never computed and needs no place."""
         capacity = self.pool.num_blocks * self.pool.block_size + 1
-        longest = self.config.max_model_len
+        longest = self.config.context_len
         limit = min(longest, capacity if max_tokens is None else prompt_len + max_tokens)
         if max(limit, prompt_len + 1) > capacity:
             raise ValueError(

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llama.engine.blocks import BlockPool, PrefixPath
+from llama.engine.config import EngineConfig
 from llama.engine.plan import NO_UPDATES, Ints
 from llama.engine.sequence import Sequence
 
@@ -18,7 +19,8 @@ by_order = attrgetter("order")
 
 
 class Running:
-    def __init__(self, pool: BlockPool, num_rows: int, max_model_len: int) -> None:
+    def __init__(self, config: EngineConfig, pool: BlockPool) -> None:
+        num_rows = config.max_num_seqs
         self.pool = pool
         self.prefilling: dict[Sequence, None] = {}
         self.decoding: dict[Sequence, None] = {}
@@ -29,7 +31,7 @@ class Running:
         self.adapter_slots = np.zeros(num_rows, np.int32)
         self.watched: NDArray[np.bool_] = np.zeros(num_rows, np.bool_)  # it has stop ids or a matcher
         self.masked_step = np.full(num_rows, -1, np.int64)  # the last step that drew from its matcher's mask
-        self.table = np.zeros((num_rows, -(-max_model_len // pool.block_size)), np.int32)
+        self.table = np.zeros((num_rows, config.blocks_per_sequence), np.int32)
         self.num_adapters = 0
         self.num_watched = 0
         self.num_departures = 0

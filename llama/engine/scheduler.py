@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from llama.api.outputs import FinishReason
 from llama.engine.adapters import Adapters
 from llama.engine.blocks import BlockPool, prefix_root
+from llama.engine.config import EngineConfig
 from llama.engine.plan import Ints, LogprobArrays, Plan, StepResult
 from llama.engine.running import Running, by_order
 from llama.engine.sequence import BROKEN_GRAMMAR, Sequence, TokenOutput
@@ -43,23 +44,20 @@ def _advance(sequence: Sequence, token: int) -> bool:
 class Scheduler:
     def __init__(
         self,
+        config: EngineConfig,
         pool: BlockPool,
         *,
-        max_num_seqs: int,
-        max_num_batched_tokens: int,
-        max_model_len: int,
-        max_loras: int = 0,
         vocab_size: int,
         eos_token_ids: Iterable[int] = (),
         model: bytes = b"",
     ) -> None:
         self.pool = pool
-        self.max_num_batched_tokens = max_num_batched_tokens
+        self.token_budget = config.token_budget
         # With more sequences than budget some of them would hold blocks and stand still.
-        self.max_running = min(max_num_seqs, max_num_batched_tokens)
+        self.max_running = min(config.max_num_seqs, self.token_budget)
         self.eos_token_ids = frozenset(eos_token_ids)
-        self.running = Running(pool, max_num_seqs, max_model_len)
-        self.adapters = Adapters(max_loras)
+        self.running = Running(config, pool)
+        self.adapters = Adapters(config.max_loras)
         self.waiting: list[Sequence] = []  # by order
         self.num_preemptions = 0
         self.num_queried_tokens = 0  # that the prefix cache was asked for
@@ -142,7 +140,7 @@ class Scheduler:
 
     def schedule(self, max_tokens: int | None = None) -> Plan | None:
         """Hand out at most `max_tokens` tokens (None = the whole budget); None if nobody can use one now."""
-        budget = self.max_num_batched_tokens if max_tokens is None else min(max_tokens, self.max_num_batched_tokens)
+        budget = self.token_budget if max_tokens is None else min(max_tokens, self.token_budget)
         step = Step(self._num_steps)
         self.running.reserve_decodes(*self._ready(budget), self.preempt)
         rows, step.decodes = self._ready(budget)

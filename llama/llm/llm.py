@@ -4,22 +4,25 @@ One thread at a time uses an LLM (AsyncLLM is the face for many). All requests o
 that is read while another is open, or a generate() in between, advances both.
 """
 
+import inspect
 import signal
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from tqdm import tqdm
 
 from llama.api.outputs import Piece, RequestOutput
 from llama.api.params import SamplingParams
+from llama.engine.config import EngineConfig
 from llama.engine.engine import Engine
-from llama.llm.loading import check_model, engine_config, load_defaults, load_model, load_text
+from llama.llm.loading import check_model, load_defaults, load_model, load_text
 from llama.llm.loras import LoraInfo, LoRARequest, describe, read_lora
 from llama.llm.pieces import Pieces
 from llama.llm.replies import Replies, Reply, Request
@@ -31,17 +34,29 @@ from llama.text.tokenizer import Tokenizer
 
 __all__ = ["LLM"]
 
+T = TypeVar("T")
 
+
+def _names_options(cls: type[T]) -> type[T]:
+    """Class decorator: help() and notebooks show each field of EngineConfig beside **options."""
+    *own, rest = inspect.signature(cls).parameters.values()
+    options = [
+        inspect.Parameter(option.name, inspect.Parameter.KEYWORD_ONLY, default=option.default, annotation=option.type)
+        for option in fields(EngineConfig)
+    ]
+    cls.__signature__ = inspect.Signature([*own, *options, rest])  # type: ignore[attr-defined]
+    return cls
+
+
+@_names_options
 class LLM:
     """A model with its engine. `model` is a Hugging Face folder or a Transformer; without a tokenizer (a Transformer
     alone, or a folder that has none) prompts and answers are token ids only.
 
     device: "auto" (CUDA where there is one), "cpu", "cuda", "cuda:0". dtype: "auto" (the checkpoint's), "float64" (on
-    the CPU), "float32", "float16", "bfloat16". max_model_len: the context in tokens, None = the model's. num_blocks:
-    blocks of KV cache, None = what memory allows. seed: None draws fresh entropy for unseeded requests, a number from 0
-    to 2**64 - 1 makes the whole run repeatable. load_format: "auto", or "dummy" for random weights from config.json
-    alone. check_weights: refuse NaN and infinities. Arguments of vLLM's that are not here are refused by name unless
-    they hold vLLM's default.
+    the CPU), "float32", "float16", "bfloat16". load_format: "auto", or "dummy" for random weights from config.json
+    alone. check_weights: refuse NaN and infinities. `options` are the fields of `llama.engine.config.EngineConfig`, as
+    the signature lists them. Arguments of vLLM's that are not here are refused by name unless they hold vLLM's default.
     """
 
     def __init__(
@@ -51,40 +66,17 @@ class LLM:
         *,
         device: str | torch.device = "auto",
         dtype: str | torch.dtype = "auto",
-        max_model_len: int | None = None,
-        max_num_seqs: int = 256,
-        max_num_batched_tokens: int | None = None,
-        block_size: int = 16,
-        num_blocks: int | None = None,
-        gpu_memory_utilization: float = 0.9,
-        enable_prefix_caching: bool = True,
-        enforce_eager: bool = False,
-        max_loras: int = 8,
-        max_lora_rank: int = 64,
-        seed: int | None = None,
         load_format: str = "auto",
         check_weights: bool = False,
-        **foreign: Any,
+        **options: Any,
     ) -> None:
-        refuse_foreign(foreign)
+        ours = {field.name for field in fields(EngineConfig)}
+        refuse_foreign({name: value for name, value in options.items() if name not in ours})
+        config = EngineConfig(**{name: value for name, value in options.items() if name in ours})
         self.tokenizer, template = load_text(model, tokenizer)
         defaults, eos_token_ids = load_defaults(model)
         model_config, where = check_model(model, device=device, dtype=dtype, load_format=load_format)
-        config = engine_config(
-            model_config,
-            where,
-            max_model_len=max_model_len,
-            max_num_seqs=max_num_seqs,
-            max_num_batched_tokens=max_num_batched_tokens,
-            block_size=block_size,
-            num_blocks=num_blocks,
-            gpu_memory_utilization=gpu_memory_utilization,
-            enable_prefix_caching=enable_prefix_caching,
-            enforce_eager=enforce_eager,
-            max_loras=max_loras,
-            max_lora_rank=max_lora_rank,
-            seed=seed,
-        )
+        config = config.resolved(model_config, where.type)
         eos_token_ids |= frozenset(model_config.eos_token_ids)
         if self.tokenizer is not None:
             self.tokenizer.check_vocab(model_config.vocab_size)
@@ -95,7 +87,7 @@ class LLM:
             tokenizer=self.tokenizer,
             template=template,
             vocab_size=model_config.vocab_size,
-            max_model_len=config.max_model_len,
+            max_model_len=config.context_len,
             defaults=defaults,
             adapters=self.engine.adapters,
         )

@@ -9,7 +9,7 @@ import torch
 
 from llama.api.errors import CheckpointError, ConfigError
 from llama.api.params import SamplingParams
-from llama.engine.engine import EngineConfig
+from llama.engine.config import BATCHED_TOKENS
 from llama.model.config import ModelConfig
 from llama.model.generation_config import GenerationConfig
 from llama.model.transformer import Transformer
@@ -27,7 +27,6 @@ DTYPES = {
     "half": torch.float16,
     "bfloat16": torch.bfloat16,
 }
-BATCHED_TOKENS = {"cpu": 2048, "cuda": 8192}
 
 
 def resolve_device(device: str | torch.device) -> torch.device:
@@ -131,28 +130,6 @@ def _check_given(model: Transformer, device: str | torch.device, dtype: torch.dt
 
 def _same_device(asked: torch.device, has: torch.device) -> bool:
     return asked.type == has.type and (asked.type == "cpu" or asked.index in (None, has.index))
-
-
-def engine_config(
-    model: ModelConfig,
-    device: torch.device,
-    *,
-    max_model_len: int | None,
-    max_num_batched_tokens: int | None,
-    seed: int | None,
-    **rest: Any,
-) -> EngineConfig:
-    limit = model.max_position_embeddings
-    max_model_len = limit if max_model_len is None else max_model_len
-    if isinstance(max_model_len, bool) or not isinstance(max_model_len, int) or not 1 < max_model_len <= limit:
-        raise ValueError(
-            f"max_model_len must be an integer in [2, {limit}] (max_position_embeddings), got {max_model_len!r}"
-        )
-    if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 1 << 64):
-        raise ValueError(f"seed must be an integer from 0 to 2**64 - 1, or None, got {seed!r}")
-    if max_num_batched_tokens is None:
-        max_num_batched_tokens = BATCHED_TOKENS[device.type]
-    return EngineConfig(max_model_len=max_model_len, max_num_batched_tokens=max_num_batched_tokens, seed=seed, **rest)
 
 
 def load_defaults(model: Any) -> tuple[SamplingParams, frozenset[int]]:

@@ -13,7 +13,8 @@ import torch
 from llama.api.outputs import FinishReason
 from llama.api.params import SamplingParams
 from llama.engine.blocks import BlockPool, _key, prefix_root
-from llama.engine.engine import Engine, EngineConfig
+from llama.engine.config import EngineConfig
+from llama.engine.engine import Engine
 from llama.engine.plan import LAST_SAMPLED, LogprobArrays, Plan, StepResult
 from llama.engine.scheduler import Scheduler
 from llama.engine.sequence import Sequence, TokenOutput
@@ -125,15 +126,15 @@ class Driver:
         lag: int = 0,
     ) -> None:
         self.pool = BlockPool(num_blocks, block_size, enable_prefix_caching=enable_prefix_caching)
-        sizes = {"vocab_size": vocab_size, "max_model_len": max_model_len}
-        self.scheduler = Scheduler(
-            self.pool,
+        config = EngineConfig(
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,
+            max_model_len=max_model_len,
+            block_size=block_size,
             max_loras=2,
-            eos_token_ids=eos_token_ids,
-            **sizes,
         )
+        self.scheduler = Scheduler(config, self.pool, eos_token_ids=eos_token_ids, vocab_size=vocab_size)
+        sizes = {"vocab_size": vocab_size, "max_model_len": max_model_len}
         self.runner = FakeRunner(num_rows=max_num_seqs, num_blocks=num_blocks, block_size=block_size, **sizes)
         self.vocab_size, self.max_model_len = vocab_size, max_model_len
         self.lag = lag
@@ -164,7 +165,7 @@ class Driver:
         if plan is None:
             assert self.in_flight or not self.scheduler.has_unfinished, "no progress"
         else:
-            assert 0 < plan.num_tokens <= self.scheduler.max_num_batched_tokens
+            assert 0 < plan.num_tokens <= self.scheduler.token_budget
             self.in_flight.append((plan, self.runner.execute(plan)))
         while len(self.in_flight) > (self.lag if plan is not None else 0):
             self.take(self.scheduler.update(*self.in_flight.popleft()))

@@ -14,8 +14,9 @@ from safetensors.torch import save_file
 
 from llama import SamplingParams
 from llama.engine import decodes
+from llama.engine.config import EngineConfig
 from llama.engine.device import Mirror, Packed, to_device
-from llama.engine.engine import Engine, EngineConfig
+from llama.engine.engine import Engine
 from llama.engine.graphs import Graphs, bucket_of
 from llama.engine.memory import worst_step
 from llama.engine.runner import Runner

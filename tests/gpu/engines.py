@@ -4,7 +4,8 @@ from collections.abc import Callable
 
 import torch
 
-from llama.engine.engine import Engine, EngineConfig
+from llama.engine.config import EngineConfig
+from llama.engine.engine import Engine
 from llama.engine.runner import Runner
 from llama.model.config import ModelConfig
 from llama.model.kv_cache import KVCache

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from llama.api.params import SamplingParams
-from llama.engine.engine import Engine, EngineConfig
+from llama.engine.config import EngineConfig
+from llama.engine.engine import Engine
 from llama.engine.sequence import Adapter as EngineAdapter
 from llama.kernels.gpu import lora
 from llama.model.lora import LoraSlots

@@ -1,0 +1,86 @@
+"""EngineConfig: the sizes and switches of an engine, each declared once. Runs without torch.
+
+Whatever needs one of them is handed the whole value. LLM's keyword arguments and the command line's flags are these
+fields: a new option is one field here, with its line of help.
+"""
+
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+from llama.model.config import ModelConfig
+
+# max_num_batched_tokens by the type of the device, which are also the devices that there are.
+BATCHED_TOKENS = {"cpu": 2048, "cuda": 8192}
+
+
+def _option(default: Any, help: str, least: int | None = None) -> Any:
+    """`least`: the smallest legal value of an integer."""
+    return field(default=default, metadata={"help": help, "least": least})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    """Every value is checked; a ValueError names the field and what is legal.
+
+    None stands for the model's or the device's own: `resolved` puts it in.
+    """
+
+    max_model_len: int | None = _option(None, "tokens of context, prompt and answer together (the model's)", least=2)
+    max_num_seqs: int = _option(256, "completions that may run at once", least=1)
+    max_num_batched_tokens: int | None = _option(
+        None, "the most tokens of one step (8192 on CUDA, 2048 on the CPU)", least=1
+    )
+    block_size: int = _option(16, "tokens of a block of KV cache, a power of two", least=1)
+    num_blocks: int | None = _option(None, "blocks of KV cache (what memory allows)", least=1)
+    gpu_memory_utilization: float = _option(0.9, "share of the GPU's memory that may be used, above 0 and up to 1")
+    enable_prefix_caching: bool = _option(True, "keep K and V of prompts for later ones that begin alike")
+    enforce_eager: bool = _option(False, "run without CUDA graphs")
+    max_loras: int = _option(8, "adapters that may work in one step, 0 = none are taken", least=0)
+    max_lora_rank: int = _option(64, "the largest rank of an adapter", least=1)
+    seed: int | None = _option(None, "makes the whole run repeatable (fresh entropy for requests without a seed)")
+
+    def __post_init__(self) -> None:
+        for option in fields(self):
+            name, value, least = option.name, getattr(self, option.name), option.metadata["least"]
+            is_unset = value is None and option.default is None
+            if least is not None and not is_unset and (not _is_integer(value) or value < least):
+                raise ValueError(f"{name} must be an integer >= {least}, got {value!r}")
+            if isinstance(option.default, bool) and not isinstance(value, bool):
+                raise ValueError(f"{name} must be True or False, got {value!r}")
+        if self.block_size & (self.block_size - 1):
+            raise ValueError(f"block_size must be a power of two, got {self.block_size}")
+        share = self.gpu_memory_utilization
+        if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share <= 1:
+            raise ValueError(f"gpu_memory_utilization must be in (0, 1], got {share!r}")
+        if self.seed is not None and (not _is_integer(self.seed) or not 0 <= self.seed < 1 << 64):
+            raise ValueError(f"seed must be an integer from 0 to 2**64 - 1, or None, got {self.seed!r}")
+
+    def resolved(self, model: ModelConfig, device: str) -> "EngineConfig":
+        """With the context of this model and the budget of this type of device where none is given."""
+        most = model.max_position_embeddings
+        asked = most if self.max_model_len is None else self.max_model_len
+        if asked > most:
+            raise ValueError(f"max_model_len must be an integer in [2, {most}] (max_position_embeddings), got {asked}")
+        budget = self.max_num_batched_tokens or BATCHED_TOKENS[device]
+        return replace(self, max_model_len=asked, max_num_batched_tokens=budget)
+
+    @property
+    def context_len(self) -> int:
+        """max_model_len, which must be resolved."""
+        assert self.max_model_len is not None, "the configuration is not resolved"
+        return self.max_model_len
+
+    @property
+    def token_budget(self) -> int:
+        """max_num_batched_tokens, which must be resolved."""
+        assert self.max_num_batched_tokens is not None, "the configuration is not resolved"
+        return self.max_num_batched_tokens
+
+    @property
+    def blocks_per_sequence(self) -> int:
+        """The most blocks that one sequence can fill: the width of block tables."""
+        return -(-self.context_len // self.block_size)
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
