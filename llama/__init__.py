@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from llama.api.errors import ContextLengthError as ContextLengthError
     from llama.api.errors import EngineClosedError as EngineClosedError
     from llama.api.errors import EngineDeadError as EngineDeadError
+    from llama.api.errors import ParameterError as ParameterError
     from llama.api.errors import QueueFullError as QueueFullError
     from llama.api.outputs import CompletionOutput as CompletionOutput
     from llama.api.outputs import FinishReason as FinishReason
@@ -46,6 +47,7 @@ _HOMES = {
     "LoRARequest": "llama.llm.loras",
     "Logprob": "llama.api.outputs",
     "ModelConfig": "llama.model.config",
+    "ParameterError": "llama.api.errors",
     "Piece": "llama.api.outputs",
     "QueueFullError": "llama.api.errors",
     "RequestMetrics": "llama.api.outputs",
@@ -70,6 +72,7 @@ __all__ = [
     "LoRARequest",
     "Logprob",
     "ModelConfig",
+    "ParameterError",
     "Piece",
     "QueueFullError",
     "RequestMetrics",

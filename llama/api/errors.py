@@ -1,5 +1,19 @@
 """Every error that a caller of this package may want to tell apart. Runs without torch."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+class ParameterError(ValueError):
+    """A field of a request that cannot be served. `param` is the field's name, None where it is not one field's fault.
+
+    The field is one of SamplingParams, or an argument of the call: prompt, messages, tools, tool_choice, lora.
+    """
+
+    def __init__(self, message: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+
 
 class ConfigError(ValueError):
     """A configuration that is malformed, absurd, or not a Llama's."""
@@ -13,15 +27,18 @@ class AdapterError(ValueError):
     """An adapter that is missing, damaged, unsupported, or made for another model."""
 
 
-class ChatTemplateError(ValueError):
+class ChatTemplateError(ParameterError):
     """The template refused the messages, or did not finish within its limits."""
 
+    def __init__(self, message: str, param: str | None = "messages") -> None:
+        super().__init__(message, param)
 
-class ContextLengthError(ValueError):
+
+class ContextLengthError(ParameterError):
     """A request needs more tokens than the context holds: `num_tokens` of `max_model_len`."""
 
-    def __init__(self, message: str, num_tokens: int, max_model_len: int) -> None:
-        super().__init__(message)
+    def __init__(self, message: str, num_tokens: int, max_model_len: int, param: str | None = None) -> None:
+        super().__init__(message, param)
         self.num_tokens = num_tokens
         self.max_model_len = max_model_len
 
@@ -40,3 +57,15 @@ class EngineClosedError(RuntimeError):
 
 class EngineDeadError(RuntimeError):
     """The engine cannot go on; make a new one."""
+
+
+@contextmanager
+def blamed_on(param: str) -> Iterator[None]:
+    """A ValueError from inside that names no field becomes a ParameterError of this one."""
+    try:
+        yield
+    except ParameterError as error:
+        error.param = error.param or param
+        raise
+    except ValueError as error:
+        raise ParameterError(str(error), param) from None

@@ -9,6 +9,8 @@ from dataclasses import dataclass, fields
 from numbers import Integral, Real
 from typing import Any, Literal, TypeVar
 
+from llama.api.errors import ParameterError
+
 MAX_SEED = 2**63 - 1
 MAX_TOKENS = 2**63 - 1
 MAX_LOGPROBS = 20
@@ -71,11 +73,11 @@ def _named_refusals(cls: _Class) -> _Class:
     def init(self: Any, **given: Any) -> None:
         for name in sorted(given.keys() - ours):
             if name in _CALLED:
-                raise ValueError(f"{name} is called {_CALLED[name]} here")
+                raise ParameterError(f"{name} is called {_CALLED[name]} here", name)
             if name not in _DEFAULTS_OF_VLLM or given[name] not in _DEFAULTS_OF_VLLM[name]:
                 if name in _INSTEAD or name in _DEFAULTS_OF_VLLM:
                     hint = _INSTEAD.get(name)
-                    raise ValueError(f"{name}={given[name]!r} is not offered{f': {hint}' if hint else ''}")
+                    raise ParameterError(f"{name}={given[name]!r} is not offered{f': {hint}' if hint else ''}", name)
                 raise TypeError(f"{cls.__name__} has no field {name}; it has {', '.join(sorted(ours))}")
             del given[name]
         generated(self, **given)
@@ -87,7 +89,7 @@ def _named_refusals(cls: _Class) -> _Class:
 @_named_refusals
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
-    """How the next tokens are chosen. Every value is checked; a ValueError names the field and what is legal.
+    """How the next tokens are chosen. Every value is checked; a ParameterError names the field and what is legal.
 
     The order in which the rules apply, with formulas, is told in `llama.kernels.cpu.sampling`. seed=None draws fresh
     entropy, and the seed used comes back with the output. max_tokens=None means the rest of the context.
@@ -129,10 +131,11 @@ class SamplingParams:
         put("max_tokens", None if self.max_tokens is None else _integer("max_tokens", self.max_tokens, 1, MAX_TOKENS))
         put("min_tokens", _integer("min_tokens", self.min_tokens, 0, MAX_TOKENS))
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
-            raise ValueError(f"min_tokens must be at most max_tokens ({self.max_tokens}), got {self.min_tokens}")
+            raise _refusal("min_tokens", f"at most max_tokens ({self.max_tokens})", self.min_tokens)
         put("stop", _stop(self.stop))
         ids = _listed("stop_token_ids", self.stop_token_ids, "token ids")
-        put("stop_token_ids", tuple(dict.fromkeys(_integer("stop_token_ids: each id", each, 0) for each in ids)))
+        checked = [_integer("stop_token_ids", each, 0, place=": each id") for each in ids]
+        put("stop_token_ids", tuple(dict.fromkeys(checked)))
         for name in ("include_stop_str_in_output", "ignore_eos"):
             if not isinstance(getattr(self, name), bool):
                 raise _refusal(name, "True or False", getattr(self, name))
@@ -144,8 +147,9 @@ class SamplingParams:
         put("response_format", _response_format(self.response_format))
 
 
-def _refusal(name: str, legal: str, value: Any) -> ValueError:
-    return ValueError(f"{name} must be {legal}, got {reprlib.repr(value)}")
+def _refusal(name: str, legal: str, value: Any, place: str = "") -> ParameterError:
+    """`place` inside the field, as it follows the field's name."""
+    return ParameterError(f"{name}{place} must be {legal}, got {reprlib.repr(value)}", name)
 
 
 def _finite(value: Any) -> float | None:
@@ -159,10 +163,10 @@ def _finite(value: Any) -> float | None:
     return number if math.isfinite(number) else None
 
 
-def _number(name: str, value: Any, low: float, high: float) -> float:
+def _number(name: str, value: Any, low: float, high: float, place: str = "") -> float:
     number = _finite(value)
     if number is None or not low <= number <= high:
-        raise _refusal(name, f"a number from {low} to {high}", value)
+        raise _refusal(name, f"a number from {low} to {high}", value, place)
     return number
 
 
@@ -173,13 +177,13 @@ def _positive(name: str, value: Any) -> float:
     return number
 
 
-def _integer(name: str, value: Any, low: int, high: int | None = None) -> int:
+def _integer(name: str, value: Any, low: int, high: int | None = None, place: str = "") -> int:
     legal = f"an integer of at least {low}" if high is None else f"an integer from {low} to {high}"
     if isinstance(value, bool) or not isinstance(value, Integral):
-        raise _refusal(name, legal, value)
+        raise _refusal(name, legal, value, place)
     number = int(value)
     if number < low or (high is not None and number > high):
-        raise _refusal(name, legal, value)
+        raise _refusal(name, legal, value, place)
     return number
 
 
@@ -195,9 +199,9 @@ def _stop(value: Any) -> tuple[str, ...]:
     stop = [value] if isinstance(value, str) else _listed("stop", value, "strings, or one string")
     for text in stop:
         if not isinstance(text, str) or not text:
-            raise ValueError(f"stop must hold strings that are not empty, got {reprlib.repr(text)}")
+            raise ParameterError(f"stop must hold strings that are not empty, got {reprlib.repr(text)}", "stop")
         if any("\ud800" <= character <= "\udfff" for character in text):
-            raise ValueError(f"stop must hold valid text, got a lone surrogate in {reprlib.repr(text)}")
+            raise ParameterError(f"stop must hold valid text, got a lone surrogate in {reprlib.repr(text)}", "stop")
     return tuple(stop)
 
 
@@ -206,8 +210,8 @@ def _bias(value: Any) -> dict[int, float] | None:
         return None
     if not isinstance(value, Mapping):
         raise _refusal("logit_bias", "a mapping of token ids to numbers from -100 to 100", value)
-    bias = {_integer("logit_bias: each token id", each, 0): value[each] for each in value}
-    return {each: _number(f"logit_bias[{each}]", number, -100, 100) for each, number in bias.items()} or None
+    bias = {_integer("logit_bias", each, 0, place=": each token id"): value[each] for each in value}
+    return {each: _number("logit_bias", number, -100, 100, f"[{each}]") for each, number in bias.items()} or None
 
 
 def _response_format(value: Any) -> dict[str, Any] | None:
@@ -219,13 +223,14 @@ def _response_format(value: Any) -> dict[str, Any] | None:
     if kind == "text" and len(value) == 1:
         return None
     if not isinstance(kind, str) or kind not in _FORMATS:
-        raise _refusal('response_format["type"]', 'one of "text", "json_object", "json_schema", "regex"', kind)
+        raise _refusal("response_format", 'one of "text", "json_object", "json_schema", "regex"', kind, '["type"]')
     content = _FORMATS[kind]
     legal = {"type"} if content is None else {"type", content[0]}
     if value.keys() - legal:
-        raise ValueError(f"response_format of type {kind} has no key {sorted(value.keys() - legal, key=str)[0]!r}")
+        unknown = sorted(value.keys() - legal, key=str)[0]
+        raise ParameterError(f"response_format of type {kind} has no key {unknown!r}", "response_format")
     if content is not None:
         key, holds, what = content
         if not isinstance(value.get(key), holds) or (holds is str and not value[key]):
-            raise _refusal(f'response_format["{key}"]', what, value.get(key))
+            raise _refusal("response_format", what, value.get(key), f'["{key}"]')
     return dict(value)

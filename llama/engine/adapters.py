@@ -7,6 +7,7 @@ first, once nobody who runs needs it. What is unloaded loses its name at once an
 import re
 from collections import OrderedDict
 
+from llama.api.errors import ParameterError
 from llama.engine.sequence import NO_ADAPTER, Adapter
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -42,12 +43,12 @@ class Adapters:
             self._resident.move_to_end(adapter, last=False)  # its slot is the next to be given away
 
     def get(self, name: str | None) -> Adapter:
-        """None is the base model; an unknown name is a ValueError that lists those that are known."""
+        """None is the base model; an unknown name is a ParameterError that lists those that are known."""
         if name is None:
             return NO_ADAPTER
         if not isinstance(name, str) or name not in self.by_name:
             known = ", ".join(sorted(self.by_name)) or "none"
-            raise ValueError(f"no adapter named {name!r} is loaded (loaded: {known})")
+            raise ParameterError(f"no adapter named {name!r} is loaded (loaded: {known})", "lora")
         return self.by_name[name]
 
     def acquire(self, adapter: Adapter) -> bool:

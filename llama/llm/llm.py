@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 import torch
 from tqdm import tqdm
 
+from llama.api.errors import ParameterError
 from llama.api.outputs import Piece, RequestOutput
 from llama.api.params import SamplingParams
 from llama.engine.config import EngineConfig
@@ -150,7 +151,7 @@ class LLM:
             choice = {"tools": tools, "tool_choice": tool_choice}
             request = self.inputs.chat_request(prompt_or_messages, sampling_params, lora, **choice)
         elif tools or tool_choice != "auto":
-            raise ValueError("tools and tool_choice need a conversation: give a list of messages")
+            raise ParameterError("tools and tool_choice need a conversation: give a list of messages", "tools")
         else:
             request = self.inputs.request(prompt_or_messages, sampling_params, lora)
         with _interrupts_held():
@@ -180,7 +181,7 @@ class LLM:
         if lora_request is None:
             return one_per_prompt("lora", lora, count)
         if lora is not None:
-            raise ValueError("lora and lora_request name the same thing: give one of them")
+            raise ParameterError("lora and lora_request name the same thing: give one of them", "lora")
         names: list[str | None] = []
         for request in one_per_prompt("lora_request", lora_request, count):
             if request is not None:

@@ -7,7 +7,7 @@ from functools import cached_property
 from numbers import Integral
 from typing import Any
 
-from llama.api.errors import ContextLengthError
+from llama.api.errors import ContextLengthError, ParameterError, blamed_on
 from llama.api.params import SamplingParams
 from llama.engine.adapters import Adapters
 from llama.llm.replies import Request
@@ -33,9 +33,8 @@ def as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     if isinstance(prompts, str | Mapping) or is_token_ids(prompts):
         return [prompts]
     if not isinstance(prompts, list | tuple):
-        raise ValueError(
-            f"prompts must be a string, token ids, a dict or a list of these, got {type(prompts).__name__}"
-        )
+        found = type(prompts).__name__
+        raise ParameterError(f"prompts must be a string, token ids, a dict or a list of these, got {found}", "prompts")
     return list(prompts)
 
 
@@ -46,7 +45,9 @@ def as_conversations(messages: Sequence[Message] | Sequence[Sequence[Message]]) 
             return list(messages)
     elif is_conversation(messages):
         return [messages]
-    raise ValueError('messages must be a list of {"role": ..., "content": ...}, or a list of such lists')
+    raise ParameterError(
+        'messages must be a list of {"role": ..., "content": ...}, or a list of such lists', "messages"
+    )
 
 
 def one_per_prompt(name: str, value: Any, count: int) -> list[Any]:
@@ -54,7 +55,7 @@ def one_per_prompt(name: str, value: Any, count: int) -> list[Any]:
     if not isinstance(value, list | tuple):
         return [value] * count
     if len(value) != count:
-        raise ValueError(f"{name} has {len(value)} entries for {count} prompts")
+        raise ParameterError(f"{name} has {len(value)} entries for {count} prompts", name)
     return list(value)
 
 
@@ -89,9 +90,10 @@ class Inputs:
         request_id: str | None = None,
         clip: bool = True,
     ) -> Request:
-        """A prompt in any form, checked. ValueError names the parameter and what is legal. Without `clip`, max_tokens
+        """A prompt in any form, checked. ParameterError names the field and what is legal. Without `clip`, max_tokens
         that the context has no room for are a ContextLengthError."""
-        text, token_ids = self._encode(prompt)
+        with blamed_on("prompt"):
+            text, token_ids = self._encode(prompt)
         return self._checked(text, token_ids, params, lora, request_id, clip)
 
     def chat_request(
@@ -107,7 +109,7 @@ class Inputs:
     ) -> Request:
         """A conversation, rendered by the checkpoint's template with the assistant's header at its end."""
         if self.template is None:
-            raise ValueError("chat needs a tokenizer: this model takes token ids only")
+            raise ParameterError("chat needs a tokenizer: this model takes token ids only", "messages")
         chosen = choose(tools, tool_choice)
         text, token_ids = self.template.prompt(messages, tools=chosen.shown)
         request = self._checked(text, token_ids, params, lora, request_id, clip, chosen)
@@ -151,13 +153,15 @@ class Inputs:
     ) -> Request:
         params = self.defaults if params is None else params
         if not isinstance(params, SamplingParams):
-            raise ValueError(f"sampling_params must be a SamplingParams, got {type(params).__name__}")
+            found = type(params).__name__
+            raise ParameterError(f"sampling_params must be a SamplingParams, got {found}", "sampling_params")
         self.adapters.get(lora)
         if not set(map(type, token_ids)) <= {int}:
             token_ids = [int(t) if isinstance(t, Integral) and not isinstance(t, bool) else t for t in token_ids]
+        field = "prompt" if tools is None else "messages"
         if not clip:
-            self._check_length(len(token_ids), params.max_tokens or 1)
-        self._check_prompt(token_ids)
+            self._check_length(len(token_ids), params.max_tokens or 1, field)
+        self._check_prompt(token_ids, field)
         self._check_params(params)
         request_id = str(next(self._numbers)) if request_id is None else request_id
         grammar = self._grammar(params, tools)
@@ -170,41 +174,46 @@ class Inputs:
                 return self._grammars.compile_tool_choice(tools.shown or (), tools.name)
             return None if params.response_format is None else self._grammars.compile(params.response_format)
         except ImportError as error:
-            raise ValueError(str(error)) from None
+            raise ParameterError(str(error), "response_format" if params.response_format else "tool_choice") from None
 
     @cached_property
     def _grammars(self) -> GrammarCompiler:
         if self.tokenizer is None:
-            raise ValueError("response_format needs a tokenizer: this model takes token ids only")
+            what = "response_format needs a tokenizer: this model takes token ids only"
+            raise ParameterError(what, "response_format")
         return GrammarCompiler(self.tokenizer, self.vocab_size)
 
-    def _check_prompt(self, token_ids: list[int]) -> None:
+    def _check_prompt(self, token_ids: list[int], field: str) -> None:
         if not token_ids:
-            raise ValueError("prompt is empty: at least one token is needed")
+            raise ParameterError("prompt is empty: at least one token is needed", field)
         if set(map(type, token_ids)) != {int} or min(token_ids) < 0 or max(token_ids) >= self.vocab_size:
             wrong = next(t for t in token_ids if type(t) is not int or not 0 <= t < self.vocab_size)
-            raise ValueError(f"prompt_token_ids must be integers in [0, {self.vocab_size - 1}], got {wrong!r}")
+            legal = f"integers in [0, {self.vocab_size - 1}]"
+            raise ParameterError(f"prompt_token_ids must be {legal}, got {wrong!r}", field)
         if len(token_ids) >= self.max_model_len:
             raise ContextLengthError(
                 f"the prompt has {len(token_ids)} tokens and the context is {self.max_model_len}: "
                 "no room is left for an answer (max_model_len)",
                 len(token_ids),
                 self.max_model_len,
+                field,
             )
 
-    def _check_length(self, prompt_len: int, max_tokens: int) -> None:
+    def _check_length(self, prompt_len: int, max_tokens: int, field: str) -> None:
         if prompt_len + max_tokens > self.max_model_len:
             raise ContextLengthError(
                 f"the prompt has {prompt_len} tokens, with max_tokens={max_tokens} that is more than the context of "
                 f"{self.max_model_len} (max_model_len)",
                 prompt_len + max_tokens,
                 self.max_model_len,
+                field,
             )
 
     def _check_params(self, params: SamplingParams) -> None:
         if params.stop and self.tokenizer is None:
-            raise ValueError("stop needs a tokenizer: this model takes token ids only")
+            raise ParameterError("stop needs a tokenizer: this model takes token ids only", "stop")
         for name, ids in (("stop_token_ids", params.stop_token_ids), ("logit_bias", params.logit_bias or ())):
             for token in ids:
                 if token >= self.vocab_size:
-                    raise ValueError(f"{name} must hold token ids in [0, {self.vocab_size - 1}], got {token}")
+                    legal = f"token ids in [0, {self.vocab_size - 1}]"
+                    raise ParameterError(f"{name} must hold {legal}, got {token}", name)

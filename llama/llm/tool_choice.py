@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from llama.api.errors import ParameterError
 from llama.text.chat.prepare import prepare_tools, tool_name
 
 ToolChoice = str | Mapping[str, Any]
@@ -25,18 +26,18 @@ class Tools:
 
 
 def choose(tools: Sequence[Mapping[str, Any]] | None, choice: ToolChoice) -> Tools:
-    """Raises ValueError for tools that cannot be meant and for a choice that is none of theirs."""
+    """Raises ParameterError for tools that cannot be meant and for a choice that is none of theirs."""
     prepared = prepare_tools(tools or None)
     if choice == "auto":
         return Tools(prepared)
     if choice == "none":
         return Tools(None)
     if prepared is None:
-        raise ValueError("tool_choice needs tools")
+        raise ParameterError("tool_choice needs tools", "tool_choice")
     if choice == "required":
         return Tools(prepared, must_call=True)
     function = choice.get("function") if isinstance(choice, Mapping) and choice.get("type") == "function" else None
     name = function.get("name") if isinstance(function, Mapping) else None
     if not isinstance(name, str) or name not in map(tool_name, prepared):
-        raise ValueError(f"tool_choice must be {LEGAL}")
+        raise ParameterError(f"tool_choice must be {LEGAL}", "tool_choice")
     return Tools(prepared, must_call=True, name=name)

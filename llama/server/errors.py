@@ -6,13 +6,9 @@ Clients see messages that are written here or for them (the ValueErrors of our o
 from enum import Enum, auto
 from typing import Any
 
-from llama.api.errors import ContextLengthError, EngineClosedError, QueueFullError
+from llama.api.errors import ContextLengthError, EngineClosedError, ParameterError, QueueFullError
 
 BAD_INPUT = 5006
-# Parameters with whose names our checks begin their messages.
-_NAMED = frozenset("messages tools tool_choice prompt response_format logit_bias stop_token_ids".split())
-# What other messages are about, by their beginnings.
-_ABOUT = {"prompt_token_ids": "prompt", "the parameters of tool": "tools", "chat template": "messages"}
 
 
 class Dialect(Enum):
@@ -172,16 +168,8 @@ def from_refusal(error: Exception) -> ApiError | None:
     if isinstance(error, ContextLengthError):
         return _context_exceeded(error)
     if isinstance(error, ValueError):
-        return bad_input(str(error), _param_of(str(error)))
+        return bad_input(str(error), error.param if isinstance(error, ParameterError) else None)
     return None
-
-
-def _param_of(message: str) -> str | None:
-    for beginning, param in _ABOUT.items():
-        if message.startswith(beginning):
-            return param
-    first = message.replace("[", " ").replace(".", " ").replace(":", " ").split()
-    return first[0] if first and first[0] in _NAMED else None
 
 
 def _context_exceeded(error: ContextLengthError) -> ApiError:
@@ -190,7 +178,7 @@ def _context_exceeded(error: ContextLengthError) -> ApiError:
         5021,
         f"The estimated number of input and maximum output tokens ({error.num_tokens}) exceeded this model context "
         f"window limit ({error.max_model_len}).",
-        param="messages",
+        param=error.param,
         name="context_length_exceeded",
         status_openai=400,
         message_openai=str(error),

@@ -128,8 +128,6 @@ class Service:
             if refusal is None:
                 logger.exception("request %s failed", record.request_id)
                 refusal = internal(record.request_id)
-            if ask.messages is None and refusal.param == "messages":
-                refusal.param = "prompt"
             raise refusal from None
         return Answer(stream, self, record, began)
 

@@ -1,12 +1,13 @@
 """LLM, and Transformer.logits: what they refuse, by name and before anything runs."""
 
+import dataclasses
 from unittest.mock import Mock
 
 import pytest
 import torch
 
-from llama import LLM, SamplingParams
-from llama.api.errors import ConfigError
+import llama
+from llama import LLM, ConfigError, ParameterError, SamplingParams
 from llama.llm.loading import resolve_device, resolve_dtype
 from llama.llm.requests import as_prompts
 from llama.text.tokenizer import Tokenizer
@@ -175,3 +176,76 @@ def test_a_device_that_is_not_there_is_refused_before_anything_is_loaded(folder,
 def test_device_and_dtype_names():
     assert resolve_device("cpu") == torch.device("cpu") == resolve_device(torch.device("cpu"))
     assert resolve_dtype("auto") is None and resolve_dtype("half") == resolve_dtype(torch.float16) == torch.float16
+
+
+TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}
+USER = [{"role": "user", "content": "x"}]
+SCHEMA = {"type": "json_schema", "json_schema": {"type": "nonsense"}}
+FIELDS = [
+    ("prompt", lambda llm: llm.generate("")),
+    ("prompt", lambda llm: llm.generate([1, -1])),
+    ("prompt", lambda llm: llm.generate("x" * 255)),
+    ("prompt", lambda llm: llm.generate("lone \ud800 surrogate")),
+    ("prompts", lambda llm: llm.generate(5)),
+    ("sampling_params", lambda llm: llm.generate("x", [GREEDY, GREEDY])),
+    ("sampling_params", lambda llm: llm.generate("x", {"temperature": 0})),
+    ("lora", lambda llm: llm.generate("x", GREEDY, lora="style")),
+    ("messages", lambda llm: llm.chat([{"role": "user", "content": 3}])),
+    ("messages", lambda llm: llm.chat([{"role": "user", "content": "\ud800"}])),
+    ("messages", lambda llm: llm.chat([{"role": "user", "content": "x" * 300}])),
+    ("tools", lambda llm: llm.chat(USER, tools=[{}])),
+    ("tools", lambda llm: llm.chat(USER, tools=[{"name": "f", "parameters": 3}])),
+    ("tools", lambda llm: llm.stream("x", tools=[TOOL])),
+    ("tool_choice", lambda llm: llm.chat(USER, tool_choice="required")),
+    ("tool_choice", lambda llm: llm.chat(USER, tools=[TOOL], tool_choice="maybe")),
+    ("stop_token_ids", lambda llm: llm.generate("x", SamplingParams(stop_token_ids=[10**6]))),
+    ("logit_bias", lambda llm: llm.generate("x", SamplingParams(logit_bias={10**6: 1.0}))),
+    ("response_format", lambda llm: llm.generate("x", SamplingParams(response_format=SCHEMA))),
+    *(
+        (name, lambda _, given={name: value}: SamplingParams(**given))
+        for name, value in {
+            "n": 0,
+            "temperature": float("nan"),
+            "top_p": 2,
+            "top_k": -2,
+            "min_p": True,
+            "repetition_penalty": 0,
+            "frequency_penalty": 3,
+            "presence_penalty": "1",
+            "logit_bias": {1: 101},
+            "seed": 1.5,
+            "max_tokens": 0,
+            "min_tokens": 257,
+            "stop": [""],
+            "stop_token_ids": [-1],
+            "include_stop_str_in_output": 1,
+            "ignore_eos": None,
+            "logprobs": 10**6,
+            "prompt_logprobs": "x",
+            "logprobs_mode": "x",
+            "response_format": {"type": "regex"},
+            "max_new_tokens": 5,
+            "best_of": 2,
+        }.items()
+    ),
+]
+
+
+@pytest.mark.parametrize(("param", "ask"), FIELDS, ids=[f"{i}-{param}" for i, (param, _) in enumerate(FIELDS)])
+def test_a_refusal_says_which_field_it_is_about(llm, param, ask):
+    with pytest.raises(ParameterError) as caught:
+        ask(llm)
+    assert caught.value.param == param
+
+
+def test_every_field_of_sampling_params_is_in_the_table():
+    assert {field.name for field in dataclasses.fields(SamplingParams)} <= {param for param, _ in FIELDS}
+
+
+def test_every_error_is_a_public_name():
+    defined = {
+        name
+        for name, value in vars(llama.api.errors).items()
+        if isinstance(value, type) and issubclass(value, Exception)
+    }
+    assert defined <= set(llama.__all__) and all(getattr(llama, name) for name in defined)

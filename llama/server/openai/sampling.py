@@ -1,10 +1,11 @@
 """From what an OpenAI client asks to SamplingParams: the request's fields over the checkpoint's defaults."""
 
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any
 
+from llama.api.errors import ParameterError
 from llama.api.params import SamplingParams
-from llama.server.errors import ApiError, bad_input
+from llama.server.errors import bad_input
 from llama.server.openai.schema import CommonRequest
 
 _SAME = (
@@ -22,7 +23,6 @@ _SAME = (
     "stop_token_ids",
     "include_stop_str_in_output",
 )
-_NAMES = frozenset(field.name for field in fields(SamplingParams))
 
 
 def sampling_params(body: CommonRequest, defaults: SamplingParams, **wanted: Any) -> SamplingParams:
@@ -32,8 +32,8 @@ def sampling_params(body: CommonRequest, defaults: SamplingParams, **wanted: Any
     given["response_format"] = body.response_format
     try:
         return replace(defaults, **given)
-    except ValueError as error:
-        raise _named(error) from None
+    except ParameterError as error:
+        raise bad_input(str(error), error.param) from None
 
 
 def _bias(body: CommonRequest) -> dict[int, float] | None:
@@ -43,8 +43,3 @@ def _bias(body: CommonRequest) -> dict[int, float] | None:
         if not (token.isascii() and token.isdecimal() and len(token) < 10):
             raise bad_input(f"logit_bias must map token ids to numbers, got the key '{token[:20]}'", "logit_bias")
     return {int(token): bias for token, bias in body.logit_bias.items()}
-
-
-def _named(error: ValueError) -> ApiError:
-    first = str(error).replace("[", " ").replace(":", " ").split()[0]
-    return bad_input(str(error), first if first in _NAMES else None)

@@ -10,6 +10,8 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from llama.api.errors import ParameterError
+
 REQUIRED_TOKENS = ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|eom_id|>")
 _SEARCH_TOOLS = frozenset({"brave_search", "wolfram_alpha", "photogen"})
 _HEADERS = {"tool": "ipython"}
@@ -37,7 +39,7 @@ def with_tools_in_text(messages: list[dict[str, Any]], tools: Sequence[Mapping[s
     """The messages with the tools told at the start of the first user message."""
     first = next((i for i, message in enumerate(messages) if message["role"] == "user"), None)
     if first is None:
-        raise ValueError("tools need a user message that they can be put into")
+        raise ParameterError("tools need a user message that they can be put into", "tools")
     listed = "".join(json.dumps(tool, indent=4, ensure_ascii=False) + "\n\n" for tool in tools)
     preamble = (
         "You can call the following functions. If one of them helps to answer the request below, reply with nothing "

@@ -9,6 +9,8 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+from llama.api.errors import ParameterError
+
 _ROLE = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,63}")
 _ROLES = frozenset({"system", "developer", "user", "assistant", "tool", "ipython"})
 _TOOL_ROLES = frozenset({"tool", "ipython"})
@@ -17,17 +19,18 @@ _TOOL_ROLES = frozenset({"tool", "ipython"})
 def prepare_messages(messages: Any, control_tokens: Collection[str] = ()) -> list[dict[str, Any]]:
     """Copies of the messages. A role must not complete a control token such as `<|ROLE|>`."""
     if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
-        raise ValueError("messages must be a list of at least one message")
+        raise ParameterError("messages must be a list of at least one message", "messages")
     prepared = []
     for i, message in enumerate(messages):
         where = f"messages[{i}]"
         if not isinstance(message, Mapping):
-            raise ValueError(f"{where} must be an object with role and content, got {type(message).__name__}")
+            raise _mistyped(where, "an object with role and content", message, "messages")
         role = message.get("role")
         if not isinstance(role, str) or not _ROLE.fullmatch(role):
-            raise ValueError(f"{where}.role must be a name such as user, system or assistant, got {role!r}")
+            legal = "a name such as user, system or assistant"
+            raise ParameterError(f"{where}.role must be {legal}, got {role!r}", "messages")
         if role not in _ROLES and any(role in token for token in control_tokens):
-            raise ValueError(f"{where}.role must not be part of a control token, got {role!r}")
+            raise ParameterError(f"{where}.role must not be part of a control token, got {role!r}", "messages")
         kept = {k: v for k, v in message.items() if v is not None and k not in ("content", "tool_calls")}
         kept["content"] = _content(message.get("content"), role, where)
         if calls := _tool_calls(message.get("tool_calls"), where):
@@ -41,7 +44,7 @@ def prepare_tools(tools: Any) -> list[dict[str, Any]] | None:
     if tools is None:
         return None
     if not isinstance(tools, Sequence) or isinstance(tools, str):
-        raise ValueError(f"tools must be a list, got {type(tools).__name__}")
+        raise _mistyped("tools", "a list", tools, "tools")
     return [_tool(tool, f"tools[{i}]") for i, tool in enumerate(tools)] or None
 
 
@@ -62,18 +65,18 @@ def _content(content: Any, role: str, where: str) -> Any:
         return "".join(_part(part, f"{where}.content[{j}]") for j, part in enumerate(content))
     if isinstance(content, Mapping) and role in _TOOL_ROLES:
         return dict(content)
-    raise ValueError(f"{where}.content must be a string or a list of text parts, got {type(content).__name__}")
+    raise _mistyped(f"{where}.content", "a string or a list of text parts", content, "messages")
 
 
 def _part(part: Any, where: str) -> str:
     if isinstance(part, str):
         return part
     if not isinstance(part, Mapping):
-        raise ValueError(f"{where} must be a text part, got {type(part).__name__}")
+        raise _mistyped(where, "a text part", part, "messages")
     if part.get("type") != "text":
-        raise ValueError(f"{where} is of type {part.get('type')!r}: this model takes text only")
+        raise ParameterError(f"{where} is of type {part.get('type')!r}: this model takes text only", "messages")
     if not isinstance(part.get("text"), str):
-        raise ValueError(f"{where}.text must be a string, got {type(part.get('text')).__name__}")
+        raise _mistyped(f"{where}.text", "a string", part.get("text"), "messages")
     return str(part["text"])
 
 
@@ -81,17 +84,17 @@ def _tool_calls(calls: Any, where: str) -> list[dict[str, Any]]:
     if calls is None:
         return []
     if not isinstance(calls, list | tuple):
-        raise ValueError(f"{where}.tool_calls must be a list, got {type(calls).__name__}")
+        raise _mistyped(f"{where}.tool_calls", "a list", calls, "messages")
     return [_tool_call(call, f"{where}.tool_calls[{j}]") for j, call in enumerate(calls)]
 
 
 def _tool_call(call: Any, where: str) -> dict[str, Any]:
     if not isinstance(call, Mapping):
-        raise ValueError(f"{where} must be an object, got {type(call).__name__}")
+        raise _mistyped(where, "an object", call, "messages")
     nested = "function" in call
     function = call["function"] if nested else call
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
-        raise ValueError(f"{where} must name its function")
+        raise ParameterError(f"{where} must name its function", "messages")
     outer = {k: v for k, v in call.items() if nested or k in ("id", "type")}
     inner = dict(function) if nested else {"name": function["name"]}
     inner["arguments"] = _arguments(function.get("arguments"), where)
@@ -109,19 +112,23 @@ def _arguments(arguments: Any, where: str) -> Any:
             return arguments
         return parsed if isinstance(parsed, dict) else arguments
     if not isinstance(arguments, Mapping):
-        raise ValueError(f"{where}: arguments must be an object or its JSON text, got {type(arguments).__name__}")
+        raise _mistyped(f"{where}: arguments", "an object or its JSON text", arguments, "messages")
     return dict(arguments)
 
 
 def _tool(tool: Any, where: str) -> dict[str, Any]:
     if not isinstance(tool, Mapping):
-        raise ValueError(f"{where} must be an object, got {type(tool).__name__}")
+        raise _mistyped(where, "an object", tool, "tools")
     nested = "function" in tool
     function = tool["function"] if nested else {k: v for k, v in tool.items() if k != "type"}
     if tool.get("type", "function") != "function":
-        raise ValueError(f"{where}.type must be 'function', got {tool['type']!r}")
+        raise ParameterError(f"{where}.type must be 'function', got {tool['type']!r}", "tools")
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str) or not function["name"]:
-        raise ValueError(f"{where} must name its function")
+        raise ParameterError(f"{where} must name its function", "tools")
     if not isinstance(function.get("parameters"), Mapping | None):
-        raise ValueError(f"{where}: parameters must be a JSON schema, got {type(function['parameters']).__name__}")
+        raise _mistyped(f"{where}: parameters", "a JSON schema", function["parameters"], "tools")
     return dict(tool) if nested else {"type": "function", "function": function}
+
+
+def _mistyped(where: str, legal: str, value: Any, param: str) -> ParameterError:
+    return ParameterError(f"{where} must be {legal}, got {type(value).__name__}", param)

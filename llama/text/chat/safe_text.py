@@ -28,14 +28,18 @@ class SafeText:
         self._indices: dict[str, str] = {}  # hidden text -> index
         self._hidden: dict[str, str] = {}  # index -> hidden text
 
-    def hide(self, value: Any) -> Any:
-        """A copy of a JSON value in which no string, keys included, spells a special token or begins or ends one."""
+    def hide(self, value: Any, field: str) -> Any:
+        """A copy of a JSON value in which no string, keys included, spells a special token or begins or ends one.
+
+        Raises ParameterError, about this field of the request, for text that is not Unicode.
+        """
         if isinstance(value, str):
+            check_unicode(value, field)
             return self._hide_text(value)
         if isinstance(value, Mapping):
-            return {self.hide(k): self.hide(v) for k, v in value.items()}
+            return {self.hide(k, field): self.hide(v, field) for k, v in value.items()}
         if isinstance(value, list | tuple):
-            return [self.hide(v) for v in value]
+            return [self.hide(v, field) for v in value]
         return value
 
     def show(self, rendered: str) -> str:
@@ -58,7 +62,6 @@ class SafeText:
         return ids + self._tokenizer.encode(rendered[copied:], add_special_tokens=False)
 
     def _hide_text(self, text: str) -> str:
-        check_unicode(text)
         hidden = self._tokenizer.special_pattern.sub(lambda m: self._sentinel_for(m[0]), text)
         return self._hide_ends(hidden)
 

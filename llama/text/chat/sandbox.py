@@ -6,7 +6,7 @@ jinja2's sandbox keeps a template from Python's internals; the worker process bo
 from collections.abc import Mapping
 from typing import Any
 
-from llama.api.errors import ChatTemplateError
+from llama.api.errors import ChatTemplateError, ParameterError
 from llama.text.sandbox import Worker, WorkerError
 
 DEADLINE_SECONDS = 5.0
@@ -27,4 +27,4 @@ class Sandbox:
         except WorkerError as error:
             raise ChatTemplateError(f"chat template: {error}") from None
         except ValueError as error:
-            raise ValueError(f"messages, tools and template arguments must be JSON values: {error}") from None
+            raise ParameterError(f"messages, tools and template arguments must be JSON values: {error}") from None

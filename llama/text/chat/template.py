@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
-from llama.api.errors import ChatTemplateError
+from llama.api.errors import ChatTemplateError, ParameterError
 from llama.text.chat.builtin import REQUIRED_TOKENS, as_text, render_llama, with_calls_in_text, with_tools_in_text
 from llama.text.chat.prepare import prepare_messages, prepare_tools
 from llama.text.chat.safe_text import SafeText
@@ -72,7 +72,7 @@ class ChatTemplate:
     ) -> list[int]:
         """The prompt as token ids. Nothing that a message, tool or argument says becomes a control token.
 
-        Raises ValueError for messages that cannot be meant, and its subclass ChatTemplateError where the template
+        Raises ParameterError for messages that cannot be meant, and its subclass ChatTemplateError where the template
         refuses them.
         """
         safe, rendered = self._rendered(messages, tools, add_generation_prompt, template_arguments)
@@ -110,9 +110,11 @@ class ChatTemplate:
                 messages, tools = with_tools_in_text(messages, tools), None
         safe = SafeText(self._tokenizer)
         try:
-            messages, tools, arguments = safe.hide(messages), safe.hide(tools), safe.hide(arguments)
+            messages = safe.hide(messages, "messages")
+            tools = safe.hide(tools, "tools")
+            arguments = safe.hide(arguments, "chat_template_kwargs")
         except RecursionError:
-            raise ValueError("messages, tools or template arguments are nested too deeply") from None
+            raise ParameterError("messages, tools or template arguments are nested too deeply") from None
         if self._sandbox is None:
             return safe, self._render_builtin(messages, add_generation_prompt)
         variables = {
@@ -138,7 +140,7 @@ class ChatTemplate:
     def _check_arguments(arguments: Mapping[str, Any], names: frozenset[str]) -> None:
         unknown = sorted(name for name in arguments if name not in names or name in _OUR_ARGUMENTS)
         if unknown:
-            raise ValueError(f"the chat template does not read the arguments {unknown}")
+            raise ParameterError(f"the chat template does not read the arguments {unknown}", "chat_template_kwargs")
 
 
 def _mentioned_names(source: str) -> frozenset[str]:

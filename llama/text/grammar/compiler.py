@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from llama.api.errors import ParameterError, blamed_on
 from llama.text.chat.prepare import prepare_tools, tool_name
 from llama.text.grammar.matcher import Matcher, told
 from llama.text.grammar.schema import MAX_BYTES, prepared_schema, schema_of_response_format, schema_of_tool
@@ -53,11 +54,12 @@ class GrammarCompiler:
         self._lock = threading.Lock()
         self._kept: OrderedDict[str, Grammar] = OrderedDict()
 
+    @blamed_on("response_format")
     def compile(self, response_format: Mapping[str, Any] | None) -> Grammar | None:
         """The grammar of a `response_format`; None for none and for {"type": "text"}.
 
-        Raises ValueError for what is not a response format, exceeds a limit, does not compile in time or asks for what
-        llguidance does not have; ImportError where that is not installed.
+        Raises ParameterError for what is not a response format, exceeds a limit, does not compile in time or asks for
+        what llguidance does not have; ImportError where that is not installed.
         """
         if response_format is None:
             return None
@@ -79,16 +81,18 @@ class GrammarCompiler:
             return self._grammar(matcher_class.grammar_from_regex(regex), "response_format.regex")
         raise ValueError(f"response_format.type must be text, json_object, json_schema or regex, got {kind!r}")
 
+    @blamed_on("tools")
     def compile_tool_choice(self, tools: Sequence[Mapping[str, Any]], name: str | None = None) -> Grammar:
         """The grammar of exactly one call, `{"name": N, "parameters": {...}}`, of the named tool or of any.
 
-        Raises what `compile` raises, and ValueError for a name that is not among the tools.
+        Raises what `compile` raises, and ParameterError for a name that is not among the tools.
         """
         prepared = prepare_tools(tools) or []
         chosen = [tool for tool in prepared if name is None or tool_name(tool) == name]
         if not chosen:
             known = [tool_name(tool) for tool in prepared]
-            raise ValueError(f"tool_choice asks for a call of {name or 'any tool'!r}, the tools are {known}")
+            wanted = f"tool_choice asks for a call of {name or 'any tool'!r}"
+            raise ParameterError(f"{wanted}, the tools are {known}", "tool_choice")
         rules = [f"start: {' | '.join(f'call_{i}' for i in range(len(chosen)))}"]
         for i, tool in enumerate(chosen):
             schema = prepared_schema(schema_of_tool(tool), f"the parameters of tool {tool_name(tool)!r}")

@@ -14,6 +14,7 @@ from typing import Any, Self
 
 import tokenizers
 
+from llama.api.errors import ParameterError
 from llama.text.tokenizer.files import read_json, read_text
 from llama.text.tokenizer.incremental import IncrementalDecoder
 from llama.text.tokenizer.pieces import PieceDecoder, piece_decoder
@@ -191,13 +192,14 @@ class Tokenizer:
         return prefix, suffix
 
 
-def check_unicode(text: str) -> None:
-    """Raises ValueError for a lone surrogate, which no UTF-8 text can hold."""
+def check_unicode(text: str, field: str | None = None) -> None:
+    """Raises ParameterError, about this field of a request, for a lone surrogate, which no UTF-8 text can hold."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
         found = ord(text[error.start])
-        raise ValueError(f"text holds the lone surrogate U+{found:04X} at position {error.start}") from None
+        what = f"{field or 'text'} holds the lone surrogate U+{found:04X} at position {error.start}"
+        raise ParameterError(what, field) from None
 
 
 def _two_instances(
