@@ -22,8 +22,8 @@ from typing import Any
 from llama.api.errors import EngineClosedError, EngineDeadError, QueueFullError
 from llama.api.outputs import Piece
 from llama.api.params import SamplingParams
-from llama.async_llm.admission import Seats
-from llama.async_llm.preparation import Lanes, grammar_key, size_of
+from llama.async_llm.admission import Admission
+from llama.async_llm.preparation import Preparation, grammar_key, size_of
 from llama.async_llm.stepper import Stepper, Stream
 from llama.engine.engine import EngineMetrics
 from llama.llm.llm import LLM
@@ -36,7 +36,6 @@ from llama.model.transformer import Transformer
 __all__ = ["AsyncLLM", "EngineClosedError", "EngineDeadError", "QueueFullError", "Stream"]
 
 _EXIT_SECONDS = 10.0  # for the last step when Python exits
-_JOIN_SECONDS = 1.0  # for what is still being prepared when all is closed
 _INLINE_CHARACTERS = 2_000  # longer prompts are encoded off the event loop: about a millisecond's worth
 
 
@@ -70,14 +69,14 @@ class AsyncLLM:
         else:
             self.llm = LLM(model, tokenizer, **llm_arguments)
         self._draining = False
-        self._lanes = Lanes()
-        self._seats = Seats(self.llm.engine.config.max_num_seqs + max_waiting_requests, max_waiting_tokens)
-        self._stepper = Stepper(self.llm.replies, self._seats, slow_reader_timeout)
+        self._preparation = Preparation()
+        self._admission = Admission(self.llm.engine.config.max_num_seqs + max_waiting_requests, max_waiting_tokens)
+        self._stepper = Stepper(self.llm.replies, self._admission, slow_reader_timeout)
         self._stepper.thread.start()
         # The thread knows the stepper alone, so an AsyncLLM that is dropped takes its thread with it. When Python exits
         # the thread must not be caught inside a step.
         weakref.finalize(self, self._stepper.stop)
-        weakref.finalize(self, self._lanes.stop)
+        weakref.finalize(self, self._preparation.stop)
         atexit.register(_end, weakref.ref(self._stepper))
 
     async def generate(
@@ -104,8 +103,9 @@ class AsyncLLM:
         request_id: str | None = None,
     ) -> AsyncIterator[Piece]:
         """The pieces of the answer to one conversation."""
-        rest = {"tool_choice": tool_choice, "request_id": request_id}
-        async with await self.submit_chat(messages, sampling_params, tools, lora, **rest) as stream:
+        async with await self.submit_chat(
+            messages, sampling_params, tools, lora, tool_choice=tool_choice, request_id=request_id
+        ) as stream:
             async for piece in stream:
                 yield piece
 
@@ -154,34 +154,33 @@ class AsyncLLM:
         return await self._submit(prepare, max(_INLINE_CHARACTERS, size_of(messages, tools)), grammar)
 
     def check_accepts(self, num_coming: int = 0) -> None:
-        """Raises what any request would be refused with now: EngineDeadError, EngineClosedError, QueueFullError. For
-        those who would rather know before they read and encode one. `num_coming`: how many they have let in and not
-        yet answered, which may have no seats yet."""
+        """Raises what any request would be refused with now: EngineDeadError, EngineClosedError, QueueFullError. A
+        server asks before it reads a request. `num_coming`: how many it has let in and not yet answered, some of which
+        may not be admitted yet."""
         if (dead := self._stepper.dead) is not None:
             raise dead
         if self._draining:
             raise EngineClosedError("the engine is draining or closed: it takes no new requests")
-        self._seats.check(num_coming)
+        self._admission.check(num_coming)
 
     async def _submit(self, prepare: Callable[[], Request], size: int, grammar: str | None) -> Stream:
         queued = time.monotonic()
         self.check_accepts()
-        seat = self._seats.take()
+        permit = self._admission.admit()
         stream = None
         try:
             if grammar is None and size < _INLINE_CHARACTERS:
                 request = prepare()
             else:
-                request = await asyncio.wrap_future(self._lanes.of(size, grammar).submit(prepare))
-                self._lanes.compiled(grammar)
-            self._seats.wait_with(seat, len(request.prompt_token_ids))
-            stream = Stream(request, seat, self._stepper)
+                request = await asyncio.wrap_future(self._preparation.submit(prepare, size, grammar))
+            self._admission.wait_with(permit, len(request.prompt_token_ids))
+            stream = Stream(request, permit, self._stepper)
             await asyncio.wrap_future(self._stepper.call(partial(self._stepper.add, stream, queued)))
         except BaseException:
             # Also when cancelled, and then the engine may just have taken it.
             if stream is not None:
                 stream.close()
-            self._seats.give_back(seat)
+            self._admission.release(permit)
             raise
         return stream
 
@@ -201,12 +200,12 @@ class AsyncLLM:
     @property
     def num_requests(self) -> int:
         """Requests that run or wait."""
-        return self._seats.taken
+        return self._admission.num_requests
 
     @property
     def num_waiting_tokens(self) -> int:
         """Prompt tokens of requests that have no answer yet."""
-        return self._seats.waiting_tokens
+        return self._admission.num_waiting_tokens
 
     @property
     def seconds_in_step(self) -> float:
@@ -232,21 +231,20 @@ class AsyncLLM:
         if timeout is not None and not (_is_number(timeout) and timeout >= 0):
             raise ValueError(f"timeout must be a number of seconds >= 0 or None, got {timeout!r}")
         self._draining = True
-        empty = asyncio.wrap_future(self._seats.when_empty())
+        empty = asyncio.wrap_future(self._admission.when_empty())
         try:
             await asyncio.wait_for(empty, timeout)
         except TimeoutError:
-            self._lanes.stop()
+            self._preparation.stop()
             self._stepper.post(self._stepper.end_all)
-            await asyncio.wrap_future(self._seats.when_empty())
+            await asyncio.wrap_future(self._admission.when_empty())
 
     async def close(self) -> None:
         """Refuse new requests, abort those that run, end the engine's thread. What was written can still be read."""
         self._draining = True
-        self._lanes.stop()
+        self._preparation.stop()
         self._stepper.stop()
         await asyncio.to_thread(self._stepper.thread.join)
-        await asyncio.to_thread(self._lanes.join, _JOIN_SECONDS)
 
     async def __aenter__(self) -> "AsyncLLM":
         return self

@@ -1,8 +1,8 @@
-"""Lanes: the threads on which requests are rendered, encoded and given their grammars before the engine has them.
+"""Rendering, encoding and compiling grammars off the event loop, before the engine has a request.
 
-There is a lane for what is quick, one for long prompts and one for grammars, each with threads of its own: what a
-stranger sends may hold its own kind up, never the others. Whoever waits for a thread may leave at any time and leaves
-nothing behind; a preparation that a thread has begun goes on, and its result is dropped.
+Quick work, long prompts and grammars have threads of their own: what a stranger sends may delay its own kind, never the
+others. Whoever waits may leave at any time and leaves nothing behind; work that a thread has begun goes on, and its
+result is dropped.
 """
 
 import contextlib
@@ -11,7 +11,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future, InvalidStateError
+from concurrent.futures import Future, InvalidStateError, ThreadPoolExecutor
 from typing import Any, TypeVar
 
 from llama.api.errors import EngineClosedError, QueueFullError
@@ -25,132 +25,88 @@ _KNOWN_GRAMMARS = 64  # half of what a compiler keeps, so that those known here 
 T = TypeVar("T")
 
 
-class Lane:
-    """At most `num_threads` pieces of work at once, the others wait in order. Threads start when they are needed."""
+class Preparation:
+    """Runs work in three executors: `quick`, `long` and `grammars`."""
 
-    def __init__(self, name: str, num_threads: int, patience: float = PATIENCE_SECONDS) -> None:
-        self._name = name
-        self._num_threads = num_threads
+    def __init__(self, patience: float = PATIENCE_SECONDS) -> None:
+        self.quick = ThreadPoolExecutor(4, "llama-quick")
+        self.long = ThreadPoolExecutor(2, "llama-long")
+        self.grammars = ThreadPoolExecutor(2, "llama-grammars")
         self._patience = patience
-        self._changed = threading.Condition()
-        self._waiting: OrderedDict[Future[Any], tuple[Callable[[], Any], float]] = OrderedDict()
-        self._begun: set[Future[Any]] = set()
-        self._threads: list[threading.Thread] = []
-        self._num_idle = 0
+        self._lock = threading.Lock()
+        self._pending: set[Future[Any]] = set()
+        self._known: OrderedDict[str, None] = OrderedDict()
         self._is_stopped = False
 
-    @property
-    def num_waiting(self) -> int:
-        return len(self._waiting)
-
-    def submit(self, work: Callable[[], T]) -> "Future[T]":
+    def submit(self, work: Callable[[], T], size: int = 0, grammar: str | None = None) -> "Future[T]":
         """The future has the work's result or exception: QueueFullError where no thread was free in time,
-        EngineClosedError once the lane is stopped. Cancelling it takes back work that has not begun."""
+        EngineClosedError once stopped, also while the work runs. Cancelling it drops work that has not begun.
+
+        `size` in characters or tokens; `grammar`: see `grammar_key`."""
         future: Future[T] = Future()
-        with self._changed:
+        job = [(future, work)]  # emptied as soon as it is begun or cancelled: an executor keeps its arguments
+
+        def forget(done: "Future[T]") -> None:
+            job.clear()
+            with self._lock:
+                self._pending.discard(done)
+
+        with self._lock:
             if self._is_stopped:
                 future.set_exception(_closed())
                 return future
-            if self._num_idle <= len(self._waiting) and len(self._threads) < self._num_threads:
-                thread = threading.Thread(target=self._run, name=f"llama-{self._name}", daemon=True)
-                thread.start()
-                self._threads.append(thread)
-            self._waiting[future] = work, time.monotonic()
-            self._changed.notify()
-        future.add_done_callback(self._forget)
+            self._pending.add(future)
+            self._executor(size, grammar).submit(self._run, job, grammar, time.monotonic())
+        future.add_done_callback(forget)
         return future
 
-    def stop(self) -> None:
-        """Whoever waits for a result gets EngineClosedError now; the threads end after what they do. Does not wait."""
-        with self._changed:
-            self._is_stopped = True
-            futures = [*self._waiting, *self._begun]
-            self._changed.notify_all()
-        for future in futures:
-            _settle(future, error=_closed())
-
-    def join(self, timeout: float) -> None:
-        """Wait, after stop(), until the threads have ended, or for `timeout` seconds: they are not worth more."""
-        deadline = time.monotonic() + timeout
-        for thread in self._threads:
-            thread.join(max(0.0, deadline - time.monotonic()))
-
-    def _forget(self, future: "Future[Any]") -> None:
-        with self._changed:
-            self._waiting.pop(future, None)
-            self._begun.discard(future)
-
-    def _run(self) -> None:
-        while (job := self._next()) is not None:
-            future, work = job
-            try:
-                result = work()
-            except BaseException as error:  # whatever it was, the one who waits must hear of it
-                _settle(future, error=error)
-            else:
-                _settle(future, result)
-                del result
-            del job, future, work  # an idle thread keeps nothing alive
-
-    def _next(self) -> tuple["Future[Any]", Callable[[], Any]] | None:
-        """None once the lane is stopped."""
-        while True:
-            with self._changed:
-                self._num_idle += 1
-                while not (self._waiting or self._is_stopped):
-                    self._changed.wait()
-                self._num_idle -= 1
-                if self._is_stopped:
-                    return None
-                future, (work, since) = self._waiting.popitem(last=False)
-                if future.done():
-                    continue
-                self._begun.add(future)
-            if time.monotonic() - since <= self._patience:
-                return future, work
-            message = f"the request waited for more than {self._patience:g} s to be prepared"
-            _settle(future, error=QueueFullError(message, _RETRY_SECONDS))
-
-
-class Lanes:
-    """Which lane a request takes. A grammar that was compiled lately is no reason to wait behind others."""
-
-    def __init__(self) -> None:
-        self.quick = Lane("quick", 4)
-        self.long = Lane("long", 2)
-        self.grammars = Lane("grammars", 2)
-        self._known: OrderedDict[str, None] = OrderedDict()
-        self._lock = threading.Lock()
-
-    def of(self, size: int, grammar: str | None) -> Lane:
-        """`size` in characters or tokens; `grammar`: see `grammar_key`."""
+    def _executor(self, size: int, grammar: str | None) -> ThreadPoolExecutor:
         if grammar is not None:
-            with self._lock:
-                if grammar not in self._known:
-                    return self.grammars
-                self._known.move_to_end(grammar)
+            if grammar not in self._known:
+                return self.grammars
+            self._known.move_to_end(grammar)  # compiled lately: no reason to wait behind others
         return self.long if size >= _LONG_CHARACTERS else self.quick
 
-    def compiled(self, grammar: str | None) -> None:
+    def _run(self, job: list[tuple["Future[T]", Callable[[], T]]], grammar: str | None, submitted: float) -> None:
+        try:
+            future, work = job.pop()
+        except IndexError:  # cancelled
+            return
+        try:
+            if time.monotonic() - submitted > self._patience:
+                message = f"the request waited for more than {self._patience:g} s to be prepared"
+                raise QueueFullError(message, _RETRY_SECONDS)
+            result = work()
+            self._remember(grammar)
+            _settle(future, result)
+        except BaseException as error:  # whatever it was, the one who waits must hear of it
+            _settle(future, error=error)
+            del future  # or the error's traceback would keep it, and all that the work held, alive
+
+    def _remember(self, grammar: str | None) -> None:
         """A request with that grammar has been prepared."""
         if not grammar:
             return
         with self._lock:
             self._known[grammar] = None
+            self._known.move_to_end(grammar)
             if len(self._known) > _KNOWN_GRAMMARS:
                 self._known.popitem(last=False)
 
-    def stop(self) -> None:
-        for lane in self._all:
-            lane.stop()
-
-    def join(self, timeout: float) -> None:
-        for lane in self._all:
-            lane.join(timeout)
-
     @property
-    def _all(self) -> tuple[Lane, ...]:
-        return self.quick, self.long, self.grammars
+    def num_pending(self) -> int:
+        """Requests that are being prepared or wait for it."""
+        return len(self._pending)
+
+    def stop(self) -> None:
+        """Whoever waits for a result gets EngineClosedError now; the threads end after what they do. Does not wait."""
+        with self._lock:
+            self._is_stopped = True
+            pending = list(self._pending)
+        for future in pending:
+            _settle(future, error=_closed())
+        for executor in (self.quick, self.long, self.grammars):
+            executor.shutdown(wait=False, cancel_futures=True)
 
 
 def size_of(*values: Any) -> int:

@@ -14,16 +14,16 @@ from typing import Any
 
 from llama.api.errors import EngineClosedError, EngineDeadError
 from llama.api.outputs import Piece, RequestOutput
-from llama.async_llm.admission import Seat, Seats
+from llama.async_llm.admission import Admission, Permit
 from llama.llm.replies import Replies, Reply, Request, merged
 
 
 class Stream:
     """The pieces of one request, for one reader on one event loop. Iterate it to its end, or close it: that aborts."""
 
-    def __init__(self, request: Request, seat: Seat, stepper: "Stepper") -> None:
+    def __init__(self, request: Request, permit: Permit, stepper: "Stepper") -> None:
         self.request = request
-        self.seat = seat
+        self.permit = permit
         self.loop = asyncio.get_running_loop()
         self.reply: Reply | None = None
         self._stepper = stepper
@@ -32,7 +32,7 @@ class Stream:
         self._unread_since: float | None = None
         self._error: Exception | None = None
         self._ended = False
-        self._news = asyncio.Event()
+        self._has_news = asyncio.Event()
         self._ready: deque[Piece] = deque()
 
     @property
@@ -55,8 +55,8 @@ class Stream:
                 raise StopAsyncIteration
             else:
                 # A wake-up runs on this loop, so none can come between here and the wait.
-                self._news.clear()
-                await self._news.wait()
+                self._has_news.clear()
+                await self._has_news.wait()
         return self._ready.popleft()
 
     async def __aenter__(self) -> "Stream":
@@ -92,7 +92,7 @@ class Stream:
             self._ended, self._error = True, self._error or error
 
     def wake(self) -> None:
-        self._news.set()
+        self._has_news.set()
 
     def unread_for(self, now: float) -> float:
         """Seconds that the oldest piece has waited for the reader."""
@@ -103,12 +103,12 @@ class Stream:
 class Stepper:
     """Owns the engine's thread. `call` and `post` may be used from any thread; `abort` only as a command."""
 
-    def __init__(self, replies: Replies, seats: Seats, slow_reader_timeout: float) -> None:
+    def __init__(self, replies: Replies, admission: Admission, slow_reader_timeout: float) -> None:
         self._replies = replies
-        self._seats = seats
+        self._admission = admission
         self._slow_reader_timeout = slow_reader_timeout
         self._streams: dict[str, Stream] = {}
-        self._inbox: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
+        self._commands: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
         self._changed = threading.Condition()
         self._stopping = self._refuses = False
         self._step_began: float | None = None
@@ -138,7 +138,7 @@ class Stepper:
         with self._changed:
             refusal = self.dead or (EngineClosedError("the engine is closed") if self._stopping else None)
             if refusal is None:
-                self._inbox.append((command, future))
+                self._commands.append((command, future))
                 self._changed.notify()
         if refusal is not None:
             future.set_exception(refusal)
@@ -175,20 +175,20 @@ class Stepper:
 
     def _run(self) -> None:
         try:
-            while self._obey():
+            while self._run_commands():
                 self._step()
             self.end_all()
         except BaseException as error:  # whatever it was, those who wait must hear of it
             self._die(error)
 
-    def _obey(self) -> bool:
+    def _run_commands(self) -> bool:
         """Run the commands that have come; sleep while there is nothing to do. False once told to stop."""
         while True:
             with self._changed:
-                while not (self._inbox or self._stopping or self._replies.engine.has_unfinished):
+                while not (self._commands or self._stopping or self._replies.engine.has_unfinished):
                     self._changed.wait()
-                commands = list(self._inbox)
-                self._inbox.clear()
+                commands = list(self._commands)
+                self._commands.clear()
                 stopping = self._stopping
             for command, future in commands:
                 _run_command(command, future)
@@ -206,7 +206,7 @@ class Stepper:
             stream = self._streams.get(reply.request.request_id)
             if stream is None:
                 continue
-            self._seats.began(stream.seat)
+            self._admission.began(stream.permit)
             if reply.finished:
                 self._ended(stream)
             elif stream.loop.is_closed() or stream.unread_for(now) > self._slow_reader_timeout:
@@ -218,14 +218,14 @@ class Stepper:
     def _ended(self, stream: Stream, error: Exception | None = None) -> None:
         self._streams.pop(stream.request_id, None)
         stream.end(error)
-        self._seats.give_back(stream.seat)
+        self._admission.release(stream.permit)
         _wake([stream])
 
     def _die(self, error: BaseException) -> None:
         with self._changed:
             self._killed_by, self._step_began = error, None
-            commands = list(self._inbox)
-            self._inbox.clear()
+            commands = list(self._commands)
+            self._commands.clear()
         for _, future in commands:
             if future.set_running_or_notify_cancel():
                 future.set_exception(self.dead)

@@ -6,7 +6,7 @@ import pytest
 from llama import LLM
 from llama.async_llm.async_llm import AsyncLLM
 from llama.llm.replies import Replies
-from tests.async_llm.helpers import echo
+from tests.async_llm.helpers import PATIENCE, echo, until
 from tests.fakes import ScriptedEngine, byte_tokenizer
 from tests.model.models import tiny_model
 
@@ -33,4 +33,4 @@ def scripted(parts):
     for llm in made:
         asyncio.run(llm.close())
         assert llm.num_requests == 0 and llm.num_waiting_tokens == 0
-    assert threading.active_count() == before
+    asyncio.run(asyncio.wait_for(until(lambda: threading.active_count() == before), PATIENCE))

@@ -8,7 +8,7 @@ import pytest
 
 from llama import LLM, SamplingParams
 from llama.api.errors import EngineClosedError, EngineDeadError, QueueFullError
-from llama.async_llm.admission import Seats
+from llama.async_llm.admission import Admission
 from llama.async_llm.async_llm import AsyncLLM
 from tests.async_llm.helpers import LONG, PATIENCE, endless, run, text_of, until
 from tests.fakes import script_of
@@ -50,16 +50,17 @@ def test_the_queue_is_bounded_by_prompt_tokens_but_takes_any_prompt_when_empty(s
     run(main())
 
 
-def test_seats_are_given_back_once():
-    seats = Seats(2, 100)
-    seat = seats.take()
-    seats.wait_with(seat, 5)
-    empty = seats.when_empty()
-    assert (seats.taken, seats.waiting_tokens, empty.done()) == (1, 5, False)
-    seats.began(seat)
-    seats.give_back(seat)
-    seats.give_back(seat)
-    assert (seats.taken, seats.waiting_tokens, empty.done()) == (0, 0, True) and seats.when_empty().done()
+def test_permits_are_released_once():
+    admission = Admission(2, 100)
+    permit = admission.admit()
+    admission.wait_with(permit, 5)
+    empty = admission.when_empty()
+    assert (admission.num_requests, admission.num_waiting_tokens, empty.done()) == (1, 5, False)
+    admission.began(permit)
+    admission.release(permit)
+    admission.release(permit)
+    assert (admission.num_requests, admission.num_waiting_tokens, empty.done()) == (0, 0, True)
+    assert admission.when_empty().done()
 
 
 def test_drain_finishes_what_was_taken_and_refuses_the_rest(scripted):

@@ -76,8 +76,7 @@ def assert_nothing_left(server) -> None:
     until(lambda: not llm.llm.engine.has_unfinished)
     assert (metrics().num_running, metrics().num_waiting, metrics().num_used_blocks) == (0, 0, 0)
     llm.llm.engine.check()
-    for lane in (llm._lanes.quick, llm._lanes.long, llm._lanes.grammars):
-        assert lane.num_waiting == 0
+    assert llm._preparation.num_pending == 0
     assert server.run({"prompt": "next", "max_tokens": 1}).status_code == 200
 
 
@@ -172,7 +171,7 @@ def assert_gone_before(server, connections, released) -> None:
         for connection in connections:
             cut(server, connection)
         assert server.llm.num_requests == 0
-        assert all(lane.num_waiting == 0 for lane in (server.llm._lanes.quick, server.llm._lanes.grammars))
+        assert server.llm._preparation.num_pending == 0
     finally:
         released.set()
     assert server.llm.metrics().num_prompt_tokens == 0
@@ -190,7 +189,7 @@ def test_while_the_prompt_is_rendered_or_encoded(server, path, stream, monkeypat
         body["prompt"] = "x" * 2000  # shorter ones are encoded at once
     connections = [begin(server, body, path) for _ in range(10)]
     until(lambda: server.llm.num_requests == 10)
-    until(lambda: server.llm._lanes.quick.num_waiting == 6)
+    until(lambda: server.llm._preparation.num_pending == 10)
     assert_gone_before(server, connections, released)
 
 
@@ -204,7 +203,7 @@ def test_while_a_grammar_is_compiled(server, path, stream, monkeypatch):
     body = body_of(path, stream) | {"response_format": {"type": "json_object"}}
     connections = [begin(server, body, path) for _ in range(5)]
     until(lambda: server.llm.num_requests == 5)
-    until(lambda: server.llm._lanes.grammars.num_waiting == 3)
+    until(lambda: server.llm._preparation.num_pending == 5)
     assert_gone_before(server, connections, released)
 
 
@@ -214,7 +213,7 @@ def test_while_the_grammar_of_a_call_is_compiled(server, monkeypatch):
     body = body_of(CHAT, True) | {"tools": [tool], "tool_choice": "required"}
     connections = [begin(server, body, CHAT) for _ in range(3)]
     until(lambda: server.llm.num_requests == 3)
-    until(lambda: server.llm._lanes.grammars.num_waiting == 1)
+    until(lambda: server.llm._preparation.num_pending == 3)
     assert_gone_before(server, connections, released)
 
 

@@ -60,10 +60,10 @@ def test_grammars_hold_up_neither_others_nor_those_that_are_known(server, monkey
         begin(server, asked | {"response_format": schema_format({"title": f"{i}", "enum": [1]})}, CHAT)
         for i in range(40)
     ]
-    until(lambda: server.llm._lanes.grammars.num_waiting == 38)
+    until(lambda: server.llm._preparation.num_pending == 40)
     assert_others_are_served(server)
     assert server.run(asked, path=CHAT).status_code == 200
-    until(lambda: server.llm.num_requests == 40)  # an answer may be read before its seat has been given back
+    until(lambda: server.llm.num_requests == 40)  # an answer may be read before its permit has been released
     released.set()
     assert all(read_all(connection).startswith("HTTP/1.1 200") for connection in hostile)
 
@@ -93,7 +93,7 @@ def test_long_prompts_hold_up_no_short_ones(server, monkeypatch):
 
     monkeypatch.setattr(inputs, "chat_request", slowly)
     hostile = [begin(server, {"messages": [user("x " * 50_000)], "max_tokens": 1}, CHAT) for _ in range(20)]
-    until(lambda: server.llm._lanes.long.num_waiting == 18)
+    until(lambda: server.llm._preparation.num_pending == 20)
     assert_others_are_served(server)
     until(lambda: server.llm.num_requests == 20)
     released.set()

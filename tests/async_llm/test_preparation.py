@@ -1,9 +1,8 @@
-"""Lanes: bounded threads for what is prepared, which nobody who leaves keeps busy; and the arguments of AsyncLLM."""
+"""Preparation: bounded threads, which nobody who leaves keeps busy; and the arguments of AsyncLLM."""
 
 import asyncio
 import gc
 import threading
-import time
 import weakref
 from concurrent.futures import CancelledError
 
@@ -12,99 +11,121 @@ import pytest
 from llama import LLM, SamplingParams
 from llama.api.errors import EngineClosedError, QueueFullError
 from llama.async_llm.async_llm import AsyncLLM
-from llama.async_llm.preparation import Lane, Lanes, grammar_key, size_of
+from llama.async_llm.preparation import Preparation, grammar_key, size_of
 from tests.model.models import tiny_model
 from tests.server.helpers import PATIENCE, until, user
 
 SCHEMA = {"type": "json_schema", "json_schema": {"enum": [1, 2]}}
+NUM_QUICK = 4
+LONG = 1 << 16
 
 
 @pytest.fixture
-def lane():
-    made = Lane("test", 2)
+def preparation():
+    before = threading.active_count()
+    made = Preparation()
     yield made
     made.stop()
-    made.join(PATIENCE)
-    assert not any(thread.is_alive() for thread in made._threads)
+    until(lambda: made.num_pending == 0 and threading.active_count() == before)
 
 
-def test_a_lane_gives_results_and_exceptions_in_order(lane):
+def test_results_and_exceptions(preparation):
     done = []
-    futures = [lane.submit(lambda i=i: done.append(i) or i) for i in range(50)]
+    futures = [preparation.submit(lambda i=i: done.append(i) or i) for i in range(50)]
     assert [future.result(PATIENCE) for future in futures] == list(range(50))
-    assert sorted(done) == list(range(50)) and len(lane._threads) <= 2
+    assert sorted(done) == list(range(50))
     with pytest.raises(ZeroDivisionError):
-        lane.submit(lambda: 1 / 0).result(PATIENCE)
-    assert lane.submit(lambda: "still here").result(PATIENCE) == "still here"
+        preparation.submit(lambda: 1 / 0).result(PATIENCE)
+    assert preparation.submit(lambda: "still here").result(PATIENCE) == "still here"
 
 
-def test_what_is_cancelled_never_begins_or_is_dropped(lane):
+def test_what_is_cancelled_never_begins_or_is_dropped(preparation):
     released, begun = threading.Event(), []
 
     def work():
         begun.append(1)
         assert released.wait(PATIENCE)
 
-    futures = [lane.submit(work) for _ in range(5)]
-    until(lambda: len(begun) == 2)
-    assert lane.num_waiting == 3
+    futures = [preparation.submit(work) for _ in range(NUM_QUICK + 3)]
+    until(lambda: len(begun) == NUM_QUICK)
+    assert preparation.num_pending == NUM_QUICK + 3
     assert all(future.cancel() for future in futures)
-    assert lane.num_waiting == 0
+    assert preparation.num_pending == 0
     released.set()
     with pytest.raises(CancelledError):
         futures[0].result(PATIENCE)
-    assert lane.submit(lambda: len(begun)).result(PATIENCE) == 2
+    assert preparation.submit(lambda: len(begun)).result(PATIENCE) == NUM_QUICK
 
 
-def test_an_idle_lane_keeps_nothing_alive(lane):
-    class Thing:
-        pass
+class Thing:
+    pass
 
-    thing = Thing()
+
+@pytest.mark.parametrize("how", ["done", "failed", "cancelled while it waits"])
+def test_nothing_is_kept_alive(preparation, how):
+    """Without a collection: what a request held, perhaps megabytes, goes at once."""
+    thing, released = Thing(), threading.Event()
     reference = weakref.ref(thing)
-    lane.submit(lambda thing=thing: thing).result(PATIENCE)
+
+    def work(thing):
+        if how == "failed":
+            raise ValueError
+        return thing
+
+    blockers = [preparation.submit(lambda: released.wait(PATIENCE)) for _ in range(NUM_QUICK)]
+    future = preparation.submit(lambda thing=thing: work(thing))
     del thing
-    until(lambda: gc.collect() >= 0 and reference() is None)
+    gc.disable()
+    try:
+        if how == "cancelled while it waits":
+            assert future.cancel() and reference() is None
+        released.set()
+        assert all(blocker.result(PATIENCE) for blocker in blockers)
+        until(future.done)
+        del future
+        until(lambda: reference() is None)
+    finally:
+        gc.enable()
 
 
-def test_a_stopped_lane_lets_nobody_wait():
-    lane, released = Lane("test", 1), threading.Event()
-    futures = [lane.submit(lambda: released.wait(PATIENCE)) for _ in range(3)]
-    until(lambda: lane.num_waiting == 2)
-    lane.stop()
-    for future in [*futures, lane.submit(lambda: None)]:
+def test_once_stopped_nobody_waits():
+    preparation, released = Preparation(), threading.Event()
+    futures = [preparation.submit(lambda: released.wait(PATIENCE)) for _ in range(NUM_QUICK + 2)]
+    preparation.stop()
+    for future in [*futures, preparation.submit(lambda: None)]:
         with pytest.raises(EngineClosedError):
             future.result(PATIENCE)
-    lane.join(0.01)  # its thread still works, and that is not waited for
-    assert lane._threads[0].is_alive()
     released.set()
-    lane.join(PATIENCE)
-    assert not lane._threads[0].is_alive()
 
 
 def test_patience_has_an_end():
-    lane = Lane("test", 1, patience=0.05)
-    first = lane.submit(lambda: time.sleep(0.2))
-    second = lane.submit(lambda: None)
+    preparation, released = Preparation(patience=0.05), threading.Event()
+    begun = []
+    first = [preparation.submit(lambda: begun.append(1) or released.wait(PATIENCE)) for _ in range(NUM_QUICK)]
+    until(lambda: len(begun) == NUM_QUICK)
+    second = preparation.submit(lambda: None)
+    threading.Timer(0.2, released.set).start()
     with pytest.raises(QueueFullError, match=r"more than 0\.05 s") as full:
         second.result(PATIENCE)
-    assert first.result() is None and full.value.retry_after > 0
-    assert lane.submit(lambda: 1).result(PATIENCE) == 1
-    lane.stop()
+    assert all(future.result() for future in first) and full.value.retry_after > 0
+    assert preparation.submit(lambda: 1).result(PATIENCE) == 1
+    preparation.stop()
 
 
-def test_which_lane():
-    lanes = Lanes()
-    assert lanes.of(10, None) is lanes.quick and lanes.of(1 << 16, None) is lanes.long
-    assert lanes.of(10, "a") is lanes.of(10, "") is lanes.grammars
-    lanes.compiled("a")
-    lanes.compiled("")
-    lanes.compiled(None)
-    assert lanes.of(10, "a") is lanes.quick and lanes.of(1 << 16, "a") is lanes.long
-    assert lanes.of(10, "") is lanes.grammars
+def test_which_threads(preparation):
+    def where(size, grammar):
+        name = preparation.submit(lambda: threading.current_thread().name, size, grammar).result(PATIENCE)
+        return name.removeprefix("llama-").split("_")[0]
+
+    assert where(10, None) == "quick" and where(LONG, None) == "long"
+    assert where(10, "a") == where(10, "") == "grammars"  # never seen; too long to be remembered
+    assert where(10, "a") == "quick" and where(LONG, "a") == "long" and where(10, "") == "grammars"
+    with pytest.raises(ZeroDivisionError):
+        preparation.submit(lambda: 1 / 0, 10, "wrong").result(PATIENCE)
+    assert where(10, "wrong") == "grammars"  # a grammar that could not be compiled is not remembered
     for i in range(100):
-        lanes.compiled(str(i))
-    assert lanes.of(10, "a") is lanes.of(10, "30") is lanes.grammars and lanes.of(10, "99") is lanes.quick
+        where(10, str(i))
+    assert where(10, "a") == where(10, "30") == "grammars" and where(10, "99") == "quick"
 
 
 def test_sizes_and_keys():
@@ -159,18 +180,16 @@ def test_an_engine_takes_its_threads_with_it(how):
     async def use(llm):
         stream = await llm.submit([5] * 2000, SamplingParams(max_tokens=1))
         assert (await stream.result()).finished
+        until(lambda: threading.active_count() == before + 2)
         if how == "closed":
             await llm.close()
 
+    before = threading.active_count()
     llm = AsyncLLM(tiny_model(max_position_embeddings=4096), num_blocks=256, max_num_seqs=4)
     asyncio.run(use(llm))
-    threads = [llm._stepper.thread, *llm._lanes.quick._threads]
-    assert len(threads) == 2
     del llm
     gc.collect()
-    for thread in threads:
-        thread.join(PATIENCE)
-        assert not thread.is_alive()
+    until(lambda: threading.active_count() == before)
 
 
 def test_the_timeout_of_a_drain():
