@@ -21,7 +21,8 @@ TREES = {path.relative_to(REPOSITORY).as_posix(): ast.parse(path.read_text(encod
 # share a line do not import each other.
 IMPORT_ORDER = {
     "llama": """
-        api files
+        api
+        files
         kernels
         text model
         engine
@@ -83,6 +84,7 @@ KNOWN_WIDE_FUNCTIONS = {
 WITHOUT_TORCH = (
     "llama/__init__.py",
     "llama/api/",
+    "llama/files.py",
     "llama/text/",
     "llama/model/config.py",
     "llama/engine/config.py",

@@ -9,7 +9,6 @@ their dtype. No chat template is written (its text is Meta's): without one the e
 
 import argparse
 import base64
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from bpe_tokenizer import build_tokenizer, byte_alphabet, llama3_pre_tokenizer, 
 from hf_folder import DTYPES, llama3_rope_scaling, unpermute_rope, write_generation_config
 from tokenizers import Tokenizer
 
+from llama.files import read_json
 from llama.model.checkpoint.layout import Entry
 from llama.model.checkpoint.save import MAX_SHARD_BYTES, new_folder, write_checkpoint
 from llama.model.config import ModelConfig
@@ -190,12 +190,7 @@ def feed_forward_size(params: dict[str, Any]) -> int:
 
 
 def read_params(folder: Path) -> dict[str, Any]:
-    try:
-        params = json.loads((folder / "params.json").read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{folder / 'params.json'} is not JSON: {error}") from None
-    if not isinstance(params, dict):
-        raise ValueError(f"{folder / 'params.json'} holds no JSON object")
+    params = read_json(folder / "params.json", hint="Meta's releases have one beside the weights")
     missing = [key for key in ("dim", "n_layers", "n_heads", "norm_eps", "rope_theta") if key not in params]
     if missing:
         raise ValueError(f"params.json lacks {', '.join(missing)}")

@@ -4,13 +4,13 @@ The only place that knows foreign key names. Whatever is not Llama's is refused 
 that would change a logit. Runs without torch.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from llama.api.errors import ConfigError
+from llama.files import named, read_json, token_ids
 
 DTYPES = ("float64", "float32", "float16", "bfloat16")
 
@@ -108,26 +108,9 @@ class ModelConfig:
         path = Path(path)
         if path.is_dir():
             path = path / "config.json"
-        try:
-            text = path.read_text(encoding="utf-8")
-        except FileNotFoundError:
-            raise ConfigError(f"{path}: there is no such file; a model folder needs a config.json") from None
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{path}: cannot be read: {error}") from None
-        if text.startswith("version https://git-lfs"):
-            raise ConfigError(f"{path}: is a Git LFS pointer, not the file itself; fetch it with `git lfs pull`")
-        if text.lstrip()[:9].lower() in ("<!doctype", "<html>"):
-            raise ConfigError(f"{path}: is an HTML page, not the file itself; was the download redirected?")
-        try:
-            values = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise ConfigError(f"{path}: is not JSON: {error}") from None
-        if not isinstance(values, dict):
-            raise ConfigError(f"{path}: must hold a JSON object, got {type(values).__name__}")
-        try:
+        values = read_json(path, error=ConfigError, hint="a model folder needs a config.json")
+        with named(path, ConfigError):
             return cls.from_hugging_face(values)
-        except ConfigError as error:
-            raise ConfigError(f"{path}: {error}") from None
 
     @classmethod
     def from_hugging_face(cls, values: Mapping[str, Any]) -> "ModelConfig":
@@ -155,8 +138,8 @@ class ModelConfig:
             rope_theta=rope_theta,
             rope_scaling=rope_scaling,
             tie_word_embeddings=values.get("tie_word_embeddings", False),
-            bos_token_id=values.get("bos_token_id"),
-            eos_token_ids=_token_ids("eos_token_id", values.get("eos_token_id")),
+            bos_token_id=next(iter(token_ids("bos_token_id", values.get("bos_token_id"), ConfigError)), None),
+            eos_token_ids=token_ids("eos_token_id", values.get("eos_token_id"), ConfigError),
             dtype=_dtype_of(values),
         )
 
@@ -269,15 +252,6 @@ def _rope_of(values: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
     if missing:
         raise ConfigError(f'rope type "llama3" lacks {", ".join(missing)}')
     return theta, RopeScaling(**{name: rope[name] for name in names})
-
-
-def _token_ids(name: str, value: Any) -> tuple[int, ...]:
-    if value is None:
-        return ()
-    for token_id in value if isinstance(value, list) else [value]:
-        if isinstance(token_id, bool) or not isinstance(token_id, int):
-            raise ConfigError(f"{name} must be an integer or a list of integers, got {value!r}")
-    return tuple(value) if isinstance(value, list) else (value,)
 
 
 def _dtype_of(values: Mapping[str, Any]) -> str | None:

@@ -126,7 +126,7 @@ BAD = {
     "rope order": ({"rope_scaling": {**ROPE, "high_freq_factor": 0.5}}, "high_freq_factor .* must exceed"),
     "two ropes": ({"rope_parameters": {**ROPE, "factor": 32.0}}, "both given and differ"),
     "tie": ({"tie_word_embeddings": "yes"}, "tie_word_embeddings must be true or false"),
-    "eos type": ({"eos_token_id": "</s>"}, "eos_token_id must be an integer or a list"),
+    "eos type": ({"eos_token_id": "</s>"}, "eos_token_id must be a token id or a list"),
     "eos range": ({"eos_token_id": [128256]}, "eos_token_id must be an integer in"),
     "dtype": ({"torch_dtype": "int8"}, "dtype must be one of .* got 'int8'"),
 }

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import models, pre_tokenizers
 
+from llama.api.errors import CheckpointError
 from llama.text.tokenizer import Tokenizer
 from tests.text.helpers import BOS, EOT, LLAMA_SPECIAL, llama_backend, sentencepiece_backend, write_checkpoint
 
@@ -173,7 +174,7 @@ def test_a_vocabulary_larger_than_the_models_is_refused(llama_tokenizer):
         ),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "Git LFS pointer"),
         (b"<!DOCTYPE html><html></html>", "HTML page"),
-        (b"\xff\xfe{}", "not UTF-8"),
+        (b"\xff\xfe{}", "is not UTF-8"),
     ],
 )
 def test_a_broken_tokenizer_file_is_named_in_one_line(tmp_path, content, message):
@@ -185,17 +186,17 @@ def test_a_broken_tokenizer_file_is_named_in_one_line(tmp_path, content, message
 
 
 def test_missing_and_unsupported_files(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"tokenizer\.json"):
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json: there is no such file"):
         Tokenizer.from_pretrained(tmp_path / "absent")
     backend = llama_backend()
     backend.decoder = tokenizers.decoders.WordPiece()
     with pytest.raises(ValueError, match="decoder 'WordPiece' is not supported"):
         Tokenizer.from_pretrained(write_checkpoint(tmp_path, backend))
     (tmp_path / "tokenizer_config.json").write_text("[1")
-    with pytest.raises(ValueError, match=r"tokenizer_config\.json is not valid JSON"):
+    with pytest.raises(ValueError, match=r"tokenizer_config\.json: is not JSON"):
         Tokenizer.from_pretrained(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text("[1]")
-    with pytest.raises(ValueError, match=r"tokenizer_config\.json must hold a JSON object"):
+    with pytest.raises(ValueError, match=r"tokenizer_config\.json: must hold a JSON object"):
         Tokenizer.from_pretrained(tmp_path)
 
 

@@ -272,7 +272,7 @@ def test_what_is_missing_is_named_with_its_path(tmp_path, gone, options, message
     assert not (tmp_path / "hf").exists()
 
 
-@pytest.mark.parametrize(("text", "message"), [("{", "params.json is not JSON"), ("[]", "holds no JSON object")])
+@pytest.mark.parametrize(("text", "message"), [("{", "params.json: is not JSON"), ("[]", "must hold a JSON object")])
 def test_params_that_cannot_be_read_are_named(tmp_path, text, message):
     write_meta(tmp_path / "meta", PARAMS, {"norm.weight": torch.ones(64)}, 1)
     (tmp_path / "meta" / "params.json").write_text(text)

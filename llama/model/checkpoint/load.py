@@ -1,6 +1,5 @@
 """From a Hugging Face folder to a Transformer: every file and name checked first, then one pass over the data."""
 
-import json
 import os
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -11,6 +10,7 @@ import torch
 from tqdm import tqdm
 
 from llama.api.errors import CheckpointError
+from llama.files import read_json
 from llama.model.checkpoint.layout import Entry, layout
 from llama.model.checkpoint.shards import StoredTensor, read_header, read_into
 from llama.model.config import DTYPES, ModelConfig
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
+MAX_INDEX_BYTES = 2**26
 _THREADS = 4
 
 
@@ -66,13 +67,11 @@ def find_tensors(folder: Path) -> dict[str, StoredTensor]:
 
 
 def _from_index(path: Path) -> dict[str, StoredTensor]:
-    try:
-        weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-        items = list(weight_map.items())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise CheckpointError(f'{path}: is not a JSON object with a "weight_map"') from None
+    weight_map = read_json(path, limit=MAX_INDEX_BYTES).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise CheckpointError(f'{path}: has no object "weight_map"')
     shards: dict[str, set[str]] = {}
-    for name, shard in items:
+    for name, shard in weight_map.items():
         if not isinstance(shard, str) or Path(shard).name != shard or not shard.endswith(".safetensors"):
             raise CheckpointError(f"{path}: {name} is said to lie in {shard!r}, which is no safetensors file's name")
         shards.setdefault(shard, set()).add(name)

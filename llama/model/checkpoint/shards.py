@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from llama.api.errors import CheckpointError
+from llama.files import open_regular, unique_keys
 
 DTYPES = {
     "F64": torch.float64,
@@ -65,7 +66,7 @@ class StoredTensor:
 def read_header(path: Path) -> list[StoredTensor]:
     """Every tensor of a safetensors file, in file order. Raises CheckpointError for anything malformed or truncated."""
     try:
-        with path.open("rb", buffering=0) as file:
+        with open_regular(path) as file:
             size = path.stat().st_size
             start = file.read(64)
             length = int.from_bytes(start[:8], "little")
@@ -82,11 +83,11 @@ def read_header(path: Path) -> list[StoredTensor]:
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
     try:
-        header = json.loads(text.decode("utf-8"), object_pairs_hook=_unique)
-    except CheckpointError as error:
-        raise CheckpointError(f"{path}: {error}") from None
-    except (ValueError, RecursionError):
+        header = json.loads(text.decode("utf-8"), object_pairs_hook=unique_keys)
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError):
         raise CheckpointError(f"{path}: its safetensors header is not JSON") from None
+    except ValueError as error:
+        raise CheckpointError(f"{path}: in its safetensors header, {error}") from None
     if not isinstance(header, dict):
         raise CheckpointError(f"{path}: its safetensors header is not a JSON object")
     tensors = [_stored(path, 8 + length, name, e) for name, e in header.items() if name != "__metadata__"]
@@ -100,15 +101,6 @@ def read_header(path: Path) -> list[StoredTensor]:
         what = "is truncated" if end > size else "has bytes after its last tensor"
         raise CheckpointError(f"{path}: {what}: {size} bytes, its header describes {end}")
     return tensors
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise CheckpointError(f"its header names {twice} twice")
-    return result
 
 
 _ITEM_SIZES = {"BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "I16": 2, "U16": 2, "F16": 2, "BF16": 2}
@@ -134,7 +126,7 @@ def _stored(path: Path, data_start: int, name: str, entry: Any) -> StoredTensor:
 def read_into(stored: StoredTensor, target: Tensor) -> None:
     """Fill a contiguous `target` of the stored shape, on any device and in any float dtype."""
     flat = target.view(-1)
-    with stored.path.open("rb", buffering=0) as file:
+    with open_regular(stored.path) as file:
         file.seek(stored.offset)
         if target.device.type == "cpu" and target.dtype == stored.dtype:
             _read_exactly(file, stored, flat)

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from llama.api.errors import AdapterError
+from llama.files import named, read_json
 from llama.model.config import ModelConfig
 
-MAX_CONFIG_BYTES = 1 << 20
 PATTERN_SECONDS = 10.0
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -65,26 +65,10 @@ def module_names(config: ModelConfig) -> list[str]:
 def read_adapter_config(folder: Path, config: ModelConfig) -> list[AdaptedModule]:
     """The modules that `folder`'s adapter_config.json adapts. AdapterError for what is malformed or not plain LoRA."""
     path = folder / "adapter_config.json"
-    values = _read_json(path)
-    try:
+    values = read_json(path, error=AdapterError, hint="a PEFT adapter has one")
+    with named(path, AdapterError):
         _refuse_foreign(values)
         return _modules(values, module_names(config))
-    except AdapterError as error:
-        raise AdapterError(f"{path}: {error}") from None
-
-
-def _read_json(path: Path) -> Mapping[str, Any]:
-    try:
-        if path.stat().st_size > MAX_CONFIG_BYTES:
-            raise AdapterError(f"{path}: is larger than {MAX_CONFIG_BYTES} bytes")
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise AdapterError(f"{path}: cannot be read: {error.strerror}; a PEFT adapter has this file") from None
-    except (ValueError, RecursionError):
-        raise AdapterError(f"{path}: is not JSON") from None
-    if not isinstance(values, dict):
-        raise AdapterError(f"{path}: is not a JSON object")
-    return values
 
 
 def _refuse_foreign(values: Mapping[str, Any]) -> None:

@@ -8,14 +8,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
-from llama.api.errors import ChatTemplateError, ParameterError
+from llama.api.errors import ChatTemplateError, CheckpointError, ParameterError
+from llama.files import named, read_text
 from llama.text.chat.builtin import REQUIRED_TOKENS, as_text, render_llama, with_calls_in_text, with_tools_in_text
 from llama.text.chat.prepare import prepare_messages, prepare_tools
 from llama.text.chat.safe_text import SafeText
 from llama.text.chat.sandbox import DEADLINE_SECONDS, Sandbox
 from llama.text.sandbox.chat_templates import make_environment
 from llama.text.tokenizer import Tokenizer
-from llama.text.tokenizer.files import read_json, read_text
+from llama.text.tokenizer.tokenizer import read_tokenizer_config
 
 MAX_TEMPLATE_CHARACTERS = 2**18
 _DEFAULT, _TOOL_USE = "default", "tool_use"
@@ -44,13 +45,11 @@ class ChatTemplate:
 
     @classmethod
     def from_pretrained(cls, path: str | Path, tokenizer: Tokenizer) -> Self:
-        """chat_template.jinja wins over the field in tokenizer_config.json. Raises ValueError that names the file."""
+        """chat_template.jinja wins over the field in tokenizer_config.json. Raises CheckpointError, naming the file."""
         folder = Path(path)
         file, templates = _read_templates(folder)
-        try:
+        with named(file):
             return cls(tokenizer, templates)
-        except ValueError as error:
-            raise ValueError(f"{file}: {error}") from None
 
     def render(
         self,
@@ -168,7 +167,7 @@ def _read_templates(folder: Path) -> tuple[Path, dict[str, str] | None]:
         others = sorted((folder / "additional_chat_templates").glob("*.jinja"))
         return file, {other.stem: read_text(other) for other in others} | {_DEFAULT: read_text(file)}
     file = folder / "tokenizer_config.json"
-    found = read_json(file).get("chat_template")
+    found = read_tokenizer_config(folder).get("chat_template")
     if found is None:
         return file, None
     if isinstance(found, str):
@@ -177,5 +176,5 @@ def _read_templates(folder: Path) -> tuple[Path, dict[str, str] | None]:
         isinstance(t, dict) and isinstance(t.get("name"), str) and isinstance(t.get("template"), str) for t in found
     )
     if not is_list:
-        raise ValueError(f"{file}: chat_template must be a string or a list of {{name, template}}")
+        raise CheckpointError(f"{file}: chat_template must be a string or a list of {{name, template}}")
     return file, {t["name"]: t["template"] for t in found}

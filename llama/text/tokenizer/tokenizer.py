@@ -14,11 +14,13 @@ from typing import Any, Self
 
 import tokenizers
 
-from llama.api.errors import ParameterError
-from llama.text.tokenizer.files import read_json, read_text
+from llama.api.errors import CheckpointError, ParameterError
+from llama.files import named, read_json_if_there, read_text, token_ids
 from llama.text.tokenizer.incremental import IncrementalDecoder
 from llama.text.tokenizer.pieces import PieceDecoder, piece_decoder
 
+MAX_TOKENIZER_BYTES = 2**28
+MAX_TOKENIZER_CONFIG_BYTES = 2**24  # it may list every added token, and hold chat templates
 _PROBE = "a"
 # `encode` holds the interpreter's lock: seconds for megabytes. The batch form releases it, and wakes other threads.
 _SHORT_TEXT = 4096
@@ -54,21 +56,19 @@ class Tokenizer:
     def from_pretrained(cls, path: str | Path) -> Self:
         """Reads tokenizer.json, tokenizer_config.json and the BOS and EOS ids of (generation_)config.json.
 
-        Raises FileNotFoundError or ValueError, in one line that names the file.
+        Raises CheckpointError, in one line that names the file.
         """
         folder = Path(path)
         file = folder / "tokenizer.json"
-        text = read_text(file)
+        text = read_text(file, limit=MAX_TOKENIZER_BYTES)
         try:
             backend = tokenizers.Tokenizer.from_str(text)
         except Exception as error:  # tokenizers raises a bare Exception for whatever its parser finds
-            raise ValueError(f"{file} is not a usable tokenizer: {_one_line(error)}") from None
-        config = read_json(folder / "special_tokens_map.json") | read_json(folder / "tokenizer_config.json")
+            raise CheckpointError(f"{file}: is not a usable tokenizer: {_one_line(error)}") from None
+        config = read_json_if_there(folder / "special_tokens_map.json") | read_tokenizer_config(folder)
         eos, bos = _model_ids(folder)
-        try:
+        with named(file):
             return cls(backend, config=config, eos_token_ids=eos, bos_token_id=bos)
-        except ValueError as error:
-            raise ValueError(f"{file}: {error}") from None
 
     # Text to ids
 
@@ -192,6 +192,11 @@ class Tokenizer:
         return prefix, suffix
 
 
+def read_tokenizer_config(folder: Path) -> dict[str, Any]:
+    """tokenizer_config.json, empty where there is none."""
+    return read_json_if_there(folder / "tokenizer_config.json", limit=MAX_TOKENIZER_CONFIG_BYTES)
+
+
 def check_unicode(text: str, field: str | None = None) -> None:
     """Raises ParameterError, about this field of a request, for a lone surrogate, which no UTF-8 text can hold."""
     try:
@@ -264,21 +269,14 @@ def _named_tokens(config: Mapping[str, Any]) -> dict[str, str]:
 
 def _model_ids(folder: Path) -> tuple[frozenset[int], int | None]:
     """EOS ids and the BOS id of generation_config.json, else of config.json."""
-    eos, bos = None, None
-    for name in ("generation_config.json", "config.json"):
-        values = read_json(folder / name)
-        if eos is None and (found := values.get("eos_token_id")) is not None:
-            eos = frozenset(_checked_ids(folder / name, "eos_token_id", found))
-        if bos is None and (found := values.get("bos_token_id")) is not None:
-            bos = _checked_ids(folder / name, "bos_token_id", found)[0]
-    return eos or frozenset(), bos
-
-
-def _checked_ids(file: Path, key: str, value: Any) -> list[int]:
-    ids = value if isinstance(value, list) else [value]
-    if not ids or any(isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in ids):
-        raise ValueError(f"{file}: {key} must be a token id or a list of them, found {value!r}")
-    return ids
+    found: dict[str, tuple[int, ...]] = {}
+    for file in (folder / "generation_config.json", folder / "config.json"):
+        values = read_json_if_there(file)
+        for key in ("eos_token_id", "bos_token_id"):
+            if not found.get(key):
+                with named(file):
+                    found[key] = token_ids(key, values.get(key))
+    return frozenset(found["eos_token_id"]), next(iter(found["bos_token_id"]), None)
 
 
 def _one_line(error: BaseException) -> str:
