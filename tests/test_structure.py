@@ -29,6 +29,7 @@ IMPORT_ORDER = {
         llm
         async_llm
         server
+        batch
         cli""",
     "llama.model": """
         config generation_config module

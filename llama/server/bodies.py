@@ -42,6 +42,11 @@ def parse_body(body: bytes | bytearray, schema: type[Model]) -> Model:
         raise bad_input(f"the body is not valid JSON: {error}") from None
     if not isinstance(value, dict):
         raise bad_input(mismatch((), "object", value))
+    return validated(value, schema)
+
+
+def validated(value: dict[str, Any], schema: type[Model]) -> Model:
+    """A body that has been parsed as `schema`. Raises ApiError."""
     if len(value) > _MAX_FIELDS:
         raise bad_input(f"the body has {len(value)} fields, more than {_MAX_FIELDS}")
     try:

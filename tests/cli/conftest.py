@@ -1,39 +1,19 @@
-import dataclasses
-import itertools
 import json
 
-import make_tiny
 import pytest
-import torch
-from safetensors.torch import save_file
 
 from llama.model.config import ModelConfig
+from tests.tiny_checkpoint import make_adapter, make_model
 
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory) -> str:
-    """A checkpoint with random weights and a tokenizer of bytes, chat in the Llama 3.1 format."""
-    folder = tmp_path_factory.mktemp("cli") / "tiny"
-    config = dataclasses.replace(make_tiny.TINY, max_position_embeddings=256)
-    make_tiny.make(folder, config, dtype="float32", seed=0)
-    return str(folder)
+    return make_model(tmp_path_factory.mktemp("cli") / "tiny")
 
 
 @pytest.fixture(scope="session")
-def adapter(tiny, tmp_path_factory) -> str:
-    """A PEFT adapter of all q_proj and v_proj of the tiny model, strong enough to change its answers."""
-    folder = tmp_path_factory.mktemp("adapter")
-    sizes = {"q_proj": 64, "v_proj": 32}
-    options = {"peft_type": "LORA", "r": 4, "lora_alpha": 64, "target_modules": list(sizes)}
-    (folder / "adapter_config.json").write_text(json.dumps(options))
-    generator = torch.Generator().manual_seed(0)
-    tensors = {}
-    for layer, (name, size) in itertools.product(range(2), sizes.items()):
-        module = f"base_model.model.model.layers.{layer}.self_attn.{name}"
-        tensors[f"{module}.lora_A.weight"] = torch.randn(4, 64, generator=generator)
-        tensors[f"{module}.lora_B.weight"] = torch.randn(size, 4, generator=generator)
-    save_file(tensors, folder / "adapter_model.safetensors")
-    return str(folder)
+def adapter(tmp_path_factory) -> str:
+    return make_adapter(tmp_path_factory.mktemp("adapter"))
 
 
 @pytest.fixture

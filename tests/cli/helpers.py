@@ -4,10 +4,7 @@ from llama.cli import main
 
 
 def run(capsys, *arguments: str) -> tuple[int, str, str]:
-    try:
-        code = main(arguments)
-    except SystemExit as stop:  # after --help and --version
-        code = stop.code
+    code = main(arguments)
     captured = capsys.readouterr()
     return code, captured.out, captured.err
 

@@ -12,7 +12,7 @@ from llama.server.errors import Dialect, bad_input
 from llama.server.openai.answers import frame, new_id, now, top_of, usage_of, value_of
 from llama.server.openai.sampling import sampling_params
 from llama.server.openai.schema import ChatRequest
-from llama.server.service import Answer, Ask, Service
+from llama.server.service import Answer, Ask, Record, Service
 from llama.server.streaming import DONE, EventStream, unless_gone
 from llama.text.tool_calls import ToolCall
 
@@ -23,19 +23,20 @@ def chat_endpoint(service: Service) -> Endpoint:
     async def chat(request: Request) -> Response:
         """Answer a conversation."""
         body = await read_body(request, service, ChatRequest)
-        ask = await _ask(body, service)
-        writer = _Writer(body, service)
+        record = request.state.record
         if body.stream:
-            answer = await unless_gone(request, service.answer(ask, request.state.record))
-            return EventStream(writer.chunks(answer), [answer], Dialect.OPENAI)
-
-        async def work() -> dict[str, Any]:
-            async with await service.answer(ask, request.state.record) as answer:
-                return writer.whole(answer, await answer.whole())
-
-        return json_response(await unless_gone(request, work()))
+            answer = await unless_gone(request, service.answer(await _ask(body, service), record))
+            return EventStream(_Writer(body, service).chunks(answer), [answer], Dialect.OPENAI)
+        return json_response(await unless_gone(request, answer_chat(body, service, record)))
 
     return chat
+
+
+async def answer_chat(body: ChatRequest, service: Service, record: Record) -> dict[str, Any]:
+    """The whole answer. Raises ApiError."""
+    writer = _Writer(body, service)
+    async with await service.answer(await _ask(body, service), record) as answer:
+        return writer.whole(answer, await answer.whole())
 
 
 async def _ask(body: ChatRequest, service: Service) -> Ask:

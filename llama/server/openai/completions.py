@@ -29,22 +29,22 @@ def completions_endpoint(service: Service) -> Endpoint:
     async def completions(request: Request) -> Response:
         """Write on from one prompt or several."""
         body = await read_body(request, service, CompletionRequest)
-        asks = await _asks(body, service)
         record = request.state.record
         if body.stream:
-            answers = await unless_gone(request, _submit(asks, service, record))
+            answers = await unless_gone(request, _submit(await _asks(body, service), service, record))
             return EventStream(_chunks(answers, body, service), answers, Dialect.OPENAI)
-
-        async def work() -> dict[str, Any]:
-            async with AsyncExitStack() as stack:
-                answers = await _submit(asks, service, record)
-                for answer in answers:
-                    stack.callback(answer.close)
-                return await _whole(answers, body, service)
-
-        return json_response(await unless_gone(request, work()))
+        return json_response(await unless_gone(request, answer_completion(body, service, record)))
 
     return completions
+
+
+async def answer_completion(body: CompletionRequest, service: Service, record: Record) -> dict[str, Any]:
+    """The whole answer. Raises ApiError."""
+    async with AsyncExitStack() as stack:
+        answers = await _submit(await _asks(body, service), service, record)
+        for answer in answers:
+            stack.callback(answer.close)
+        return await _whole(answers, body, service)
 
 
 async def _submit(asks: list[Ask], service: Service, record: Record) -> list[Answer]:

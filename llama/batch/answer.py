@@ -1,0 +1,57 @@
+"""From a line to its output line, by the code that answers the same request over HTTP."""
+
+import hashlib
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from llama.async_llm.async_llm import AsyncLLM
+from llama.batch.lines import Line
+from llama.server.bodies import validated
+from llama.server.config import ServerConfig
+from llama.server.errors import ApiError, Dialect, bad_input
+from llama.server.openai.chat import answer_chat
+from llama.server.openai.completions import answer_completion
+from llama.server.openai.schema import ChatRequest, CompletionRequest
+from llama.server.service import Record, Service
+
+_ENDPOINTS: dict[str, tuple[type[Any], Callable[..., Awaitable[dict[str, Any]]]]] = {
+    "/v1/chat/completions": (ChatRequest, answer_chat),
+    "/v1/completions": (CompletionRequest, answer_completion),
+}
+
+
+class Answerer:
+    """Answers lines, any number at a time. With a `seed`, a line that names none has one made of it and the custom_id,
+    so that its answer depends on neither order nor neighbours."""
+
+    def __init__(self, llm: AsyncLLM, config: ServerConfig, seed: int | None = None) -> None:
+        self._service = Service(llm, config)
+        self._seed = seed
+
+    async def __call__(self, line: Line) -> dict[str, Any]:
+        """The output line. Raises EngineDeadError where no other line can be answered either."""
+        assert line.body is not None
+        schema, endpoint = _ENDPOINTS[line.url]
+        try:
+            body = validated(self._seeded(line), schema)
+            if body.stream:
+                raise bad_input("stream must be false or absent in a batch", "stream")
+            answer = await endpoint(body, self._service, Record(line.id))
+        except ApiError as error:
+            return self._refused(line, error)
+        return line.answered(200, answer)
+
+    def _seeded(self, line: Line) -> dict[str, Any]:
+        body = dict(line.body or {})
+        if self._seed is not None and body.get("seed") is None:
+            digest = hashlib.sha256(f"{self._seed}:{line.custom_id}".encode()).digest()
+            body["seed"] = int.from_bytes(digest[:6], "big")  # JSON's integers are exact below 2**53
+        return body
+
+    def _refused(self, line: Line, error: ApiError) -> dict[str, Any]:
+        status = error.status_in(Dialect.OPENAI)
+        if status < 500:
+            return line.answered(status, error.body(Dialect.OPENAI))
+        if self._service.llm.is_dead:
+            self._service.llm.check_accepts()  # raises
+        return line.failed(error.name or error.kind, error.message_openai)

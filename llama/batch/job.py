@@ -1,0 +1,122 @@
+"""A batch file's way from its input to its output, whoever answers the lines.
+
+Reads as far as it answers: memory does not grow with the files. Each output line is written as soon as it is known, so
+a run can be killed at any time and started again: it goes on with what has no answer yet.
+"""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from llama.batch.lines import Line, Settings, count_lines, read_lines
+from llama.batch.output import OutputFile
+
+Answer = Callable[[Line], Awaitable[dict[str, Any]]]
+
+
+@dataclass(slots=True)
+class Counts:
+    """Lines: answered by an earlier run, answered by this one, rejected with a 4xx, failed."""
+
+    kept: int = 0
+    answered: int = 0
+    rejected: int = 0
+    failed: int = 0
+
+    def __str__(self) -> str:
+        total = self.kept + self.answered + self.rejected + self.failed
+        kept = f" ({self.kept:,} of them by an earlier run)" if self.kept else ""
+        answered = self.kept + self.answered
+        return f"{total:,} lines: {answered:,} answered{kept}, {self.rejected:,} rejected, {self.failed:,} failed"
+
+
+class Job:
+    """Opens both files, before any model is loaded. `settings`: what else the answers depend on, for example the model
+    and its dtype; an output that was begun with others is refused with a ValueError."""
+
+    def __init__(self, source: Path, output: Path, settings: Settings) -> None:
+        if output.exists() and source.samefile(output):
+            raise ValueError(f"the output is the input: {output}")
+        self._source = source
+        self._settings = settings
+        self.num_lines = count_lines(source)
+        self.output = OutputFile(output)
+        self.counts = Counts()
+        try:
+            self.num_pending = self.num_lines - self._num_answered(output)
+        except BaseException:
+            self.output.close()
+            raise
+
+    def __enter__(self) -> "Job":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.output.close()
+
+    def pending(self) -> Iterator[Line]:
+        """The lines that have no answer yet, in order."""
+        for line in read_lines(self._source, self._settings):
+            if line.id in self.output.answered:
+                self.counts.kept += 1
+            else:
+                yield line
+
+    def write(self, line: dict[str, Any]) -> None:
+        if line["error"] is not None:
+            self.counts.failed += 1
+        elif line["response"]["status_code"] >= 400:
+            self.counts.rejected += 1
+        else:
+            self.counts.answered += 1
+        self.output.write(line)
+
+    async def run(self, answer: Answer, max_in_flight: int, show_progress: bool = True) -> None:
+        """Have every pending line answered, at most `max_in_flight` at a time. What `answer` raises ends the run."""
+        pending = self.pending()
+        with progress(self, show_progress) as bar:
+
+            async def work() -> None:
+                for line in pending:
+                    if line.refusal is None:
+                        self.write(await answer(line))
+                    else:
+                        self.write(line.failed(line.refusal.code, line.refusal.message))
+                        await asyncio.sleep(0)
+                    bar.update()
+
+            workers = [asyncio.ensure_future(work()) for _ in range(max_in_flight)]
+            try:
+                await asyncio.gather(*workers)
+            finally:
+                for worker in workers:
+                    worker.cancel()
+                await asyncio.gather(*workers, return_exceptions=True)
+
+    def _num_answered(self, output: Path) -> int:
+        answered = self.output.answered
+        if not answered:
+            return 0
+        num_asked = sum(line.id in answered for line in read_lines(self._source, self._settings))
+        if num_asked < len(answered):
+            raise ValueError(
+                f"{output} answers {len(answered) - num_asked} lines that this run does not ask, or not with this "
+                "model and these settings: name another output, or remove it"
+            )
+        return num_asked
+
+
+def progress(job: Job, shown: bool) -> "tqdm[Any]":
+    """A bar over the job's lines."""
+    # disable=None lets tqdm itself be silent where stderr is no terminal
+    return tqdm(
+        total=job.num_lines,
+        initial=job.num_lines - job.num_pending,
+        desc="Lines",
+        unit="line",
+        disable=None if shown else True,
+    )
