@@ -14,7 +14,7 @@ from llama.server.cloudflare.schema import RunRequest
 from llama.server.errors import ApiError
 from llama.server.openai.schema import ChatRequest
 from llama.server.run import _read_vocabulary
-from llama.text.sandbox import STANDS_BACK, Worker, WorkerError
+from llama.text.sandbox import LOW_PRIORITY, Worker, WorkerError
 from tests.model.models import tiny_model
 from tests.server.helpers import PATIENCE, RUN, begin, read_all, real_llm, running, scripted_llm, until, user
 
@@ -115,7 +115,7 @@ def test_large_renderings_have_a_process_of_their_own():
     assert worker.ask(large | {"variables": large["variables"] | {"n": 0}}) == "done"
     processes = [worker._process, worker._for_large._process]
     here = os.nice(0)
-    assert [os.getpriority(os.PRIO_PROCESS, p.pid) - here for p in processes] == [0, STANDS_BACK]
+    assert [os.getpriority(os.PRIO_PROCESS, p.pid) - here for p in processes] == [0, LOW_PRIORITY]
     # In one session, where niceness counts, but out of reach of the terminal's interrupts.
     assert {os.getsid(p.pid) for p in processes} == {os.getsid(0)}
     assert not {os.getpgid(p.pid) for p in processes} & {os.getpgid(0)}

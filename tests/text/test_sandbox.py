@@ -12,7 +12,7 @@ from contextlib import contextmanager
 import pytest
 
 from llama.api.errors import ChatTemplateError
-from llama.text.chat.sandbox import Sandbox
+from llama.text.chat.renderer import TemplateRenderer
 
 HOSTILE = {
     "endless": "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
@@ -29,16 +29,16 @@ HOSTILE = {
 
 
 @contextmanager
-def closing_sandbox(templates, **options):
-    sandbox = Sandbox(templates, **options)
-    yield sandbox
-    sandbox.worker.close()
+def closing_renderer(templates, **options):
+    renderer = TemplateRenderer(templates, **options)
+    yield renderer
+    renderer.worker.close()
 
 
 @pytest.fixture(scope="module")
 def hostile():
-    with closing_sandbox({**HOSTILE, "fine": "{{ text }}"}, deadline_seconds=2.0) as sandbox:
-        yield sandbox
+    with closing_renderer({**HOSTILE, "fine": "{{ text }}"}, deadline_seconds=2.0) as renderer:
+        yield renderer
 
 
 @pytest.mark.parametrize("name", HOSTILE)
@@ -52,8 +52,8 @@ def test_hostile_templates_end_with_an_error(hostile, name):
 def test_compilation_has_a_deadline_too():
     """jinja2 computes constant expressions when it compiles."""
     source = "{{ 10 ** (10 ** 9) }}"
-    with closing_sandbox({"default": source}, deadline_seconds=1.0) as sandbox, pytest.raises(ChatTemplateError):
-        sandbox.render("default", {})
+    with closing_renderer({"default": source}, deadline_seconds=1.0) as renderer, pytest.raises(ChatTemplateError):
+        renderer.render("default", {})
 
 
 REFUSED = {
@@ -68,8 +68,8 @@ REFUSED = {
 
 @pytest.fixture(scope="module")
 def refusing():
-    with closing_sandbox(REFUSED) as sandbox:
-        yield sandbox
+    with closing_renderer(REFUSED) as renderer:
+        yield renderer
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -80,10 +80,10 @@ def test_what_the_sandbox_refuses(refusing, name):
 
 def test_a_filter_that_does_not_exist():
     with (
-        closing_sandbox({"default": "{{ 1 | no_such_filter }}"}) as sandbox,
+        closing_renderer({"default": "{{ 1 | no_such_filter }}"}) as renderer,
         pytest.raises(ChatTemplateError, match="no_such"),
     ):
-        sandbox.render("default", {})
+        renderer.render("default", {})
 
 
 FEATURES = [
@@ -100,37 +100,37 @@ FEATURES = [
 
 
 def test_what_templates_rely_on():
-    with closing_sandbox({str(i): source for i, (source, _, _) in enumerate(FEATURES)}) as sandbox:
+    with closing_renderer({str(i): source for i, (source, _, _) in enumerate(FEATURES)}) as renderer:
         for i, (_, x, expected) in enumerate(FEATURES):
-            assert sandbox.render(str(i), {"x": x}) == expected
+            assert renderer.render(str(i), {"x": x}) == expected
 
 
 def test_raise_exception_gives_its_own_message():
     source = "{{ raise_exception('roles must alternate') }}"
     message = r"^chat template: roles must alternate$"
-    with closing_sandbox({"x": source}) as sandbox, pytest.raises(ChatTemplateError, match=message):
-        sandbox.render("x", {})
+    with closing_renderer({"x": source}) as renderer, pytest.raises(ChatTemplateError, match=message):
+        renderer.render("x", {})
 
 
 def test_many_threads_share_one_process():
-    with closing_sandbox({"default": "{{ x }}"}) as sandbox, ThreadPoolExecutor(8) as pool:
+    with closing_renderer({"default": "{{ x }}"}) as renderer, ThreadPoolExecutor(8) as pool:
         texts = [str(i) * 50 for i in range(200)]
-        assert list(pool.map(lambda x: sandbox.render("default", {"x": x}), texts)) == texts
+        assert list(pool.map(lambda x: renderer.render("default", {"x": x}), texts)) == texts
 
 
 def test_a_large_text_passes():
     text = "é" * 2_000_000
-    with closing_sandbox({"default": "{{ x }}"}) as sandbox:
-        assert sandbox.render("default", {"x": text}) == text
+    with closing_renderer({"default": "{{ x }}"}) as renderer:
+        assert renderer.render("default", {"x": text}) == text
 
 
 def test_values_that_are_not_json():
-    with closing_sandbox({"default": ""}) as sandbox, pytest.raises(ValueError, match="must be JSON values"):
-        sandbox.render("default", {"x": {1, 2}})
+    with closing_renderer({"default": ""}) as renderer, pytest.raises(ValueError, match="must be JSON values"):
+        renderer.render("default", {"x": {1, 2}})
 
 
-def worker_of(sandbox):
-    return sandbox.worker._process.pid
+def worker_of(renderer):
+    return renderer.worker._process.pid
 
 
 def is_alive(pid):
@@ -142,35 +142,35 @@ def is_alive(pid):
 
 
 def test_close_and_collection_end_the_process():
-    sandbox = Sandbox({"default": "a"})
-    sandbox.worker.close()
-    assert sandbox.render("default", {}) == "a"
-    pid = worker_of(sandbox)
+    renderer = TemplateRenderer({"default": "a"})
+    renderer.worker.close()
+    assert renderer.render("default", {}) == "a"
+    pid = worker_of(renderer)
     assert is_alive(pid)
-    sandbox.worker.close()
+    renderer.worker.close()
     assert not is_alive(pid)
-    assert sandbox.render("default", {}) == "a"
-    pid = worker_of(sandbox)
-    del sandbox
+    assert renderer.render("default", {}) == "a"
+    pid = worker_of(renderer)
+    del renderer
     assert not is_alive(pid)
 
 
 def test_a_worker_that_dies_is_replaced():
-    with closing_sandbox({"default": "a"}) as sandbox:
-        sandbox.render("default", {})
-        os.kill(worker_of(sandbox), 9)
-        sandbox.worker._process.wait()
-        assert sandbox.render("default", {}) == "a"
+    with closing_renderer({"default": "a"}) as renderer:
+        renderer.render("default", {})
+        os.kill(worker_of(renderer), 9)
+        renderer.worker._process.wait()
+        assert renderer.render("default", {}) == "a"
 
 
 def test_a_worker_that_dies_while_it_renders_is_an_error():
-    with closing_sandbox(
+    with closing_renderer(
         {"default": "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"}
-    ) as sandbox:
-        killer = threading.Thread(target=lambda: (time.sleep(1), os.kill(worker_of(sandbox), 9)))
+    ) as renderer:
+        killer = threading.Thread(target=lambda: (time.sleep(1), os.kill(worker_of(renderer), 9)))
         killer.start()
         with pytest.raises(ChatTemplateError, match="ended the process"):
-            sandbox.render("default", {})
+            renderer.render("default", {})
         killer.join()
 
 

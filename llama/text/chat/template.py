@@ -1,7 +1,7 @@
 """ChatTemplate: messages and tools in, one prompt out, as text or as token ids.
 
 Messages are prepared (prepare.py), control tokens in them are hidden (safe_text.py), the checkpoint's template runs in
-a process of its own (sandbox.py), and what was hidden is encoded as plain text. The template writes BOS itself.
+a process of its own (renderer.py), and what was hidden is encoded as plain text. The template writes BOS itself.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,8 +12,8 @@ from llama.api.errors import ChatTemplateError, CheckpointError, ParameterError
 from llama.files import named, read_text
 from llama.text.chat.builtin import REQUIRED_TOKENS, as_text, render_llama, with_calls_in_text, with_tools_in_text
 from llama.text.chat.prepare import prepare_messages, prepare_tools
+from llama.text.chat.renderer import DEADLINE_SECONDS, TemplateRenderer
 from llama.text.chat.safe_text import SafeText
-from llama.text.chat.sandbox import DEADLINE_SECONDS, Sandbox
 from llama.text.sandbox.chat_templates import make_environment
 from llama.text.tokenizer import Tokenizer
 from llama.text.tokenizer.tokenizer import read_tokenizer_config
@@ -36,12 +36,12 @@ class ChatTemplate:
         """`templates` by name, at least "default"; None for the built-in Llama 3.1 format."""
         self._tokenizer = tokenizer
         self._names: dict[str, frozenset[str]] = {}  # template: what it reads
-        self._sandbox: Sandbox | None = None
+        self._renderer: TemplateRenderer | None = None
         if templates:
             if _DEFAULT not in templates:
                 raise ValueError(f"chat_template: no template is called 'default', only {sorted(templates)}")
             self._names = {name: _mentioned_names(source) for name, source in templates.items()}
-            self._sandbox = Sandbox(templates, deadline_seconds=deadline_seconds)
+            self._renderer = TemplateRenderer(templates, deadline_seconds=deadline_seconds)
 
     @classmethod
     def from_pretrained(cls, path: str | Path, tokenizer: Tokenizer) -> Self:
@@ -90,8 +90,8 @@ class ChatTemplate:
 
     def close(self) -> None:
         """Ends the process that renders; the next rendering would start another."""
-        if self._sandbox is not None:
-            self._sandbox.worker.close()
+        if self._renderer is not None:
+            self._renderer.worker.close()
 
     def _rendered(
         self, messages: Any, tools: Any, add_generation_prompt: bool, arguments: Mapping[str, Any]
@@ -101,7 +101,7 @@ class ChatTemplate:
         name = _TOOL_USE if tools and _TOOL_USE in self._names else _DEFAULT
         names = self._names.get(name, frozenset())
         self._check_arguments(arguments, names)
-        if "tool_calls" not in names and self._sandbox is not None:
+        if "tool_calls" not in names and self._renderer is not None:
             messages = [with_calls_in_text(message) for message in messages]
         if "tools" not in names:
             messages = [message | {"content": as_text(message["content"])} for message in messages]
@@ -114,7 +114,7 @@ class ChatTemplate:
             arguments = safe.hide(arguments, "chat_template_kwargs")
         except RecursionError:
             raise ParameterError("messages, tools or template arguments are nested too deeply") from None
-        if self._sandbox is None:
+        if self._renderer is None:
             return safe, self._render_builtin(messages, add_generation_prompt)
         variables = {
             **self._tokenizer.template_tokens,
@@ -124,7 +124,7 @@ class ChatTemplate:
             "tools": tools,
             "add_generation_prompt": add_generation_prompt,
         }
-        return safe, self._sandbox.render(name, variables)
+        return safe, self._renderer.render(name, variables)
 
     def _render_builtin(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool) -> str:
         missing = [token for token in REQUIRED_TOKENS if token not in self._tokenizer.special_tokens]

@@ -16,7 +16,7 @@ from llama.api.errors import ParameterError, blamed_on
 from llama.text.chat.prepare import prepare_tools, tool_name
 from llama.text.grammar.matcher import Matcher, told
 from llama.text.grammar.schema import MAX_BYTES, prepared_schema, schema_of_response_format, schema_of_tool
-from llama.text.sandbox import STANDS_BACK, Worker, WorkerError
+from llama.text.sandbox import LOW_PRIORITY, Worker, WorkerError
 from llama.text.sandbox.grammars import parser_limits
 from llama.text.tokenizer import Tokenizer
 from llama.text.tokenizer.tokenizer import check_unicode
@@ -50,7 +50,7 @@ class GrammarCompiler:
         self._tokenizer = tokenizer
         self._vocab_size = vocab_size
         module = "llama.text.sandbox.grammars"
-        self._worker = Worker(module, {}, deadline_seconds=deadline_seconds, niceness=STANDS_BACK)
+        self._worker = Worker(module, {}, deadline_seconds=deadline_seconds, niceness=LOW_PRIORITY)
         self._lock = threading.Lock()
         self._kept: OrderedDict[str, Grammar] = OrderedDict()
 

@@ -1,6 +1,6 @@
-"""The process behind worker.Worker: it imports one module and answers requests until its input ends or it is killed.
+"""The process of a Worker: it imports one module and answers requests until its input ends or it is killed.
 
-A script of its own, started without site: the first frame brings the paths to import from. Standard input and output
+It is run as a script, without site: the first frame brings the paths to import from. Standard input and output
 carry frames: eight bytes of length, then JSON. First the module's name and the process's limits, then the argument of
 the module's `start`, then requests for the function that `start` returned. Each frame is answered by {"value"} or
 {"error"}.

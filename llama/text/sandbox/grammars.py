@@ -1,4 +1,4 @@
-"""Tries whether a grammar compiles, in a worker process: some take for ever, and nothing tells which."""
+"""Tries whether a grammar compiles, in a worker process: some never end, and nothing shows beforehand which."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -8,7 +8,7 @@ _MAX_ITEMS = 20_000
 
 
 def parser_limits() -> Any:
-    """llguidance's, with room for the largest schema that is let in; messages without what was generated."""
+    """llguidance's limits, raised for the largest schema that is accepted; messages do not quote the output."""
     from llguidance import LLParserLimits
 
     return LLParserLimits(max_items_in_row=_MAX_ITEMS, step_max_items=10 * _MAX_ITEMS, verbose_errors=False)

@@ -1,4 +1,4 @@
-"""Chat templates are programs that came with a file from the network: they run in a process that can be killed.
+"""Renders chat templates in a worker process: a template is a program that came with a downloaded file.
 
 jinja2's sandbox keeps a template from Python's internals; the worker process bounds its time and memory.
 """
@@ -13,7 +13,7 @@ DEADLINE_SECONDS = 5.0
 MAX_CHARACTERS = 16 * 2**20
 
 
-class Sandbox:
+class TemplateRenderer:
     """Renders named templates; about a millisecond each, one at a time."""
 
     def __init__(self, templates: Mapping[str, str], *, deadline_seconds: float = DEADLINE_SECONDS) -> None:
