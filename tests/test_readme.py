@@ -1,0 +1,55 @@
+"""README's Python, run word for word where a tiny model and an adapter stand at the paths it names."""
+
+import dataclasses
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import make_tiny
+import torch
+from safetensors.torch import save_file
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+# The token ids in README are those of a larger vocabulary than that of bytes.
+CONFIG = dataclasses.replace(make_tiny.TINY, vocab_size=8192)
+NO_NETWORK = """
+import socket
+def refuse(*arguments):
+    raise OSError(f"the network is asked for {arguments}")
+socket.getaddrinfo = socket.socket.connect = refuse
+"""
+AFTERWARDS = """
+assert logits.shape == (1, 5, 8192), logits.shape
+"""
+
+
+def make_adapter(folder: Path) -> None:
+    folder.mkdir()
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["o_proj"]}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    name, size = "base_model.model.model.layers.{}.self_attn.o_proj.lora_{}.weight", CONFIG.hidden_size
+    sides = {"A": torch.ones(2, size), "B": torch.ones(size, 2)}
+    layers = range(CONFIG.num_hidden_layers)
+    tensors = {name.format(layer, side): tensor.clone() for layer in layers for side, tensor in sides.items()}
+    save_file(tensors, folder / "adapter_model.safetensors")
+
+
+def test_the_python_blocks_run(tmp_path):
+    readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```python\n(.*?)^```", readme, re.MULTILINE | re.DOTALL)
+    make_tiny.make(tmp_path / "checkpoints/smollm2-135m-instruct", CONFIG, dtype="float32", seed=0)
+    make_adapter(tmp_path / "checkpoints/demo-adapter")
+    ran = subprocess.run(
+        [sys.executable, "-c", "\n".join([NO_NETWORK, *blocks, AFTERWARDS])],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert "The capital of France is" in ran.stdout
