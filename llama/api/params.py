@@ -5,7 +5,7 @@ import math
 import reprlib
 from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from numbers import Integral, Real
 from typing import Any, Literal, TypeVar
 
@@ -67,7 +67,7 @@ _Class = TypeVar("_Class", bound=type[Any])
 def _named_refusals(cls: _Class) -> _Class:
     """Class decorator: a name of another library's is refused with ours, before anything else is looked at."""
     generated: Callable[..., None] = cls.__init__
-    ours = {field.name for field in fields(cls)}
+    ours = {option.name for option in fields(cls)}
 
     @functools.wraps(generated)
     def init(self: Any, **given: Any) -> None:
@@ -86,6 +86,11 @@ def _named_refusals(cls: _Class) -> _Class:
     return cls
 
 
+def _option(default: Any, help: str) -> Any:
+    """A field whose line of help the command line shows."""
+    return field(default=default, metadata={"help": help})
+
+
 @_named_refusals
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
@@ -95,26 +100,26 @@ class SamplingParams:
     entropy, and the seed used comes back with the output. max_tokens=None means the rest of the context.
     """
 
-    n: int = 1
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    frequency_penalty: float = 0.0
-    presence_penalty: float = 0.0
-    logit_bias: Mapping[int, float] | None = None
-    seed: int | None = None
-    max_tokens: int | None = 256
-    min_tokens: int = 0
-    stop: str | SequenceOf[str] = ()
-    stop_token_ids: SequenceOf[int] = ()
-    include_stop_str_in_output: bool = False
-    ignore_eos: bool = False
-    logprobs: int | None = None
-    prompt_logprobs: int | None = None
-    logprobs_mode: Literal["raw", "processed"] = "raw"
-    response_format: Mapping[str, Any] | None = None
+    n: int = _option(1, "completions per prompt")
+    temperature: float = _option(1.0, "0 = greedy, up to 5")
+    top_p: float = _option(1.0, "keep the most probable tokens up to this share, 1 = off")
+    top_k: int = _option(0, "keep that many tokens, 0 = off")
+    min_p: float = _option(0.0, "keep tokens at least this probable relative to the best")
+    repetition_penalty: float = _option(1.0, "divide the logits of tokens already seen, 1 = off")
+    frequency_penalty: float = _option(0.0, "subtract this for each time a token was generated")
+    presence_penalty: float = _option(0.0, "subtract this if a token was generated")
+    logit_bias: Mapping[int, float] | None = _option(None, "add to the logits of these token ids")
+    seed: int | None = _option(None, "makes the answer repeatable")
+    max_tokens: int | None = _option(256, "the most tokens of an answer, none = the rest of the context")
+    min_tokens: int = _option(0, "no end before that many tokens")
+    stop: str | SequenceOf[str] = _option((), "end before any of these texts")
+    stop_token_ids: SequenceOf[int] = _option((), "end at any of these token ids")
+    include_stop_str_in_output: bool = _option(False, "keep the text that stopped the answer")
+    ignore_eos: bool = _option(False, "continue after the model's own end")
+    logprobs: int | None = _option(None, "log-probabilities of that many top tokens")
+    prompt_logprobs: int | None = _option(None, "the same for the prompt's tokens")
+    logprobs_mode: Literal["raw", "processed"] = _option("raw", "processed: after penalties, temperature and filters")
+    response_format: Mapping[str, Any] | None = _option(None, 'constrain the answer, such as {"type": "json_object"}')
 
     def __post_init__(self) -> None:
         put = functools.partial(object.__setattr__, self)

@@ -1,37 +1,38 @@
 """The `llama` command. Exit codes: 0, 2 for a command line that cannot be meant, 1 for a failure; one line on stderr
-says what to do. What a command needs is imported when it runs, so that --help answers at once."""
+says what to do. Each command is a module with `add_arguments` and `run`, which imports what it needs when it is called,
+so that --help answers at once."""
 
+import argparse
 import os
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 
-from llama.cli.usage import UsageError
+from llama import __version__
+from llama.cli.flags import Parser, UsageError
 
 _COMMANDS = {
     "chat": "talk with a model",
-    "generate": "write on from a prompt, or answer it",
+    "generate": "continue a prompt, or answer it",
     "serve": "serve a model over HTTP",
     "info": "say what a model is and what it needs",
 }
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    arguments = sys.argv[1:] if arguments is None else arguments
-    name = arguments[0] if arguments else ""
+    """Raises SystemExit(0) after --help and --version."""
+    words = sys.argv[1:] if arguments is None else arguments
+    if not words:
+        _parser().print_help(sys.stderr)
+        return 2
     try:
-        if name in ("-h", "--help"):
-            print(_help())
-            return 0
-        if not arguments:
-            print(_help(), file=sys.stderr)
-            return 2
-        if name not in _COMMANDS:
-            raise UsageError(f"{name!r} is not a command: there are {', '.join(_COMMANDS)}")
-        code = _run(name, arguments[1:])
+        options = parse(words)
+        code: int = options.run(options)
         sys.stdout.flush()
         return code
     except UsageError as error:
-        return _fail(2, f"{error}; llama {f'{name} ' if name in _COMMANDS else ''}--help says more")
+        command = f"{words[0]} " if words[0] in _COMMANDS else ""
+        return _fail(2, f"{error}; llama {command}--help says more")
     except BrokenPipeError:
         # Whoever read us has enough; Python must not find the closed pipe again when it exits.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -43,30 +44,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130  # what shells expect of an interrupted command
 
 
-def _run(name: str, arguments: Sequence[str]) -> int:
-    from llama.cli.flags import Chat, Generate, Serve, parse
-
-    command = parse(name, arguments)
-    if isinstance(command, Chat):
-        from llama.cli.chat import run_chat
-
-        return run_chat(command)
-    if isinstance(command, Generate):
-        from llama.cli.generate import run_generate
-
-        return run_generate(command)
-    if isinstance(command, Serve):
-        from llama.cli.serve import run_serve
-
-        return run_serve(command)
-    from llama.cli.info import run_info
-
-    return run_info(command)
+def parse(words: Sequence[str]) -> argparse.Namespace:
+    """What the command line says; `run` is the command's function, to be called with it. Raises UsageError."""
+    return _parser().parse(words)
 
 
-def _help() -> str:
-    lines = [f"  {name:10}{what}" for name, what in _COMMANDS.items()]
-    return "\n".join(["usage: llama COMMAND ...", "", *lines, "", "llama COMMAND --help lists what a command takes."])
+def _parser() -> Parser:
+    parser = Parser(prog="llama", epilog="llama COMMAND --help lists what a command takes.")
+    parser.add_argument("--version", action="version", version=f"llama-engine {__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    for name, text in _COMMANDS.items():
+        module = import_module(f"llama.cli.{name}")
+        command = commands.add_parser(name, help=text, description=module.DESCRIPTION)
+        module.add_arguments(command)
+        command.set_defaults(run=module.run, command=command)
+    return parser
 
 
 def _fail(code: int, message: str) -> int:

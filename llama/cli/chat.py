@@ -2,29 +2,40 @@
 
 import json
 import sys
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
 from llama.api.outputs import FinishReason
-from llama.cli.common import FAILED, Timed, load, named_adapter, params_for, sampling_values
-from llama.cli.flags import DEMO_MODEL, Chat
-from llama.cli.usage import UsageError
+from llama.cli.common import FAILED, Timed, add_single_request_flags, load, params_for, sampling_values
+from llama.cli.flags import Parser, UsageError, flag
 
+DESCRIPTION = """Talk with a model. /reset forgets the conversation, /save FILE keeps it, /quit leaves; Ctrl-C stops an
+answer."""
+DEMO_MODEL = "checkpoints/smollm2-135m-instruct"
 _HELP = "/reset forgets the conversation, /save FILE keeps it, /quit leaves"
 
 
-def run_chat(command: Chat) -> int:
-    values = sampling_values(command.sampling)
+def add_arguments(parser: Parser) -> None:
+    parser.usage = "%(prog)s [MODEL] [options]"
+    parser.add_argument(
+        "model", nargs="?", default=DEMO_MODEL, metavar="MODEL", help="folder of the checkpoint (%(default)s)"
+    )
+    parser.add_argument("--system", metavar="TEXT", help="the system message")
+    add_single_request_flags(parser)
+
+
+def run(options: Namespace) -> int:
+    values = sampling_values(options)
     if values.get("n", 1) > 1:
         raise UsageError("--n is for llama generate: a conversation has one answer")
     for name in ("logprobs", "prompt_logprobs"):
         if name in values:
-            raise UsageError(f"--{name.replace('_', '-')} is for llama generate --json: a chat shows texts")
-    adapter = named_adapter(command.lora)
-    if command.model == DEMO_MODEL and not Path(DEMO_MODEL).exists():
+            raise UsageError(f"{flag(name)} is for llama generate --json: a chat shows texts")
+    if options.model == DEMO_MODEL and not Path(DEMO_MODEL).exists():
         raise ValueError(f"{DEMO_MODEL}: there is no such folder; name another model, or run make demo-model")
-    llm = load(command.model, command.engine, max_num_seqs=1, adapter=adapter)
-    conversation = Conversation(llm, params_for(llm, values), command.system, adapter and adapter[0])
+    llm = load(options, max_num_seqs=1)
+    conversation = Conversation(llm, params_for(llm, values), options.system, options.lora and options.lora[0])
     if sys.stdin.isatty():
         import readline  # noqa: F401  its import gives input() a line editor
 

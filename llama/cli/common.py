@@ -1,111 +1,94 @@
-"""What chat and generate share: sampling flags to SamplingParams, loading, and the line with the rates."""
+"""What the commands that load a model share: their flags, loading, and the line with the rates."""
 
-import json
 import re
 import time
-from collections.abc import Iterable, Iterator
-from dataclasses import fields, replace
-from typing import Any
+from argparse import Namespace
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any, Literal
 
 from llama.api.outputs import Piece, Usage
 from llama.api.params import SamplingParams
-from llama.cli.flags import NO_TEXTS, EngineFlags, SamplingFlags
-from llama.cli.usage import UsageError
+from llama.cli.flags import Once, Parser, UsageError, add_fields, checked, given, named_adapter
+from llama.engine.config import EngineConfig
 
 # Beyond any that is published: who names one adapter of their own needs no limit on what requests may ask for.
 MAX_LORA_RANK = 1024
-DTYPES = ("auto", "float64", "float32", "float16", "bfloat16")
 FAILED = "the model failed while it wrote this answer"
 
 
-def sampling_values(flags: SamplingFlags) -> dict[str, Any]:
+def _option(default: Any, help: str) -> Any:
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadOptions:
+    """LLM's own arguments; all others are fields of EngineConfig."""
+
+    tokenizer: str | None = _option(None, "folder of the tokenizer (the model's)")
+    device: str = _option("auto", "auto, cpu, cuda or cuda:NUMBER")
+    dtype: Literal["auto", "float64", "float32", "float16", "bfloat16"] = _option(
+        "auto", "dtype of the weights, auto = the checkpoint's"
+    )
+    load_format: Literal["auto", "dummy"] = _option("auto", "dummy: random weights, from config.json alone")
+    check_weights: bool = _option(False, "refuse weights that are NaN or infinite")
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"auto|cpu|cuda(:[0-9]+)?", self.device):
+            raise ValueError(f"device must be auto, cpu, cuda or cuda:NUMBER, got {self.device!r}")
+
+
+def add_model_flags(parser: Parser, without: Sequence[str] = ()) -> None:
+    """Where and how the model runs."""
+    add_fields(parser, LoadOptions, "loading")
+    add_fields(parser, EngineConfig, "engine", without)
+
+
+def add_single_request_flags(parser: Parser) -> None:
+    """What a command that runs one request at a time takes: an adapter, every field of SamplingParams, and the engine's
+    but those that follow from the request."""
+    text = "use this adapter: a name for it and its PEFT folder"
+    parser.add_argument("--lora", action=Once, type=named_adapter, metavar="NAME=PATH", help=text)
+    title = "sampling (what is not given is the checkpoint's generation_config.json, else the default shown)"
+    add_fields(parser, SamplingParams, title)
+    add_model_flags(parser, without=("seed", "max_num_seqs", "max_loras", "max_lora_rank"))
+
+
+def sampling_values(options: Namespace) -> dict[str, Any]:
     """The fields of SamplingParams that the command line names, checked on their own. Raises UsageError."""
-    given = {f.name: getattr(flags, f.name) for f in fields(flags)}
-    given = {n: v for n, v in given.items() if v is not None and v is not False and v != NO_TEXTS}
-    if "logit_bias" in given:
-        pairs = [_bias(text) for text in given["logit_bias"]]
-        given["logit_bias"] = dict(pairs)
-        if len(given["logit_bias"]) < len(pairs):
-            raise UsageError("--logit-bias names a token id twice")
-    if "stop_token_ids" in given:
-        given["stop_token_ids"] = tuple(_integer("--stop-token-ids", text) for text in given["stop_token_ids"])
-    if "response_format" in given:
-        given["response_format"] = _json("--response-format", given["response_format"])
-    try:
-        SamplingParams(**({"max_tokens": None} | given))  # the checkpoint's own may allow more min_tokens than ours
-    except ValueError as error:
-        raise UsageError(str(error)) from None
-    return given
+    values = given(options, SamplingParams)
+    checked(SamplingParams, {"max_tokens": None} | values)  # the checkpoint's own may allow more min_tokens than ours
+    if "logprobs_mode" in values and "logprobs" not in values:
+        raise UsageError("--logprobs-mode needs --logprobs")
+    return values
 
 
-def _bias(text: str) -> tuple[int, float]:
-    token, _, value = text.partition("=")
-    try:
-        return int(token), float(value)
-    except ValueError:
-        raise UsageError(f"--logit-bias takes ID=NUMBER, got {text!r}") from None
+def llm_options(options: Namespace, **defaults: Any) -> dict[str, Any]:
+    """The keyword arguments of LLM that the command line gives, over `defaults`; all that no model and no machine could
+    mean is refused before torch is imported. Raises UsageError."""
+    engine, loading = defaults | given(options, EngineConfig), given(options, LoadOptions)
+    checked(EngineConfig, engine)
+    checked(LoadOptions, loading)
+    return engine | loading
 
 
-def _integer(flag: str, text: str) -> int:
-    try:
-        return int(text)
-    except ValueError:
-        raise UsageError(f"{flag} takes token ids, got {text!r}") from None
-
-
-def _json(flag: str, text: str) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError as error:
-        raise UsageError(f"{flag} takes JSON: {error}") from None
-
-
-def named_adapter(text: str | None) -> tuple[str, str] | None:
-    """(name, path) that --lora gives. Raises UsageError."""
-    if text is None:
-        return None
-    name, equals, path = text.partition("=")
-    if not (name and equals and path):
-        raise UsageError(f"--lora takes NAME=PATH, got {text!r}")
-    return name, path
-
-
-def check_engine(flags: EngineFlags) -> None:
-    """Refuse what no model and no machine could mean, before torch is imported. Raises UsageError."""
-    if flags.dtype not in DTYPES:
-        raise UsageError(f"--dtype must be one of {', '.join(DTYPES)}, got {flags.dtype!r}")
-    if not re.fullmatch(r"auto|cpu|cuda(:[0-9]+)?", flags.device):
-        raise UsageError(f"--device must be auto, cpu, cuda or cuda:NUMBER, got {flags.device!r}")
-    if flags.max_model_len is not None and flags.max_model_len < 2:
-        raise UsageError(f"--max-model-len must be at least 2, got {flags.max_model_len}")
-
-
-def load(model: str, flags: EngineFlags, max_num_seqs: int, adapter: tuple[str, str] | None = None) -> Any:
+def load(options: Namespace, max_num_seqs: int) -> Any:
     """-> LLM. It is imported here because torch comes with it."""
-    check_engine(flags)
+    max_loras = 1 if options.lora else 0
+    arguments = llm_options(options, max_num_seqs=max_num_seqs, max_loras=max_loras, max_lora_rank=MAX_LORA_RANK)
     from llama.llm.llm import LLM
 
-    llm = LLM(
-        model,
-        device=flags.device,
-        dtype=flags.dtype,
-        max_model_len=flags.max_model_len,
-        check_weights=flags.check_weights,
-        max_num_seqs=max_num_seqs,
-        max_loras=0 if adapter is None else 1,
-        max_lora_rank=MAX_LORA_RANK,
-    )
-    if adapter is not None:
-        llm.load_lora(*adapter)
+    llm = LLM(options.model, **arguments)
+    if options.lora:
+        llm.load_lora(*options.lora)
     return llm
 
 
 def params_for(llm: Any, values: dict[str, Any]) -> SamplingParams:
     """What the command line names, over the checkpoint's defaults."""
-    try:
-        return replace(llm.inputs.defaults, **values)
-    except ValueError as error:
-        raise UsageError(str(error)) from None
+    params: SamplingParams = checked(partial(replace, llm.inputs.defaults), values)
+    return params
 
 
 class Timed:

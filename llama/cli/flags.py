@@ -1,278 +1,169 @@
-"""What each command takes, as tyro reads it. Imports nothing but tyro, so that --help answers at once.
+"""Flags made from dataclasses: a field with a line of help is a flag, and its type says of which kind.
 
-Where a value may be absent the type is spelled Optional[...], and lists have a type of their own: for other spellings
-tyro imports a type checker, which alone takes as long as all the rest.
+The dataclass alone checks the values and says what is legal. What is not given is left out, so that the dataclass's own
+defaults hold, or the checkpoint's.
 """
-# ruff: noqa: UP045
 
-import contextlib
-import io
-import math
-import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Annotated, Any, Optional
+import argparse
+import difflib
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import Field, fields
+from pathlib import Path
+from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin
 
-import tyro
-from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes, Positional, arg
-from tyro.constructors import PrimitiveConstructorSpec
-
-from llama.cli.usage import UsageError
-
-DEMO_MODEL = "checkpoints/smollm2-135m-instruct"
+T = TypeVar("T")
 
 
-class Texts(tuple[str, ...]):
-    """The values of a flag that takes several."""
+class UsageError(Exception):
+    """A command line that cannot be meant; the message is one line."""
 
 
-NO_TEXTS = Texts()
+class Parser(argparse.ArgumentParser):
+    """argparse, but every error is a UsageError."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(allow_abbrev=False, **options)
+        # argparse takes these for flags, unless it is told that they are numbers: -1e-5, -6=2 and the stop text ---.
+        self._negative_number_matcher = re.compile(r"-+[^a-zA-Z-]|---")
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(message.removeprefix("argument "))
+
+    def parse(self, words: Sequence[str]) -> argparse.Namespace:
+        """What the words say; `command` is the command's own parser. A flag may be spelled with _ for -."""
+        spelled = [re.sub(r"^--[a-z][a-z_-]*(?=$|=)", lambda name: name[0].replace("_", "-"), word) for word in words]
+        options, unknown = self.parse_known_args(spelled)
+        if unknown:
+            word = unknown[0].partition("=")[0]
+            flags = [name for name in options.command._option_string_actions if name.startswith("--")]
+            near = [name for name in flags if name.startswith(word)] or difflib.get_close_matches(word, flags)
+            hint = f" (perhaps {near[0]})" if word.startswith("--") and near else ""
+            raise UsageError(f"{unknown[0]!r} is not understood{hint}")
+        return options
 
 
-def _several(metavar: str) -> PrimitiveConstructorSpec[Texts]:
-    return PrimitiveConstructorSpec(
-        nargs="+",
-        metavar=metavar,
-        instance_from_str=Texts,
-        is_instance=lambda value: isinstance(value, Texts),
-        str_from_instance=list,
-    )
+def flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
-def _one(kind: Callable[[str], Any], metavar: str, what: str) -> PrimitiveConstructorSpec[Any]:
-    """A flag that may be absent; tyro's own reading of it would take the word None for a value."""
-
-    def read(words: list[str]) -> Any:
-        try:
-            return kind(words[0])
-        except ValueError:
-            raise ValueError(f"it takes {what}, got {words[0]!r}") from None
-
-    return PrimitiveConstructorSpec(
-        nargs=1,
-        metavar=metavar,
-        instance_from_str=read,
-        is_instance=lambda value: value is None or not isinstance(value, tuple),
-        str_from_instance=lambda value: [str(value)],
-    )
+def add_fields(parser: Parser, config: type, title: str, without: Sequence[str] = ()) -> None:
+    """A flag for each field of the dataclass `config` that has metadata "help", but those in `without`."""
+    group = parser.add_argument_group(title)
+    for option in fields(config):
+        if "help" in option.metadata and option.name not in without:
+            is_shown = option.default is not None and option.default != () and not isinstance(option.default, bool)
+            text = f"{option.metadata['help']} ({option.default})" if is_shown else option.metadata["help"]
+            kind: dict[str, Any] = {"dest": f"{config.__name__}.{option.name}", "default": argparse.SUPPRESS}
+            group.add_argument(flag(option.name), help=text.replace("%", "%%"), **kind, **_kind(option))
 
 
-def _from(low: int, high: int = 2**31 - 1, metavar: str = "INT") -> PrimitiveConstructorSpec[Any]:
-    """An integer between these, both included."""
+def given(options: argparse.Namespace, config: type) -> dict[str, Any]:
+    """The values of `config`'s fields that the command line names."""
+    start = f"{config.__name__}."
+    return {name.removeprefix(start): value for name, value in vars(options).items() if name.startswith(start)}
+
+
+def checked(make: Callable[..., T], values: Mapping[str, Any]) -> T:
+    """make(**values). A ValueError that begins with the name of one of them is a UsageError about its flag."""
+    try:
+        return make(**values)
+    except ValueError as error:
+        name = next((name for name in values if re.match(rf"{name}\b", str(error))), None)
+        if name is None:
+            raise
+        raise UsageError(f"{flag(name)}{str(error)[len(name) :]}") from None
+
+
+def named_adapter(word: str) -> tuple[str, str]:
+    """(name, path) that --lora gives."""
+    name, equals, path = word.partition("=")
+    if not (name and equals and path):
+        raise argparse.ArgumentTypeError(f"takes NAME=PATH, got {word!r}")
+    return name, path
+
+
+def integer(least: int, most: int = 2**31 - 1) -> Callable[[str], int]:
+    """What reads an integer between these, both included."""
 
     def read(word: str) -> int:
-        if low <= (value := int(word)) <= high:
-            return value
-        raise ValueError
-
-    return _one(read, metavar, f"an integer from {low} to {high}")
-
-
-def _seconds(word: str) -> float:
-    if 0 < (value := float(word)) < math.inf:
+        if not isinstance(value := _integer(word), int) or not least <= value <= most:
+            raise argparse.ArgumentTypeError(f"must be an integer from {least} to {most}, got {word!r}")
         return value
-    raise ValueError
+
+    return read
 
 
-NO_HINT = arg(help_behavior_hint=lambda _: "")
-Int = Annotated[Optional[int], _one(int, "INT", "an integer"), NO_HINT]
-Float = Annotated[Optional[float], _one(float, "NUMBER", "a number"), NO_HINT]
-Text = Annotated[Optional[str], _one(str, "TEXT", "a text"), NO_HINT]
-Json = Annotated[Optional[str], _one(str, "JSON", "JSON"), NO_HINT]
-Adapter = Annotated[Optional[str], _one(str, "NAME=PATH", "NAME=PATH"), NO_HINT]
-Mode = Annotated[Optional[str], _one(str, "MODE", "a mode"), NO_HINT]
-Switch = Annotated[bool, NO_HINT]
-Model = Annotated[Positional[str], arg(metavar="MODEL"), NO_HINT]
+def _number(kind: Callable[[str], Any]) -> Callable[[str], Any]:
+    def read(word: str) -> Any:
+        try:
+            return kind(word)
+        except ValueError:
+            return word  # for the dataclass to refuse
+
+    return read
 
 
-@dataclass
-class SamplingFlags:
-    """Every field of SamplingParams; what is not given keeps the checkpoint's generation_config, else its default."""
-
-    n: Int = None
-    """completions per prompt (1)"""
-    temperature: Float = None
-    """0 = greedy, up to 5 (1)"""
-    top_p: Float = None
-    """keep the most probable tokens up to this share, 1 = off (1)"""
-    top_k: Int = None
-    """keep that many tokens, 0 = off (0)"""
-    min_p: Float = None
-    """keep tokens at least this probable relative to the best (0)"""
-    repetition_penalty: Float = None
-    """divide the logits of tokens already seen, 1 = off (1)"""
-    frequency_penalty: Float = None
-    """subtract this for each time a token was generated (0)"""
-    presence_penalty: Float = None
-    """subtract this if a token was generated (0)"""
-    logit_bias: Annotated[Texts, _several("ID=NUMBER"), NO_HINT] = NO_TEXTS
-    """add to the logits of these token ids"""
-    seed: Int = None
-    """makes the answer repeatable"""
-    max_tokens: Int = None
-    """the most tokens of an answer (256)"""
-    min_tokens: Int = None
-    """no end before that many tokens (0)"""
-    stop: Annotated[Texts, _several("TEXT"), NO_HINT] = NO_TEXTS
-    """end before any of these texts"""
-    stop_token_ids: Annotated[Texts, _several("ID"), NO_HINT] = NO_TEXTS
-    """end at any of these token ids"""
-    include_stop_str_in_output: Switch = False
-    """keep the text that stopped the answer"""
-    ignore_eos: Switch = False
-    """go on past the model's own end"""
-    logprobs: Int = None
-    """log-probabilities of that many top tokens, with --json"""
-    prompt_logprobs: Int = None
-    """the same for the prompt's tokens"""
-    logprobs_mode: Mode = None
-    """raw, or processed: after penalties, temperature and filters (raw)"""
-    response_format: Json = None
-    """constrain the answer, for example '{"type": "json_object"}'"""
+_integer, _float = _number(int), _number(float)
 
 
-@dataclass
-class EngineFlags:
-    """Where and how the model runs."""
-
-    device: Annotated[str, arg(metavar="DEVICE")] = "auto"
-    """auto, cpu or cuda"""
-    dtype: Annotated[str, arg(metavar="DTYPE")] = "auto"
-    """auto (the checkpoint's), float32, bfloat16, float16 or float64"""
-    max_model_len: Int = None
-    """tokens of context, prompt and answer together (the model's)"""
-    check_weights: Switch = False
-    """refuse weights that are NaN or infinite"""
+def _bias(word: str) -> tuple[Any, Any]:
+    token, equals, value = word.partition("=")
+    if not equals:
+        raise argparse.ArgumentTypeError(f"takes ID=NUMBER, got {word!r}")
+    return _integer(token), _float(value)
 
 
-Sampling = Annotated[SamplingFlags, arg(name="")]
-Engine = Annotated[EngineFlags, arg(name="")]
-
-
-@dataclass
-class Chat:
-    """Talk with a model. /reset forgets the conversation, /save FILE keeps it, /quit leaves; Ctrl-C stops an answer."""
-
-    model: Annotated[Positional[str], arg(metavar="MODEL")] = DEMO_MODEL
-    """folder of the checkpoint"""
-    system: Text = None
-    """the system message"""
-    lora: Adapter = None
-    """answer with this adapter: a name for it and its PEFT folder"""
-    sampling: Sampling = field(default_factory=SamplingFlags)
-    engine: Engine = field(default_factory=EngineFlags)
-
-
-@dataclass
-class Generate:
-    """Write on from a prompt, or answer it with --chat. Streams to stdout; the rates go to stderr."""
-
-    model: Model
-    """folder of the checkpoint"""
-    prompt: Annotated[Positional[str], arg(metavar="PROMPT"), NO_HINT]
-    """the text, or - to read it from stdin (its last line break is dropped)"""
-    chat: Switch = False
-    """take the prompt as a user's message"""
-    system: Text = None
-    """the system message, with --chat"""
-    lora: Adapter = None
-    """write with this adapter: a name for it and its PEFT folder"""
-    json: Switch = False
-    """print one JSON object when all is done"""
-    sampling: Sampling = field(default_factory=SamplingFlags)
-    engine: Engine = field(default_factory=EngineFlags)
-
-
-@dataclass
-class Serve:
-    """Serve a model over HTTP, in Cloudflare's and OpenAI's dialects. The first SIGTERM drains, a second one ends."""
-
-    model: Model
-    """folder of the checkpoint"""
-    host: Annotated[str, arg(metavar="HOST")] = "127.0.0.1"
-    """address to listen on"""
-    port: Annotated[int, _from(0, 65535, "PORT")] = 8000
-    """port to listen on, 0 = any that is free"""
-    served_model_name: Annotated[Texts, _several("NAME"), NO_HINT] = NO_TEXTS
-    """what clients may call the model (the folder's name)"""
-    api_key: Text = None
-    """key that every request must bring; visible to whoever lists processes"""
-    api_key_file: Text = None
-    """file with such keys, one a line"""
-    lora: Annotated[Texts, _several("NAME=PATH"), NO_HINT] = NO_TEXTS
-    """adapters to load at the start"""
-    lora_dir: Text = None
-    """folder whose sub-folders are adapters, loaded by name when first asked for"""
-    max_loras: Annotated[int, _from(0)] = 8
-    """adapters that may work in one step, where there are any"""
-    max_lora_rank: Annotated[int, _from(1)] = 64
-    """the largest rank of an adapter"""
-    max_num_seqs: Annotated[int, _from(1, 65536)] = 256
-    """completions that may run at once"""
-    max_waiting_requests: Annotated[int, _from(0)] = 1024
-    """requests that may wait beyond those"""
-    num_blocks: Annotated[Optional[int], _from(1), NO_HINT] = None
-    """blocks of KV cache (what memory allows)"""
-    shutdown_timeout: Annotated[float, _one(_seconds, "SECONDS", "a number of seconds above 0")] = 30.0
-    """for running requests to end, once told to stop"""
-    engine: Engine = field(default_factory=EngineFlags)
-
-
-@dataclass
-class Info:
-    """Say what a model is and what it needs, from its config.json alone."""
-
-    model: Model
-    """folder of the checkpoint, or its config.json"""
-    memory: Annotated[Optional[str], _one(str, "SIZE", "a size"), NO_HINT] = None
-    """memory to fit into, for example 80GiB or 24GB (this machine's)"""
-    dtype: Annotated[Optional[str], _one(str, "DTYPE", "a dtype"), NO_HINT] = None
-    """dtype of weights and KV cache (the checkpoint's)"""
-
-
-Command = Chat | Generate | Serve | Info
-_COMMANDS: dict[str, type[Command]] = {"chat": Chat, "generate": Generate, "serve": Serve, "info": Info}
-
-
-def parse(name: str, arguments: Sequence[str]) -> Command:
-    """The command `name` with its arguments. Raises UsageError; SystemExit(0) after --help."""
-    _refuse_repeated(arguments)
-    words = io.StringIO()
+def _json(word: str) -> Any:
     try:
-        with contextlib.redirect_stderr(words):
-            parsed: Command = tyro.cli(
-                _COMMANDS[name],
-                prog=f"llama {name}",
-                args=list(arguments),
-                config=(FlagCreatePairsOff, OmitArgPrefixes),
-            )
-    except SystemExit as stop:
-        if not stop.code:
-            raise
-        raise UsageError(_one_line(words.getvalue())) from None
-    sys.stderr.write(words.getvalue())
-    return parsed
+        return json.loads(word)
+    except (ValueError, RecursionError) as error:
+        raise argparse.ArgumentTypeError(f"takes JSON: {error}") from None
 
 
-def _refuse_repeated(arguments: Sequence[str]) -> None:
-    """Flags that take several values: of two the first would be lost."""
-    for flag in ("--stop", "--stop-token-ids", "--logit-bias", "--lora", "--served-model-name"):
-        spellings = (flag, flag.replace("-", "_").replace("__", "--", 1))
-        if sum(word.partition("=")[0] in spellings for word in arguments) > 1:
-            raise UsageError(f"{flag} is given twice: give it once, with all its values behind it")
+class _Pairs(argparse.Action):
+    """The values of a flag as a dictionary."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        pairs = getattr(namespace, self.dest, {})
+        for key, value in values:
+            if key in pairs:
+                raise argparse.ArgumentError(self, f"names {key} twice")
+            pairs[key] = value
+        setattr(namespace, self.dest, pairs)
 
 
-def _one_line(box: str) -> str:
-    """tyro's message (a title, then parts with rules between them) as one line: what is wrong, what may be meant."""
-    parts: list[list[str]] = [[]]
-    for line in box.splitlines()[1:]:
-        text = line.strip("│╭╮╰╯ ")
-        if not text.strip("─-"):
-            parts.append([])
-        else:
-            parts[-1].append(text)
-    message, *others = [part for part in parts if part]
-    if message[0].startswith("For full helptext"):  # the title says it all
-        message = [box.splitlines()[0].strip("╭─╮ ")]
-    meant = [part[1].split()[0] for part in others if part[0].startswith("Perhaps you meant") and len(part) > 1]
-    return " ".join(message).rstrip(".") + (f" (perhaps {meant[0]})" if meant else "")
+class Once(argparse.Action):
+    """A flag that may not be repeated: its first value would be lost."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        if getattr(namespace, self.dest) is not None:
+            raise argparse.ArgumentError(self, "is given twice")
+        setattr(namespace, self.dest, values)
+
+
+_SEVERAL = {"action": "extend", "nargs": "+"}
+_KINDS: dict[Any, dict[str, Any]] = {
+    int: {"type": _integer, "metavar": "INT"},
+    float: {"type": _float, "metavar": "NUMBER"},
+    str: {"metavar": "TEXT"},
+    Path: {"type": Path, "metavar": "PATH"},
+    Sequence[int]: _SEVERAL | {"type": _integer, "metavar": "INT"},
+    str | Sequence[str]: _SEVERAL | {"metavar": "TEXT"},
+    Mapping[int, float]: {"action": _Pairs, "nargs": "+", "type": _bias, "metavar": "ID=NUMBER"},
+    Mapping[str, Any]: {"type": _json, "metavar": "JSON"},
+}
+
+
+def _kind(option: "Field[Any]") -> dict[str, Any]:
+    """What add_argument is told of a field of this type."""
+    if option.type is bool:
+        return {"action": argparse.BooleanOptionalAction if option.default else "store_true"}
+    if get_origin(option.type) is Literal:
+        return {"choices": get_args(option.type)}
+    kind = next(kind for kind in _KINDS if option.type in (kind, kind | None))
+    arguments = _KINDS[kind]
+    if option.type != kind and option.default is not None:  # None is a value to give, not the lack of one
+        return arguments | {"type": lambda word: None if word.lower() == "none" else arguments["type"](word)}
+    return arguments

@@ -2,30 +2,43 @@
 
 import json
 import sys
+from argparse import Namespace
 from typing import Any
 
 from llama.api.outputs import CompletionOutput, FinishReason, RequestOutput
-from llama.cli.common import FAILED, Timed, load, named_adapter, params_for, sampling_values
-from llama.cli.flags import Generate
-from llama.cli.usage import UsageError
+from llama.cli.common import FAILED, Timed, add_single_request_flags, load, params_for, sampling_values
+from llama.cli.flags import Parser, UsageError, flag
+
+DESCRIPTION = "Continue a prompt, or answer it with --chat. Streams to stdout; the rates go to stderr."
 
 
-def run_generate(command: Generate) -> int:
-    values = sampling_values(command.sampling)
-    if command.system is not None and not command.chat:
+def add_arguments(parser: Parser) -> None:
+    parser.usage = "%(prog)s MODEL PROMPT [options]"
+    parser.add_argument("model", metavar="MODEL", help="folder of the checkpoint")
+    parser.add_argument(
+        "prompt", metavar="PROMPT", help="the text, or - to read it from stdin (its last line break is dropped)"
+    )
+    parser.add_argument("--chat", action="store_true", help="take the prompt as a user's message")
+    parser.add_argument("--system", metavar="TEXT", help="the system message, with --chat")
+    parser.add_argument("--json", action="store_true", help="print one JSON object when all is done")
+    add_single_request_flags(parser)
+
+
+def run(options: Namespace) -> int:
+    values = sampling_values(options)
+    if options.system is not None and not options.chat:
         raise UsageError("--system needs --chat: a raw prompt has no roles")
     for name in ("logprobs", "prompt_logprobs"):
-        if name in values and not command.json:
-            raise UsageError(f"--{name.replace('_', '-')} needs --json")
-    text = sys.stdin.read().removesuffix("\n") if command.prompt == "-" else command.prompt
-    adapter = named_adapter(command.lora)
-    llm = load(command.model, command.engine, max_num_seqs=max(1, values.get("n", 1)), adapter=adapter)
-    params, lora = params_for(llm, values), adapter and adapter[0]
-    prompt: Any = _messages(command.system, text) if command.chat else text
-    if command.json or params.n > 1:
-        answer = llm.chat if command.chat else llm.generate
+        if name in values and not options.json:
+            raise UsageError(f"{flag(name)} needs --json")
+    text = sys.stdin.read().removesuffix("\n") if options.prompt == "-" else options.prompt
+    llm = load(options, max_num_seqs=values.get("n", 1))
+    params, lora = params_for(llm, values), options.lora and options.lora[0]
+    prompt: Any = _messages(options.system, text) if options.chat else text
+    if options.json or params.n > 1:
+        answer = llm.chat if options.chat else llm.generate
         outputs = answer(prompt, params, lora=lora, use_tqdm=False)
-        print(json.dumps(_as_json(outputs[0]), ensure_ascii=False) if command.json else _listed(outputs[0]))
+        print(json.dumps(_as_json(outputs[0]), ensure_ascii=False) if options.json else _listed(outputs[0]))
         return _code([completion.finish_reason for completion in outputs[0].outputs])
     pieces, last = Timed(llm.stream(prompt, params, lora=lora)), None
     for last in pieces:
@@ -53,7 +66,7 @@ def _listed(output: RequestOutput) -> str:
 
 def _as_json(output: RequestOutput) -> dict[str, Any]:
     metrics = output.metrics
-    answer = {
+    answer: dict[str, Any] = {
         "prompt": output.prompt,
         "prompt_tokens": len(output.prompt_token_ids),
         "outputs": [_completion(completion) for completion in output.outputs],
@@ -61,7 +74,7 @@ def _as_json(output: RequestOutput) -> dict[str, Any]:
         "seconds": None if metrics.finished is None else metrics.finished - metrics.queued,
     }
     if output.prompt_logprobs is not None:
-        answer["prompt_logprobs"] = [p and _entries(p) for p in output.prompt_logprobs]
+        answer["prompt_logprobs"] = [None if each is None else _entries(each) for each in output.prompt_logprobs]
     return answer
 
 

@@ -2,13 +2,14 @@
 
 import os
 import re
+from argparse import ArgumentTypeError, Namespace
 from pathlib import Path
 
-from llama.cli.flags import Info
-from llama.cli.usage import UsageError
+from llama.cli.flags import Parser
 from llama.model.config import ModelConfig
 from llama.model.generation_config import GenerationConfig
 
+DESCRIPTION = "Say what a model is and what it needs, from its config.json alone."
 BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 _UNITS = {"": 1, "B": 1} | {
     f"{prefix}{suffix}": base**power
@@ -17,15 +18,21 @@ _UNITS = {"": 1, "B": 1} | {
 }
 
 
-def run_info(command: Info) -> int:
-    if command.dtype is not None and command.dtype not in BYTES:
-        raise UsageError(f"--dtype must be one of {', '.join(BYTES)}, got {command.dtype!r}")
-    memory = _machine_memory() if command.memory is None else _size(command.memory)
-    config = ModelConfig.from_pretrained(command.model)
-    folder = Path(command.model)
+def add_arguments(parser: Parser) -> None:
+    parser.usage = "%(prog)s MODEL [options]"
+    parser.add_argument("model", metavar="MODEL", help="folder of the checkpoint, or its config.json")
+    parser.add_argument(
+        "--memory", type=_size, metavar="SIZE", help="memory to fit into, for example 80GiB or 24GB (this machine's)"
+    )
+    parser.add_argument("--dtype", choices=tuple(BYTES), help="dtype of weights and KV cache (the checkpoint's)")
+
+
+def run(options: Namespace) -> int:
+    config = ModelConfig.from_pretrained(options.model)
+    folder = Path(options.model)
     generation = GenerationConfig.from_pretrained(folder if folder.is_dir() else folder.parent)
-    dtype = command.dtype or config.dtype or "bfloat16"
-    where = "this machine" if command.memory is None else command.memory
+    dtype = options.dtype or config.dtype or "bfloat16"
+    memory, where = options.memory or (_machine_memory(), "this machine")
     rows = [
         ("architecture", _architecture(config)),
         ("parameters", f"{config.num_parameters:,}"),
@@ -82,8 +89,9 @@ def _machine_memory() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def _size(text: str) -> int:
+def _size(text: str) -> tuple[int, str]:
+    """Bytes, and the text itself."""
     match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) ?([KMGT]?i?B?)", text)
     if match is None or match[2] not in _UNITS:
-        raise UsageError(f"--memory takes a size such as 80GiB or 24GB, got {text!r}")
-    return int(float(match[1]) * _UNITS[match[2]])
+        raise ArgumentTypeError(f"takes a size such as 80GiB or 24GB, got {text!r}")
+    return int(float(match[1]) * _UNITS[match[2]]), text

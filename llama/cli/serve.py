@@ -2,27 +2,55 @@
 
 import logging
 import sys
+from argparse import Namespace
 from pathlib import Path
+from typing import Any
 
-from llama.cli.common import check_engine, named_adapter
-from llama.cli.flags import Serve
-from llama.cli.usage import UsageError
+from llama.cli.common import add_model_flags, llm_options
+from llama.cli.flags import Parser, UsageError, add_fields, checked, given, integer, named_adapter
 from llama.server.config import ServerConfig
 from llama.server.port import take_port
 
+DESCRIPTION = """Serve a model over HTTP, in Cloudflare's and OpenAI's dialects. The first SIGTERM drains, a second one
+ends."""
 
-def run_serve(command: Serve) -> int:
-    keys, loras = _keys(command), [named_adapter(text) for text in command.lora]
-    if not command.host:  # it would mean every address
-        raise UsageError("--host must be an address to listen on, got ''")
-    check_engine(command.engine)
-    config = ServerConfig(
-        model_names=tuple(command.served_model_name) or (Path(command.model).resolve().name,),
-        api_keys=keys,
-        lora_dir=None if command.lora_dir is None else Path(command.lora_dir),
-        shutdown_timeout=command.shutdown_timeout,
+
+def add_arguments(parser: Parser) -> None:
+    parser.usage = "%(prog)s MODEL [options]"
+    parser.add_argument("model", metavar="MODEL", help="folder of the checkpoint")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (%(default)s)")
+    parser.add_argument(
+        "--port", type=integer(0, 65535), default=8000, help="port to listen on, 0 = any that is free (%(default)s)"
     )
-    taken = take_port(command.host, command.port)
+    several: dict[str, Any] = {"action": "extend", "nargs": "+", "default": []}
+    parser.add_argument(
+        "--served-model-name", **several, metavar="NAME", help="what clients may call the model (the folder's name)"
+    )
+    parser.add_argument(
+        "--api-key", metavar="KEY", help="key that every request must bring; visible to whoever lists processes"
+    )
+    parser.add_argument("--api-key-file", metavar="FILE", help="file with such keys, one a line")
+    parser.add_argument(
+        "--lora", **several, type=named_adapter, metavar="NAME=PATH", help="adapters to load at the start"
+    )
+    for name, most, what in (
+        ("--max-waiting-requests", 1024, "requests that may wait beyond those that run (%(default)s)"),
+        ("--max-waiting-tokens", 1 << 20, "prompt tokens that may wait for their first answer (%(default)s)"),
+    ):
+        parser.add_argument(name, type=integer(0), default=most, metavar="INT", help=what)
+    add_fields(parser, ServerConfig, "server")
+    add_model_flags(parser)
+
+
+def run(options: Namespace) -> int:
+    if not options.host:  # it would mean every address
+        raise UsageError("--host must be an address to listen on, got ''")
+    arguments = llm_options(options)
+    if not options.lora and "lora_dir" not in given(options, ServerConfig):
+        arguments["max_loras"] = 0
+    names = {"model_names": tuple(options.served_model_name) or (Path(options.model).resolve().name,)}
+    config = checked(ServerConfig, names | {"api_keys": _keys(options)} | given(options, ServerConfig))
+    taken = take_port(options.host, options.port)
     # What follows imports torch.
     from llama.async_llm.async_llm import AsyncLLM
     from llama.llm.llm import LLM
@@ -32,37 +60,28 @@ def run_serve(command: Serve) -> int:
     except ModuleNotFoundError as error:
         raise UsageError(f"serving needs {error.name}: install llama-engine[server]") from None
     _log_to_stderr()
-    llm = LLM(
-        command.model,
-        device=command.engine.device,
-        dtype=command.engine.dtype,
-        max_model_len=command.engine.max_model_len,
-        check_weights=command.engine.check_weights,
-        max_num_seqs=command.max_num_seqs,
-        num_blocks=command.num_blocks,
-        max_loras=command.max_loras if loras or command.lora_dir else 0,
-        max_lora_rank=command.max_lora_rank,
-    )
-    for name, path in loras:
+    llm = LLM(options.model, **arguments)
+    for name, path in options.lora:
         llm.load_lora(name, path)
     host, port = taken.getsockname()[:2]
     print(f"llama: serving {config.name} on http://{f'[{host}]' if ':' in host else host}:{port}", file=sys.stderr)
-    serve(AsyncLLM(llm, max_waiting_requests=command.max_waiting_requests), config, taken)
+    waiting = {name: getattr(options, name) for name in ("max_waiting_requests", "max_waiting_tokens")}
+    serve(AsyncLLM(llm, **waiting), config, taken)
     return 0
 
 
-def _keys(command: Serve) -> tuple[str, ...]:
-    keys = [] if command.api_key is None else [command.api_key]
-    if command.api_key_file is not None:
+def _keys(options: Namespace) -> tuple[str, ...]:
+    keys = [] if options.api_key is None else [options.api_key]
+    if options.api_key_file is not None:
         try:
-            lines = Path(command.api_key_file).read_text(encoding="utf-8").splitlines()
+            lines = Path(options.api_key_file).read_text(encoding="utf-8").splitlines()
         except OSError as error:
-            raise ValueError(f"--api-key-file {command.api_key_file}: {error.strerror}") from None
+            raise ValueError(f"--api-key-file {options.api_key_file}: {error.strerror}") from None
         except UnicodeDecodeError:
-            raise ValueError(f"--api-key-file {command.api_key_file} is no text in UTF-8") from None
+            raise ValueError(f"--api-key-file {options.api_key_file} is no text in UTF-8") from None
         found = [line.strip() for line in lines if line.strip()]
         if not found:
-            raise ValueError(f"{command.api_key_file} holds no key")
+            raise ValueError(f"{options.api_key_file} holds no key")
         keys += found
     return tuple(keys)
 

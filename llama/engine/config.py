@@ -13,9 +13,9 @@ from llama.model.config import ModelConfig
 BATCHED_TOKENS = {"cpu": 2048, "cuda": 8192}
 
 
-def _option(default: Any, help: str, least: int | None = None) -> Any:
-    """`least`: the smallest legal value of an integer."""
-    return field(default=default, metadata={"help": help, "least": least})
+def _option(default: Any, help: str, least: int | None = None, most: int = 2**31 - 1) -> Any:
+    """`least` and `most`: the legal values of an integer."""
+    return field(default=default, metadata={"help": help, "least": least, "most": most})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,7 +26,7 @@ class EngineConfig:
     """
 
     max_model_len: int | None = _option(None, "tokens of context, prompt and answer together (the model's)", least=2)
-    max_num_seqs: int = _option(256, "completions that may run at once", least=1)
+    max_num_seqs: int = _option(256, "completions that may run at once", least=1, most=65536)
     max_num_batched_tokens: int | None = _option(
         None, "the most tokens of one step (8192 on CUDA, 2048 on the CPU)", least=1
     )
@@ -42,9 +42,9 @@ class EngineConfig:
     def __post_init__(self) -> None:
         for option in fields(self):
             name, value, least = option.name, getattr(self, option.name), option.metadata["least"]
-            is_unset = value is None and option.default is None
-            if least is not None and not is_unset and (not _is_integer(value) or value < least):
-                raise ValueError(f"{name} must be an integer >= {least}, got {value!r}")
+            is_unset, most = value is None and option.default is None, option.metadata["most"]
+            if least is not None and not is_unset and not (_is_integer(value) and least <= value <= most):
+                raise ValueError(f"{name} must be an integer from {least} to {most}, got {value!r}")
             if isinstance(option.default, bool) and not isinstance(value, bool):
                 raise ValueError(f"{name} must be True or False, got {value!r}")
         if self.block_size & (self.block_size - 1):

@@ -1,10 +1,17 @@
 """What a server is started with."""
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 CLOUDFLARE_PREFIX = "@cf/meta/"
 CLOUDFLARE_NAME = "llama-3.1-70b-instruct"  # what Cloudflare's clients ask for, whatever model is behind it
+
+
+def _option(default: Any, help: str) -> Any:
+    """A field that is a flag of `llama serve`, with its line of help."""
+    return field(default=default, metadata={"help": help})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -14,13 +21,15 @@ class ServerConfig:
 
     model_names: tuple[str, ...]
     api_keys: tuple[str, ...] = ()
-    lora_dir: Path | None = None
-    max_body_bytes: int = 8 * 2**20
-    max_bodies_bytes: int = 256 * 2**20  # of all requests that are not yet answered
-    body_timeout: float = 60.0  # for a client to send a request's head, and again for its whole body
-    send_timeout: float = 60.0  # for a client to take what is sent to it
-    step_deadline: float = 60.0  # a longer step is not ready, and its stacks are dumped
-    shutdown_timeout: float = 30.0  # for running requests, once told to stop
+    lora_dir: Path | None = field(
+        default=None, metadata={"help": "folder whose sub-folders are adapters, loaded when they are first asked for"}
+    )
+    max_body_bytes: int = _option(8 * 2**20, "the longest body of a request")
+    max_bodies_bytes: int = _option(256 * 2**20, "the same of all requests that are not yet answered")
+    body_timeout: float = _option(60.0, "seconds for a client to send a request's head, and again for its whole body")
+    send_timeout: float = _option(60.0, "seconds for a client to take what is sent to it")
+    step_deadline: float = _option(60.0, "seconds after which a step is reported as hanging and /ready answers 503")
+    shutdown_timeout: float = _option(30.0, "seconds for running requests to end, once told to stop")
 
     def __post_init__(self) -> None:
         if not self.model_names or not all(self.model_names):
@@ -38,7 +47,7 @@ class ServerConfig:
             "shutdown_timeout",
         ):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
                 raise ValueError(f"{name} must be a number above 0, got {value!r}")
         if self.max_bodies_bytes < self.max_body_bytes:
             raise ValueError(f"max_bodies_bytes must be at least max_body_bytes, got {self.max_bodies_bytes}")

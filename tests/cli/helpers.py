@@ -4,7 +4,10 @@ from llama.cli import main
 
 
 def run(capsys, *arguments: str) -> tuple[int, str, str]:
-    code = main(arguments)
+    try:
+        code = main(arguments)
+    except SystemExit as stop:  # after --help and --version
+        code = stop.code
     captured = capsys.readouterr()
     return code, captured.out, captured.err
 

@@ -35,7 +35,7 @@ class FakeLLM:
 
 def talk(monkeypatch, capsys, llm, *lines, arguments=()):
     monkeypatch.setattr(sys, "stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
-    monkeypatch.setattr(chat_command, "load", lambda model, flags, max_num_seqs, adapter: llm)
+    monkeypatch.setattr(chat_command, "load", lambda options, max_num_seqs: llm)
     monkeypatch.setattr(chat_command, "params_for", lambda llm, values: SamplingParams(**values))
     return run(capsys, "chat", "folder", *arguments)
 

@@ -1,18 +1,24 @@
 """The `llama` command: its help, its errors, `llama info`, flags as parameters, and that parsing stays light."""
 
-import dataclasses
+import inspect
+import itertools
+import json
 import os
 import subprocess
 import sys
+from dataclasses import fields
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
+import llama
+from llama import LLM
 from llama.api.params import SamplingParams
-from llama.cli import main
-from llama.cli.common import params_for, sampling_values
-from llama.cli.flags import Chat, Generate, SamplingFlags, parse
-from llama.cli.usage import UsageError
+from llama.cli import parse
+from llama.cli.common import LoadOptions, llm_options, params_for, sampling_values
+from llama.cli.flags import UsageError, flag
+from llama.engine.config import EngineConfig
 from tests.cli.helpers import one_line, run
 
 
@@ -20,56 +26,97 @@ def test_parsing_help_and_info_import_neither_torch_nor_numpy(llama_70b):
     script = """
 import contextlib, io, sys
 from llama.cli import main
-for arguments in (["--help"], ["chat", "--help"], ["generate", "--help"], ["info", "--help"], ["info", sys.argv[1]]):
+for arguments in (["--help"], ["--version"], ["serve", "--help"], ["generate", "--help"], ["info", sys.argv[1]]):
     with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()) as out:
         main(arguments)
     assert out.getvalue(), arguments
-print([name for name in ("torch", "numpy", "tokenizers", "typeguard") if name in sys.modules])
+print([name for name in ("torch", "numpy", "tokenizers", "jinja2") if name in sys.modules])
 """
     done = subprocess.run([sys.executable, "-c", script, llama_70b], capture_output=True, text=True, check=False)
     assert (done.stdout, done.stderr) == ("[]\n", "")
 
 
-def test_help_names_the_commands_and_every_sampling_flag(capsys):
+FROZEN = Path(__file__).with_name("flags.json")
+
+
+def flags_of(command: str) -> list[str]:
+    words = [command, "model", "prompt"] if command == "generate" else [command, "model"]
+    return sorted(parse(words).command._option_string_actions.keys() - {"-h", "--help"})
+
+
+def test_help_names_the_commands(capsys):
     code, out, _ = run(capsys, "--help")
-    assert code == 0 and all(f"  {name} " in out for name in ("chat", "generate", "serve", "info"))
-    with pytest.raises(SystemExit) as stop:
-        main(["generate", "--help"])
-    out = capsys.readouterr().out
-    assert stop.value.code == 0
-    assert [f.name for f in dataclasses.fields(SamplingFlags)] == [f.name for f in dataclasses.fields(SamplingParams)]
-    assert all(f"--{f.name.replace('_', '-')}" in out for f in dataclasses.fields(SamplingParams))
+    assert code == 0 and all(f"  {name} " in out for name in json.loads(FROZEN.read_text()))
+
+
+def test_no_flag_is_lost():
+    """A new one is added to the file, and so is seen by whoever reads the change."""
+    frozen = json.loads(FROZEN.read_text())
+    assert {command: flags_of(command) for command in frozen} == frozen
+
+
+def test_every_field_is_a_flag_that_the_help_explains(capsys):
+    for commands, configs in ((("chat", "generate"), [SamplingParams]), (("serve",), [EngineConfig, LoadOptions])):
+        for command, config in itertools.product(commands, configs):
+            assert {flag(option.name) for option in fields(config)} <= {*flags_of(command)}
+            said = " ".join(run(capsys, command, "--help")[1].split())
+            assert all(option.metadata["help"] in said for option in fields(config))
+
+
+def test_load_options_are_the_arguments_of_llm_that_the_engine_does_not_have():
+    arguments = inspect.signature(LLM).parameters
+    rest = [
+        name
+        for name, argument in arguments.items()
+        if argument.kind is not inspect.Parameter.VAR_KEYWORD and name not in {f.name for f in fields(EngineConfig)}
+    ]
+    assert rest == ["model", *(option.name for option in fields(LoadOptions))]
+    assert all(arguments[option.name].default == option.default for option in fields(LoadOptions))
+
+
+def test_the_version(capsys):
+    assert run(capsys, "--version") == (0, f"llama-engine {llama.__version__}\n", "")
 
 
 def test_without_a_command_the_usage_names_them_all(capsys):
     code, out, err = run(capsys)
     assert (code, out) == (2, "") and err == run(capsys, "--help")[1]
-    assert err.startswith("usage: llama COMMAND") and all(f"\n  {name} " in err for name in ("chat", "serve", "info"))
+    assert err.startswith("usage: llama ") and all(f"\n    {name} " in err for name in ("chat", "serve", "info"))
 
 
 @pytest.mark.parametrize(
     "arguments, words",
     [
-        (["sing", "x"], "'sing' is not a command: there are chat, generate, serve, info"),
-        ([""], "'' is not a command"),
+        (["sing", "x"], "COMMAND: invalid choice: 'sing' (choose from "),
+        ([""], "COMMAND: invalid choice: ''"),
+        (["--seed", "1"], "COMMAND"),
         (["generate", "folder"], "PROMPT"),
         (["generate", "folder", "p", "--temprature", "1"], "perhaps --temperature"),
-        (["generate", "folder", "p", "--top-k", "many"], "--top-k: it takes an integer, got 'many'"),
-        (["generate", "folder", "p", "--temperature", "9"], "temperature must be"),
-        (["generate", "folder", "p", "--temperature", "nan"], "temperature must be"),
+        (["generate", "folder", "p", "--top-k", "many"], "--top-k must be an integer of at least -1, got 'many'"),
+        (["generate", "folder", "p", "--temperature", "9"], "--temperature must be"),
+        (["generate", "folder", "p", "--temperature", "nan"], "--temperature must be"),
         (["generate", "folder", "p", "--logit-bias", "5"], "ID=NUMBER"),
-        (["generate", "folder", "p", "--stop-token-ids", "x"], "token ids"),
+        (
+            ["generate", "folder", "p", "--stop-token-ids", "x"],
+            "--stop-token-ids: each id must be an integer of at least 0",
+        ),
+        (["generate", "folder", "p", "--seed"], "--seed: expected one argument"),
+        (["generate", "folder", "p", "--logprobs-mode", "raw", "--json"], "--logprobs-mode needs --logprobs"),
+        (["generate", "folder", "p", "more"], "'more' is not understood"),
+        (["generate", "folder", "p", "--temp", "1"], "'--temp' is not understood (perhaps --temperature)"),
+        (["generate", "folder", "p", "--max-tokens", "all"], "--max-tokens must be an integer from 1"),
+        (["generate", "folder", "p", "--min-tokens", "none"], "--min-tokens must be an integer from 0"),
         (["generate", "folder", "p", "--logprobs", "2"], "--json"),
         (["generate", "folder", "p", "--system", "s"], "--chat"),
         (["generate", "folder", "p", "--response-format", "{"], "JSON"),
         (["generate", "folder", "p", "--lora", "name"], "NAME=PATH"),
         (["chat", "folder", "--lora", "=path"], "NAME=PATH"),
         (["chat", "folder", "--n", "2"], "one answer"),
-        (["generate", "folder", "p", "--dtype", "int8"], "--dtype must be one of auto,"),
+        (["generate", "folder", "p", "--dtype", "int8"], "--dtype: invalid choice: 'int8' (choose from "),
         (["chat", "folder", "--device", "tpu"], "--device must be auto,"),
-        (["generate", "folder", "p", "--max-model-len", "1"], "--max-model-len must be at least 2, got 1"),
-        (["info", "folder", "--memory", "many"], "--memory takes a size"),
-        (["info", "folder", "--dtype", "int8"], "--dtype must be one of float64,"),
+        (["generate", "folder", "p", "--max-model-len", "1"], "--max-model-len must be an integer from 2"),
+        (["info", "folder", "--memory", "many"], "--memory: takes a size"),
+        (["info", "folder", "--dtype", "int8"], "--dtype: invalid choice: 'int8' (choose from "),
     ],
 )
 def test_a_usage_error_is_one_line_and_code_2(capsys, arguments, words):
@@ -89,34 +136,85 @@ def test_a_missing_model_is_one_line_and_code_1(capsys, tmp_path):
 
 def test_flags_become_sampling_params():
     flags = "--n 2 --temperature 0.5 --stop a --- --stop-token-ids 3 4 --logit-bias 5=-100 6=2.5 --ignore-eos --seed 9"
-    command = parse("generate", ["m", "p", *flags.split(), "--response-format", '{"type": "json_object"}', "--json"])
-    assert isinstance(command, Generate) and command.json and (command.model, command.prompt) == ("m", "p")
-    assert sampling_values(command.sampling) == {
+    options = parse(["generate", "m", "p", *flags.split(), "--response-format", '{"type": "json_object"}', "--json"])
+    assert options.json and (options.model, options.prompt) == ("m", "p")
+    assert sampling_values(options) == {
         "n": 2,
         "temperature": 0.5,
-        "stop": ("a", "---"),
-        "stop_token_ids": (3, 4),
+        "stop": ["a", "---"],
+        "stop_token_ids": [3, 4],
         "logit_bias": {5: -100.0, 6: 2.5},
         "ignore_eos": True,
         "seed": 9,
         "response_format": {"type": "json_object"},
     }
-    assert parse("chat", []) == Chat()
-    assert sampling_values(SamplingFlags()) == {}
+    assert parse(["chat"]).model == "checkpoints/smollm2-135m-instruct"
+    assert sampling_values(parse(["chat"])) == {}
+
+
+def test_flags_become_options_of_llm():
+    flags = "--gpu-memory-utilization 0.5 --no-enable-prefix-caching --enforce-eager --block-size=32 --seed 3"
+    options = parse(["serve", "m", *flags.split(), "--dtype", "float32", "--check-weights", "--max_num_seqs=7"])
+    assert llm_options(options, max_num_seqs=1, max_loras=2) == {
+        "gpu_memory_utilization": 0.5,
+        "enable_prefix_caching": False,
+        "enforce_eager": True,
+        "block_size": 32,
+        "seed": 3,
+        "dtype": "float32",
+        "check_weights": True,
+        "max_num_seqs": 7,
+        "max_loras": 2,
+    }
+    assert llm_options(parse(["chat"])) == {}
+
+
+@pytest.mark.parametrize(
+    "words", ["--seed 1 m p", "m --seed 1 p", "m p --seed 1", "--seed=1 m -- p", "m p --seed 2 --seed 1"]
+)
+def test_flags_and_arguments_may_stand_in_any_order(words):
+    options = parse(["generate", *words.split()])
+    assert (options.model, options.prompt, sampling_values(options)) == ("m", "p", {"seed": 1})
+    assert parse(["chat", "--seed", "1", "m"]).model == "m"
+
+
+def test_values_that_begin_with_a_hyphen():
+    words = "--presence-penalty -1e-5 --frequency-penalty -.5 --logit-bias 5=-1 6=-1e2 --stop --- -1 --system=-x"
+    options = parse(["generate", "m", "-5", *words.split()])
+    values = {"presence_penalty": -1e-5, "frequency_penalty": -0.5, "logit_bias": {5: -1.0, 6: -100.0}}
+    assert sampling_values(options) == values | {"stop": ["---", "-1"]}
+    assert (options.prompt, options.system) == ("-5", "-x")
+    with pytest.raises(UsageError, match="--logit-bias: each token id must be an integer of at least 0, got -6"):
+        sampling_values(parse(["generate", "m", "p", "--logit-bias", "-6=2"]))
+
+
+def test_underscores_are_changed_in_names_of_flags_alone():
+    options = parse(
+        ["generate", "m", "--my_prompt of words", "--max_tokens=5", "--system=--a_b", "--stop", "a_b", "c_d"]
+    )
+    assert (options.prompt, options.system) == ("--my_prompt of words", "--a_b")
+    assert sampling_values(options) == {"max_tokens": 5, "stop": ["a_b", "c_d"]}
+
+
+def test_the_rest_of_the_context_can_be_asked_for():
+    values = sampling_values(parse(["generate", "m", "p", "--max-tokens", "none", "--min-tokens", "300"]))
+    assert values == {"max_tokens": None, "min_tokens": 300}
+    limited = SimpleNamespace(inputs=SimpleNamespace(defaults=SamplingParams(max_tokens=5)))
+    assert params_for(limited, values).max_tokens is None
 
 
 def test_a_zero_on_the_command_line_is_a_value():
-    command = parse("generate", ["m", "p", "--temperature", "0", "--seed", "0", "--min-tokens", "0", "--top-k", "0"])
-    assert sampling_values(command.sampling) == {"temperature": 0.0, "seed": 0, "min_tokens": 0, "top_k": 0}
+    words = ["m", "p", "--temperature", "0", "--seed", "0", "--min-tokens", "0", "--top-k", "0"]
+    assert sampling_values(parse(["generate", *words])) == {"temperature": 0.0, "seed": 0, "min_tokens": 0, "top_k": 0}
 
 
 def test_min_tokens_are_held_against_the_max_tokens_that_will_count():
-    values = sampling_values(SamplingFlags(min_tokens=300))
+    values = sampling_values(parse(["chat", "--min-tokens", "300"]))
     generous, plain = (
         SimpleNamespace(inputs=SimpleNamespace(defaults=SamplingParams(max_tokens=n))) for n in (400, 256)
     )
     assert params_for(generous, values).min_tokens == 300
-    with pytest.raises(UsageError, match="min_tokens must be at most max_tokens"):
+    with pytest.raises(UsageError, match="--min-tokens must be at most max_tokens"):
         params_for(plain, values)
 
 
@@ -151,23 +249,19 @@ def test_a_reader_that_has_left_is_no_error(llama_70b):
     assert (done.returncode, done.stderr) == (1, "")
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        ["generate", "m", "p", "--stop", "a", "--stop", "b"],
-        ["generate", "m", "p", "--logit-bias", "1=1", "--logit_bias=2=1"],
-        ["serve", "m", "--served-model-name", "a", "--served-model-name", "b"],
-        ["serve", "m", "--lora", "a=b", "--lora", "c=d"],
-    ],
-)
-def test_no_value_of_a_repeated_flag_is_lost(arguments):
-    with pytest.raises(UsageError, match="is given twice: give it once, with all its values behind it"):
-        parse(arguments[0], arguments[1:])
+def test_no_value_of_a_repeated_flag_is_lost():
+    options = parse("generate m p --stop a b --stop=c --logit-bias 1=1 --logit_bias=2=1".split())
+    assert sampling_values(options) == {"stop": ["a", "b", "c"], "logit_bias": {1: 1.0, 2: 1.0}}
+    options = parse("serve m --served-model-name a --lora a=b --served-model-name b c --lora c=d".split())
+    assert (options.served_model_name, options.lora) == (["a", "b", "c"], [("a", "b"), ("c", "d")])
+    for command in ("chat m", "generate m p"):
+        with pytest.raises(UsageError, match="--lora: is given twice"):
+            parse(f"{command} --lora a=b --lora c=d".split())
 
 
 def test_flags_that_want_values_need_some():
-    with pytest.raises(UsageError, match=r"Missing value for argument .--stop.. Expected at least one value"):
-        parse("generate", ["m", "p", "--stop"])
-    assert tuple(parse("generate", ["m", "p", "--stop", "a", "b"]).sampling.stop) == ("a", "b")
-    with pytest.raises(UsageError, match="--logit-bias names a token id twice"):
-        sampling_values(parse("generate", ["m", "p", "--logit-bias", "5=1", "5=2"]).sampling)
+    with pytest.raises(UsageError, match="--stop: expected at least one argument"):
+        parse(["generate", "m", "p", "--stop"])
+    for words in (["5=1", "5=2"], ["5=1", "--logit-bias", "5=2"]):
+        with pytest.raises(UsageError, match="--logit-bias: names 5 twice"):
+            parse(["generate", "m", "p", "--logit-bias", *words])
