@@ -5,9 +5,10 @@ from contextlib import contextmanager
 
 
 class ParameterError(ValueError):
-    """A field of a request that cannot be served. `param` is the field's name, None where it is not one field's fault.
+    """A field with a value that is not legal. `param` is the field's name, None where it is not one field's fault.
 
-    The field is one of SamplingParams, or an argument of the call: prompt, messages, tools, tool_choice, lora.
+    The field is one of SamplingParams or of a configuration, or an argument of the call: prompt, messages, tools,
+    tool_choice, lora.
     """
 
     def __init__(self, message: str, param: str | None = None) -> None:

@@ -18,9 +18,8 @@ _HELP = "/reset forgets the conversation, /save FILE keeps it, /quit leaves"
 
 def add_arguments(parser: Parser) -> None:
     parser.usage = "%(prog)s [MODEL] [options]"
-    parser.add_argument(
-        "model", nargs="?", default=DEMO_MODEL, metavar="MODEL", help="folder of the checkpoint (%(default)s)"
-    )
+    text = "folder of the checkpoint (%(default)s)"
+    parser.add_argument("model", nargs="?", default=DEMO_MODEL, metavar="MODEL", help=text)
     parser.add_argument("--system", metavar="TEXT", help="the system message")
     add_single_request_flags(parser)
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal
 
+from llama.api.errors import ParameterError
 from llama.api.outputs import Piece, Usage
 from llama.api.params import SamplingParams
 from llama.cli.flags import Once, Parser, UsageError, add_fields, checked, given, named_adapter
@@ -36,7 +37,7 @@ class LoadOptions:
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"auto|cpu|cuda(:[0-9]+)?", self.device):
-            raise ValueError(f"device must be auto, cpu, cuda or cuda:NUMBER, got {self.device!r}")
+            raise ParameterError(f"device must be auto, cpu, cuda or cuda:NUMBER, got {self.device!r}", "device")
 
 
 def add_model_flags(parser: Parser, without: Sequence[str] = ()) -> None:

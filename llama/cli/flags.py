@@ -13,6 +13,8 @@ from dataclasses import Field, fields
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin
 
+from llama.api.errors import ParameterError
+
 T = TypeVar("T")
 
 
@@ -66,14 +68,12 @@ def given(options: argparse.Namespace, config: type) -> dict[str, Any]:
 
 
 def checked(make: Callable[..., T], values: Mapping[str, Any]) -> T:
-    """make(**values). A ValueError that begins with the name of one of them is a UsageError about its flag."""
+    """make(**values). Raises UsageError for a value that is not legal, and names it as the flag that it is."""
     try:
         return make(**values)
-    except ValueError as error:
-        name = next((name for name in values if re.match(rf"{name}\b", str(error))), None)
-        if name is None:
-            raise
-        raise UsageError(f"{flag(name)}{str(error)[len(name) :]}") from None
+    except ParameterError as error:
+        name, message = error.param, str(error)
+        raise UsageError(message if name is None else message.replace(name, flag(name), 1)) from None
 
 
 def named_adapter(word: str) -> tuple[str, str]:

@@ -15,9 +15,8 @@ DESCRIPTION = "Continue a prompt, or answer it with --chat. Streams to stdout; t
 def add_arguments(parser: Parser) -> None:
     parser.usage = "%(prog)s MODEL PROMPT [options]"
     parser.add_argument("model", metavar="MODEL", help="folder of the checkpoint")
-    parser.add_argument(
-        "prompt", metavar="PROMPT", help="the text, or - to read it from stdin (its last line break is dropped)"
-    )
+    text = "the text, or - to read it from stdin (its last line break is dropped)"
+    parser.add_argument("prompt", metavar="PROMPT", help=text)
     parser.add_argument("--chat", action="store_true", help="take the prompt as a user's message")
     parser.add_argument("--system", metavar="TEXT", help="the system message, with --chat")
     parser.add_argument("--json", action="store_true", help="print one JSON object when all is done")

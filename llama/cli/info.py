@@ -21,9 +21,8 @@ _UNITS = {"": 1, "B": 1} | {
 def add_arguments(parser: Parser) -> None:
     parser.usage = "%(prog)s MODEL [options]"
     parser.add_argument("model", metavar="MODEL", help="folder of the checkpoint, or its config.json")
-    parser.add_argument(
-        "--memory", type=_size, metavar="SIZE", help="memory to fit into, for example 80GiB or 24GB (this machine's)"
-    )
+    text = "memory to fit into, for example 80GiB or 24GB (this machine's)"
+    parser.add_argument("--memory", type=_size, metavar="SIZE", help=text)
     parser.add_argument("--dtype", choices=tuple(BYTES), help="dtype of weights and KV cache (the checkpoint's)")
 
 

@@ -19,20 +19,16 @@ def add_arguments(parser: Parser) -> None:
     parser.usage = "%(prog)s MODEL [options]"
     parser.add_argument("model", metavar="MODEL", help="folder of the checkpoint")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (%(default)s)")
-    parser.add_argument(
-        "--port", type=integer(0, 65535), default=8000, help="port to listen on, 0 = any that is free (%(default)s)"
-    )
+    port = integer(0, 65535)
+    parser.add_argument("--port", type=port, default=8000, help="port to listen on, 0 = any that is free (%(default)s)")
     several: dict[str, Any] = {"action": "extend", "nargs": "+", "default": []}
+    text = "what clients may call the model (the folder's name)"
+    parser.add_argument("--served-model-name", **several, metavar="NAME", help=text)
     parser.add_argument(
-        "--served-model-name", **several, metavar="NAME", help="what clients may call the model (the folder's name)"
-    )
-    parser.add_argument(
-        "--api-key", metavar="KEY", help="key that every request must bring; visible to whoever lists processes"
+        "--api-key", metavar="KEY", help="key that requests must bring; seen by whoever lists processes"
     )
     parser.add_argument("--api-key-file", metavar="FILE", help="file with such keys, one a line")
-    parser.add_argument(
-        "--lora", **several, type=named_adapter, metavar="NAME=PATH", help="adapters to load at the start"
-    )
+    parser.add_argument("--lora", **several, type=named_adapter, metavar="NAME=PATH", help="adapters to load at once")
     for name, most, what in (
         ("--max-waiting-requests", 1024, "requests that may wait beyond those that run (%(default)s)"),
         ("--max-waiting-tokens", 1 << 20, "prompt tokens that may wait for their first answer (%(default)s)"),

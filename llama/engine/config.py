@@ -7,6 +7,7 @@ fields: a new option is one field here, with its line of help.
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
+from llama.api.errors import ParameterError
 from llama.model.config import ModelConfig
 
 # max_num_batched_tokens by the type of the device, which are also the devices that there are.
@@ -20,7 +21,7 @@ def _option(default: Any, help: str, least: int | None = None, most: int = 2**31
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineConfig:
-    """Every value is checked; a ValueError names the field and what is legal.
+    """Every value is checked; a ParameterError names the field and what is legal.
 
     None stands for the model's or the device's own: `resolved` puts it in.
     """
@@ -44,23 +45,23 @@ class EngineConfig:
             name, value, least = option.name, getattr(self, option.name), option.metadata["least"]
             is_unset, most = value is None and option.default is None, option.metadata["most"]
             if least is not None and not is_unset and not (_is_integer(value) and least <= value <= most):
-                raise ValueError(f"{name} must be an integer from {least} to {most}, got {value!r}")
+                raise _refusal(name, f"an integer from {least} to {most}", value)
             if isinstance(option.default, bool) and not isinstance(value, bool):
-                raise ValueError(f"{name} must be True or False, got {value!r}")
+                raise _refusal(name, "True or False", value)
         if self.block_size & (self.block_size - 1):
-            raise ValueError(f"block_size must be a power of two, got {self.block_size}")
+            raise _refusal("block_size", "a power of two", self.block_size)
         share = self.gpu_memory_utilization
         if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share <= 1:
-            raise ValueError(f"gpu_memory_utilization must be in (0, 1], got {share!r}")
+            raise _refusal("gpu_memory_utilization", "in (0, 1]", share)
         if self.seed is not None and (not _is_integer(self.seed) or not 0 <= self.seed < 1 << 64):
-            raise ValueError(f"seed must be an integer from 0 to 2**64 - 1, or None, got {self.seed!r}")
+            raise _refusal("seed", "an integer from 0 to 2**64 - 1, or None", self.seed)
 
     def resolved(self, model: ModelConfig, device: str) -> "EngineConfig":
         """With the context of this model and the budget of this type of device where none is given."""
         most = model.max_position_embeddings
         asked = most if self.max_model_len is None else self.max_model_len
         if asked > most:
-            raise ValueError(f"max_model_len must be an integer in [2, {most}] (max_position_embeddings), got {asked}")
+            raise _refusal("max_model_len", f"an integer in [2, {most}] (max_position_embeddings)", asked)
         budget = self.max_num_batched_tokens or BATCHED_TOKENS[device]
         return replace(self, max_model_len=asked, max_num_batched_tokens=budget)
 
@@ -84,3 +85,7 @@ class EngineConfig:
 
 def _is_integer(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _refusal(name: str, legal: str, value: Any) -> ParameterError:
+    return ParameterError(f"{name} must be {legal}, got {value!r}", name)

@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from llama.api.errors import ParameterError
+
 CLOUDFLARE_PREFIX = "@cf/meta/"
 CLOUDFLARE_NAME = "llama-3.1-70b-instruct"  # what Cloudflare's clients ask for, whatever model is behind it
 
@@ -48,9 +50,11 @@ class ServerConfig:
         ):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-                raise ValueError(f"{name} must be a number above 0, got {value!r}")
+                raise ParameterError(f"{name} must be a number above 0, got {value!r}", name)
         if self.max_bodies_bytes < self.max_body_bytes:
-            raise ValueError(f"max_bodies_bytes must be at least max_body_bytes, got {self.max_bodies_bytes}")
+            raise ParameterError(
+                f"max_bodies_bytes must be at least max_body_bytes, got {self.max_bodies_bytes}", "max_bodies_bytes"
+            )
 
     @property
     def name(self) -> str:
