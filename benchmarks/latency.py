@@ -23,7 +23,7 @@ from llama.kernels import ops
 from llama.model.linear import Linear
 
 STEPS = 5  # of decoding in a row
-OPS = ("add_rms_norm", "paged_attention", "plan_step", "rms_norm", "rope_and_store", "sample", "silu_mul")
+OPS = ("add_rms_norm", "paged_attention", "rms_norm", "rope_and_store", "sample", "silu_mul")
 
 
 def prompts(count: int, length: int, vocab_size: int, seed: int = 0) -> torch.Tensor:

@@ -14,9 +14,9 @@ from benchmarks.common import close, in_turn, ratio, summary
 from llama import ModelConfig, SamplingParams, Transformer
 from llama.engine.config import EngineConfig
 from llama.engine.engine import Engine
-from llama.engine.sequence import Adapter as EngineAdapter
-from llama.model.lora.adapter import Adapter, Pair, module_sizes
-from llama.model.lora.slots import module_places
+from llama.engine.sequence import Adapter
+from llama.model.lora.adapter import AdapterWeights, Pair, module_sizes
+from llama.model.lora.loaded import module_places
 
 TARGETS = {
     "qv": ("q_proj", "v_proj"),
@@ -25,7 +25,7 @@ TARGETS = {
 }
 
 
-def random_adapter(model: Transformer, targets: tuple[str, ...], rank: int, seed: int) -> Adapter:
+def random_adapter(model: Transformer, targets: tuple[str, ...], rank: int, seed: int) -> AdapterWeights:
     """Too weak to move the answers far: what is measured is time."""
     generator = torch.Generator(model.device).manual_seed(seed)
 
@@ -39,13 +39,15 @@ def random_adapter(model: Transformer, targets: tuple[str, ...], rank: int, seed
             in_features, out_features = module_sizes(model.config, name)
             pairs[name] = Pair(values(rank, in_features), values(out_features, rank))
     nbytes = sum(tensor.nbytes for pair in pairs.values() for tensor in pair)
-    return Adapter("", pairs, rank, targets, nbytes, seed.to_bytes(16))
+    return AdapterWeights("", pairs, rank, targets, nbytes, seed.to_bytes(16))
 
 
 class Decode:
     """An engine of its own whose requests are all decoding; request i uses adapter i mod n."""
 
-    def __init__(self, model: Transformer, adapters: list[Adapter], batch: int, context: int, steps: int) -> None:
+    def __init__(
+        self, model: Transformer, adapters: list[AdapterWeights], batch: int, context: int, steps: int
+    ) -> None:
         length = context + steps + 1
         config = EngineConfig(
             max_model_len=length,
@@ -58,7 +60,7 @@ class Decode:
         )
         self.engine = Engine(model, config, eos_token_ids=frozenset())
         for i, content in enumerate(adapters):
-            self.engine.adapters.add(EngineAdapter(str(i), content.digest, content))
+            self.engine.adapters.add(Adapter(str(i), content.digest, content))
         params = SamplingParams(temperature=0, max_tokens=steps, ignore_eos=True)
         generator = torch.Generator().manual_seed(0)
         prompts = torch.randint(model.config.vocab_size, (batch, context), generator=generator).tolist()

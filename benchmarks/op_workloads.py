@@ -15,7 +15,7 @@ from torch.nn.attention.bias import causal_lower_right
 
 from benchmarks.device import Call
 from llama.kernels import ops
-from llama.kernels.types import LOGPROBS_OFF, SamplerRows, SamplerState
+from llama.kernels.types import LOGPROBS_OFF, CosSin, KVLayer, Ragged, SamplerRows, SamplerState
 
 
 @dataclass(frozen=True)
@@ -105,17 +105,16 @@ def activation(setting: Setting) -> Iterator[Workload]:
         yield Workload("silu_mul", {"tokens": tokens, "size": size}, moved, 5 * tokens * size, make)
 
 
-def _rope_and_store(
-    q: Tensor, k: Tensor, v: Tensor, cos_sin: Tensor, slots: Tensor, k_cache: Tensor, v_cache: Tensor
-) -> Tensor:
-    cos, sin = cos_sin.unsqueeze(1).chunk(2, dim=-1)
+def _rope_and_store(q: Tensor, k: Tensor, v: Tensor, cos_sin: CosSin, kv_layer: KVLayer, ragged: Ragged) -> Tensor:
+    half = q.shape[2] // 2
+    cos, sin = cos_sin[0][..., half:], cos_sin[1][..., half:]
 
     def rotated(x: Tensor) -> Tensor:
         first, second = x.float().chunk(2, dim=-1)
         return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
 
-    k_cache.flatten(0, 1).index_copy_(0, slots, rotated(k))
-    v_cache.flatten(0, 1).index_copy_(0, slots, v)
+    kv_layer.k.flatten(0, 1).index_copy_(0, ragged.slots, rotated(k))
+    kv_layer.v.flatten(0, 1).index_copy_(0, ragged.slots, v)
     return rotated(q)
 
 
@@ -131,9 +130,13 @@ def rope(setting: Setting) -> Iterator[Workload]:
             caches = [setting.randn(blocks, block_size, kv_heads, head_dim, seed=seed + i) for i in (1, 2)]
             angles = torch.rand(tokens, head_dim // 2, device=setting.device) * 6.28
             slots = torch.randperm(blocks * block_size, device=setting.device)[:tokens]
-            inputs = (*qkv.split([heads, kv_heads, kv_heads], dim=1), torch.cat((angles.cos(), angles.sin()), 1), slots)
-            ours = {"ours": lambda: ops.rope_and_store(*inputs, *caches)}
-            return ours | setting.peer("rotate, index_copy", _rope_and_store, *inputs, *caches)
+            signed = torch.cat((-angles, angles), 1)[:, None]
+            nobody = torch.zeros(1, dtype=torch.int32, device=setting.device)
+            ragged = Ragged(nobody[:0, None], nobody, nobody[:0], slots, num_decodes=0, block_size=block_size)
+            q, k, v = qkv.split([heads, kv_heads, kv_heads], dim=1)
+            inputs = (q, k, v, (signed.cos(), signed.sin()), KVLayer(*caches), ragged)
+            ours = {"ours": lambda: ops.rope_and_store(*inputs)}
+            return ours | setting.peer("rotate, index_copy", _rope_and_store, *inputs)
 
         moved = tokens * (2 * (heads + 2 * kv_heads) * head_dim * setting.dtype.itemsize + 4 * head_dim + 8)
         shape = {"tokens": tokens, "heads": f"{heads}/{kv_heads}", "head_dim": head_dim}
@@ -150,9 +153,15 @@ def _paged(setting: Setting, batch: int, queries: int, context: int, seed: int) 
     starts = (torch.arange(batch + 1, device=setting.device) * queries).to(torch.int32)
     contexts = torch.full((batch,), context, dtype=torch.int32, device=setting.device)
     q = setting.randn(batch * queries, heads, head_dim, seed=seed)
-    tensors = (q, *caches, order.view(batch, blocks), starts, contexts)
-    sizes = {"num_decodes": batch if queries == 1 else 0, "max_query_len": queries, "max_context_len": context}
-    return q, partial(ops.paged_attention, *tensors, **sizes, scale=head_dim**-0.5)
+    ragged = Ragged(
+        block_tables=order.view(batch, blocks),
+        query_starts=starts,
+        context_lens=contexts,
+        slots=torch.empty(0, dtype=torch.int64, device=setting.device),
+        num_decodes=batch if queries == 1 else 0,
+        block_size=block_size,
+    )
+    return q, partial(ops.paged_attention, q, KVLayer(*caches), ragged, head_dim**-0.5)
 
 
 def _sdpa(setting: Setting, q: Tensor, batch: int, queries: int, context: int, seed: int) -> dict[str, Call]:

@@ -6,12 +6,18 @@ Nothing here knows a model, a request or a configuration: tensors, integers and 
 
 import os
 
-from torch import Tensor, float32, int32, int64
+from torch import Tensor, float32, int64
 
-from llama.kernels import cpu
-from llama.kernels.cpu.layout import StepPlan
-from llama.kernels.cpu.lora import LoraPlan
-from llama.kernels.types import Logprobs, Sampled, SamplerRows, SamplerState
+from llama.kernels.types import (
+    CosSin,
+    KVLayer,
+    Logprobs,
+    Ragged,
+    Sampled,
+    SamplerRows,
+    SamplerState,
+    TokenAdapters,
+)
 
 # Triton itself reads this once, when it is imported: a process is interpreted or it is not.
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -36,9 +42,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         raise _refuse("rms_norm", x=x, weight=weight)
     if _on_triton(x):
         from llama.kernels.gpu import norm
-
-        return norm.rms_norm(x, weight, eps)
-    return cpu.rms_norm(x, weight, eps)
+    else:
+        from llama.kernels.cpu import norm
+    return norm.rms_norm(x, weight, eps)
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -49,123 +55,48 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
         raise _refuse("add_rms_norm", x=x, residual=residual, weight=weight)
     if _on_triton(x):
         from llama.kernels.gpu import norm
+    else:
+        from llama.kernels.cpu import norm
+    return norm.add_rms_norm(x, residual, weight, eps)
 
-        return norm.add_rms_norm(x, residual, weight, eps)
-    return cpu.add_rms_norm(x, residual, weight, eps)
 
-
-def rope_and_store(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cos_sin: Tensor,
-    slots: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    *,
-    plan: StepPlan | None = None,
-) -> Tensor:
-    """Rotate q and k, write k and v into the cache, -> rotated q [tokens, heads, head_dim].
+def rope_and_store(q: Tensor, k: Tensor, v: Tensor, cos_sin: CosSin, kv_layer: KVLayer, ragged: Ragged) -> Tensor:
+    """Rotate q and k, write k and v to their slots in the cache, -> rotated q [tokens, heads, head_dim].
 
     q [tokens, heads, head_dim], k and v [tokens, kv_heads, head_dim] may be strided views with a contiguous last
-    dimension; none of them is modified. cos_sin [tokens, head_dim] float32 holds cosines, then sines, of each token's
-    position. The rotation pairs dimension i with i + head_dim / 2 and computes in at least float32. slots [tokens]
-    int64 are flat places in the caches [num_blocks, block_size, kv_heads, head_dim]; -1 = the token is not stored.
+    dimension; none of them is modified. The rotation pairs dimension i with i + head_dim / 2 and computes in at least
+    float32. A token whose slot is -1 is not stored.
     """
     tokens, _, head_dim = q.shape
-    k_shape, cache_shape = k.shape, k_cache.shape
-    if k_shape != v.shape or k_shape[0] != tokens or k_shape[2] != head_dim or k_shape[1:] != cache_shape[2:]:
-        raise _refuse("rope_and_store", q=q, k=k, v=v, k_cache=k_cache)
-    if cache_shape != v_cache.shape or len(slots) != tokens or cos_sin.shape != (tokens, head_dim):
-        raise _refuse("rope_and_store", q=q, cos_sin=cos_sin, slots=slots, k_cache=k_cache, v_cache=v_cache)
-    if cos_sin.dtype != float32 or slots.dtype != int64 or q.dtype != k_cache.dtype:
-        raise _refuse("rope_and_store", q=q, cos_sin=cos_sin, slots=slots, k_cache=k_cache)
+    k_shape, cache, slots, (cos, sin) = k.shape, kv_layer.k, ragged.slots, cos_sin
+    if k_shape != v.shape or k_shape[0] != tokens or k_shape[2] != head_dim or k_shape[1:] != cache.shape[2:]:
+        raise _refuse("rope_and_store", q=q, k=k, v=v, cache=cache)
+    if len(slots) != tokens or cos.shape != (tokens, 1, head_dim) or cos.shape != sin.shape:
+        raise _refuse("rope_and_store", q=q, cos=cos, sin=sin, slots=slots)
+    if not cos.dtype == sin.dtype == float32 or q.dtype != cache.dtype:
+        raise _refuse("rope_and_store", q=q, cos=cos, sin=sin, cache=cache)
     if _on_triton(q):
         from llama.kernels.gpu import rope
+    else:
+        from llama.kernels.cpu import rope
+    return rope.rope_and_store(q, k, v, cos_sin, kv_layer, ragged)
 
-        return rope.rope_and_store(q, k, v, cos_sin, slots, k_cache, v_cache)
-    return cpu.rope_and_store(q, k, v, cos_sin, slots, k_cache, v_cache, plan=plan)
 
+def paged_attention(q: Tensor, kv_layer: KVLayer, ragged: Ragged, scale: float) -> Tensor:
+    """Causal attention of flat, ragged queries over paged K and V, q [tokens, heads, head_dim] -> the same shape.
 
-def plan_step(
-    block_tables: Tensor,
-    query_starts: Tensor,
-    context_lens: Tensor,
-    slots: Tensor,
-    cos_sin: Tensor,
-    *,
-    num_decodes: int,
-    block_size: int,
-) -> StepPlan | None:
-    """What `rope_and_store` and `paged_attention` of every layer need to know of one step, worked out once.
-
-    None where the kernels read the tensors themselves. A plan may be left away, at the price of its work in each layer.
+    Query j of n of a sequence sees the first context - n + j + 1 of its keys. Softmax in at least float32. Nothing past
+    a sequence's context can change the result, NaN included.
     """
-    if _on_triton(slots):
-        return None
-    sizes = {"num_decodes": num_decodes, "block_size": block_size}
-    return cpu.plan_step(block_tables, query_starts, context_lens, slots, cos_sin, **sizes)
-
-
-def paged_attention(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    block_tables: Tensor,
-    query_starts: Tensor,
-    context_lens: Tensor,
-    *,
-    num_decodes: int,
-    max_query_len: int,
-    max_context_len: int,
-    scale: float,
-    plan: StepPlan | None = None,
-) -> Tensor:
-    """Causal attention of flat, ragged queries over paged K and V -> [tokens, heads, head_dim].
-
-    q [tokens, heads, head_dim]; sequence s owns tokens query_starts[s] : query_starts[s + 1] (int32 [seqs + 1]), the
-    last of its context_lens[s] (int32 [seqs]) tokens, whose K and V lie in the blocks block_tables[s] (int32
-    [seqs, max_blocks]) of the caches [num_blocks, block_size, kv_heads, head_dim]. Query j of n sees the first
-    context - n + j + 1 keys. The first `num_decodes` sequences have one query each. Softmax in at least float32.
-    Nothing past a sequence's context can change the result, NaN included. `plan` is `plan_step` of this step.
-    """
-    q_shape, cache_shape, num_seqs = q.shape, k_cache.shape, len(context_lens)
-    if cache_shape != v_cache.shape or q_shape[2] != cache_shape[3] or q_shape[1] % cache_shape[2]:
-        raise _refuse("paged_attention", q=q, k_cache=k_cache, v_cache=v_cache)
-    if len(block_tables) != num_seqs or len(query_starts) != num_seqs + 1 or q.dtype != k_cache.dtype:
-        raise _refuse("paged_attention", q=q, k_cache=k_cache, block_tables=block_tables, context_lens=context_lens)
-    if not block_tables.dtype == query_starts.dtype == context_lens.dtype == int32:
-        raise _refuse(
-            "paged_attention", block_tables=block_tables, query_starts=query_starts, context_lens=context_lens
-        )
-    if not _on_triton(q):
-        return cpu.paged_attention(
-            q,
-            k_cache,
-            v_cache,
-            block_tables,
-            query_starts,
-            context_lens,
-            num_decodes=num_decodes,
-            max_query_len=max_query_len,
-            max_context_len=max_context_len,
-            scale=scale,
-            plan=plan,
-        )
-    from llama.kernels.gpu import attention
-
-    return attention.paged_attention(
-        q,
-        k_cache,
-        v_cache,
-        block_tables,
-        query_starts,
-        context_lens,
-        num_decodes=num_decodes,
-        max_query_len=max_query_len,
-        max_context_len=max_context_len,
-        scale=scale,
-    )
+    q_shape, cache = q.shape, kv_layer.k
+    _, block_size, kv_heads, head_dim = cache.shape
+    if q_shape[2] != head_dim or q_shape[1] % kv_heads or block_size != ragged.block_size or q.dtype != cache.dtype:
+        raise _refuse("paged_attention", q=q, cache=cache)
+    if _on_triton(q):
+        from llama.kernels.gpu import attention
+    else:
+        from llama.kernels.cpu import attention
+    return attention.paged_attention(q, kv_layer, ragged, scale)
 
 
 def silu_mul(gate_up: Tensor) -> Tensor:
@@ -174,60 +105,52 @@ def silu_mul(gate_up: Tensor) -> Tensor:
         raise _refuse("silu_mul", gate_up=gate_up)
     if _on_triton(gate_up):
         from llama.kernels.gpu import activation
-
-        return activation.silu_mul(gate_up)
-    return cpu.silu_mul(gate_up)
-
-
-def plan_lora(adapter_slots: Tensor) -> LoraPlan:
-    """What every module's adapters need to know of one step: adapter_slots int32 [tokens], 0 = the base model alone."""
-    if adapter_slots.dim() != 1 or adapter_slots.dtype != int32:
-        raise _refuse("plan_lora", adapter_slots=adapter_slots)
-    return LoraPlan(adapter_slots) if _on_triton(adapter_slots) else cpu.plan_lora(adapter_slots)
+    else:
+        from llama.kernels.cpu import activation
+    return activation.silu_mul(gate_up)
 
 
-def lora_shrink(x: Tensor, a: Tensor, plan: LoraPlan) -> Tensor:
-    """The first half of y += B (A x): x [tokens, in], a [slots, slices, rank, in] -> h, for `lora_expand` alone.
+def lora_shrink(x: Tensor, a: Tensor, adapters: TokenAdapters) -> Tensor:
+    """The first half of y += B (A x): x [tokens, in], a [adapters, slices, rank, in] -> h, for `lora_expand` alone.
 
-    `slices` are modules that are fused into one matmul (q, k, v). Slot s of a token reads a[s - 1].
+    `slices` are modules that are fused into one matmul (q, k, v). A token of adapter index i reads a[i - 1].
     """
     if a.dim() != 4 or x.dim() != 2 or x.shape[1] != a.shape[3] or x.dtype != a.dtype:
         raise _refuse("lora_shrink", x=x, a=a)
-    if plan.slots.shape[0] != x.shape[0]:
-        raise _refuse("lora_shrink", x=x, slots=plan.slots)
+    if len(adapters.indices) != x.shape[0]:
+        raise _refuse("lora_shrink", x=x, indices=adapters.indices)
     if _on_triton(x):
         from llama.kernels.gpu import lora
+    else:
+        from llama.kernels.cpu import lora
+    return lora.lora_shrink(x, a, adapters)
 
-        return lora.lora_shrink(x, a, plan)
-    return cpu.lora_shrink(x, a, plan)
 
-
-def lora_embedding(token_ids: Tensor, a: Tensor, plan: LoraPlan) -> Tensor:
-    """`lora_shrink` of one-hot tokens: token_ids int64 [tokens], a [slots, vocab, rank] -> h."""
-    if a.dim() != 3 or token_ids.shape != plan.slots.shape or token_ids.dtype != int64:
-        raise _refuse("lora_embedding", token_ids=token_ids, a=a, slots=plan.slots)
+def lora_embedding(token_ids: Tensor, a: Tensor, adapters: TokenAdapters) -> Tensor:
+    """`lora_shrink` of one-hot tokens: token_ids int64 [tokens], a [adapters, vocab, rank] -> h."""
+    if a.dim() != 3 or token_ids.shape != adapters.indices.shape or token_ids.dtype != int64:
+        raise _refuse("lora_embedding", token_ids=token_ids, a=a, indices=adapters.indices)
     if _on_triton(a):
         from llama.kernels.gpu import lora
+    else:
+        from llama.kernels.cpu import lora
+    return lora.lora_embedding(token_ids, a, adapters)
 
-        return lora.lora_embedding(token_ids, a, plan)
-    return cpu.lora_embedding(token_ids, a, plan)
 
+def lora_expand(h: Tensor, y: Tensor, b: Tensor, adapters: TokenAdapters, slice_starts: tuple[int, ...]) -> None:
+    """The second half, in place: y [tokens, out] += B h, b [adapters, out, rank].
 
-def lora_expand(h: Tensor, y: Tensor, b: Tensor, plan: LoraPlan, slice_starts: tuple[int, ...]) -> None:
-    """The second half, in place: y [tokens, out] += B h, b [slots, out, rank].
-
-    Slice i owns the columns slice_starts[i] : slice_starts[i + 1] of y. Rows of slot 0 keep their bits.
+    Slice i owns the columns slice_starts[i] : slice_starts[i + 1] of y. Rows without an adapter keep their bits.
     """
-    if b.dim() != 3 or y.shape != (plan.slots.shape[0], b.shape[1]) or y.dtype != b.dtype:
+    if b.dim() != 3 or y.shape != (len(adapters.indices), b.shape[1]) or y.dtype != b.dtype:
         raise _refuse("lora_expand", h=h, y=y, b=b)
     if h.shape[1:] != (len(slice_starts) - 1, b.shape[2]) or slice_starts[0] != 0 or slice_starts[-1] != b.shape[1]:
         raise _refuse("lora_expand", h=h, b=b)
     if _on_triton(y):
         from llama.kernels.gpu import lora
-
-        lora.lora_expand(h, y, b, plan, slice_starts)
     else:
-        cpu.lora_expand(h, y, b, plan, slice_starts)
+        from llama.kernels.cpu import lora
+    lora.lora_expand(h, y, b, adapters, slice_starts)
 
 
 def sample(logits: Tensor, rows: SamplerRows, state: SamplerState | None = None) -> Sampled:

@@ -1,16 +1,95 @@
-"""What the sampling ops take and give back: plain tensors and integers, no requests and no seeds.
+"""The values that ops take and give back: plain tensors and integers, no requests and no seeds.
 
-SamplerRows says how each row of logits becomes a token; SamplerState is the memory that penalties need, one slot per
+Ragged says which tokens belong to which sequence, KVLayer holds one layer's keys and values. SamplerRows
+says how each row of logits becomes a token; SamplerState is the memory that penalties need, one slot per
 sequence, kept on the device and updated by `sample` itself; Sampled and Logprobs are the answers.
 Bit masks are packed little end first: token t is bit t % 32 of word t // 32.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
+from llama.kernels.cpu.layout import Layout, LoraLayout
+
 LOGPROBS_OFF, LOGPROBS_RAW, LOGPROBS_PROCESSED = 0, 1, 2
+
+# (cos, sin) float32, [tokens, 1, head_dim] each, with x_rotated = x * cos + (x with its halves swapped) * sin: the
+# first half of sin is negated.
+CosSin = tuple[torch.Tensor, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Ragged:
+    """One step's tokens, sequence behind sequence without padding, and where their keys and values lie in the cache.
+
+    Sequence s owns the tokens query_starts[s] : query_starts[s + 1], the last of its context_lens[s] tokens. ValueError
+    where the tensors do not fit together.
+    """
+
+    block_tables: torch.Tensor  # [seqs, max_blocks] int32; entries past a sequence's context are arbitrary valid ids
+    query_starts: torch.Tensor  # [seqs + 1] int32
+    context_lens: torch.Tensor  # [seqs] int32, tokens whose K and V exist once this step has stored its own
+    slots: torch.Tensor  # [tokens] int64, block id * block_size + offset of each token; -1 = padding, not stored
+    num_decodes: int  # the first num_decodes sequences have exactly one query
+    block_size: int  # tokens per block
+
+    def __post_init__(self) -> None:
+        tables, starts, lens = self.block_tables, self.query_starts, self.context_lens
+        if len(tables) != len(lens) or len(starts) != len(lens) + 1 or self.num_decodes > len(lens):
+            sizes = f"{list(tables.shape)}, {list(starts.shape)}, {list(lens.shape)}, {self.num_decodes}"
+            raise ValueError(f"block_tables, query_starts, context_lens and num_decodes do not fit together: {sizes}")
+        if not tables.dtype == starts.dtype == lens.dtype == torch.int32 or self.slots.dtype != torch.int64:
+            dtypes = f"{tables.dtype}, {starts.dtype}, {lens.dtype}, {self.slots.dtype}"
+            raise ValueError(f"block_tables, query_starts and context_lens must be int32 and slots int64, got {dtypes}")
+
+    @cached_property
+    def cpu_layout(self) -> Layout:
+        """What the CPU's ops need to know beside the tensors, for all layers; made when the first of them asks."""
+        return Layout.of(
+            self.block_tables,
+            self.query_starts,
+            self.context_lens,
+            self.slots,
+            num_decodes=self.num_decodes,
+            block_size=self.block_size,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class KVLayer:
+    """One layer's part of the paged cache: [num_blocks, block_size, kv_heads, head_dim], K and V alike."""
+
+    k: torch.Tensor
+    v: torch.Tensor
+
+    def __post_init__(self) -> None:
+        k, v = self.k, self.v
+        if k.dim() != 4 or k.shape != v.shape or k.stride() != v.stride() or k.dtype != v.dtype:
+            raise ValueError(
+                "k and v of a cache must have the same four dimensions, strides and dtype, "
+                f"got {k.dtype} {list(k.shape)} and {v.dtype} {list(v.shape)}"
+            )
+
+
+@dataclass(frozen=True)
+class TokenAdapters:
+    """Which LoRA adapter each token of a step uses."""
+
+    indices: torch.Tensor  # [tokens] int32, from 1 on; 0 = none, the base model alone
+
+    def __post_init__(self) -> None:
+        if self.indices.dim() != 1 or self.indices.dtype != torch.int32:
+            raise ValueError(
+                f"adapter indices must be int32 [tokens], got {self.indices.dtype} {list(self.indices.shape)}"
+            )
+
+    @cached_property
+    def cpu_layout(self) -> LoraLayout:
+        """Tokens brought together by adapter, for all modules; made when the first op on the CPU asks."""
+        return LoraLayout.of(self.indices)
 
 
 @dataclass(frozen=True, slots=True)

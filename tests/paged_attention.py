@@ -10,48 +10,39 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llama.kernels.types import CosSin, KVLayer, Ragged
+
 
 @dataclass(frozen=True)
 class Problem:
     q: Tensor
-    k_cache: Tensor
-    v_cache: Tensor
-    block_tables: Tensor
-    query_starts: Tensor
-    context_lens: Tensor
-    num_decodes: int
+    kv_layer: KVLayer
+    ragged: Ragged
     scale: float
 
     def run(self, paged_attention: Any) -> Tensor:
-        """The tensors and sizes as `kernels.paged_attention` takes them."""
-        return paged_attention(
-            self.q,
-            self.k_cache,
-            self.v_cache,
-            self.block_tables,
-            self.query_starts,
-            self.context_lens,
-            num_decodes=self.num_decodes,
-            max_query_len=int(self.query_starts.diff().max()),
-            max_context_len=int(self.context_lens.max()),
-            scale=self.scale,
-        )
+        return paged_attention(self.q, self.kv_layer, self.ragged, self.scale)
+
+    @property
+    def context_lens(self) -> Tensor:
+        return self.ragged.context_lens
 
     def only(self, *sequences: int) -> "Problem":
         """The same sequences without the others; caches and block tables stay what they are."""
-        starts = self.query_starts.tolist()
+        starts = self.ragged.query_starts.tolist()
         lengths = [starts[s + 1] - starts[s] for s in sequences]
-        return replace(
-            self,
-            q=torch.cat([self.q[starts[s] : starts[s + 1]] for s in sequences]),
-            block_tables=self.block_tables[list(sequences)],
+        ragged = replace(
+            self.ragged,
+            block_tables=self.ragged.block_tables[list(sequences)],
             query_starts=_starts(lengths, self.q.device),
             context_lens=self.context_lens[list(sequences)],
-            num_decodes=sum(s < self.num_decodes for s in sequences),
+            num_decodes=sum(s < self.ragged.num_decodes for s in sequences),
         )
+        return replace(self, q=torch.cat([self.q[starts[s] : starts[s + 1]] for s in sequences]), ragged=ragged)
 
     def rows(self, sequence: int) -> slice:
-        return slice(int(self.query_starts[sequence]), int(self.query_starts[sequence + 1]))
+        starts = self.ragged.query_starts
+        return slice(int(starts[sequence]), int(starts[sequence + 1]))
 
 
 def _starts(lengths: list[int], device: Any) -> Tensor:
@@ -93,37 +84,49 @@ def make_problem(
             ).to(dtype)
             cache[tables[row, :count].long().to(device)] = blocks
     q = torch.randn(sum(queries), heads[0], head_dim, generator=generator, dtype=torch.float32, device=device)
-    return Problem(
-        q=(q * spread).to(dtype),
-        k_cache=caches[0],
-        v_cache=caches[1],
+    ragged = Ragged(
         block_tables=tables.to(device),
         query_starts=_starts(queries, device),
         context_lens=torch.tensor(contexts, dtype=torch.int32, device=device),
+        slots=torch.empty(0, dtype=torch.int64, device=device),
         num_decodes=num_decodes,
-        scale=head_dim**-0.5,
+        block_size=block_size,
     )
+    return Problem((q * spread).to(dtype), KVLayer(*caches), ragged, head_dim**-0.5)
 
 
 def answer(problem: Problem) -> Tensor:
     """Softmax in float64, one sequence and one KV head after the other; 0 for an empty context."""
     out = torch.zeros(problem.q.shape, dtype=torch.float64, device=problem.q.device)
-    block_size, kv_heads = problem.k_cache.shape[1:3]
+    block_size, kv_heads = problem.kv_layer.k.shape[1:3]
     group = problem.q.shape[1] // kv_heads
     for sequence, context in enumerate(problem.context_lens.tolist()):
         rows = problem.rows(sequence)
         queries = rows.stop - rows.start
         if context == 0 or queries == 0:
             continue
-        blocks = problem.block_tables[sequence, : -(-context // block_size)].long()
+        blocks = problem.ragged.block_tables[sequence, : -(-context // block_size)].long()
         past = torch.arange(context - queries, context, device=out.device)
         hidden = torch.arange(context, device=out.device) > past[:, None]
         for head in range(kv_heads):
             k, v = (
-                cache[blocks, :, head].flatten(0, 1)[:context].double() for cache in (problem.k_cache, problem.v_cache)
+                cache[blocks, :, head].flatten(0, 1)[:context].double()
+                for cache in (problem.kv_layer.k, problem.kv_layer.v)
             )
             heads = slice(head * group, (head + 1) * group)
             scores = torch.einsum("qgd,kd->gqk", problem.q[rows, heads].double(), k) * problem.scale
             weights = scores.masked_fill(hidden, -torch.inf).softmax(-1)
             out[rows, heads] = torch.einsum("gqk,kd->qgd", weights, v)
     return out
+
+
+def only_slots(slots: Tensor, block_size: int) -> Ragged:
+    """Tokens that go to `slots` and belong to nobody: all that rope_and_store reads."""
+    none = torch.empty(0, dtype=torch.int32, device=slots.device)
+    return Ragged(none.view(0, 0), none.new_zeros(1), none, slots, num_decodes=0, block_size=block_size)
+
+
+def rotation(angles: Tensor) -> CosSin:
+    """By angles [tokens, head_dim / 2], as rope_and_store takes it."""
+    both = torch.cat((-angles, angles), dim=1)[:, None]
+    return both.cos(), both.sin()

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from llama.model.lora import read_adapter
-from llama.model.lora.slots import module_places
+from llama.model.lora.loaded import module_places
 from llama.model.transformer import Transformer
 
 _TEXT_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",

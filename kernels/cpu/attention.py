@@ -11,57 +11,41 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llama.kernels.cpu.layout import AttentionPlan, StepPlan, plan_attention
+from llama.kernels.cpu.layout import Layout
+from llama.kernels.types import KVLayer, Ragged
 
 # Entries of one mask at most (queries x keys), which bounds what a chunk of a long prompt allocates.
 MASK_ENTRIES = 1 << 22
 
 
-def paged_attention(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    block_tables: Tensor,
-    query_starts: Tensor,
-    context_lens: Tensor,
-    *,
-    num_decodes: int,
-    max_query_len: int,
-    max_context_len: int,
-    scale: float,
-    plan: StepPlan | None = None,
-) -> Tensor:
-    where = (
-        plan_attention(block_tables, query_starts, context_lens, num_decodes, k_cache.shape[1])
-        if plan is None
-        else plan.attention
-    )
+def paged_attention(q: Tensor, kv_layer: KVLayer, ragged: Ragged, scale: float) -> Tensor:
+    num_decodes, layout = ragged.num_decodes, ragged.cpu_layout
     if num_decodes == len(q) and num_decodes:
-        return _decode(q, k_cache, v_cache, where, scale)
+        return _decode(q, kv_layer, layout, scale)
     parts = []
     if num_decodes:
-        parts.append(_decode(q[:num_decodes], k_cache, v_cache, where, scale))
-    for start, end, rows in where.prefills:
-        k, v = where.gather(k_cache, rows, "k"), where.gather(v_cache, rows, "v")
+        parts.append(_decode(q[:num_decodes], kv_layer, layout, scale))
+    for start, end, rows in layout.prefills:
+        k, v = layout.gather(kv_layer.k, rows, "k"), layout.gather(kv_layer.v, rows, "v")
         parts.append(_causal(q[start:end], k, v, scale))
     if len(parts) == 1:
         return parts[0]
     return torch.cat(parts) if parts else torch.empty_like(q, memory_format=torch.contiguous_format)
 
 
-def _decode(q: Tensor, k_cache: Tensor, v_cache: Tensor, where: AttentionPlan, scale: float) -> Tensor:
+def _decode(q: Tensor, kv_layer: KVLayer, layout: Layout, scale: float) -> Tensor:
     """One query per sequence: the heads of a group become the queries of their KV head."""
     sequences, heads, head_dim = q.shape
-    kv_heads = k_cache.shape[2]
-    rows = where.decode_rows
+    kv_heads = kv_layer.k.shape[2]
+    rows = layout.decode_rows
     if isinstance(rows, slice):
-        k, v = _run(k_cache, rows), _run(v_cache, rows)
+        k, v = _run(kv_layer.k, rows), _run(kv_layer.v, rows)
     else:
         shape = (sequences, -1, kv_heads, head_dim)
-        k = where.gather(k_cache, rows, "k").view(shape).transpose(1, 2)
-        v = where.gather(v_cache, rows, "v").view(shape).transpose(1, 2)
+        k = layout.gather(kv_layer.k, rows, "k").view(shape).transpose(1, 2)
+        v = layout.gather(kv_layer.v, rows, "v").view(shape).transpose(1, 2)
     grouped = q.view(sequences, kv_heads, heads // kv_heads, head_dim)
-    mixed = F.scaled_dot_product_attention(grouped, k, v, attn_mask=where.decode_mask, scale=scale)
+    mixed = F.scaled_dot_product_attention(grouped, k, v, attn_mask=layout.decode_mask, scale=scale)
     return mixed.reshape(q.shape)
 
 

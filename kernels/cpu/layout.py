@@ -1,21 +1,47 @@
-"""What depends on the step alone and not on the layer, worked out once for all layers of a step."""
+"""What the CPU's ops need to know of a step and not of a layer, worked out once for all layers."""
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+# Rows per adapter that may only fill up a batched matmul: fewer than would cost what a call costs.
+_FILLED = 4
 
 Rows = slice | Tensor  # of a cache seen as [slots, kv_heads, head_dim]: a run, or indices
 
 
 @dataclass(slots=True)
-class AttentionPlan:
-    """Where the keys of each sequence lie."""
+class Layout:
+    """Where in the cache the keys of each sequence lie."""
 
     decode_rows: Rows  # of all decodes, one after the other, each padded to the longest
     decode_mask: Tensor | None  # [decodes, 1, 1, keys] bool; None where nothing is padded
     prefills: list[tuple[int, int, Rows]]  # first token, end, rows
+    stores_all: bool  # no token is padding
     buffers: dict[str, Tensor] = field(default_factory=dict)  # working memory that the layers share
+
+    @classmethod
+    def of(
+        cls,
+        block_tables: Tensor,
+        query_starts: Tensor,
+        context_lens: Tensor,
+        slots: Tensor,
+        *,
+        num_decodes: int,
+        block_size: int,
+    ) -> "Layout":
+        """See `Ragged`."""
+        starts, lens = query_starts.tolist(), context_lens.tolist()
+        prefills = [
+            (starts[s], starts[s + 1], _rows(block_tables[s], lens[s], block_size))
+            for s in range(num_decodes, len(lens))
+            if starts[s + 1] > starts[s]
+        ]
+        decodes = _decode_rows(block_tables[:num_decodes], context_lens[:num_decodes], lens[:num_decodes], block_size)
+        return cls(*decodes, prefills, -1 not in slots.tolist())
 
     def gather(self, cache: Tensor, rows: Rows, name: str) -> Tensor:
         """[keys, kv_heads, head_dim]: a view, or a copy that holds until the next gather under the same name."""
@@ -28,50 +54,10 @@ class AttentionPlan:
         return torch.index_select(cache, 0, rows, out=buffer[: rows.shape[0]])
 
 
-@dataclass(frozen=True, slots=True)
-class StepPlan:
-    attention: AttentionPlan
-    stores_all: bool  # no token is padding
-    rotation: tuple[Tensor, Tensor]  # see `rotation`
-
-
-def plan_step(
-    block_tables: Tensor,
-    query_starts: Tensor,
-    context_lens: Tensor,
-    slots: Tensor,
-    cos_sin: Tensor,
-    *,
-    num_decodes: int,
-    block_size: int,
-) -> StepPlan | None:
-    attention = plan_attention(block_tables, query_starts, context_lens, num_decodes, block_size)
-    return StepPlan(attention, -1 not in slots.tolist(), rotation(cos_sin))
-
-
-def plan_attention(
-    block_tables: Tensor, query_starts: Tensor, context_lens: Tensor, num_decodes: int, block_size: int
-) -> AttentionPlan:
-    starts, lens = query_starts.tolist(), context_lens.tolist()
-    prefills = [
-        (starts[s], starts[s + 1], _rows(block_tables[s], lens[s], block_size))
-        for s in range(num_decodes, len(lens))
-        if starts[s + 1] > starts[s]
-    ]
-    decodes = _decode_rows(block_tables[:num_decodes], context_lens[:num_decodes], lens[:num_decodes], block_size)
-    return AttentionPlan(*decodes, prefills)
-
-
-def rotation(cos_sin: Tensor) -> tuple[Tensor, Tensor]:
-    """[tokens, 1, head_dim] each: x_rotated = x * first + (x with its halves swapped) * second."""
-    cos, sin = cos_sin.unsqueeze(1).chunk(2, dim=-1)
-    return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
-
-
 def _decode_rows(
     block_tables: Tensor, context_lens: Tensor, lens: list[int], block_size: int
 ) -> tuple[Rows, Tensor | None]:
-    """`decode_rows` and `decode_mask` of AttentionPlan."""
+    """`decode_rows` and `decode_mask` of Layout."""
     if not lens:
         return slice(0), None
     if len(lens) == 1:
@@ -96,3 +82,71 @@ def _rows(block_table: Tensor, context_len: int, block_size: int) -> Rows:
         return slice(first * block_size, first * block_size + context_len)
     offsets = torch.arange(block_size, device=block_table.device)
     return (block_table[:num_blocks, None].to(torch.int64) * block_size + offsets).flatten()[:context_len]
+
+
+class LoraGroup(NamedTuple):
+    """The adapters first .. last, each with `each` rows, from row `start` on."""
+
+    first: int
+    last: int
+    each: int
+    start: int
+
+    @property
+    def end(self) -> int:
+        return self.start + (self.last - self.first + 1) * self.each
+
+    def of(self, rows: Tensor) -> Tensor:
+        """The group's part of [rows, ...] as [adapters, each, ...], a view."""
+        return rows[self.start : self.end].unflatten(0, (-1, self.each))
+
+
+@dataclass(frozen=True, slots=True)
+class LoraLayout:
+    """Tokens brought together by adapter.
+
+    Adapters with neighbouring indices and about as many tokens share one batched matmul, for which shorter ones are
+    filled up with rows that nobody reads: decoding, where an adapter has a token or two, would otherwise spend its time
+    on the number of calls.
+    """
+
+    rows: Tensor  # [rows] int64, the token of each row, by adapter; any token where a row only fills up
+    tokens: Tensor  # [adapted tokens] int64, by adapter
+    used: Tensor | None  # [adapted tokens] int64, the row of each of `tokens`; None = they are the rows
+    groups: tuple[LoraGroup, ...]
+
+    @classmethod
+    def of(cls, indices: Tensor) -> "LoraLayout":
+        """See `TokenAdapters`."""
+        counts = torch.bincount(indices, minlength=1).tolist()
+        tokens = torch.argsort(indices, stable=True)[counts[0] :]
+        groups = _groups(counts)
+        num_rows = groups[-1].end if groups else 0
+        if num_rows == len(tokens):
+            return cls(tokens, tokens, None, tuple(groups))
+        firsts = [g.start + i * g.each for g in groups for i in range(g.last - g.first + 1)]
+        lengths = torch.tensor([count for g in groups for count in counts[g.first : g.last + 1]])
+        shifts = torch.tensor(firsts) - (lengths.cumsum(0) - lengths)
+        used = torch.arange(len(tokens)) + shifts.repeat_interleave(lengths)
+        rows = tokens[:1].repeat(num_rows)
+        rows[used] = tokens
+        return cls(rows, tokens, used, tuple(groups))
+
+
+def _groups(counts: list[int]) -> list[LoraGroup]:
+    """counts[i] is the number of tokens of adapter i."""
+    groups: list[LoraGroup] = []
+    total = 0  # tokens of the last group
+    for index, count in enumerate(counts[1:], 1):
+        if not count:
+            continue
+        if groups and groups[-1].last == index - 1:
+            first, _, each, start = groups[-1]
+            wider = LoraGroup(first, index, max(each, count), start)
+            if wider.end - start - (total + count) <= _FILLED * (index - first + 1):
+                groups[-1] = wider
+                total += count
+                continue
+        groups.append(LoraGroup(index, index, count, groups[-1].end if groups else 0))
+        total = count
+    return groups

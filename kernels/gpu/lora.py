@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from llama.kernels.checks import check_tensors, require
-from llama.kernels.cpu.lora import LoraPlan
+from llama.kernels.types import TokenAdapters
 
 _TOKENS = 16
 # What a program of shrink adds up. Decoding has few tokens, so it is `in` that must keep the device busy.
@@ -165,16 +165,15 @@ def _rank_block(rank: int) -> int:
     return min(64, max(16, triton.next_power_of_2(rank)))
 
 
-def _check(op: str, plan: LoraPlan, **tensors: Tensor) -> None:
-    check_tensors(op, **tensors, slots=plan.slots)
-    require(plan.slots.dtype == torch.int32, f"{op}: slots must be int32, got {plan.slots.dtype}")
+def _check(op: str, adapters: TokenAdapters, **tensors: Tensor) -> None:
+    check_tensors(op, **tensors, indices=adapters.indices)
     for name in {"a", "b", "h"}.intersection(tensors):
         require(tensors[name].is_contiguous(), f"{op}: {name} must be contiguous")
 
 
-def lora_shrink(x: Tensor, a: Tensor, plan: LoraPlan) -> Tensor:
+def lora_shrink(x: Tensor, a: Tensor, adapters: TokenAdapters) -> Tensor:
     """See `ops.lora_shrink`. -> [splits x tokens, slices, rank] float32; rows without an adapter are not set."""
-    _check("lora_shrink", plan, x=x, a=a)
+    _check("lora_shrink", adapters, x=x, a=a)
     tokens, (slices, rank, in_features) = x.shape[0], a.shape[1:]
     splits = triton.cdiv(in_features, _SPLIT)
     h = torch.empty((splits * tokens, slices, rank), dtype=torch.float32, device=x.device)
@@ -186,7 +185,7 @@ def lora_shrink(x: Tensor, a: Tensor, plan: LoraPlan) -> Tensor:
         h,
         x,
         a,
-        plan.slots,
+        adapters.indices,
         tokens,
         jobs,
         x.stride(0),
@@ -203,21 +202,23 @@ def lora_shrink(x: Tensor, a: Tensor, plan: LoraPlan) -> Tensor:
     return h
 
 
-def lora_embedding(token_ids: Tensor, a: Tensor, plan: LoraPlan) -> Tensor:
+def lora_embedding(token_ids: Tensor, a: Tensor, adapters: TokenAdapters) -> Tensor:
     """See `ops.lora_embedding`. -> [tokens, 1, rank] float32; rows without an adapter are not set."""
-    _check("lora_embedding", plan, a=a, token_ids=token_ids)
+    _check("lora_embedding", adapters, a=a, token_ids=token_ids)
     tokens, (vocab, rank) = len(token_ids), a.shape[1:]
     h = torch.empty((tokens, 1, rank), dtype=torch.float32, device=a.device)
     if h.numel() == 0:
         return h
     block = triton.next_power_of_2(rank)
-    _embedding_kernel[(tokens,)](h, token_ids, a, plan.slots, VOCAB=vocab, RANK=rank, BLOCK_RANK=block, num_warps=1)
+    _embedding_kernel[(tokens,)](
+        h, token_ids, a, adapters.indices, VOCAB=vocab, RANK=rank, BLOCK_RANK=block, num_warps=1
+    )
     return h
 
 
-def lora_expand(h: Tensor, y: Tensor, b: Tensor, plan: LoraPlan, slice_starts: tuple[int, ...]) -> None:
+def lora_expand(h: Tensor, y: Tensor, b: Tensor, adapters: TokenAdapters, slice_starts: tuple[int, ...]) -> None:
     """See `ops.lora_expand`."""
-    _check("lora_expand", plan, y=y, h=h, b=b)
+    _check("lora_expand", adapters, y=y, h=h, b=b)
     tokens, rank = y.shape[0], b.shape[2]
     if y.numel() == 0:
         return
@@ -231,7 +232,7 @@ def lora_expand(h: Tensor, y: Tensor, b: Tensor, plan: LoraPlan, slice_starts: t
         y,
         h,
         b,
-        plan.slots,
+        adapters.indices,
         tokens,
         jobs,
         y.stride(0),

@@ -13,18 +13,18 @@ import triton.language as tl
 from torch import Tensor
 
 from llama.kernels.checks import check_tensors, require
+from llama.kernels.types import CosSin, KVLayer, Ragged
 
 
 @triton.jit
-def _rotated(source, cos_sin, dims, mask, HALF_DIM: tl.constexpr):
+def _rotated(source, cos, sin, dims, mask, HALF_DIM: tl.constexpr):
     """Both halves of the rotated rows at `source`, in float32."""
     # Every head loads them (from the cache) in the layout of its own values: nothing is exchanged between threads.
-    cos_rows = tl.broadcast_to(cos_sin + dims, mask.shape)
-    cos = tl.load(cos_rows, mask=mask)
-    sin = tl.load(cos_rows + HALF_DIM, mask=mask)
+    cosines = tl.load(tl.broadcast_to(cos + dims, mask.shape), mask=mask)
+    sines = tl.load(tl.broadcast_to(sin + HALF_DIM + dims, mask.shape), mask=mask)
     first = tl.load(source, mask=mask).to(tl.float32)
     second = tl.load(source + HALF_DIM, mask=mask).to(tl.float32)
-    return first * cos - second * sin, second * cos + first * sin
+    return first * cosines - second * sines, second * cosines + first * sines
 
 
 @triton.jit
@@ -39,7 +39,8 @@ def _rope_and_store_kernel(
     q,
     k,
     v,
-    cos_sin,
+    cos,  # [tokens, HEAD_DIM], of which the first half is read
+    sin,  # the second half: the first has the other sign
     slots,
     k_cache,
     v_cache,
@@ -66,13 +67,14 @@ def _rope_and_store_kernel(
     part = tl.program_id(1)  # parts of q, then of k, then of v
     dims = tl.arange(0, HALF)[None, :]
     heads = tl.arange(0, HEADS_PER_PROGRAM)[:, None]
-    cos_sin += token * HEAD_DIM
+    cos += token * HEAD_DIM
+    sin += token * HEAD_DIM
 
     if part < Q_PARTS:
         heads += part * HEADS_PER_PROGRAM
         mask = (heads < HEADS) & (dims < HALF_DIM)
         source = q + token * q_token_stride + heads * q_head_stride + dims
-        first, second = _rotated(source, cos_sin, dims, mask, HALF_DIM)
+        first, second = _rotated(source, cos, sin, dims, mask, HALF_DIM)
         _store_halves(out + (token * HEADS + heads) * HEAD_DIM + dims, first, second, mask, HALF_DIM)
     else:
         slot = tl.load(slots + token)  # needed for the stores alone: the loads do not wait for it
@@ -82,7 +84,7 @@ def _rope_and_store_kernel(
         place += heads * cache_head_stride + dims
         if part < Q_PARTS + KV_PARTS:
             source = k + token * k_token_stride + heads * k_head_stride + dims
-            first, second = _rotated(source, cos_sin, dims, mask, HALF_DIM)
+            first, second = _rotated(source, cos, sin, dims, mask, HALF_DIM)
             if slot >= 0:
                 _store_halves(k_cache + place, first, second, mask, HALF_DIM)
         else:
@@ -93,14 +95,12 @@ def _rope_and_store_kernel(
                 _store_halves(v_cache + place, first, second, mask, HALF_DIM)
 
 
-def rope_and_store(
-    q: Tensor, k: Tensor, v: Tensor, cos_sin: Tensor, slots: Tensor, k_cache: Tensor, v_cache: Tensor
-) -> Tensor:
+def rope_and_store(q: Tensor, k: Tensor, v: Tensor, cos_sin: CosSin, kv_layer: KVLayer, ragged: Ragged) -> Tensor:
     """See `ops.rope_and_store`."""
-    check_tensors("rope_and_store", q=q, k=k, v=v, cos_sin=cos_sin, slots=slots, k_cache=k_cache, v_cache=v_cache)
+    k_cache, v_cache, slots, (cos, sin) = kv_layer.k, kv_layer.v, ragged.slots, cos_sin
+    check_tensors("rope_and_store", q=q, k=k, v=v, cos=cos, sin=sin, slots=slots, cache=k_cache)
     require(q.shape[2] % 2 == 0, f"rope_and_store: head_dim must be even, got {q.shape[2]}")
-    require(k_cache.stride() == v_cache.stride(), "rope_and_store: k_cache and v_cache must have the same strides")
-    require(cos_sin.is_contiguous(), "rope_and_store: cos_sin must be contiguous")
+    require(cos.is_contiguous() and sin.is_contiguous(), "rope_and_store: cos and sin must be contiguous")
     tokens, heads, head_dim = q.shape
     kv_heads, block_size = k.shape[1], k_cache.shape[1]
     out = torch.empty((tokens, heads, head_dim), dtype=q.dtype, device=q.device)
@@ -116,7 +116,8 @@ def rope_and_store(
         q,
         k,
         v,
-        cos_sin,
+        cos,
+        sin,
         slots,
         k_cache,
         v_cache,

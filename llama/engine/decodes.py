@@ -23,10 +23,10 @@ from llama.engine.graphs import Graphs, Record, bucket_of
 from llama.engine.plan import LogprobArrays, Plan, StepResult
 from llama.engine.sampler import Flags, SamplerTable
 from llama.kernels import ops
-from llama.kernels.types import Sampled, SamplerRows
+from llama.kernels.types import Ragged, Sampled, SamplerRows
 from llama.model.batch import Batch
 from llama.model.kv_cache import KVCache
-from llama.model.lora import LoraSlots
+from llama.model.lora import LoadedAdapters
 from llama.model.transformer import Transformer
 
 
@@ -57,7 +57,7 @@ class GraphedDecodes:
         model: Transformer,
         kv: KVCache,
         *,
-        adapters: LoraSlots,
+        adapters: LoadedAdapters,
         sampler: SamplerTable,
         table: Tensor,  # [rows + 1, blocks] int32, the runner's, as are:
         last_tokens: Tensor,  # [rows + 1] int64
@@ -134,20 +134,21 @@ class GraphedDecodes:
 
     def _compute(self, bucket: int, has_adapters: bool) -> None:
         inputs = {name: tensor[:bucket] for name, tensor in self._inputs.device.items()}
+        ragged = Ragged(
+            block_tables=self._table.index_select(0, inputs["row_ids"]),
+            query_starts=self._query_starts[: bucket + 1],
+            context_lens=inputs["context_lens"],
+            slots=inputs["kv_slots"],
+            num_decodes=bucket,
+            block_size=self._kv.block_size,
+        )
         batch = Batch(
             token_ids=self._last_tokens.index_select(0, inputs["row_ids"]),
             positions=inputs["positions"],
-            slots=inputs["kv_slots"],
-            query_starts=self._query_starts[: bucket + 1],
-            context_lens=inputs["context_lens"],
-            block_tables=self._table.index_select(0, inputs["row_ids"]),
-            num_decodes=bucket,
-            max_query_len=1,
-            max_context_len=self._table.shape[1] * self._kv.block_size,
-            adapter_slots=inputs["adapter_slots"] if has_adapters else None,
-            adapters=self._adapters,
+            ragged=ragged,
+            adapter_indices=inputs["adapter_slots"] if has_adapters else None,
         )
-        self._logits[:bucket].copy_(self._model(batch, self._kv))
+        self._logits[:bucket].copy_(self._model(batch, self._kv, self._adapters.stacks))
 
     def _draw(self, bucket: int, flags: Flags) -> Packed:
         tensors = {name: self._inputs.device[name][:bucket] for name in self._sampler.fields}

@@ -21,9 +21,10 @@ from llama.engine.memory import num_scored_rows
 from llama.engine.plan import Ints, LogprobArrays, Plan, StepResult
 from llama.engine.sampler import SamplerTable
 from llama.kernels import ops
+from llama.kernels.types import Ragged
 from llama.model.batch import Batch
 from llama.model.kv_cache import KVCache
-from llama.model.lora import LoraSlots
+from llama.model.lora import LoadedAdapters
 from llama.model.transformer import Transformer
 
 
@@ -47,7 +48,7 @@ class Runner:
         self.device = model.device
         self.vocab_size = model.config.vocab_size
         self.lag = 1 if self.device.type == "cuda" else 0
-        self._adapters = LoraSlots(model, max_loras)
+        self._adapters = LoadedAdapters(model, max_loras)
         # Block tables are kept where they are needed: here to find slots, on the device for attention. The last row is
         # nobody's: padding reads and writes it.
         self._table = np.zeros((max_num_seqs + 1, -(-max_model_len // kv.block_size)), np.int32)
@@ -88,7 +89,7 @@ class Runner:
 
     def _compute(self, plan: Plan) -> Callable[[], StepResult]:
         batch = self._batch(plan)
-        hidden = self.model.hidden(batch, self.kv)
+        hidden = self.model.hidden(batch, self.kv, self._adapters.stacks)
         draws = self._draw(plan, batch, hidden)
         self.kv.copy_blocks([(source, target) for source, target in plan.copies.tolist()])
         scores = [] if plan.prompt_sources is None else self._score(plan, batch, hidden)
@@ -144,20 +145,21 @@ class Runner:
             token_ids[: plan.num_decodes] = self._last_tokens[decoding]
         longest = int(contexts.max())
         samples_all = len(plan.sample_sources) == plan.num_tokens and plan.num_decodes == len(lens)
-        slot_of_token = None if plan.adapter_slots is None else np.repeat(plan.adapter_slots, lens)
+        index_of_token = None if plan.adapter_slots is None else np.repeat(plan.adapter_slots, lens)
+        ragged = Ragged(
+            block_tables=self._device_table[self._on_device(plan.rows), : -(-longest // self.block_size)],
+            query_starts=self._on_device(starts, np.int32),
+            context_lens=self._on_device(contexts, np.int32),
+            slots=self._on_device(self._kv_slots(rows, positions)),
+            num_decodes=plan.num_decodes,
+            block_size=self.block_size,
+        )
         return Batch(
             token_ids=token_ids,
             positions=self._on_device(positions),
-            slots=self._on_device(self._kv_slots(rows, positions)),
-            query_starts=self._on_device(starts, np.int32),
-            context_lens=self._on_device(contexts, np.int32),
-            block_tables=self._device_table[self._on_device(plan.rows), : -(-longest // self.block_size)],
-            num_decodes=plan.num_decodes,
-            max_query_len=int(lens.max()),
-            max_context_len=longest,
+            ragged=ragged,
             logit_rows=None if samples_all else self._on_device(plan.sample_sources),
-            adapter_slots=None if slot_of_token is None else self._on_device(slot_of_token, np.int32),
-            adapters=self._adapters,
+            adapter_indices=None if index_of_token is None else self._on_device(index_of_token, np.int32),
         )
 
     def _kv_slots(self, rows: Ints, positions: Ints) -> NDArray[np.int64]:
@@ -170,7 +172,7 @@ class Runner:
         if not len(plan.sample_rows):
             nothing = torch.empty(0, dtype=torch.int64, device=self.device)
             return Packed.of((nothing, nothing.bool()))
-        logits = self.model.head(hidden, batch, batch.logit_rows)
+        logits = self.model.head(hidden, batch, batch.logit_rows, self._adapters.stacks)
         rows = self._sampler.rows(plan.sample_rows, plan.sample_positions, plan.masks)
         sampled = ops.sample(logits, rows, self._sampler.state)
         self._last_tokens.index_copy_(0, self._on_device(plan.sample_rows), sampled.token_ids)
@@ -181,7 +183,7 @@ class Runner:
         sources, targets = self._on_device(plan.prompt_sources), self._on_device(plan.prompt_targets)
         parts = []
         for some, wanted in zip(sources.split(self._scored_rows), targets.split(self._scored_rows), strict=True):
-            logits = self.model.head(hidden, batch, some)
+            logits = self.model.head(hidden, batch, some, self._adapters.stacks)
             scores = ops.token_logprobs(logits, wanted, plan.num_prompt_logprobs)
             parts.append(Packed.of((scores.logprob, scores.rank, scores.top_ids, scores.top_logprobs)))
         return parts

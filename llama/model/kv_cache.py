@@ -1,14 +1,15 @@
-"""The paged K/V tensors of all layers, and how many bytes a block costs. Which block is whose is BlockPool's matter."""
+"""The paged K/V tensors of all layers, and how many bytes a block costs. Which block is whose, BlockPool decides."""
 
 from collections.abc import Sequence
 
 import torch
 
+from llama.kernels.types import KVLayer
 from llama.model.config import ModelConfig
 
 
 class KVCache:
-    """`k[layer]` and `v[layer]` are [num_blocks, block_size, kv_heads, head_dim], views of one allocation."""
+    """`layers` hold [num_blocks, block_size, kv_heads, head_dim] each for K and V, views of one allocation."""
 
     def __init__(
         self,
@@ -32,8 +33,7 @@ class KVCache:
             raise MemoryError(
                 f"num_blocks={num_blocks} blocks of {block_size} tokens take {size} bytes, more than {device} has"
             ) from None
-        self.k = [layer[0] for layer in self.data]
-        self.v = [layer[1] for layer in self.data]
+        self.layers = [KVLayer(k, v) for k, v in self.data]
 
     @staticmethod
     def bytes_per_block(config: ModelConfig, block_size: int, dtype: torch.dtype) -> int:

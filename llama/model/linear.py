@@ -1,16 +1,14 @@
 """Linear: a weight that knows its own matmul. No bias: Llama has none."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from llama.model.adapters import StepAdapters
 from llama.model.module import Module
 from llama.model.weights.packed import PackedWeight, pack
-
-if TYPE_CHECKING:
-    from llama.model.lora import AdapterUse
 
 
 class Linear(Module):
@@ -28,7 +26,7 @@ class Linear(Module):
         self.weight: nn.Parameter | None = nn.Parameter(weight, requires_grad=False)
         self.packed: PackedWeight | None = None
 
-    def forward(self, x: Tensor, adapters: "AdapterUse | None" = None) -> Tensor:
+    def forward(self, x: Tensor, adapters: StepAdapters | None = None) -> Tensor:
         """x [tokens, in_features] -> [tokens, out_features]; `adapters` says which tokens use an adapter."""
         y = F.linear(x, self.weight) if self.packed is None else self.packed(x)
         return y if adapters is None else adapters.add(self, x, y)

@@ -9,6 +9,7 @@ import math
 import torch
 from torch import Tensor
 
+from llama.kernels.types import CosSin
 from llama.model.config import ModelConfig
 
 
@@ -32,7 +33,16 @@ def inverse_frequencies(config: ModelConfig, device: torch.device | str | None =
     return torch.where(wavelengths < context / high, inverse, scaled)
 
 
-def cos_sin(positions: Tensor, inverse: Tensor) -> Tensor:
-    """[tokens] positions -> [tokens, head_dim] float32: cosines in the first half, sines in the second."""
-    angles = positions.to(torch.float32)[:, None] * inverse
-    return torch.cat((angles.cos(), angles.sin()), dim=-1)
+def frequencies(config: ModelConfig, device: torch.device | str | None = None) -> Tensor:
+    """[head_dim] float32: the inverse frequencies negated, then as they are. See `cos_sin`."""
+    inverse = inverse_frequencies(config, device)
+    return torch.cat((-inverse, inverse))
+
+
+def cos_sin(positions: Tensor, frequencies: Tensor) -> CosSin:
+    """What `ops.rope_and_store` rotates the tokens at positions [tokens] by.
+
+    A negated frequency gives the same cosine and the negated sine, bit for bit.
+    """
+    angles = positions.to(torch.float32)[:, None, None] * frequencies
+    return angles.cos(), angles.sin()

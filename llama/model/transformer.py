@@ -14,26 +14,26 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llama.kernels import ops
+from llama.kernels.types import CosSin, KVLayer, Ragged
 from llama.model import checkpoint
+from llama.model.adapters import Stacks, StepAdapters
 from llama.model.batch import Batch
 from llama.model.config import ModelConfig
 from llama.model.kv_cache import KVCache
 from llama.model.linear import Linear
-from llama.model.lora import AdapterUse, LoraSlots
 from llama.model.module import Module
-from llama.model.rope import cos_sin, inverse_frequencies
+from llama.model.rope import cos_sin, frequencies
 from llama.model.weights.huge_pages import move_to_huge_pages
 
 WORTH_MOVING = 1 << 26  # bytes of packed weights
 
 
-class Step(NamedTuple):
+class LayerInputs(NamedTuple):
     """What all layers of one forward share."""
 
-    batch: Batch
-    cos_sin: Tensor  # [tokens, head_dim] float32
-    plan: ops.StepPlan | None
-    adapters: AdapterUse | None  # None where no token of the step has an adapter
+    ragged: Ragged
+    cos_sin: CosSin
+    adapters: StepAdapters | None  # None where no token of the step has an adapter
 
 
 class RMSNorm(Module):
@@ -59,7 +59,7 @@ class Embedding(Module):
         weight = torch.empty(config.vocab_size, config.hidden_size, device=device, dtype=dtype)
         self.weight = nn.Parameter(weight, requires_grad=False)
 
-    def forward(self, token_ids: Tensor, adapters: AdapterUse | None = None) -> Tensor:
+    def forward(self, token_ids: Tensor, adapters: StepAdapters | None = None) -> Tensor:
         y = F.embedding(token_ids, self.weight)
         return y if adapters is None else adapters.add(self, token_ids, y)
 
@@ -77,26 +77,13 @@ class Attention(Module):
         self.qkv_proj = Linear(config.hidden_size, heads * self.head_dim, device=device, dtype=dtype)
         self.o_proj = Linear(self.num_heads * self.head_dim, config.hidden_size, device=device, dtype=dtype)
 
-    def forward(self, x: Tensor, step: Step, k_cache: Tensor, v_cache: Tensor) -> Tensor:
-        batch = step.batch
+    def forward(self, x: Tensor, inputs: LayerInputs, kv_layer: KVLayer) -> Tensor:
         heads = self.num_heads + 2 * self.num_kv_heads
-        qkv = self.qkv_proj(x, step.adapters).view(x.shape[0], heads, self.head_dim)
+        qkv = self.qkv_proj(x, inputs.adapters).view(x.shape[0], heads, self.head_dim)
         q, k, v = qkv.split_with_sizes((self.num_heads, self.num_kv_heads, self.num_kv_heads), dim=1)
-        q = ops.rope_and_store(q, k, v, step.cos_sin, batch.slots, k_cache, v_cache, plan=step.plan)
-        mixed = ops.paged_attention(
-            q,
-            k_cache,
-            v_cache,
-            batch.block_tables,
-            batch.query_starts,
-            batch.context_lens,
-            num_decodes=batch.num_decodes,
-            max_query_len=batch.max_query_len,
-            max_context_len=batch.max_context_len,
-            scale=self.scale,
-            plan=step.plan,
-        )
-        return self.o_proj(mixed.flatten(1), step.adapters)
+        q = ops.rope_and_store(q, k, v, inputs.cos_sin, kv_layer, inputs.ragged)
+        mixed = ops.paged_attention(q, kv_layer, inputs.ragged, self.scale)
+        return self.o_proj(mixed.flatten(1), inputs.adapters)
 
 
 class MLP(Module):
@@ -107,8 +94,8 @@ class MLP(Module):
         self.gate_up_proj = Linear(config.hidden_size, 2 * config.intermediate_size, device=device, dtype=dtype)
         self.down_proj = Linear(config.intermediate_size, config.hidden_size, device=device, dtype=dtype)
 
-    def forward(self, x: Tensor, step: Step) -> Tensor:
-        return self.down_proj(ops.silu_mul(self.gate_up_proj(x, step.adapters)), step.adapters)
+    def forward(self, x: Tensor, adapters: StepAdapters | None = None) -> Tensor:
+        return self.down_proj(ops.silu_mul(self.gate_up_proj(x, adapters)), adapters)
 
 
 class Block(Module):
@@ -123,12 +110,12 @@ class Block(Module):
         self.mlp = MLP(config, device=device, dtype=dtype)
 
     def forward(
-        self, x: Tensor, residual: Tensor | None, step: Step, k_cache: Tensor, v_cache: Tensor
+        self, x: Tensor, residual: Tensor | None, inputs: LayerInputs, kv_layer: KVLayer
     ) -> tuple[Tensor, Tensor]:
         x, residual = self.input_layernorm(x, residual)
-        x = self.self_attn(x, step, k_cache, v_cache)
+        x = self.self_attn(x, inputs, kv_layer)
         x, residual = self.post_attention_layernorm(x, residual)
-        return self.mlp(x, step), residual
+        return self.mlp(x, inputs.adapters), residual
 
 
 class Transformer(Module):
@@ -158,7 +145,7 @@ class Transformer(Module):
         if config.tie_word_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
         self.requires_grad_(False)
-        self.register_buffer("inv_freq", inverse_frequencies(config, device), persistent=False)
+        self.register_buffer("frequencies", frequencies(config, device), persistent=False)
         if seed is not None and self.device.type != "meta":
             self._fill_randomly(seed)
 
@@ -186,43 +173,34 @@ class Transformer(Module):
     def dtype(self) -> torch.dtype:
         return self.embed_tokens.weight.dtype
 
-    def forward(self, batch: Batch, kv: KVCache) -> Tensor:
-        """-> logits [rows, vocab] in the model's dtype, of the tokens `batch.logit_rows` (None = all)."""
-        return self.head(self.hidden(batch, kv), batch, batch.logit_rows)
+    def forward(self, batch: Batch, kv: KVCache, stacks: Stacks | None = None) -> Tensor:
+        """-> logits [rows, vocab] in the model's dtype, of the tokens `batch.logit_rows` (None = all).
 
-    def head(self, hidden: Tensor, batch: Batch, rows: Tensor | None = None) -> Tensor:
+        `stacks` are the adapters that `batch.adapter_indices` speaks of (`LoadedAdapters.stacks`).
+        """
+        return self.head(self.hidden(batch, kv, stacks), batch, batch.logit_rows, stacks)
+
+    def hidden(self, batch: Batch, kv: KVCache, stacks: Stacks | None = None) -> Tensor:
+        """-> [tokens, hidden] after the last norm, of every token; `head` makes logits of it."""
+        adapters = StepAdapters.of(stacks, batch.adapter_indices)
+        inputs = LayerInputs(batch.ragged, cos_sin(batch.positions, self.frequencies), adapters)
+        x, residual = self.embed_tokens(batch.token_ids, adapters), None
+        for layer, kv_layer in zip(self.layers, kv.layers, strict=True):
+            x, residual = layer(x, residual, inputs, kv_layer)
+        return self.norm(x, residual)[0]
+
+    def head(self, hidden: Tensor, batch: Batch, rows: Tensor | None = None, stacks: Stacks | None = None) -> Tensor:
         """Logits of the tokens `rows` (None = all) of what `hidden` returned for `batch`."""
         if rows is not None:
             hidden = hidden.index_select(0, rows)
-        return self.lm_head(hidden, batch.adapter_use(rows))
+        return self.lm_head(hidden, StepAdapters.of(stacks, batch.adapter_indices, rows))
 
-    def hidden(self, batch: Batch, kv: KVCache) -> Tensor:
-        """-> [tokens, hidden] after the last norm, of every token; `head` makes logits of it."""
-        rotation = cos_sin(batch.positions, self.inv_freq)
-        plan = ops.plan_step(
-            batch.block_tables,
-            batch.query_starts,
-            batch.context_lens,
-            batch.slots,
-            rotation,
-            num_decodes=batch.num_decodes,
-            block_size=kv.block_size,
-        )
-        adapters = batch.adapter_use()
-        step = Step(batch, rotation, plan, adapters)
-        x, residual = self.embed_tokens(batch.token_ids, adapters), None
-        for layer, k_cache, v_cache in zip(self.layers, kv.k, kv.v, strict=True):
-            x, residual = layer(x, residual, step, k_cache, v_cache)
-        return self.norm(x, residual)[0]
-
-    def logits(
-        self, token_ids: Tensor, adapters: LoraSlots | None = None, adapter_slots: Tensor | None = None
-    ) -> Tensor:
+    def logits(self, token_ids: Tensor, stacks: Stacks | None = None, adapter_indices: Tensor | None = None) -> Tensor:
         """[batch, seq] token ids -> [batch, seq, vocab] logits, float32 (float64 for a float64 model).
 
-        The research entry: no engine, no sampling; the same forward over a cache made for this one call. adapter_slots
-        [batch] says which slot of `adapters` each sequence uses (0 = none). seq is at most max_position_embeddings; who
-        tries what lies beyond says so in the config.
+        The research entry: no engine, no sampling; the same forward over a cache made for this one call.
+        adapter_indices [batch] says which adapter of `stacks` each sequence uses (0 = none). seq is at most
+        max_position_embeddings; who tries what lies beyond says so in the config.
         """
         if not isinstance(token_ids, Tensor) or token_ids.dim() != 2 or token_ids.dtype != torch.int64:
             raise ValueError(f"token_ids must be an int64 tensor [batch, seq], got {token_ids!r}")
@@ -240,20 +218,17 @@ class Transformer(Module):
         kv = KVCache(self.config, rows * blocks, block_size, dtype=self.dtype, device=self.device)
         row = torch.arange(rows, device=self.device)
         positions = torch.arange(length, device=self.device)
-        batch = Batch(
-            token_ids=token_ids.to(self.device).flatten(),
-            positions=positions.repeat(rows),
-            slots=(row[:, None] * (blocks * block_size) + positions).flatten(),
+        ragged = Ragged(
+            block_tables=torch.arange(rows * blocks, dtype=torch.int32, device=self.device).view(rows, blocks),
             query_starts=torch.arange(0, rows * length + 1, length, dtype=torch.int32, device=self.device),
             context_lens=torch.full((rows,), length, dtype=torch.int32, device=self.device),
-            block_tables=torch.arange(rows * blocks, dtype=torch.int32, device=self.device).view(rows, blocks),
+            slots=(row[:, None] * (blocks * block_size) + positions).flatten(),
             num_decodes=rows if length == 1 else 0,
-            max_query_len=length,
-            max_context_len=length,
-            adapter_slots=None if adapter_slots is None else adapter_slots.to(row).int().repeat_interleave(length),
-            adapters=adapters,
+            block_size=block_size,
         )
-        return self(batch, kv).view(rows, length, -1).to(wide)
+        indices = None if adapter_indices is None else adapter_indices.to(row).int().repeat_interleave(length)
+        batch = Batch(token_ids.to(self.device).flatten(), positions.repeat(rows), ragged, adapter_indices=indices)
+        return self(batch, kv, stacks).view(rows, length, -1).to(wide)
 
     def prepare(self) -> None:
         """Pack the weights for this machine's CPU, in place, where that is faster; nothing on other devices.
@@ -280,7 +255,7 @@ class Transformer(Module):
     def _apply(self, fn, recurse: bool = True) -> "Transformer":
         # A cast must not round the rotary frequencies, to_empty() must not lose them, a move must not untie the head.
         super()._apply(fn, recurse)
-        self.inv_freq = inverse_frequencies(self.config, self.device)
+        self.frequencies = frequencies(self.config, self.device)
         if self.config.tie_word_embeddings and self.lm_head.weight is not None:
             self.lm_head.weight = self.embed_tokens.weight
         return self

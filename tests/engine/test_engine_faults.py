@@ -111,8 +111,7 @@ def test_nan_ends_its_request_alone():
     first = {output.request_id: output.token_ids for output in engine.step()}
     running = engine.scheduler.running
     (poisoned,) = [sequence for sequence in running.decoding if sequence.request_id == "b"]
-    for cache in (*engine.runner.kv.k, *engine.runner.kv.v):
-        cache[running.blocks(poisoned.row)[0]] = float("nan")
+    engine.runner.kv.data[:, :, running.blocks(poisoned.row)[0]] = float("nan")
     ended = run(engine)
     assert ended["b", 0] == ([], FinishReason.ERROR)
     for name in "ac":

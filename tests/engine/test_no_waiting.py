@@ -18,7 +18,7 @@ from llama.kernels.types import SamplerState
 from llama.llm.loras import read_lora
 from llama.model.config import ModelConfig
 from llama.model.kv_cache import KVCache
-from llama.model.lora import LoraSlots
+from llama.model.lora import LoadedAdapters
 from llama.model.transformer import Transformer
 from tests.engine.test_graphs import Stand, graph_engine, save_adapters
 from tests.model.models import tiny_config, tiny_model
@@ -49,10 +49,10 @@ def launched(monkeypatch):
     return names
 
 
-def graphed(config: ModelConfig, dtype: torch.dtype) -> tuple[GraphedDecodes, LoraSlots, SamplerTable]:
+def graphed(config: ModelConfig, dtype: torch.dtype) -> tuple[GraphedDecodes, LoadedAdapters, SamplerTable]:
     rows, blocks = 16, 40
     model = Transformer(config, device="meta", dtype=dtype)
-    adapters = LoraSlots(model, 2)
+    adapters = LoadedAdapters(model, 2)
     sampler = SamplerTable(rows, config.vocab_size, (), device="cpu", dtype=dtype)
     sampler.state = SamplerState(rows, config.vocab_size, "meta")
     made = GraphedDecodes(

@@ -3,11 +3,14 @@
 Every problem has NaN wherever no sequence's keys lie, so each test is one of poisoned memory as well.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from llama.kernels import ops
 from llama.kernels.gpu.attention import decode, paged_attention
+from llama.kernels.types import KVLayer
 from tests.paged_attention import answer, make_problem
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
@@ -80,15 +83,15 @@ def test_context_of_131072_tokens(dtype):
 def test_cache_of_more_than_2_to_the_31_elements(queries):
     """The blocks in use are the last of a cache of 4.3 GB each for K and V."""
     small = problem([queries], [500], num_decodes=int(queries == 1), heads=(32, 8), head_dim=128, dtype=torch.bfloat16)
-    blocks = small.k_cache.shape[0]
-    total = (1 << 31) // small.k_cache[0].numel() + blocks
+    blocks = small.kv_layer.k.shape[0]
+    total = (1 << 31) // small.kv_layer.k[0].numel() + blocks
     caches = []
-    for cache in (small.k_cache, small.v_cache):
+    for cache in (small.kv_layer.k, small.kv_layer.v):
         caches.append(torch.full((total, *cache.shape[1:]), torch.nan, dtype=cache.dtype, device=DEVICE))
         caches[-1][total - blocks :] = cache
-    tensors = {name: getattr(small, name) for name in small.__dataclass_fields__}
-    tensors |= {"k_cache": caches[0], "v_cache": caches[1], "block_tables": small.block_tables + (total - blocks)}
-    assert torch.equal(type(small)(**tensors).run(paged_attention), check(small))
+    ragged = replace(small.ragged, block_tables=small.ragged.block_tables + (total - blocks))
+    large = replace(small, kv_layer=KVLayer(*caches), ragged=ragged)
+    assert torch.equal(large.run(paged_attention), check(small))
 
 
 def test_decode_has_the_same_bits_in_any_company():
@@ -104,8 +107,7 @@ def test_decode_has_the_same_bits_in_any_company():
     assert torch.equal(case.only(*crowd).run(paged_attention), together[crowd])
     for num_programs in (1, 7, 132, 1000):
         out = torch.full_like(case.q, torch.nan)
-        tensors = (case.q, case.k_cache, case.v_cache, case.block_tables, case.context_lens, case.scale)
-        decode.decode_attention(out, *tensors, num_programs=num_programs)
+        decode.decode_attention(out, case.q, case.kv_layer, case.ragged, case.scale, num_programs=num_programs)
         assert torch.equal(out, together)
 
 
@@ -129,17 +131,17 @@ def test_graph_of_decodes_holds_for_any_contexts():
     """Captured at short contexts, replayed at long ones and with padding rows: the bits of an eager call."""
     case = decodes([1, 9, 30, 2], heads=(32, 8), head_dim=128, dtype=torch.bfloat16)
     longer = decodes([5000, 0, 70, 129], heads=(32, 8), head_dim=128, dtype=torch.bfloat16)
-    width = longer.block_tables.shape[1]
+    width = longer.ragged.block_tables.shape[1]
     q, lens = case.q.clone(), case.context_lens.clone()
     tables = torch.zeros(4, width, dtype=torch.int32, device=DEVICE)
-    tables[:, : case.block_tables.shape[1]] = case.block_tables
-    caches = [torch.full_like(cache, torch.nan) for cache in (longer.k_cache, longer.v_cache)]
-    for cache, filled in zip(caches, (case.k_cache, case.v_cache), strict=True):
+    tables[:, : case.ragged.block_tables.shape[1]] = case.ragged.block_tables
+    caches = [torch.full_like(cache, torch.nan) for cache in (longer.kv_layer.k, longer.kv_layer.v)]
+    for cache, filled in zip(caches, (case.kv_layer.k, case.kv_layer.v), strict=True):
         cache[: filled.shape[0]] = filled
 
     def step():
-        sizes = {"num_decodes": 4, "max_query_len": 1, "max_context_len": width * 16, "scale": case.scale}
-        return paged_attention(q, *caches, tables, case.query_starts, lens, **sizes)
+        ragged = replace(case.ragged, block_tables=tables, context_lens=lens)
+        return paged_attention(q, KVLayer(*caches), ragged, case.scale)
 
     step()
     torch.cuda.synchronize()
@@ -151,8 +153,8 @@ def test_graph_of_decodes_holds_for_any_contexts():
 
     q.copy_(longer.q)
     lens.copy_(longer.context_lens)
-    tables.copy_(longer.block_tables)
-    for cache, filled in zip(caches, (longer.k_cache, longer.v_cache), strict=True):
+    tables.copy_(longer.ragged.block_tables)
+    for cache, filled in zip(caches, (longer.kv_layer.k, longer.kv_layer.v), strict=True):
         cache.copy_(filled)
     for _ in range(3):
         out.fill_(torch.nan)

@@ -1,10 +1,13 @@
 """The attention kernels in the interpreter, against softmax written out in float64. Tiles are those of the GPU."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from llama.kernels import ops
 from llama.kernels.gpu.attention import config, decode, paged_attention, split
+from llama.kernels.types import KVLayer
 from tests.paged_attention import answer, make_problem
 
 # float16 probabilities and outputs are rounded to 11 bits.
@@ -28,10 +31,8 @@ def decode_with(problem, num_programs):
     decode.decode_attention(
         out,
         problem.q,
-        problem.k_cache,
-        problem.v_cache,
-        problem.block_tables,
-        problem.context_lens,
+        problem.kv_layer,
+        problem.ragged,
         problem.scale,
         num_programs=num_programs,
     )
@@ -135,20 +136,13 @@ def test_chunks_of_a_prompt_give_what_the_whole_gives():
     whole = make_problem([50], [50], heads=(2, 1), head_dim=16)
     expected = check(whole)
     for start, end in ((0, 17), (17, 18), (18, 50)):
-        context = torch.tensor([end], dtype=torch.int32)
-        part = whole.only(0)
-        out = paged_attention(
-            part.q[start:end],
-            part.k_cache,
-            part.v_cache,
-            part.block_tables,
-            torch.tensor([0, end - start], dtype=torch.int32),
-            context,
+        ragged = replace(
+            whole.ragged,
+            query_starts=torch.tensor([0, end - start], dtype=torch.int32),
+            context_lens=torch.tensor([end], dtype=torch.int32),
             num_decodes=int(end - start == 1),
-            max_query_len=end - start,
-            max_context_len=end,
-            scale=part.scale,
         )
+        out = paged_attention(whole.q[start:end], whole.kv_layer, ragged, whole.scale)
         torch.testing.assert_close(out, expected[start:end], rtol=0, atol=3e-6)
 
 
@@ -156,9 +150,8 @@ def test_caches_and_queries_may_be_views():
     problem = make_problem([1, 6], [20, 30], num_decodes=1)
     fused = torch.randn(7, 9, 32)
     fused[:, 3:7] = problem.q
-    both = torch.stack((problem.k_cache, problem.v_cache), dim=1)  # a block's K and V beside one another
-    views = {"q": fused[:, 3:7], "k_cache": both[:, 0], "v_cache": both[:, 1]}
-    out = type(problem)(**{**{n: getattr(problem, n) for n in problem.__dataclass_fields__}, **views})
+    both = torch.stack((problem.kv_layer.k, problem.kv_layer.v), dim=1)  # a block's K and V beside one another
+    out = replace(problem, q=fused[:, 3:7], kv_layer=KVLayer(both[:, 0], both[:, 1]))
     torch.testing.assert_close(out.run(paged_attention), problem.run(paged_attention), rtol=0, atol=0)
 
 
@@ -166,17 +159,16 @@ def test_caches_and_queries_may_be_views():
 def test_cache_of_more_than_2_to_the_31_elements(queries):
     """By strides alone: an element that 32 bits cannot count lies in a mapping of which a few pages are touched."""
     problem = make_problem([queries], [30], num_decodes=int(queries == 1), dtype=torch.float16, heads=(2, 1))
-    blocks, _, _, head_dim = problem.k_cache.shape
+    blocks, _, _, head_dim = problem.kv_layer.k.shape
     block_stride = (1 << 31) // (blocks - 1) + 16 & ~15
     storage = torch.empty(block_stride * blocks, dtype=torch.float16)
     strides = (block_stride, head_dim, head_dim, 1)
     caches = [
         storage.as_strided(cache.shape, strides, index * (block_stride // 2)).copy_(cache)
-        for index, cache in enumerate((problem.k_cache, problem.v_cache))
+        for index, cache in enumerate((problem.kv_layer.k, problem.kv_layer.v))
     ]
     assert caches[0].stride(0) * (blocks - 1) >= 1 << 31
-    tensors = {n: getattr(problem, n) for n in problem.__dataclass_fields__}
-    check(type(problem)(**{**tensors, "k_cache": caches[0], "v_cache": caches[1]}))
+    check(replace(problem, kv_layer=KVLayer(*caches)))
 
 
 def test_public_op_takes_the_kernel():

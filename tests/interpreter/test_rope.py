@@ -3,8 +3,11 @@
 import pytest
 import torch
 
-from llama.kernels import cpu, ops
+from llama.kernels import ops
+from llama.kernels.cpu import rope as cpu_rope
 from llama.kernels.gpu import rope
+from llama.kernels.types import KVLayer
+from tests.paged_attention import only_slots, rotation
 
 # One rounding may fall the other way.
 TOLERANCES = {torch.float32: 1e-6, torch.float16: 2e-3}
@@ -20,25 +23,30 @@ def make(tokens=5, heads=4, kv_heads=2, head_dim=64, block_size=4, dtype=torch.f
     slots[tokens // 2] = -1
     caches = [torch.full((blocks, block_size, kv_heads, head_dim), torch.nan, dtype=dtype) for _ in range(2)]
     q, k, v = qkv.split([heads, kv_heads, kv_heads], dim=1)
-    return q, k, v, torch.cat((angles.cos(), angles.sin()), dim=1), slots, *caches
+    return q, k, v, rotation(angles), KVLayer(*caches), only_slots(slots, block_size)
 
 
 def same(actual, expected):
     return torch.equal(actual.nan_to_num(nan=77.0), expected.nan_to_num(nan=77.0))
 
 
+def cloned(kv_layer):
+    return KVLayer(kv_layer.k.clone(), kv_layer.v.clone())
+
+
 def check(arguments):
-    *inputs, k_cache, v_cache = arguments
-    before = [tensor.clone() for tensor in inputs]
-    twin_caches = k_cache.clone(), v_cache.clone()
-    out = rope.rope_and_store(*inputs, k_cache, v_cache)
-    expected = cpu.rope_and_store(*inputs, *twin_caches)
+    *inputs, kv_layer, ragged = arguments
+    tensors = (*inputs[:3], *inputs[3], ragged.slots)
+    before = [tensor.clone() for tensor in tensors]
+    twin_layer = cloned(kv_layer)
+    out = rope.rope_and_store(*inputs, kv_layer, ragged)
+    expected = cpu_rope.rope_and_store(*inputs, twin_layer, ragged)
     assert out.is_contiguous()
     tolerance = TOLERANCES[out.dtype]
     torch.testing.assert_close(out, expected, rtol=tolerance, atol=tolerance)
-    torch.testing.assert_close(k_cache, twin_caches[0], rtol=tolerance, atol=tolerance, equal_nan=True)
-    assert same(v_cache, twin_caches[1])
-    assert all(torch.equal(tensor, old) for tensor, old in zip(inputs, before, strict=True))
+    torch.testing.assert_close(kv_layer.k, twin_layer.k, rtol=tolerance, atol=tolerance, equal_nan=True)
+    assert same(kv_layer.v, twin_layer.v)
+    assert all(torch.equal(tensor, old) for tensor, old in zip(tensors, before, strict=True))
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
@@ -55,36 +63,36 @@ def test_block_sizes(block_size):
 
 
 def test_no_tokens():
-    q, k, v, cos_sin, slots, *caches = make()
-    out = rope.rope_and_store(q[:0], k[:0], v[:0], cos_sin[:0], slots[:0], *caches)
-    assert out.shape == (0, 4, 64) and all(cache.isnan().all() for cache in caches)
+    q, k, v, (cos, sin), kv_layer, ragged = make()
+    out = rope.rope_and_store(q[:0], k[:0], v[:0], (cos[:0], sin[:0]), kv_layer, only_slots(ragged.slots[:0], 4))
+    assert out.shape == (0, 4, 64) and kv_layer.k.isnan().all() and kv_layer.v.isnan().all()
 
 
 def test_stores_nothing_of_padding():
-    q, k, v, cos_sin, slots, *caches = make()
-    rope.rope_and_store(q, k, v, cos_sin, torch.full_like(slots, -1), *caches)
-    assert all(cache.isnan().all() for cache in caches)
+    *inputs, kv_layer, ragged = make()
+    rope.rope_and_store(*inputs, kv_layer, only_slots(torch.full_like(ragged.slots, -1), 4))
+    assert kv_layer.k.isnan().all() and kv_layer.v.isnan().all()
 
 
 def test_slot_beyond_2_to_the_31_elements():
     """By strides alone: blocks lie 2^30 elements apart, and only the pages of the slots in use are touched."""
-    q, k, v, cos_sin, _, *_ = make(tokens=2, block_size=4, dtype=torch.float16)
+    *inputs, _, _ = make(tokens=2, block_size=4, dtype=torch.float16)
     storage = torch.empty((2 << 30) + (2 << 20), dtype=torch.float16)
     caches = [storage.as_strided((3, 4, 2, 64), (1 << 30, 128, 64, 1), offset) for offset in (0, 1 << 20)]
     for cache in caches:
         cache.fill_(torch.nan)
-    slots = torch.tensor([11, 1])
+    ragged = only_slots(torch.tensor([11, 1]), 4)
     small = [torch.full((3, 4, 2, 64), torch.nan, dtype=torch.float16) for _ in range(2)]
-    rope.rope_and_store(q, k, v, cos_sin, slots, *caches)
-    rope.rope_and_store(q, k, v, cos_sin, slots, *small)
+    rope.rope_and_store(*inputs, KVLayer(*caches), ragged)
+    rope.rope_and_store(*inputs, KVLayer(*small), ragged)
     assert all(same(cache, expected) for cache, expected in zip(caches, small, strict=True))
 
 
 def test_public_op_takes_the_kernel():
-    arguments = make()
-    others = [tensor.clone() for tensor in arguments]
-    assert torch.equal(ops.rope_and_store(*arguments), rope.rope_and_store(*others))
-    assert same(arguments[-1], others[-1])
+    *inputs, kv_layer, ragged = make()
+    other = cloned(kv_layer)
+    assert torch.equal(ops.rope_and_store(*inputs, kv_layer, ragged), rope.rope_and_store(*inputs, other, ragged))
+    assert same(kv_layer.v, other.v)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from llama.model.lora import LoraSlots, read_adapter
+from llama.model.lora import LoadedAdapters, read_adapter
 from llama.model.transformer import Transformer
 from tests.lora.adapters import VOCAB, make_adapter
 
@@ -41,10 +41,10 @@ def both(base_path, path, options):
     """Our logits of two equal sequences, with and without the adapter, and PEFT's."""
     reference = make_adapter(base_path, path, **options)
     model = Transformer.from_pretrained(base_path)
-    slots = LoraSlots(model, 3)
-    slots.put(2, read_adapter(path, model, max_rank=64))
+    loaded = LoadedAdapters(model, 3)
+    loaded.put(2, read_adapter(path, model, max_rank=64))
     ids = torch.randint(0, VOCAB, (1, 21), generator=torch.Generator().manual_seed(1))
-    ours = model.logits(ids.repeat(2, 1), slots, torch.tensor([2, 0]))
+    ours = model.logits(ids.repeat(2, 1), loaded.stacks, torch.tensor([2, 0]))
     with torch.no_grad():
         theirs = reference(ids).logits[0]
     return ours[0], ours[1], theirs, model.logits(ids.repeat(2, 1))[1]
@@ -63,36 +63,37 @@ def test_logits_equal_pefts(case, tied, request, tmp_path):
 def test_packed_weights_take_adapters_too(base_path, tmp_path):
     make_adapter(base_path, tmp_path, target_modules="all-linear")
     model = Transformer.from_pretrained(base_path)
-    slots = LoraSlots(model, 1)
-    slots.put(1, read_adapter(tmp_path, model, max_rank=64))
+    loaded = LoadedAdapters(model, 1)
+    loaded.put(1, read_adapter(tmp_path, model, max_rank=64))
     ids, ones = torch.arange(12).view(1, 12), torch.ones(1, dtype=torch.int64)
-    unpacked = model.logits(ids, slots, ones)
+    unpacked = model.logits(ids, loaded.stacks, ones)
     model.prepare()
-    torch.testing.assert_close(model.logits(ids, slots, ones), unpacked, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(model.logits(ids, loaded.stacks, ones), unpacked, rtol=1e-5, atol=1e-5)
 
 
-def test_a_slot_holds_nothing_of_what_was_there_before(base_path, tmp_path):
+def test_an_index_holds_nothing_of_what_was_there_before(base_path, tmp_path):
     model = Transformer.from_pretrained(base_path, dtype=torch.float64)
     adapters = []
     for i, options in enumerate(({"target_modules": "all-linear", "r": 40}, {"target_modules": ["k_proj"], "r": 2})):
         make_adapter(base_path, tmp_path / str(i), seed=i, **options)
         adapters.append(read_adapter(tmp_path / str(i), model, max_rank=64))
     ids, ones = torch.arange(12).view(1, 12), torch.ones(1, dtype=torch.int64)
-    fresh, reused = LoraSlots(model, 1), LoraSlots(model, 1)
+    fresh, reused = LoadedAdapters(model, 1), LoadedAdapters(model, 1)
     fresh.put(1, adapters[1])
     reused.put(1, adapters[0])
     reused.put(1, adapters[1])
-    torch.testing.assert_close(model.logits(ids, reused, ones), model.logits(ids, fresh, ones), rtol=1e-12, atol=1e-12)
+    actual, expected = (model.logits(ids, each.stacks, ones) for each in (reused, fresh))
+    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
 
 
 def test_a_stack_that_grows_keeps_what_it_held(base_path, tmp_path):
     model = Transformer.from_pretrained(base_path, dtype=torch.float64)
-    slots = LoraSlots(model, 2)
+    loaded = LoadedAdapters(model, 2)
     ids = torch.arange(12).view(1, 12)
     seen = []
-    for slot, rank in ((1, 3), (2, 33)):
+    for index, rank in ((1, 3), (2, 33)):
         make_adapter(base_path, tmp_path / str(rank), r=rank, target_modules=["q_proj", "embed_tokens", "up_proj"])
-        slots.put(slot, read_adapter(tmp_path / str(rank), model, max_rank=64))
-        seen.append(model.logits(ids, slots, torch.ones(1, dtype=torch.int64)))
-    assert slots.generation == 2 * (1 + 3 + 3)  # an embedding, and three layers' qkv and gate_up, twice
+        loaded.put(index, read_adapter(tmp_path / str(rank), model, max_rank=64))
+        seen.append(model.logits(ids, loaded.stacks, torch.ones(1, dtype=torch.int64)))
+    assert loaded.generation == 2 * (1 + 3 + 3)  # an embedding, and three layers' qkv and gate_up, twice
     torch.testing.assert_close(seen[0], seen[1], rtol=1e-12, atol=1e-12)

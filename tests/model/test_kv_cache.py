@@ -20,24 +20,23 @@ def test_bytes_per_block(preset, bytes_per_token):
 def test_layers_are_apart():
     config = tiny_config(num_hidden_layers=3)
     kv = KVCache(config, 5, 4, dtype=torch.float64, device="cpu")
-    assert len(kv.k) == len(kv.v) == 3
-    for number, cache in enumerate(kv.k + kv.v):
+    caches = [cache for layer in kv.layers for cache in (layer.k, layer.v)]
+    assert len(caches) == 6
+    for number, cache in enumerate(caches):
         assert cache.shape == (5, 4, 2, 16)
         assert cache.is_contiguous()
         cache.fill_(number)
-    assert [float(cache.mean()) for cache in kv.k + kv.v] == [0, 1, 2, 3, 4, 5]
-    size = sum(cache.numel() * cache.itemsize for cache in kv.k + kv.v)
+    assert [float(cache.mean()) for cache in caches] == [0, 1, 2, 3, 4, 5]
+    size = sum(cache.numel() * cache.itemsize for cache in caches)
     assert size == 5 * KVCache.bytes_per_block(config, 4, torch.float64)
 
 
 def test_copies_read_before_they_write():
     kv = KVCache(tiny_config(), 5, 4, dtype=torch.float32, device="cpu")
-    for cache in kv.k + kv.v:
-        cache.copy_(torch.randn(cache.shape))
-    before = [cache.clone() for cache in kv.k + kv.v]
+    kv.data.copy_(torch.randn(kv.data.shape))
+    before = kv.data.clone()
     kv.copy_blocks([(0, 1), (1, 2), (4, 0)])
-    for cache, old in zip(kv.k + kv.v, before, strict=True):
-        assert torch.equal(cache, old[[4, 0, 1, 3, 4]])
+    assert torch.equal(kv.data, before[:, :, [4, 0, 1, 3, 4]])
     kv.copy_blocks([])
 
 

@@ -128,14 +128,14 @@ def test_the_seed_decides_the_weights():
 
 def test_casts_keep_the_rotary_frequencies_and_the_tie():
     model = tiny_model(tie_word_embeddings=True, dtype=torch.float32)
-    frequencies = model.inv_freq.clone()
+    frequencies = model.frequencies.clone()
     model = model.to(torch.bfloat16)
     assert model.lm_head.weight is model.embed_tokens.weight
-    assert model.inv_freq.dtype == torch.float32
-    assert torch.equal(model.inv_freq, frequencies)
+    assert model.frequencies.dtype == torch.float32
+    assert torch.equal(model.frequencies, frequencies)
     model = Transformer(model.config, device="meta").to_empty(device="cpu")
     assert model.lm_head.weight is model.embed_tokens.weight
-    assert torch.equal(model.inv_freq, frequencies)
+    assert torch.equal(model.frequencies, frequencies)
 
 
 @pytest.mark.parametrize("bad", [[1, 2], [[1.0]], [[97]], [[-1]]], ids=str)

@@ -25,6 +25,7 @@ from llama.kernels.gpu.attention import split
 from llama.kernels.gpu.attention.config import LOG2_E, decode_tiles, padded
 from llama.kernels.gpu.attention.split import NOTHING, chunking, power_of_two
 from llama.kernels.gpu.attention.tiles import key_rows, load_blocks, row_mask
+from llama.kernels.types import KVLayer, Ragged
 
 # Sequences that a program looks at together when it finds its share.
 _SEQUENCES = tl.constexpr(128)
@@ -225,15 +226,14 @@ def _decode_kernel(
 def decode_attention(
     out: Tensor,
     q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    block_tables: Tensor,
-    context_lens: Tensor,
+    kv_layer: KVLayer,
+    ragged: Ragged,
     scale: float,
+    *,
     num_programs: int | None = None,
 ) -> None:
-    """Write rows 0 .. len(context_lens) - 1 of `out`; `num_programs` is for tests alone and changes no bit."""
-    sequences = context_lens.shape[0]
+    """Write the rows of the decodes to `out`; `num_programs` is for tests alone and changes no bit."""
+    k_cache, block_tables, sequences = kv_layer.k, ragged.block_tables, ragged.num_decodes
     heads, head_dim = q.shape[1:]
     block_size, kv_heads = k_cache.shape[1:3]
     group = heads // kv_heads
@@ -255,9 +255,9 @@ def decode_attention(
         *partials,
         q,
         k_cache,
-        v_cache,
+        kv_layer.v,
         block_tables,
-        context_lens,
+        ragged.context_lens,
         sequences,
         num_programs,
         scale * LOG2_E,
@@ -276,4 +276,4 @@ def decode_attention(
     )
     # A context within one chunk is never split, whoever owns it.
     if block_tables.shape[1] * block_size > split.MIN_CHUNK:
-        split.merge(out, partials, context_lens, sizes)
+        split.merge(out, partials, ragged.context_lens, sizes)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from llama.kernels.gpu.attention.config import LOG2_E, padded, prefill_tiles
 from llama.kernels.gpu.attention.tiles import key_rows, load_blocks, row_mask
+from llama.kernels.types import KVLayer, Ragged
 
 # Sequences that a program looks at together when it finds its own.
 _SEQUENCES = tl.constexpr(128)
@@ -166,16 +167,13 @@ def _prefill_kernel(
 def prefill_attention(
     out: Tensor,
     q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    block_tables: Tensor,
-    query_starts: Tensor,
-    context_lens: Tensor,
-    num_decodes: int,
+    kv_layer: KVLayer,
+    ragged: Ragged,
     scale: float,
 ) -> None:
-    """Write the rows of `out` from num_decodes on that belong to a sequence."""
-    sequences = context_lens.shape[0]
+    """Write the rows of all sequences behind the decodes to `out`."""
+    k_cache, block_tables, num_decodes = kv_layer.k, ragged.block_tables, ragged.num_decodes
+    sequences = block_tables.shape[0]
     heads, head_dim = q.shape[1:]
     block_size, kv_heads = k_cache.shape[1:3]
     group = heads // kv_heads
@@ -185,10 +183,10 @@ def prefill_attention(
         out,
         q,
         k_cache,
-        v_cache,
+        kv_layer.v,
         block_tables,
-        query_starts,
-        context_lens,
+        ragged.query_starts,
+        ragged.context_lens,
         num_decodes,
         sequences,
         scale * LOG2_E,

@@ -102,5 +102,5 @@ def merge(out: Tensor, partials: Partials, context_lens: Tensor, sizes: dict[str
     """Write the rows of `out` whose chunks several programs computed; `sizes` are the kernel's constants."""
     # Four dimensions per lane: registers for all the loads of an unrolled step at once.
     warps = max(1, sizes["DIMS"] // 128)
-    grid = (context_lens.shape[0], out.shape[1])
+    grid = (partials.covered.shape[0] // sizes["KV_HEADS"], out.shape[1])
     _merge_kernel[grid](out, *partials, context_lens, **sizes, num_warps=warps, maxnreg=255)

@@ -1,7 +1,7 @@
-"""PEFT adapters: read and checked (adapter_config, adapter), and stacked by slot on the device (slots)."""
+"""PEFT adapters: read and checked (adapter_config, adapter), and stacked on the device (loaded)."""
 
 from llama.api.errors import AdapterError
-from llama.model.lora.adapter import Adapter, Pair, read_adapter
-from llama.model.lora.slots import AdapterUse, LoraSlots
+from llama.model.lora.adapter import AdapterWeights, Pair, read_adapter
+from llama.model.lora.loaded import LoadedAdapters
 
-__all__ = ["Adapter", "AdapterError", "AdapterUse", "LoraSlots", "Pair", "read_adapter"]
+__all__ = ["AdapterError", "AdapterWeights", "LoadedAdapters", "Pair", "read_adapter"]

@@ -34,7 +34,7 @@ class Pair(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Adapter:
+class AdapterWeights:
     """What an adapter computes. `digest` tells two of them apart by content: configuration and weights."""
 
     path: str
@@ -45,7 +45,7 @@ class Adapter:
     digest: bytes
 
 
-def read_adapter(path: str | Path, model: "Transformer", *, max_rank: int) -> Adapter:
+def read_adapter(path: str | Path, model: "Transformer", *, max_rank: int) -> AdapterWeights:
     """Read and check a PEFT folder for `model`; its tensors come on the CPU, in the model's dtype.
 
     Raises AdapterError that names the key, module or tensor which is wrong.
@@ -161,7 +161,7 @@ def _read(
     wanted: Mapping[str, tuple[int, int]],
     stored: Mapping[str, StoredTensor],
     model: "Transformer",
-) -> Adapter:
+) -> AdapterWeights:
     wide = torch.float64 if model.dtype == torch.float64 else torch.float32
     digest = hashlib.blake2b(digest_size=16)
     pairs = {}
@@ -178,7 +178,7 @@ def _read(
         pairs[module.name] = Pair(a.to(model.dtype), (b * module.scale).to(model.dtype))
     if not any(bool(pair.a.any()) and bool(pair.b.any()) for pair in pairs.values()):
         raise AdapterError(f"{folder}: every lora_A or lora_B is zero: it was never trained and would change nothing")
-    return Adapter(
+    return AdapterWeights(
         path=str(folder),
         pairs=pairs,
         rank=max(module.rank for module in modules),

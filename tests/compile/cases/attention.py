@@ -6,6 +6,7 @@ import torch
 
 from llama.kernels.gpu.attention import paged_attention
 from llama.kernels.gpu.attention.config import decode_tiles
+from llama.kernels.types import KVLayer, Ragged
 from tests.compile.harness import Case
 
 # head_dim, heads, KV heads, block size, dtype: each entry of the tile tables, both ways to find a key's block
@@ -28,17 +29,17 @@ def _call(configuration: tuple, queries: int, sequences: int, num_decodes: int) 
     def empty(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
-    return paged_attention(
-        empty(queries, heads, head_dim, dtype=dtype),
-        *(empty(4_194_304 // block_size, block_size, kv_heads, head_dim, dtype=dtype) for _ in range(2)),
-        empty(sequences, 131_072 // block_size),
-        empty(sequences + 1),
-        empty(sequences),
+    cache = (4_194_304 // block_size, block_size, kv_heads, head_dim)
+    ragged = Ragged(
+        block_tables=empty(sequences, 131_072 // block_size),
+        query_starts=empty(sequences + 1),
+        context_lens=empty(sequences),
+        slots=empty(queries, dtype=torch.int64),
         num_decodes=num_decodes,
-        max_query_len=queries,
-        max_context_len=131_072,
-        scale=head_dim**-0.5,
+        block_size=block_size,
     )
+    kv_layer = KVLayer(empty(*cache, dtype=dtype), empty(*cache, dtype=dtype))
+    return paged_attention(empty(queries, heads, head_dim, dtype=dtype), kv_layer, ragged, head_dim**-0.5)
 
 
 def cases() -> Iterator[Case]:

@@ -4,11 +4,11 @@ from collections.abc import Iterator
 
 import torch
 
-from llama.kernels.cpu.lora import LoraPlan
 from llama.kernels.gpu.lora import lora_embedding, lora_expand, lora_shrink
+from llama.kernels.types import TokenAdapters
 from tests.compile.harness import Case
 
-_SLOTS = 8
+_ADAPTERS = 8
 _TOKENS = 64
 
 # in_features, where the slices of the output begin, rank, dtype
@@ -29,19 +29,19 @@ def _empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def _plan() -> LoraPlan:
-    return LoraPlan(_empty(_TOKENS, dtype=torch.int32))
+def _adapters() -> TokenAdapters:
+    return TokenAdapters(_empty(_TOKENS, dtype=torch.int32))
 
 
 def _pair(in_features: int, starts: tuple[int, ...], rank: int, dtype: torch.dtype) -> None:
-    plan, y = _plan(), _empty(_TOKENS, starts[-1], dtype=dtype)
-    a = _empty(_SLOTS, len(starts) - 1, rank, in_features, dtype=dtype)
-    h = lora_shrink(_empty(_TOKENS, in_features, dtype=dtype), a, plan)
-    lora_expand(h, y, _empty(_SLOTS, starts[-1], rank, dtype=dtype), plan, starts)
+    adapters, y = _adapters(), _empty(_TOKENS, starts[-1], dtype=dtype)
+    a = _empty(_ADAPTERS, len(starts) - 1, rank, in_features, dtype=dtype)
+    h = lora_shrink(_empty(_TOKENS, in_features, dtype=dtype), a, adapters)
+    lora_expand(h, y, _empty(_ADAPTERS, starts[-1], rank, dtype=dtype), adapters, starts)
 
 
 def _embedding(rank: int, dtype: torch.dtype) -> torch.Tensor:
-    return lora_embedding(_empty(_TOKENS, dtype=torch.int64), _empty(_SLOTS, 128256, rank, dtype=dtype), _plan())
+    return lora_embedding(_empty(_TOKENS, dtype=torch.int64), _empty(_ADAPTERS, 128256, rank, dtype=dtype), _adapters())
 
 
 def cases() -> Iterator[Case]:

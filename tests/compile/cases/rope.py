@@ -5,15 +5,18 @@ from collections.abc import Iterator
 import torch
 
 from llama.kernels.gpu.rope import rope_and_store
+from llama.kernels.types import KVLayer
 from tests.compile.harness import Case
+from tests.paged_attention import only_slots
 
 
 def _call(head_dim: int, heads: int, kv_heads: int, dtype: torch.dtype) -> torch.Tensor:
     qkv = torch.empty(64, heads + 2 * kv_heads, head_dim, dtype=dtype, device="meta")
     caches = (torch.empty(262_144, 16, kv_heads, head_dim, dtype=dtype, device="meta") for _ in range(2))
-    cos_sin = torch.empty(64, head_dim, device="meta")
+    cos, sin = (torch.empty(64, 1, head_dim, device="meta") for _ in range(2))
     slots = torch.empty(64, dtype=torch.int64, device="meta")
-    return rope_and_store(*qkv.split([heads, kv_heads, kv_heads], dim=1), cos_sin, slots, *caches)
+    q, k, v = qkv.split([heads, kv_heads, kv_heads], dim=1)
+    return rope_and_store(q, k, v, (cos, sin), KVLayer(*caches), only_slots(slots, 16))
 
 
 def cases() -> Iterator[Case]:

@@ -1,12 +1,14 @@
-"""The PyTorch twin of paged attention against softmax written out, one query at a time."""
+"""Paged attention on a CPU against softmax written out, one query at a time."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
 from llama.kernels import ops
 from llama.kernels.cpu import attention
+from llama.kernels.types import KVLayer, Ragged
 
 TOLERANCES = {torch.float64: 1e-12, torch.float32: 5e-6, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 
@@ -28,28 +30,26 @@ def problem(queries, contexts, *, dtype=torch.float64, heads=(6, 2), head_dim=16
             values = torch.randn(context, heads[1], head_dim, generator=generator, dtype=torch.float64)
             cache.flatten(0, 1)[slots] = values.to(dtype)
     q = torch.randn(sum(queries), heads[0], head_dim, generator=generator, dtype=torch.float64).to(dtype) * 2
-    return {
-        "q": q,
-        "k_cache": caches[0],
-        "v_cache": caches[1],
-        "block_tables": tables,
-        "query_starts": torch.tensor([0, *torch.tensor(queries).cumsum(0).tolist()], dtype=torch.int32),
-        "context_lens": torch.tensor(contexts, dtype=torch.int32),
-        "num_decodes": next((i for i, n in enumerate(queries) if n != 1), len(queries)),
-        "max_query_len": max(queries, default=0),
-        "max_context_len": max(contexts, default=0),
-        "scale": head_dim**-0.5,
-    }
+    ragged = Ragged(
+        block_tables=tables,
+        query_starts=torch.tensor([0, *torch.tensor(queries).cumsum(0).tolist()], dtype=torch.int32),
+        context_lens=torch.tensor(contexts, dtype=torch.int32),
+        slots=torch.empty(0, dtype=torch.int64),
+        num_decodes=next((i for i, n in enumerate(queries) if n != 1), len(queries)),
+        block_size=block_size,
+    )
+    return {"q": q, "kv_layer": KVLayer(*caches), "ragged": ragged, "scale": head_dim**-0.5}
 
 
 def expected(p):
     out = []
-    block_size, kv_heads = p["k_cache"].shape[1:3]
-    starts = p["query_starts"].tolist()
-    for row, context in enumerate(p["context_lens"].tolist()):
-        slots = (p["block_tables"][row].long()[:, None] * block_size + torch.arange(block_size)).flatten()
+    ragged, kv_layer = p["ragged"], p["kv_layer"]
+    block_size, kv_heads = kv_layer.k.shape[1:3]
+    starts = ragged.query_starts.tolist()
+    for row, context in enumerate(ragged.context_lens.tolist()):
+        slots = (ragged.block_tables[row].long()[:, None] * block_size + torch.arange(block_size)).flatten()
         group = p["q"].shape[1] // kv_heads
-        rows = (p[name].flatten(0, 1)[slots[:context]] for name in ("k_cache", "v_cache"))
+        rows = (cache.flatten(0, 1)[slots[:context]] for cache in (kv_layer.k, kv_layer.v))
         k, v = (x.double().repeat_interleave(group, 1) for x in rows)
         queries = starts[row + 1] - starts[row]
         for j in range(queries):
@@ -59,23 +59,10 @@ def expected(p):
     return torch.stack(out) if out else torch.zeros(p["q"].shape, dtype=torch.float64)
 
 
-def plan_of(p):
-    return ops.plan_step(
-        p["block_tables"],
-        p["query_starts"],
-        p["context_lens"],
-        torch.empty(0, dtype=torch.int64),
-        torch.empty(0, p["q"].shape[2]),
-        num_decodes=p["num_decodes"],
-        block_size=p["k_cache"].shape[1],
-    )
-
-
 def check(p):
     out = ops.paged_attention(**p)
-    plan = plan_of(p)
-    for _ in range(2):  # layers share a plan and its working memory
-        assert torch.equal(ops.paged_attention(**p, plan=plan), out)
+    for _ in range(2):  # layers share a layout and its working memory
+        assert torch.equal(ops.paged_attention(**p), out)
     tolerance = TOLERANCES[p["q"].dtype]
     assert out.dtype == p["q"].dtype
     assert out.is_contiguous()
@@ -125,7 +112,7 @@ def test_nothing_to_do():
 def test_decode_without_context_gives_zeros():
     """Padding rows of a fixed-size batch."""
     p = problem([1, 1], [5, 5])
-    p["context_lens"] = torch.tensor([5, 0], dtype=torch.int32)
+    p["ragged"] = replace(p["ragged"], context_lens=torch.tensor([5, 0], dtype=torch.int32))
     out = ops.paged_attention(**p)
     assert not bool(out.isnan().any())
     assert not bool(out[1].any())
@@ -141,8 +128,8 @@ def test_softmax_is_at_least_float32():
     """Values of equal weight over many keys: sums in half precision would stall."""
     p = problem([1, 2], [4001, 4001], dtype=torch.float16, heads=(1, 1))
     p["q"].zero_()
-    for name in ("k_cache", "v_cache"):
-        p[name].nan_to_num_(1.0).fill_(1.0)
+    for cache in (p["kv_layer"].k, p["kv_layer"].v):
+        cache.nan_to_num_(1.0).fill_(1.0)
     assert math.isclose(ops.paged_attention(**p).double().mean(), 1.0, abs_tol=1e-3)
 
 
@@ -151,9 +138,16 @@ def test_refusals():
     for changed in (
         {"q": p["q"].float()},
         {"q": p["q"][:, :5]},
-        {"context_lens": p["context_lens"].long()},
-        {"block_tables": p["block_tables"][:1]},
-        {"v_cache": p["v_cache"][:1]},
+        {"ragged": replace(p["ragged"], block_size=8)},
     ):
         with pytest.raises(ValueError, match="paged_attention"):
             ops.paged_attention(**{**p, **changed})
+    ragged, kv_layer = p["ragged"], p["kv_layer"]
+    with pytest.raises(ValueError, match=r"must be int32 and slots int64, got .*int32, torch\.int64, torch\.int64"):
+        replace(ragged, context_lens=ragged.context_lens.long())
+    for changed in ({"block_tables": ragged.block_tables[:1]}, {"num_decodes": 3}):
+        with pytest.raises(ValueError, match="block_tables, query_starts, context_lens and num_decodes do not fit"):
+            replace(ragged, **changed)
+    for changed in ({"v": kv_layer.v[:1]}, {"v": kv_layer.v.float()}, {"v": kv_layer.v.mT.contiguous().mT}):
+        with pytest.raises(ValueError, match="k and v of a cache"):
+            replace(kv_layer, **changed)

@@ -1,9 +1,11 @@
-"""The PyTorch twins of norm, rotary embedding and activation, against formulas written out in float64."""
+"""Norm, rotary embedding and activation on a CPU, against formulas written out in float64."""
 
 import pytest
 import torch
 
 from llama.kernels import ops
+from llama.kernels.types import KVLayer
+from tests.paged_attention import only_slots, rotation
 
 TOLERANCES = {torch.float64: 1e-13, torch.float32: 2e-6, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 DTYPES = pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
@@ -70,59 +72,40 @@ def test_add_rms_norm(dtype, tokens):
 def rope_inputs(tokens, dtype, heads=6, kv_heads=2, head_dim=16):
     fused = randn(tokens, heads + 2 * kv_heads, head_dim, dtype=dtype)
     angles = torch.arange(tokens).float()[:, None] * torch.rand(head_dim // 2, generator=torch.manual_seed(0))
-    cos_sin = torch.cat((angles.cos(), angles.sin()), -1)
     caches = [torch.full((9, 4, kv_heads, head_dim), torch.nan, dtype=dtype) for _ in range(2)]
-    return fused, fused.split((heads, kv_heads, kv_heads), dim=1), cos_sin, caches
+    return fused, fused.split((heads, kv_heads, kv_heads), dim=1), rotation(angles), KVLayer(*caches)
 
 
 def rotated(x, cos_sin):
     half = x.shape[-1] // 2
     turned = torch.view_as_complex(torch.stack((x[..., :half], x[..., half:]), -1).double())
-    turned = turned * torch.complex(cos_sin[:, :half].double(), cos_sin[:, half:].double())[:, None]
+    turned = turned * torch.complex(cos_sin[0][..., :half].double(), cos_sin[1][..., half:].double())
     return torch.cat((turned.real, turned.imag), -1)
 
 
 @DTYPES
 @pytest.mark.parametrize("tokens", [0, 1, 2, 30])
-def test_rope_and_store(dtype, tokens):
-    fused, (q, k, v), cos_sin, (k_cache, v_cache) = rope_inputs(tokens, dtype)
+@pytest.mark.parametrize("head_dim", [2, 16, 128])
+def test_rope_and_store(dtype, tokens, head_dim):
+    fused, (q, k, v), cos_sin, kv_layer = rope_inputs(tokens, dtype, head_dim=head_dim)
     before = fused.clone()
     slots = torch.randperm(36, generator=torch.manual_seed(1))[:tokens]
-    out = ops.rope_and_store(q, k, v, cos_sin, slots, k_cache, v_cache)
+    out = ops.rope_and_store(q, k, v, cos_sin, kv_layer, only_slots(slots, 4))
     assert torch.equal(fused, before)
     assert_near(out, rotated(q, cos_sin))
-    assert_near(k_cache.flatten(0, 1)[slots], rotated(k, cos_sin))
-    assert torch.equal(v_cache.flatten(0, 1)[slots], v)
-    for cache in (k_cache, v_cache):
+    assert_near(kv_layer.k.flatten(0, 1)[slots], rotated(k, cos_sin))
+    assert torch.equal(kv_layer.v.flatten(0, 1)[slots], v)
+    for cache in (kv_layer.k, kv_layer.v):
         assert int(cache.isnan().all(-1).sum()) == (36 - tokens) * 2
 
 
-def plan_of(cos_sin, slots):
-    empty = torch.empty(0, dtype=torch.int32)
-    return ops.plan_step(empty.view(0, 0), torch.zeros(1).int(), empty, slots, cos_sin, num_decodes=0, block_size=4)
-
-
 @DTYPES
-@pytest.mark.parametrize("slots", [[], [5], [-1], [3, -1, 9], [*range(30)], [*range(20), -1]], ids=len)
-@pytest.mark.parametrize("head_dim", [2, 16, 128])
-def test_a_plan_changes_nothing(dtype, slots, head_dim):
-    results = []
-    for planned in (False, True):
-        _, (q, k, v), cos_sin, caches = rope_inputs(len(slots), dtype, head_dim=head_dim)
-        ids = torch.tensor(slots, dtype=torch.int64)
-        plan = plan_of(cos_sin, ids) if planned else None
-        results.append((ops.rope_and_store(q, k, v, cos_sin, ids, *caches, plan=plan), *caches))
-    for one, other in zip(*results, strict=True):
-        tolerance = TOLERANCES[dtype]
-        torch.testing.assert_close(one, other, atol=tolerance, rtol=tolerance, equal_nan=True)
-
-
-@pytest.mark.parametrize("slots", [[-1], [-1, 7, -1, 3], [-1, -1]], ids=str)
-def test_padding_is_not_stored(slots):
-    _, (q, k, v), cos_sin, (k_cache, v_cache) = rope_inputs(len(slots), torch.float64)
-    out = ops.rope_and_store(q, k, v, cos_sin, torch.tensor(slots), k_cache, v_cache)
+@pytest.mark.parametrize("slots", [[-1], [-1, 7, -1, 3], [-1, -1], [3, -1, 9], [*range(20), -1]], ids=str)
+def test_padding_is_not_stored(dtype, slots):
+    _, (q, k, v), cos_sin, kv_layer = rope_inputs(len(slots), dtype)
+    out = ops.rope_and_store(q, k, v, cos_sin, kv_layer, only_slots(torch.tensor(slots), 4))
     assert_near(out, rotated(q, cos_sin))
-    stored = (~v_cache.flatten(0, 1).isnan().all(-1).all(-1)).nonzero().flatten().tolist()
+    stored = (~kv_layer.v.flatten(0, 1).isnan().all(-1).all(-1)).nonzero().flatten().tolist()
     assert stored == sorted(slot for slot in slots if slot >= 0)
 
 
@@ -144,9 +127,16 @@ def test_refusals_name_the_op_and_the_shapes():
         ops.add_rms_norm(x, x.double(), torch.zeros(8), 1e-5)
     with pytest.raises(ValueError, match="silu_mul"):
         ops.silu_mul(torch.zeros(2, 7))
-    _, (q, k, v), cos_sin, (k_cache, v_cache) = rope_inputs(2, torch.float32)
-    slots = torch.zeros(2, dtype=torch.int64)
-    for changed in ({"slots": slots.int()}, {"cos_sin": cos_sin.double()}, {"k": k[:1]}, {"v_cache": v_cache[:1]}):
-        arguments = {"q": q, "k": k, "v": v, "cos_sin": cos_sin, "slots": slots, "k_cache": k_cache}
+    _, (q, k, v), (cos, sin), kv_layer = rope_inputs(2, torch.float32)
+    arguments = {"q": q, "k": k, "v": v, "cos_sin": (cos, sin), "kv_layer": kv_layer}
+    arguments["ragged"] = only_slots(torch.zeros(2, dtype=torch.int64), 4)
+    for changed in (
+        {"cos_sin": (cos, sin.double())},
+        {"cos_sin": (cos[:1], sin)},
+        {"k": k[:1]},
+        {"ragged": only_slots(torch.zeros(1, dtype=torch.int64), 4)},
+    ):
         with pytest.raises(ValueError, match="rope_and_store"):
-            ops.rope_and_store(**{**arguments, "v_cache": v_cache, **changed})
+            ops.rope_and_store(**{**arguments, **changed})
+    with pytest.raises(ValueError, match="slots int64"):
+        only_slots(torch.zeros(2, dtype=torch.int32), 4)

@@ -1,0 +1,63 @@
+"""The adapters that are loaded on an engine's device, stacked by module.
+
+Stacks are made when the first adapter that needs them is loaded, as wide as its rank, and grow with later ones, so that
+an engine without adapters pays nothing.
+"""
+
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from llama.model.adapters import LoraStack
+from llama.model.checkpoint.layout import layout
+from llama.model.lora.adapter import AdapterWeights
+
+if TYPE_CHECKING:
+    from llama.model.transformer import Transformer
+
+
+class LoadedAdapters:
+    """`generation` counts how often a tensor of `stacks` was made anew: what holds addresses must look."""
+
+    def __init__(self, model: "Transformer", max_loras: int) -> None:
+        self.stacks: dict[nn.Module, LoraStack] = {}
+        self.max_loras = max_loras
+        self.generation = 0
+        self._model = model
+        self._places = module_places(model)
+        self._held: dict[int, AdapterWeights] = {}
+
+    def put(self, index: int, adapter: AdapterWeights) -> None:
+        """Make `index` (1 .. max_loras) stand for `adapter` and nothing else."""
+        if self._held.get(index) is adapter:
+            return
+        self._held.pop(index, None)
+        for stack in self.stacks.values():
+            stack.clear(index)
+        for name, pair in adapter.pairs.items():
+            module, slice_index, starts = self._places[name]
+            stack = self.stacks.get(module)
+            if stack is None:
+                stack = LoraStack(starts, is_embedding=module is self._model.embed_tokens)
+            rank, in_features = pair.a.shape
+            self.generation += stack.reserve(self.max_loras, in_features, rank, self._model.norm.weight)
+            self.stacks[module] = stack
+            stack.put(index, slice_index, pair.a, pair.b)
+        self._held[index] = adapter
+
+
+def module_places(model: "Transformer") -> dict[str, tuple[nn.Module, int, tuple[int, ...]]]:
+    """Hugging Face's module name -> our module, which of its fused slices, where each begins and the last ends."""
+    fused: dict[str, list[tuple[str, int, int]]] = {}
+    for entry in layout(model.config):
+        name = entry.name.removesuffix(".weight")
+        fused.setdefault(entry.module, []).append(
+            (name, entry.start, entry.shape[-1 if name.endswith("embed_tokens") else 0])
+        )
+    fused.setdefault("lm_head", [("lm_head", 0, model.config.vocab_size)])
+    places = {}
+    for path, slices in fused.items():
+        starts = (*(start for _, start, _ in slices), slices[-1][1] + slices[-1][2])
+        for index, (name, _, _) in enumerate(slices):
+            places[name] = (model.get_submodule(path), index, starts)
+    return places
