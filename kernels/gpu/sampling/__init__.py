@@ -46,7 +46,7 @@ def _check(logits: Tensor, rows: SamplerRows, state: SamplerState | None) -> Non
         require(tensor.is_contiguous(), f"sample: {name} must be contiguous")
 
 
-def sample(logits: Tensor, rows: SamplerRows, state: SamplerState | None) -> Sampled:
+def sample(logits: Tensor, rows: SamplerRows, state: SamplerState | None = None) -> Sampled:
     """See `ops.sample`."""
     _check(logits, rows, state)
     num_rows, vocab = logits.shape
