@@ -54,7 +54,7 @@ def run(options: Namespace) -> int:
     try:
         from llama.server.run import serve
     except ModuleNotFoundError as error:
-        raise UsageError(f"serving needs {error.name}: install llama-engine[server]") from None
+        raise UsageError(f"serving needs {error.name}: pip install 'llama-engine[server]'") from None
     _log_to_stderr()
     llm = LLM(options.model, **arguments)
     for name, path in options.lora:

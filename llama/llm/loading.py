@@ -2,6 +2,7 @@
 
 import logging
 import time
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -82,13 +83,20 @@ def check_model(
     wanted = resolve_dtype(dtype)
     if isinstance(model, Transformer):
         _check_given(model, device, wanted, load_format)
+        _check_triton(model.device)
         return model.config, model.device
     where = resolve_device(device)
+    _check_triton(where)
     if wanted is torch.float64 and where.type == "cuda":
         raise ValueError('dtype="float64" needs device="cpu"')
     if not Path(model).is_dir():
         raise CheckpointError(f"{model}: there is no such folder")
     return ModelConfig.from_pretrained(model), where
+
+
+def _check_triton(device: torch.device) -> None:
+    if device.type == "cuda" and find_spec("triton") is None:
+        raise ValueError(f"{device} needs Triton: pip install 'llama-engine[triton]'")
 
 
 def load_model(

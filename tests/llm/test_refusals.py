@@ -1,6 +1,8 @@
 """LLM, and Transformer.logits: what they refuse, by name and before anything runs."""
 
 import dataclasses
+import subprocess
+import sys
 from unittest.mock import Mock
 
 import pytest
@@ -171,6 +173,42 @@ def test_a_device_that_is_not_there_is_refused_before_anything_is_loaded(folder,
     monkeypatch.setattr(type(model), "device", torch.device("cuda:0"))
     with pytest.raises(ValueError, match="device='cuda:1' for a Transformer on cuda:0"):
         LLM(model, device="cuda:1")
+
+
+def test_a_gpu_without_triton_says_what_to_install(folder, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr("llama.llm.loading.find_spec", lambda name: None)
+    for device in ("auto", "cuda", "cuda:0"):
+        with pytest.raises(ValueError, match=r"^cuda(:0)? needs Triton: pip install 'llama-engine\[triton\]'$"):
+            LLM(folder, device=device)
+    model = tiny_model()
+    monkeypatch.setattr(type(model), "device", torch.device("cuda:0"))
+    with pytest.raises(ValueError, match=r"^cuda:0 needs Triton: pip install 'llama-engine\[triton\]'$"):
+        LLM(model)
+
+
+WITHOUT_TRITON = """
+import sys
+import torch
+for name in [name for name in sys.modules if name.split(".")[0] == "triton"]:
+    del sys.modules[name]
+sys.modules["triton"] = None
+from llama import LLM, SamplingParams
+llm = LLM(sys.argv[1], max_model_len=64, num_blocks=8)
+params = SamplingParams(max_tokens=4, ignore_eos=True, seed=1, top_p=0.9, logprobs=2, repetition_penalty=1.1)
+assert len(llm.generate("Hello", params, use_tqdm=False)[0].outputs[0].token_ids) == 4
+try:
+    import llama.kernels.gpu.norm
+except ModuleNotFoundError as error:
+    print(error)
+"""
+
+
+def test_without_triton_the_cpu_works_and_the_kernels_say_what_to_install(folder):
+    done = subprocess.run([sys.executable, "-c", WITHOUT_TRITON, folder], capture_output=True, text=True, check=False)
+    expected = "the kernels of a GPU need Triton: pip install 'llama-engine[triton]'\n"
+    assert (done.returncode, done.stdout) == (0, expected), done.stderr
 
 
 def test_device_and_dtype_names():
