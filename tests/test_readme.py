@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 # The token ids in README are those of a larger vocabulary than that of bytes.
-CONFIG = dataclasses.replace(make_tiny.TINY, vocab_size=8192)
+CONFIG = dataclasses.replace(make_tiny.TINY, vocab_size=8192, max_position_embeddings=512)
 NO_NETWORK = """
 import socket
 def refuse(*arguments):
@@ -45,7 +45,7 @@ def test_the_python_blocks_run(tmp_path):
     ran = subprocess.run(
         [sys.executable, "-c", "\n".join([NO_NETWORK, *blocks, AFTERWARDS])],
         cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=300,
