@@ -1,7 +1,6 @@
 """README's Python, run word for word where a tiny model and an adapter stand at the paths it names."""
 
 import dataclasses
-import json
 import os
 import re
 import subprocess
@@ -9,8 +8,8 @@ import sys
 from pathlib import Path
 
 import make_tiny
-import torch
-from safetensors.torch import save_file
+
+from tests.tiny_checkpoint import make_adapter
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 # The token ids in README are those of a larger vocabulary than that of bytes.
@@ -26,22 +25,13 @@ assert logits.shape == (1, 5, 8192), logits.shape
 """
 
 
-def make_adapter(folder: Path) -> None:
-    folder.mkdir()
-    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["o_proj"]}
-    (folder / "adapter_config.json").write_text(json.dumps(config))
-    name, size = "base_model.model.model.layers.{}.self_attn.o_proj.lora_{}.weight", CONFIG.hidden_size
-    sides = {"A": torch.ones(2, size), "B": torch.ones(size, 2)}
-    layers = range(CONFIG.num_hidden_layers)
-    tensors = {name.format(layer, side): tensor.clone() for layer in layers for side, tensor in sides.items()}
-    save_file(tensors, folder / "adapter_model.safetensors")
-
-
 def test_the_python_blocks_run(tmp_path):
     readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
     blocks = re.findall(r"^```python\n(.*?)^```", readme, re.MULTILINE | re.DOTALL)
     make_tiny.make(tmp_path / "checkpoints/smollm2-135m-instruct", CONFIG, dtype="float32", seed=0)
-    make_adapter(tmp_path / "checkpoints/demo-adapter")
+    adapter = tmp_path / "checkpoints/demo-adapter"
+    adapter.mkdir()
+    make_adapter(adapter)
     ran = subprocess.run(
         [sys.executable, "-c", "\n".join([NO_NETWORK, *blocks, AFTERWARDS])],
         cwd=tmp_path,

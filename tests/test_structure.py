@@ -5,6 +5,7 @@ import ast
 import importlib.metadata
 import inspect
 import pkgutil
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -50,6 +51,8 @@ IMPORT_ORDER = {
         scheduler
         engine""",
 }
+FOLDERS = ("llama", "kernels", "tests", "tools", "benchmarks", "docs")
+DOCUMENTS = ["README.md", "CONTRIBUTING.md", "tests/README.md", "docs/architecture.md", "docs/http.md"]
 # What is still wrong, exactly: whoever mends one of these deletes its line here.
 KNOWN_CIRCLES = [
     {
@@ -257,6 +260,23 @@ def test_few_parameters_go_by_position():
             if len(names) - (is_method and names[:1] in (["self"], ["cls"])) > MOST_POSITIONAL:
                 wide.add(where)
     assert wide == KNOWN_WIDE_FUNCTIONS
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_paths_in_documents_exist(document):
+    """What looks like a path of ours is one, from the repository's root; a document names whole paths."""
+    text = (REPOSITORY / document).read_text(encoding="utf-8")
+    named = set(re.findall(rf"(?<![\w./-])(?:{'|'.join(FOLDERS)})/[\w./-]*\w", text))
+    linked = {str((REPOSITORY / document).parent / link) for link in re.findall(r"\]\((?!https?:)([^)#]+)\)", text)}
+    assert [path for path in sorted(named | linked) if not (REPOSITORY / path).exists()] == []
+
+
+@pytest.mark.parametrize(("top", "document"), [("llama", "docs/architecture.md"), ("tests", "tests/README.md")])
+def test_every_folder_has_its_line(top, document):
+    folders = {path.parent.name for path in (REPOSITORY / top).glob("*/*.py")}
+    text = (REPOSITORY / document).read_text(encoding="utf-8")
+    table = set(re.findall(rf"^\| `{top}/(\w+)` \|", text, re.MULTILINE))
+    assert folders - {"kernels"} <= table
 
 
 def run_python(code: str) -> None:
