@@ -118,7 +118,7 @@ class AsyncLLM:
         request_id: str | None = None,
         clip: bool = True,
     ) -> Stream:
-        """What generate() reads from. Here the engine has taken the request when the call returns, so every refusal
+        """The stream that generate() reads. The engine has accepted the request when the call returns, so every refusal
         (ValueError, QueueFullError, EngineClosedError, EngineDeadError) comes before the first piece. The stream must
         be read to its end or closed. Without `clip`, max_tokens that the context has no room for are a
         ContextLengthError."""
@@ -209,7 +209,7 @@ class AsyncLLM:
 
     @property
     def seconds_in_step(self) -> float:
-        """How long the engine's present step has been running, 0 between steps: a watchdog's measure."""
+        """How long the engine's present step has been running, 0 between steps. For a watchdog."""
         return self._stepper.seconds_in_step
 
     def metrics(self) -> EngineMetrics:

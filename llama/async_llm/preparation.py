@@ -145,7 +145,7 @@ def _closed() -> EngineClosedError:
 
 
 def _settle(future: "Future[Any]", result: Any = None, error: BaseException | None = None) -> None:
-    """Nobody may wait any more."""
+    """Set the future unless it is done."""
     with contextlib.suppress(InvalidStateError):
         if error is None:
             future.set_result(result)

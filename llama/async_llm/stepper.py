@@ -19,7 +19,7 @@ from llama.llm.replies import Replies, Reply, Request, merged
 
 
 class Stream:
-    """The pieces of one request, for one reader on one event loop. Iterate it to its end, or close it: that aborts."""
+    """The pieces of one request, for one reader on one event loop. Iterate it to its end, or close it to abort."""
 
     def __init__(self, request: Request, permit: Permit, stepper: "Stepper") -> None:
         self.request = request
@@ -101,7 +101,7 @@ class Stream:
 
 
 class Stepper:
-    """Owns the engine's thread. `call` and `post` may be used from any thread; `abort` only as a command."""
+    """Owns the engine's thread. Methods marked "command" run on that thread only, through `call` or `post`."""
 
     def __init__(self, replies: Replies, admission: Admission, slow_reader_timeout: float) -> None:
         self._replies = replies
@@ -117,13 +117,13 @@ class Stepper:
 
     @property
     def seconds_in_step(self) -> float:
-        """How long the step that runs now has been running; 0 between steps. What a watchdog looks at."""
+        """How long the present step has been running; 0 between steps. For a watchdog."""
         began = self._step_began
         return 0.0 if began is None else time.monotonic() - began
 
     @property
     def dead(self) -> EngineDeadError | None:
-        """What to raise once the engine has died, made anew for each who raises it; None while it lives."""
+        """The error to raise once the engine is dead, a new one for each caller; None while it is alive."""
         cause = self._killed_by
         if cause is None:
             return None
@@ -133,7 +133,7 @@ class Stepper:
         return dead
 
     def call(self, command: Callable[[], Any]) -> "Future[Any]":
-        """Run on the step thread between two steps; the future has its result or exception."""
+        """Run a command on the step thread between two steps; the future has its result or exception."""
         future: Future[Any] = Future()
         with self._changed:
             refusal = self.dead or (EngineClosedError("the engine is closed") if self._stopping else None)
@@ -145,30 +145,30 @@ class Stepper:
         return future
 
     def post(self, command: Callable[[], Any]) -> None:
-        """`call` for those who do not care, also when the engine has gone."""
+        """`call` without a result; does nothing if the engine is closed or dead."""
         self.call(command)
 
     def stop(self) -> None:
-        """Tell the thread to end: it aborts what still runs. Does not wait."""
+        """Tell the thread to abort what still runs and end. Does not wait."""
         with self._changed:
             self._stopping = True
             self._changed.notify()
 
     def add(self, stream: Stream, queued: float) -> None:
-        """As a command: begin the stream's request. ValueError where the engine refuses it."""
+        """Command: start the stream's request. ValueError if the engine refuses it."""
         if self._refuses:
             raise EngineClosedError("the engine is closed")
         stream.reply = self._replies.add(stream.request, queued)
         self._streams[stream.request_id] = stream
 
     def abort(self, stream: Stream) -> None:
-        """As a command: end the stream's request now, whether it runs or never got that far."""
+        """Command: end the stream's request now, also if it never started."""
         if stream.reply is not None:
             self._deliver((stream, piece) for piece in self._replies.abort(stream.reply))
         self._ended(stream)
 
     def end_all(self) -> None:
-        """As a command: abort all requests, and take no other from now on."""
+        """Command: abort all requests and refuse new ones from now on."""
         self._refuses = True
         for stream in list(self._streams.values()):
             self.abort(stream)
@@ -182,7 +182,7 @@ class Stepper:
             self._die(error)
 
     def _run_commands(self) -> bool:
-        """Run the commands that have come; sleep while there is nothing to do. False once told to stop."""
+        """Run the commands that have come; sleep while there is nothing to do. False once stopped."""
         while True:
             with self._changed:
                 while not (self._commands or self._stopping or self._replies.engine.has_unfinished):
@@ -245,7 +245,7 @@ def _run_command(command: Callable[[], Any], future: "Future[Any]") -> None:
 
 
 def _wake(streams: Iterable[Stream]) -> None:
-    """One call into each event loop, however many of its readers have news."""
+    """One call into each event loop, however many of its streams have news."""
     by_loop: dict[asyncio.AbstractEventLoop, list[Stream]] = {}
     for stream in streams:
         by_loop.setdefault(stream.loop, []).append(stream)

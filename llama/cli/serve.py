@@ -8,8 +8,7 @@ from typing import Any
 
 from llama.cli.common import add_model_flags, llm_options
 from llama.cli.flags import Parser, UsageError, add_fields, checked, given, integer, named_adapter
-from llama.server.config import ServerConfig
-from llama.server.port import take_port
+from llama.server.config import ServerConfig, take_port
 
 DESCRIPTION = """Serve a model over HTTP, in Cloudflare's and OpenAI's dialects. The first SIGTERM drains, a second one
 ends."""

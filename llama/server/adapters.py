@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
-class AdapterShelf:
+class AdapterRegistry:
     """The config's `lora_dir` holds adapters by name; None where only those loaded at the start are served."""
 
     def __init__(self, llm: AsyncLLM, config: ServerConfig) -> None:
@@ -32,8 +32,8 @@ class AdapterShelf:
         return sorted({*self._loaded(), *(name for name in on_disk if self._path(name) is not None)})
 
     async def take(self, name: str, param: str = "lora") -> str:
-        """The name, once it is loaded. Raises ApiError, which lists the names for one that there is not. `param` is
-        where the request named it."""
+        """Load the adapter if it is not loaded yet, and return its name. Raises ApiError; for an unknown name it lists
+        the known ones. `param` is the field of the request that holds the name."""
         if name in self._loaded():
             return name
         async with self._loading:

@@ -1,4 +1,4 @@
-"""The ASGI application: both dialects and the operations routes over one Service, behind the Gate."""
+"""The ASGI application: both dialects and the operations routes over one Service, behind RequestMiddleware."""
 
 from typing import Any
 
@@ -10,25 +10,24 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 import llama
-from llama.server import operations, playground
+from llama.server import pages
 from llama.server.bodies import json_response
 from llama.server.cloudflare.routes import routes as cloudflare_routes
 from llama.server.cloudflare.schema import RunRequest
 from llama.server.errors import ApiError, dialect_of, internal, no_method, no_route
-from llama.server.middleware import Gate
+from llama.server.middleware import RequestMiddleware
 from llama.server.openai.routes import routes as openai_routes
 from llama.server.openai.schema import ChatRequest, CompletionRequest
 from llama.server.service import Service
 
 
-def create_app(service: Service) -> Gate:
+def create_app(service: Service) -> RequestMiddleware:
     # The interactive pages of FastAPI load scripts from elsewhere.
     app = FastAPI(
         title="llama-engine", version=llama.__version__, docs_url=None, redoc_url=None, redirect_slashes=False
     )
-    for routes in (cloudflare_routes, openai_routes, operations.routes):
+    for routes in (cloudflare_routes, openai_routes, pages.routes):
         app.include_router(routes(service))
-    app.include_router(playground.routes())
 
     async def refused(request: Request, error: Exception) -> Response:
         assert isinstance(error, ApiError)
@@ -51,17 +50,19 @@ def create_app(service: Service) -> Gate:
     app.add_exception_handler(HTTPException, unrouted)
     app.add_exception_handler(Exception, failed)
     _describe(app)
-    return Gate(app, service)
+    return RequestMiddleware(app, service)
 
 
 def _describe(app: FastAPI) -> None:
-    """Put the bodies' schemas, which the routes read themselves, into /openapi.json."""
+    """Add the schemas of the bodies, which the routes parse themselves, to /openapi.json."""
 
     def openapi() -> dict[str, Any]:
         if app.openapi_schema is None:
             described = get_openapi(title=app.title, version=app.version, routes=app.routes)
-            models = [(model, "validation") for model in (RunRequest, ChatRequest, CompletionRequest)]
-            _, schemas = models_json_schema(models, ref_template="#/components/schemas/{model}")
+            models = (RunRequest, ChatRequest, CompletionRequest)
+            _, schemas = models_json_schema(
+                [(model, "validation") for model in models], ref_template="#/components/schemas/{model}"
+            )
             described.setdefault("components", {}).setdefault("schemas", {}).update(schemas["$defs"])
             app.openapi_schema = described
         return app.openapi_schema

@@ -1,6 +1,6 @@
-"""What can go wrong with a request, and how each dialect says it.
+"""Errors that clients see, in the words of each dialect.
 
-Clients see messages that are written here or for them (the ValueErrors of our own checks), never an exception's repr.
+Their messages are written here or come from the ValueErrors of our own checks; never an exception's repr.
 """
 
 from enum import Enum, auto
@@ -17,14 +17,14 @@ class Dialect(Enum):
 
 
 def dialect_of(path: str) -> Dialect:
-    """Which dialect a path belongs to, also one that leads nowhere."""
+    """The dialect of a path; unknown paths have one too."""
     is_openai = path.startswith("/v1/") or (path.startswith("/client/v4/accounts/") and "/ai/v1/" in path)
     return Dialect.OPENAI if is_openai else Dialect.CLOUDFLARE
 
 
 class ApiError(Exception):
-    """An answer that is an error. `code` is Cloudflare's; `kind`, `param` and `name` are OpenAI's type, param and
-    code. `status_openai` and `message_openai` where the two say it differently."""
+    """An error that is sent to the client. `code` is Cloudflare's; `kind`, `param` and `name` are OpenAI's type, param
+    and code. `status_openai` and `message_openai` where the two dialects differ."""
 
     def __init__(
         self,
@@ -61,7 +61,7 @@ class ApiError(Exception):
         return {**self.event(dialect), "success": False, "result": {}, "messages": []}
 
     def event(self, dialect: Dialect) -> dict[str, Any]:
-        """The same inside a running stream."""
+        """The same as an event of a stream."""
         if dialect is Dialect.OPENAI:
             return self.body(dialect)
         return {"errors": [{"message": self.message, "code": self.code}]}
@@ -158,7 +158,7 @@ def unavailable(message: str) -> ApiError:
 
 
 def from_refusal(error: Exception) -> ApiError | None:
-    """What AsyncLLM refuses a request with; None for what is no refusal but a failure."""
+    """From an exception that AsyncLLM refuses a request with; None for a failure of ours."""
     if isinstance(error, QueueFullError):
         headers = {"retry-after": str(error.retry_after)}
         message = f"Capacity temporarily exceeded, please try again: {error}"

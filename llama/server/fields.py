@@ -1,4 +1,4 @@
-"""Types of fields that both dialects share, and how a refusal of pydantic's is said in one line.
+"""Types of fields that both dialects share, and pydantic's errors in one line each.
 
 Strict: no text for numbers, no bool for integers. A number with a zero fraction is an integer in JSON (2.0 is 2).
 """
@@ -40,7 +40,7 @@ def _whole(value: Any) -> Any:
 
 
 def _real(value: Any) -> Any:
-    """An integer too large for a float is out of any range all the same."""
+    """An integer too large for a float is out of any range too."""
     if isinstance(value, int) and not isinstance(value, bool):
         try:
             return float(value)
@@ -75,7 +75,7 @@ def json_types(value: Any) -> str:
 
 
 def explain(error: ErrorDetails, location: Sequence[int | str]) -> str:
-    """One refusal, in the words of Cloudflare's validator."""
+    """One of pydantic's errors in the words of Cloudflare's validator."""
     where, kind, context = pointer(location), error["type"], error.get("ctx", {})
     if kind == "missing":
         return f"required properties at '{pointer(location[:-1])}' are '{location[-1]}'"
@@ -103,7 +103,7 @@ def explain(error: ErrorDetails, location: Sequence[int | str]) -> str:
 
 
 def refusal(message: str) -> PydanticCustomError:
-    """For our own validators: the message follows the place."""
+    """An error of our own validators. The message follows the name of the field."""
     return PydanticCustomError("said", "{what}", {"what": message})
 
 

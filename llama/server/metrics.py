@@ -1,4 +1,4 @@
-"""Prometheus metrics under vLLM's names with `llama_` in front, so that its dashboards need one replacement.
+"""Prometheus metrics under vLLM's names with `llama_` in front, so that its dashboards work after one replacement.
 
 Each server has a registry of its own. What the engine counts is read when somebody asks; what requests see (times,
 ends) is observed here.
@@ -17,7 +17,7 @@ _SIZES = tuple(float(digit * 10**power) for power in range(6) for digit in (1, 2
 
 
 class Metrics:
-    """`engine` gives the engine's counts of now."""
+    """`engine` returns the engine's present counts."""
 
     def __init__(self, engine: Callable[[], EngineMetrics], model_name: str) -> None:
         self._registry = CollectorRegistry()

@@ -1,4 +1,4 @@
-"""Gate: what every HTTP request passes, whatever its route. Request ids, API keys, the last catch, the access log.
+"""What applies to every HTTP request: request ids, API keys, the last exception handler, the access log.
 
 A plain ASGI wrapper: no request or response body is ever copied here.
 """
@@ -28,7 +28,7 @@ MAX_HEADER_BYTES = 64 * 1024
 _OPEN_PATHS = frozenset({"/", "/health", "/ready"})
 
 
-class Gate:
+class RequestMiddleware:
     def __init__(self, app: ASGIApp, service: Service) -> None:
         self._app = app
         self._service = service

@@ -1,4 +1,4 @@
-"""Running a server: signals, draining, the watchdog.
+"""Running a server: signals, draining, and watching over steps and connections.
 
 The first SIGTERM or SIGINT makes /ready answer 503 and new requests be refused; what runs may end within the shutdown
 timeout, the rest ends with an error; then the port closes. A second signal ends the process at once. A step of the
@@ -14,28 +14,28 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from types import FrameType
+from typing import Any
 
 import uvicorn
 
 from llama.api.params import SamplingParams
 from llama.async_llm.async_llm import AsyncLLM
 from llama.server.app import create_app
-from llama.server.config import ServerConfig
-from llama.server.connections import cut_standing
+from llama.server.config import BACKLOG, ServerConfig
 from llama.server.middleware import MAX_HEADER_BYTES
-from llama.server.port import BACKLOG
 from llama.server.service import Service
 
 logger = logging.getLogger(__name__)
 
 _FLUSH_SECONDS = 5  # for answers that are complete to reach their clients
 _MAX_FILES = 65_536
+_STALL_INTERVAL = 5.0  # seconds, where the timeouts allow it
 
 
 class Server(uvicorn.Server):
-    """uvicorn with our way to stop."""
+    """uvicorn's server, stopped by draining the engine."""
 
     def __init__(self, service: Service) -> None:
         self._service = service
@@ -61,11 +61,11 @@ class Server(uvicorn.Server):
     async def serve(self, sockets: list[socket.socket] | None = None) -> None:
         self._loop = asyncio.get_running_loop()
         watchdog = asyncio.create_task(_watch(self._service))
-        cutter = asyncio.create_task(cut_standing(self.server_state.connections, self._service.config))
+        stalled = asyncio.create_task(_close_stalled(self.server_state.connections, self._service.config))
         try:
             await super().serve(sockets)
         finally:
-            for task in (watchdog, cutter, self._draining):
+            for task in (watchdog, stalled, self._draining):
                 if task is not None:
                     task.cancel()
             if not (self.force_exit or self._hangs):
@@ -95,7 +95,7 @@ class Server(uvicorn.Server):
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """As uvicorn's, but a server that was asked to stop and did has not failed: no signal is raised again."""
+        """As uvicorn's, but no signal is raised again after a clean stop: that is not a failure."""
         if threading.current_thread() is not threading.main_thread():  # only there may signals be listened to
             yield
             return
@@ -118,6 +118,49 @@ async def _watch(service: Service) -> None:
             with contextlib.suppress(OSError, ValueError):  # stderr may be closed, or no file
                 faulthandler.dump_traceback(sys.stderr)
         dumped = is_late
+
+
+class _StalledConnections:
+    """Closes connections whose clients do nothing: each holds a socket, and sockets run out.
+
+    uvicorn bounds how long a connection may be idle between two requests. It does not bound how long a client may take
+    to send the head of a request, nor how long it may leave an answer unread that has been written to the end.
+    """
+
+    def __init__(self, config: ServerConfig) -> None:
+        self._config = config
+        self._since: dict[Any, tuple[Any, float]] = {}
+
+    def close(self, connections: Iterable[Any], now: float) -> None:
+        """Of all open connections, those that have been stalled for too long."""
+        before, self._since = self._since, {}
+        for connection in connections:
+            state, timeout = self._state(connection)
+            if state is None:
+                continue
+            known, since = before.get(connection, (None, now))
+            self._since[connection] = state, since if state == known else now
+            if state == known and now - since > timeout:
+                connection.transport.abort()
+
+    def _state(self, connection: Any) -> tuple[Any, float]:
+        """(what changes as soon as the client does something, how long it may take); None for the server's turn."""
+        unread = connection.transport.get_write_buffer_size()
+        if unread:
+            return unread, self._config.send_timeout
+        request = connection.cycle
+        if request is None or request.response_complete:
+            return ("next", request), self._config.body_timeout
+        return None, 0.0
+
+
+async def _close_stalled(connections: set[Any], config: ServerConfig) -> None:
+    """Runs until cancelled. `connections` are uvicorn's H11Protocols."""
+    stalled = _StalledConnections(config)
+    interval = min(_STALL_INTERVAL, config.send_timeout / 4, config.body_timeout / 4)
+    while True:
+        await asyncio.sleep(interval)
+        stalled.close(list(connections), asyncio.get_running_loop().time())
 
 
 def serve(llm: AsyncLLM, config: ServerConfig, taken: socket.socket) -> None:

@@ -1,20 +1,16 @@
-"""Service: one AsyncLLM, what it is called, and how requests reach it. Both dialects ask through it."""
+"""Service: one AsyncLLM with its names, adapters and metrics. The routes of both dialects submit requests to it."""
 
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import AsyncIterator, Awaitable, Callable
 
 from llama.api.errors import EngineClosedError, EngineDeadError, QueueFullError
 from llama.api.outputs import FinishReason, Piece, RequestOutput, Usage
 from llama.api.params import SamplingParams
 from llama.async_llm.async_llm import AsyncLLM, Stream
 from llama.engine.sequence import BROKEN_GRAMMAR
-from llama.llm.requests import Prompt
-from llama.llm.tool_choice import ToolChoice
-from llama.server.adapters import AdapterShelf
+from llama.server.adapters import AdapterRegistry
 from llama.server.config import CLOUDFLARE_PREFIX, ServerConfig
 from llama.server.errors import (
     ApiError,
@@ -31,22 +27,11 @@ from llama.server.metrics import Metrics
 
 logger = logging.getLogger(__name__)
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Ask:
-    """What an endpoint wants of the engine: an answer to `messages`, or the continuation of `prompt`."""
-
-    params: SamplingParams
-    messages: Sequence[Mapping[str, Any]] | None = None
-    prompt: Prompt = ""
-    tools: Sequence[Mapping[str, Any]] | None = None
-    tool_choice: ToolChoice = "auto"
-    lora: str | None = None
-    clip: bool = True
+Submit = Callable[[], Awaitable[Stream]]  # AsyncLLM.submit or submit_chat with its arguments
 
 
 class Record:
-    """What the access log tells of a request beyond its route, and what the request holds. Never a text."""
+    """What the access log says about a request beyond its route, and the bytes that it holds. Never a text."""
 
     def __init__(self, request_id: str) -> None:
         self.request_id = request_id
@@ -61,15 +46,15 @@ class Service:
     def __init__(self, llm: AsyncLLM, config: ServerConfig) -> None:
         self.llm = llm
         self.config = config
-        self.num_in_flight = 0  # POST requests that passed the gate and are not yet answered
+        self.num_in_flight = 0  # POST requests that were let in and are not yet answered
         self.num_body_bytes = 0  # that they hold
         self.parsing = asyncio.Semaphore(1)  # of large bodies
         self.metrics = Metrics(llm.metrics, config.name)
-        self.adapters = AdapterShelf(llm, config)
+        self.adapters = AdapterRegistry(llm, config)
 
     @property
     def defaults(self) -> SamplingParams:
-        """What the checkpoint wants where a request names nothing."""
+        """The checkpoint's sampling parameters, for what a request leaves out."""
         return self.llm.llm.inputs.defaults
 
     @property
@@ -88,14 +73,14 @@ class Service:
         return None
 
     def hold(self, num_bytes: int, record: Record) -> None:
-        """Count what a request's body takes until the request is answered. Raises ApiError if all take too much."""
+        """Count a body's bytes until its request is answered. ApiError if all bodies together have too many."""
         if self.num_body_bytes + num_bytes > self.config.max_bodies_bytes:
             raise bodies_too_large(self.config.max_bodies_bytes)
         self.num_body_bytes += num_bytes
         record.body_bytes += num_bytes
 
     def refused(self, error: ApiError, dialect: Dialect, record: Record) -> None:
-        """Note it for the metrics and the access log."""
+        """Count the error in the metrics and put its code into the access log."""
         record.code = error.code
         self.metrics.refused(error.status_in(dialect), error.code)
 
@@ -113,16 +98,11 @@ class Service:
             raise bad_input(f"model names the adapter '{name}' and lora another one", "lora")
         return await self.adapters.take(name, "model")
 
-    async def answer(self, ask: Ask, record: Record) -> "Answer":
-        """Begin to answer. When this returns, the engine has taken the request. Raises ApiError."""
+    async def answer(self, submit: Submit, record: Record) -> "Answer":
+        """Begin to answer. When this returns, the engine has accepted the request. Raises ApiError."""
         began = time.monotonic()
         try:
-            if ask.messages is None:
-                stream = await self.llm.submit(ask.prompt, ask.params, ask.lora, clip=ask.clip)
-            else:
-                stream = await self.llm.submit_chat(
-                    ask.messages, ask.params, ask.tools, ask.lora, tool_choice=ask.tool_choice, clip=ask.clip
-                )
+            stream = await submit()
         except Exception as error:
             refusal = from_refusal(error)
             if refusal is None:
@@ -137,7 +117,7 @@ def _plain(model: str) -> str:
 
 
 class Answer:
-    """One request that the engine has taken. Used as a context, which ends the request when it is left."""
+    """A request that the engine has accepted. As a context manager it ends the request on exit."""
 
     def __init__(self, stream: Stream, service: Service, record: Record, began: float) -> None:
         self.request_id = record.request_id
@@ -172,7 +152,7 @@ class Answer:
         return self._stream.request.prompt_token_ids
 
     async def pieces(self) -> AsyncIterator[Piece]:
-        """What is new, as it comes. A completion that failed raises ApiError after its last piece."""
+        """New pieces as they come. A completion that failed raises ApiError after its last piece."""
         last: dict[int, float] = {}
         try:
             async for piece in self._stream:
@@ -192,7 +172,7 @@ class Answer:
         return self.output
 
     def usage(self) -> Usage:
-        """Known once all has come."""
+        """Known once the answer is complete."""
         output = self.output
         return Usage(
             len(output.prompt_token_ids), sum(len(c.token_ids) for c in output.outputs), output.num_cached_tokens

@@ -1,4 +1,4 @@
-"""Answers that take their time: server-sent events, and plain answers that are given up when the client has gone."""
+"""Long answers: server-sent events, and plain answers that are cancelled when the client disconnects."""
 
 import asyncio
 import logging
@@ -23,9 +23,8 @@ Events = AsyncGenerator[Any, None]
 
 
 class EventStream(Response):
-    """Each event is a JSON value, or DONE. The answers that they come from are closed, which ends their requests, when
-    the client leaves or takes nothing for the config's send_timeout. An error inside is an event of its own and the
-    last one."""
+    """Each event is a JSON value, or DONE. When the client disconnects or reads nothing for the config's send_timeout,
+    the answers that the events come from are closed, which ends their requests. An error is the last event."""
 
     def __init__(self, events: Events, answers: Sequence[Answer], dialect: Dialect) -> None:
         super().__init__(
@@ -73,7 +72,7 @@ class EventStream(Response):
 
 
 async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
-    """The work's result. If the client leaves first the work is cancelled, which ends its request, and ApiError."""
+    """The work's result. If the client disconnects first, the work is cancelled, which ends its request: ApiError."""
     worker = asyncio.ensure_future(work)
     leaver = asyncio.ensure_future(_gone(request.receive))
     try:
@@ -86,21 +85,23 @@ async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
 
 
 async def interleaved(sources: list[AsyncIterator[T]]) -> AsyncGenerator[tuple[int, T], None]:
-    """What several iterators give, as it comes, with the number of its source."""
+    """Items of several iterators as they come, each with the number of its source."""
     if len(sources) == 1:
         async for item in sources[0]:
             yield 0, item
         return
-    pending = {asyncio.ensure_future(anext(source, None)): i for i, source in enumerate(sources)}
+    pending: dict[asyncio.Future[T | None], int] = {
+        asyncio.ensure_future(anext(source, None)): i for i, source in enumerate(sources)
+    }
     try:
         while pending:
             done, _ = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
             for future in done:
                 i = pending.pop(future)
-                item = future.result()
-                if item is not None:
+                result = future.result()
+                if result is not None:
                     pending[asyncio.ensure_future(anext(sources[i], None))] = i
-                    yield i, item
+                    yield i, result
     finally:
         await _cancelled(*pending)
 

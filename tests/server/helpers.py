@@ -18,8 +18,7 @@ from llama.engine.adapters import Adapters
 from llama.engine.engine import EngineMetrics
 from llama.engine.sequence import TokenOutput
 from llama.llm.replies import Replies
-from llama.server.config import ServerConfig
-from llama.server.port import take_port
+from llama.server.config import ServerConfig, take_port
 from llama.server.run import Server
 from llama.server.service import Service
 from llama.text.tokenizer import Tokenizer

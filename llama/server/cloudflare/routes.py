@@ -2,6 +2,7 @@
 
 import secrets
 from collections.abc import AsyncGenerator
+from functools import partial
 from typing import Any
 
 from fastapi import APIRouter
@@ -15,7 +16,7 @@ from llama.server.bodies import json_response, read_body
 from llama.server.cloudflare.schema import RunRequest
 from llama.server.errors import Dialect, bad_input, json_mode_failed, no_such_model
 from llama.server.fields import mismatch
-from llama.server.service import Answer, Ask, Service
+from llama.server.service import Answer, Service, Submit
 from llama.server.streaming import DONE, EventStream, unless_gone
 
 _PADDING = "abcdefghijklmnopqrstuvwxyz0123456789"
@@ -31,14 +32,14 @@ def routes(service: Service) -> APIRouter:
         if not service.knows(model):
             raise no_such_model(model)
         body = await read_body(request, service, RunRequest)
-        ask = await _ask(body, model, service)
+        submit = await _submit(body, model, service)
         record = request.state.record
         if body.stream:
-            answer = await unless_gone(request, service.answer(ask, record))
+            answer = await unless_gone(request, service.answer(submit, record))
             return EventStream(_events(answer), [answer], Dialect.CLOUDFLARE)
 
         async def work() -> Any:
-            async with await service.answer(ask, record) as answer:
+            async with await service.answer(submit, record) as answer:
                 completion = (await answer.whole()).outputs[0]
                 return _result(completion, answer.usage(), body)
 
@@ -57,8 +58,8 @@ def routes(service: Service) -> APIRouter:
     return router
 
 
-async def _ask(body: RunRequest, model: str, service: Service) -> Ask:
-    """Raises ApiError for what no single field shows."""
+async def _submit(body: RunRequest, model: str, service: Service) -> Submit:
+    """Also checks what concerns several fields. Raises ApiError."""
     named = body.model_fields_set
     if {"messages", "prompt"} <= named:
         raise bad_input("oneOf at '/' not met, 2 matches")
@@ -69,13 +70,13 @@ async def _ask(body: RunRequest, model: str, service: Service) -> Ask:
     if body.stream and "response_format" in named:
         raise bad_input("'/response_format' is not supported with stream", "response_format")
     lora = await service.adapter(model, body.lora if "lora" in named else None)
-    messages = _messages(body)
-    common: dict[str, Any] = {"params": _params(body), "lora": lora, "clip": False}
+    messages, params, llm = _messages(body), _params(body), service.llm
     if not body.raw:
-        return Ask(messages=messages, tools=body.tools or None, **common)
+        return partial(llm.submit_chat, messages, params, body.tools or None, lora, clip=False)
     if body.tools:
         raise bad_input("'/tools' is not supported with raw: there is no template that could show them", "tools")
-    return Ask(prompt="".join(_text(message["content"]) for message in messages), **common)
+    prompt = "".join(_text(message["content"]) for message in messages)
+    return partial(llm.submit, prompt, params, lora, clip=False)
 
 
 def _messages(body: RunRequest) -> list[dict[str, Any]]:

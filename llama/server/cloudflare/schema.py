@@ -1,4 +1,4 @@
-"""What Cloudflare's route takes. Unknown fields are ignored; an explicit null is an error, for no field may hold it.
+"""The body of Cloudflare's route. Unknown fields are ignored; an explicit null is an error.
 
 Defaults and ranges are those of the published schema; see the parameter table in docs/http.md.
 """
@@ -70,7 +70,7 @@ class ResponseFormat(BaseModel):
 
 
 class RunRequest(BaseModel):
-    """`POST .../ai/run/{model}`. `model_fields_set` tells what the request names."""
+    """`POST .../ai/run/{model}`. `model_fields_set` holds the fields that the request names."""
 
     model_config = STRICT
 
@@ -90,4 +90,4 @@ class RunRequest(BaseModel):
     tools: list[dict[str, Any]] = Field(default_factory=list, max_length=MAX_TOOLS)
     functions: list[Any] = Field(default_factory=list, max_length=MAX_TOOLS)
     image: Any = None
-    response_format: ResponseFormat = Field(None)
+    response_format: ResponseFormat = Field(None)  # type: ignore[assignment]

@@ -1,4 +1,4 @@
-"""What chat and completions answers have in common: their frame, usage, and the values of log-probabilities."""
+"""Parts that the answers of chat and completions share: their frame, usage, values of log-probabilities."""
 
 import secrets
 import time
@@ -39,5 +39,5 @@ def value_of(logprob: Logprob) -> float:
 
 
 def top_of(entries: dict[int, Logprob], count: int) -> list[tuple[int, Logprob]]:
-    """The `count` most probable of a position's entries, which hold the token itself besides."""
+    """The `count` most probable entries of a position; the entries hold the actual token too."""
     return sorted(entries.items(), key=lambda entry: (entry[1].rank, entry[0]))[:count]

@@ -1,6 +1,7 @@
 """/v1/chat/completions."""
 
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from functools import partial
 from typing import Any
 
 from starlette.requests import Request
@@ -12,7 +13,7 @@ from llama.server.errors import Dialect, bad_input
 from llama.server.openai.answers import frame, new_id, now, top_of, usage_of, value_of
 from llama.server.openai.sampling import sampling_params
 from llama.server.openai.schema import ChatRequest
-from llama.server.service import Answer, Ask, Record, Service
+from llama.server.service import Answer, Record, Service, Submit
 from llama.server.streaming import DONE, EventStream, unless_gone
 from llama.text.tool_calls import ToolCall
 
@@ -25,7 +26,7 @@ def chat_endpoint(service: Service) -> Endpoint:
         body = await read_body(request, service, ChatRequest)
         record = request.state.record
         if body.stream:
-            answer = await unless_gone(request, service.answer(await _ask(body, service), record))
+            answer = await unless_gone(request, service.answer(await _submit(body, service), record))
             return EventStream(_Writer(body, service).chunks(answer), [answer], Dialect.OPENAI)
         return json_response(await unless_gone(request, answer_chat(body, service, record)))
 
@@ -33,23 +34,23 @@ def chat_endpoint(service: Service) -> Endpoint:
 
 
 async def answer_chat(body: ChatRequest, service: Service, record: Record) -> dict[str, Any]:
-    """The whole answer. Raises ApiError."""
+    """The complete answer. Raises ApiError."""
     writer = _Writer(body, service)
-    async with await service.answer(await _ask(body, service), record) as answer:
+    async with await service.answer(await _submit(body, service), record) as answer:
         return writer.whole(answer, await answer.whole())
 
 
-async def _ask(body: ChatRequest, service: Service) -> Ask:
+async def _submit(body: ChatRequest, service: Service) -> Submit:
     lora = await service.adapter(body.model, body.lora)
     if body.stream_options is not None and not body.stream:
         raise bad_input("stream_options needs stream", "stream_options")
     params = sampling_params(body, service.defaults, max_tokens=_max_tokens(body), logprobs=_num_logprobs(body))
     tool_choice: Any = "auto" if body.tool_choice is None else body.tool_choice
-    return Ask(messages=body.messages, tools=body.tools, tool_choice=tool_choice, params=params, lora=lora)
+    return partial(service.llm.submit_chat, body.messages, params, body.tools, lora, tool_choice=tool_choice)
 
 
 def _max_tokens(body: ChatRequest) -> int | None:
-    """None is the rest of the context."""
+    """None means the rest of the context."""
     old, new = body.max_tokens, body.max_completion_tokens
     if old is not None and new is not None and old != new:
         raise bad_input(f"max_tokens={old} and max_completion_tokens={new} contradict each other", "max_tokens")
@@ -65,7 +66,7 @@ def _num_logprobs(body: ChatRequest) -> int | None:
 
 
 class _Writer:
-    """Writes one answer, whole or in chunks."""
+    """The JSON of one answer, complete or in chunks."""
 
     def __init__(self, body: ChatRequest, service: Service) -> None:
         self._body = body
@@ -138,7 +139,7 @@ class _Writer:
 
 
 def _calls(calls: Sequence[ToolCall], body: ChatRequest, first_index: int | None = None) -> list[dict[str, Any]]:
-    """With `first_index` they are parts of a stream, where `index` says which call it is."""
+    """`first_index` is for streams, where each call has its `index`."""
     if body.parallel_tool_calls is False:
         calls = calls[: 1 - (first_index or 0)]
     listed = []

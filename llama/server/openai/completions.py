@@ -1,8 +1,9 @@
-"""/v1/completions: text or token ids go on. With echo and logprobs it scores a prompt, as evaluation harnesses do."""
+"""/v1/completions: continues text or token ids. With echo and logprobs it scores a prompt for evaluation harnesses."""
 
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from starlette.requests import Request
@@ -15,7 +16,7 @@ from llama.server.errors import Dialect, bad_input
 from llama.server.openai.answers import frame, new_id, now, top_of, usage_of, value_of
 from llama.server.openai.sampling import sampling_params
 from llama.server.openai.schema import CompletionRequest
-from llama.server.service import Answer, Ask, Record, Service
+from llama.server.service import Answer, Record, Service, Submit
 from llama.server.streaming import DONE, EventStream, interleaved, unless_gone
 from llama.text.tokenizer import IncrementalDecoder, Tokenizer
 
@@ -27,11 +28,11 @@ Entries = Sequence[dict[int, Logprob] | None]
 
 def completions_endpoint(service: Service) -> Endpoint:
     async def completions(request: Request) -> Response:
-        """Write on from one prompt or several."""
+        """Continue one prompt or several."""
         body = await read_body(request, service, CompletionRequest)
         record = request.state.record
         if body.stream:
-            answers = await unless_gone(request, _submit(await _asks(body, service), service, record))
+            answers = await unless_gone(request, _answers(await _submits(body, service), service, record))
             return EventStream(_chunks(answers, body, service), answers, Dialect.OPENAI)
         return json_response(await unless_gone(request, answer_completion(body, service, record)))
 
@@ -39,20 +40,20 @@ def completions_endpoint(service: Service) -> Endpoint:
 
 
 async def answer_completion(body: CompletionRequest, service: Service, record: Record) -> dict[str, Any]:
-    """The whole answer. Raises ApiError."""
+    """The complete answer. Raises ApiError."""
     async with AsyncExitStack() as stack:
-        answers = await _submit(await _asks(body, service), service, record)
+        answers = await _answers(await _submits(body, service), service, record)
         for answer in answers:
             stack.callback(answer.close)
         return await _whole(answers, body, service)
 
 
-async def _submit(asks: list[Ask], service: Service, record: Record) -> list[Answer]:
+async def _answers(submits: list[Submit], service: Service, record: Record) -> list[Answer]:
     """All or none."""
     answers: list[Answer] = []
     try:
-        for ask in asks:
-            answers.append(await service.answer(ask, record))
+        for submit in submits:
+            answers.append(await service.answer(submit, record))
     except BaseException:
         for answer in answers:
             answer.close()
@@ -60,13 +61,13 @@ async def _submit(asks: list[Ask], service: Service, record: Record) -> list[Ans
     return answers
 
 
-async def _asks(body: CompletionRequest, service: Service) -> list[Ask]:
+async def _submits(body: CompletionRequest, service: Service) -> list[Submit]:
     lora = await service.adapter(body.model, body.lora)
     params = _params(body, service)
     if body.stream_options is not None and not body.stream:
         raise bad_input("stream_options needs stream", "stream_options")
     prompts = [prompt if isinstance(prompt, str) else {"prompt_token_ids": prompt} for prompt in body.prompt]
-    return [Ask(prompt=prompt, params=params, lora=lora) for prompt in prompts]
+    return [partial(service.llm.submit, prompt, params, lora) for prompt in prompts]
 
 
 def _params(body: CompletionRequest, service: Service) -> SamplingParams:
@@ -132,7 +133,7 @@ def _usage(answers: list[Answer], body: CompletionRequest) -> dict[str, Any]:
 
 
 class _Choice:
-    """One completion of one prompt, written in one part or many."""
+    """The JSON of one completion of one prompt, in one part or many."""
 
     def __init__(
         self,
@@ -197,7 +198,7 @@ class _Choice:
         }
 
     def _top(self, token: int, entries: dict[int, Logprob]) -> dict[str, float]:
-        """The most probable tokens and the one that stands there."""
+        """The most probable tokens and the actual one."""
         shown = dict(top_of(entries, self._body.logprobs or 0)) | {token: entries[token]}
         return {self._spelled(other): value_of(entry) for other, entry in shown.items()}
 

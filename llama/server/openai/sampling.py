@@ -1,4 +1,4 @@
-"""From what an OpenAI client asks to SamplingParams: the request's fields over the checkpoint's defaults."""
+"""SamplingParams from an OpenAI request: its fields over the checkpoint's defaults."""
 
 from dataclasses import replace
 from typing import Any
@@ -26,7 +26,7 @@ _SAME = (
 
 
 def sampling_params(body: CommonRequest, defaults: SamplingParams, **wanted: Any) -> SamplingParams:
-    """`wanted` are the fields that the endpoint decides. Raises ApiError that names the parameter."""
+    """`wanted`: fields that the endpoint decides. Raises ApiError that names the parameter."""
     given = {name: getattr(body, name) for name in _SAME if getattr(body, name) is not None}
     given |= {"stop": body.stop, "logit_bias": _bias(body), **wanted}
     given["response_format"] = body.response_format

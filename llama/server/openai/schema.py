@@ -1,4 +1,4 @@
-"""What OpenAI's routes take. A field that is null counts as absent, as OpenAI's clients send it.
+"""The bodies of OpenAI's routes. A field that is null counts as absent, as OpenAI's clients send it.
 
 Types and sizes are checked here; ranges of sampling parameters where SamplingParams is made. A field that is not here
 is refused by name: what a server silently leaves out, its client believes it got.
@@ -37,7 +37,7 @@ def _stop(value: Any) -> tuple[str, ...]:
 
 
 def _not_too_many(value: Any) -> Any:
-    """Refused here, before each of its values is refused for itself."""
+    """Checked before the values, each of which would be an error of its own."""
     if isinstance(value, dict) and len(value) > MAX_BIASES:
         context = {"field_type": "Dictionary", "max_length": MAX_BIASES, "actual_length": len(value)}
         raise PydanticKnownError("too_long", context)
@@ -78,14 +78,14 @@ class StreamOptions(BaseModel):
 
 
 class CommonRequest(BaseModel):
-    """What chat and completions share."""
+    """Fields that chat and completions share."""
 
     model_config = ConfigDict(**{**STRICT, "extra": "forbid"})
 
     @model_validator(mode="before")
     @classmethod
     def _without_nulls(cls, values: Any) -> Any:
-        """A client that writes out all of its options asks for nothing by those that are null."""
+        """Clients write out options that they do not use as null."""
         if not isinstance(values, dict):
             return values
         return {name: value for name, value in values.items() if value is not None or name in cls.model_fields}
