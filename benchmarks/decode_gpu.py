@@ -74,7 +74,7 @@ def decode(llm: LLM, batch: int, context: int, rounds: int, params: dict) -> dic
     length = min(context, engine.config.max_model_len - steps - 2)
     settings = SamplingParams(max_tokens=steps + 1, ignore_eos=True, seed=0, **params)
     for i in range(batch):
-        engine.add(f"{i}", prompt_of(length + i % 2, vocab_size), settings)
+        engine.add(engine.request(f"{i}", prompt_of(length + i % 2, vocab_size), settings))
     while engine.scheduler.waiting or engine.scheduler.running.prefilling:
         engine.step()
     for _ in range(WARM_STEPS):
@@ -97,7 +97,9 @@ def prefill(llm: LLM, length: int) -> dict:
     prompt = prompt_of(length, llm.model.config.vocab_size)
 
     def once() -> None:
-        llm.engine.add("prefill", prompt, SamplingParams(temperature=0, max_tokens=1, ignore_eos=True))
+        llm.engine.add(
+            llm.engine.request("prefill", prompt, SamplingParams(temperature=0, max_tokens=1, ignore_eos=True))
+        )
         while llm.engine.has_unfinished:
             llm.engine.step()
 

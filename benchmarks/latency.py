@@ -39,7 +39,7 @@ class Decode:
         params = SamplingParams(temperature=0.0, max_tokens=steps, ignore_eos=True)
         self.requests = [f"decode-{i}" for i in range(batch)]
         for request, row in zip(self.requests, ids.tolist(), strict=True):
-            llm.engine.add(request, row, params)
+            llm.engine.add(llm.engine.request(request, row, params))
         while llm.engine.metrics().num_running < batch or llm.engine.metrics().num_waiting:
             llm.engine.step()
         self.cache = DynamicCache()
@@ -83,7 +83,7 @@ def prefill(llm: LLM, theirs: torch.nn.Module, length: int, rounds: int) -> dict
     row = ids[0].tolist()
 
     def ours_run() -> None:
-        llm.engine.add("prefill", row, params)
+        llm.engine.add(llm.engine.request("prefill", row, params))
         while llm.engine.has_unfinished:
             llm.engine.step()
 

@@ -12,9 +12,9 @@ import torch
 
 from benchmarks.common import close, in_turn, ratio, summary
 from llama import ModelConfig, SamplingParams, Transformer
+from llama.engine.adapters import Adapter
 from llama.engine.config import EngineConfig
 from llama.engine.engine import Engine
-from llama.engine.sequence import Adapter
 from llama.model.lora.adapter import AdapterWeights, Pair, module_sizes
 from llama.model.lora.loaded import module_places
 
@@ -66,7 +66,7 @@ class Decode:
         prompts = torch.randint(model.config.vocab_size, (batch, context), generator=generator).tolist()
         for i, prompt in enumerate(prompts):
             lora = str(i % len(adapters)) if adapters else None
-            self.engine.add(str(i), prompt, params, lora=lora)
+            self.engine.add(self.engine.request(str(i), prompt, params, lora=lora))
         while self.engine.metrics().num_running < batch or self.engine.metrics().num_waiting:
             self.engine.step()
 

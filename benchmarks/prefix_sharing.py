@@ -26,7 +26,7 @@ def run(model: Transformer, prompts: list[list[int]], caching: bool) -> tuple[fl
     )
     engine = Engine(model, config)
     for i, prompt in enumerate(prompts):
-        engine.add(str(i), prompt, SamplingParams(max_tokens=NEW, temperature=0, ignore_eos=True))
+        engine.add(engine.request(str(i), prompt, SamplingParams(max_tokens=NEW, temperature=0, ignore_eos=True)))
     tokens: dict[str, list[int]] = {str(i): [] for i in range(len(prompts))}
     start = time.perf_counter()
     while engine.has_unfinished:

@@ -56,7 +56,7 @@ def steady(num_seqs: int, steps: int) -> list[float]:
     """Microseconds of each step while everybody decodes; prompts differ in length, so that blocks fill at any time."""
     engine = make_engine(num_seqs)
     for i in range(num_seqs):
-        engine.add(str(i), [i] * (100 + i % 16), SamplingParams(max_tokens=steps + 40))
+        engine.add(engine.request(str(i), [i] * (100 + i % 16), SamplingParams(max_tokens=steps + 40)))
     while engine.metrics().num_waiting:
         engine.step()
     for _ in range(20):
@@ -70,7 +70,7 @@ def stream(num_seqs: int, steps: int) -> list[float]:
     times = []
     for step in range(steps + 64):
         while len(engine.scheduler.running) + engine.metrics().num_waiting < min(num_seqs, step * num_seqs // 64 + 1):
-            engine.add(str(count), [count % 1000, *range(127)], params)
+            engine.add(engine.request(str(count), [count % 1000, *range(127)], params))
             count += 1
         times.append(timed(engine.step) * 1e6)
     return times[64:]

@@ -10,7 +10,7 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
 from llama.api.outputs import FinishReason, Logprob
-from llama.api.params import SamplingParams
+from llama.engine.request import Request
 from llama.engine.sequence import TokenOutput
 from llama.text.tokenizer import Tokenizer
 
@@ -52,14 +52,15 @@ class ScriptedEngine:
     def has_unfinished(self) -> bool:
         return bool(self.running)
 
-    def add(
-        self, request_id: str, prompt: list[int], params: SamplingParams, *, lora: str | None = None, **_
-    ) -> list[int]:
+    def add(self, request: Request) -> list[int]:
+        prompt, params = request.prompt_token_ids.tolist(), request.params
+        if any(request_id == request.request_id for request_id, _ in self.running):
+            raise ValueError(f"request_id {request.request_id!r} is in use")
         if len(prompt) > 1000:
             raise ValueError("1000 tokens can never fit")
         for index in range(params.n):
             said = list(self.script(prompt, index))
-            self.running[request_id, index] = SimpleNamespace(said=said, at=0, params=params, ends_in=None)
+            self.running[request.request_id, index] = SimpleNamespace(said=said, at=0, params=params, ends_in=None)
         return [7 + index for index in range(params.n)]
 
     def abort(self, request_id: str) -> None:

@@ -19,6 +19,7 @@ from llama.engine.config import EngineConfig
 from llama.engine.engine import Engine
 from llama.engine.sequence import TokenOutput
 from tests import naive, naive_sampling
+from tests.engine.fakes import add
 from tests.model.models import hugging_face_weights, tiny_model
 
 EOS = 11
@@ -173,7 +174,7 @@ class Run:
         while waiting or self.engine.has_unfinished:
             for _ in range(min(len(waiting), self.random.randint(0, 3))):
                 number, asked = waiting.pop(0)
-                self.engine.add(f"ask {number}", list(asked.prompt), asked.params)
+                add(self.engine, f"ask {number}", list(asked.prompt), asked.params)
             self.disturb()
             for output in self.engine.step():
                 self.outputs.setdefault((output.request_id, output.index), []).append(output)
@@ -191,7 +192,7 @@ class Run:
                 name = f"stranger {len(self.strangers)}"
                 tokens = prompt(self.random.randint(0, 48), self.random.randint(1, 20), self.random.randint(0, 9))
                 self.strangers.append(name)
-                self.engine.add(name, list(tokens), SamplingParams(n=self.random.randint(1, 3), max_tokens=20))
+                add(self.engine, name, list(tokens), SamplingParams(n=self.random.randint(1, 3), max_tokens=20))
             if self.strangers and self.random.random() < 0.3:
                 self.engine.abort(self.random.choice(self.strangers))
         if case.poison:

@@ -1,5 +1,6 @@
 """One request's way back: decoding, stop strings, tool calls, log-probabilities, and what the engine is told."""
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -8,8 +9,9 @@ from tokenizers import Tokenizer as Backend
 
 from llama.api.outputs import FinishReason, Logprob, Piece, Usage
 from llama.api.params import SamplingParams
+from llama.engine.request import Request
 from llama.engine.sequence import TokenOutput
-from llama.llm.replies import Replies, Reply, Request, merged
+from llama.llm.replies import Replies, Reply, merged
 from llama.text.tokenizer import Tokenizer
 from llama.text.tool_calls import ToolCall, parse_tool_calls
 from tests.fakes import EOS_ID, ScriptedEngine, byte_tokenizer, script_of
@@ -17,11 +19,15 @@ from tests.fakes import EOS_ID, ScriptedEngine, byte_tokenizer, script_of
 TOKENIZER = byte_tokenizer()
 
 
+def request(prompt_token_ids, params, **rest):
+    return Request("r", np.array(prompt_token_ids, np.int32), params, **rest)
+
+
 def answer(text, *, lag=0, tokenizer=TOKENIZER, prompt=(72, 105), **params):
     """(the reply, its pieces, the engine) of a request whose completions all say `text`."""
     engine = ScriptedEngine(lambda prompt, index: script_of(text), lag=lag)
     replies = Replies(engine, tokenizer)
-    reply = replies.add(Request("r", "Hi", list(prompt), SamplingParams(**params)))
+    reply = replies.add(request(list(prompt), SamplingParams(**params)))
     pieces = []
     while engine.has_unfinished:
         pieces += [piece for _, piece in replies.step()]
@@ -119,8 +125,8 @@ def test_stop_strings_do_not_count_before_min_tokens():
 
 
 def test_several_tokens_in_one_step_are_cut_at_the_one_that_completed_the_stop_string():
-    request = Request("r", None, [1], SamplingParams(stop="lo", logprobs=0))
-    reply = Reply(request, [0], TOKENIZER, 0.0)
+    asked = request([1], SamplingParams(stop="lo", logprobs=0))
+    reply = Reply(asked, [0], TOKENIZER, 0.0)
     entries = [{t: Logprob(-1.0, 1)} for t in b"hello w"]
     piece = reply.push(TokenOutput("r", 0, list(b"hello w"), entries))
     assert (piece.text, bytes(piece.token_ids), len(piece.logprobs)) == ("hel", b"hello", 5)
@@ -163,7 +169,7 @@ def test_the_text_continues_the_prompt_inside_a_character():
     reply, _, _ = answer("", prompt="ä".encode()[:1])
     engine = ScriptedEngine(lambda prompt, index: ["ä".encode()[1], EOS_ID])
     replies = Replies(engine, TOKENIZER)
-    reply = replies.add(Request("r", None, ["ä".encode()[0]], SamplingParams()))
+    reply = replies.add(request(["ä".encode()[0]], SamplingParams()))
     while engine.has_unfinished:
         replies.step()
     assert reply.output.outputs[0].text == "ä"
@@ -172,7 +178,7 @@ def test_the_text_continues_the_prompt_inside_a_character():
 def test_abort_gives_out_what_was_held_and_ends_every_completion():
     engine = ScriptedEngine(lambda prompt, index: script_of("ab" if index else "xSTOxxx"))
     replies = Replies(engine, TOKENIZER)
-    reply = replies.add(Request("r", None, [1], SamplingParams(n=2, stop="STOP")))
+    reply = replies.add(request([1], SamplingParams(n=2, stop="STOP")))
     for _ in range(4):
         replies.step()
     pieces = replies.abort(reply)
@@ -185,9 +191,12 @@ def test_abort_gives_out_what_was_held_and_ends_every_completion():
 
 def test_one_id_serves_one_request_at_a_time():
     replies = Replies(ScriptedEngine(lambda prompt, index: script_of("a")), TOKENIZER)
-    replies.add(Request("r", None, [1], SamplingParams()))
+    reply = replies.add(request([1], SamplingParams()))
     with pytest.raises(ValueError, match="'r' is in use"):
-        replies.add(Request("r", None, [1], SamplingParams()))
+        replies.add(request([1], SamplingParams()))
+    while len(replies):
+        replies.step()
+    assert reply.output.outputs[0].text == "a"
 
 
 def test_metrics_are_in_order():
@@ -249,8 +258,8 @@ TAGGED = tagged_tokenizer()
 
 def told(token_ids, cuts, *, reason=FinishReason.STOP, **params):
     """(the completion, its pieces) of an answer that comes in as many steps as the cuts make of it."""
-    request = Request("r", None, [72], SamplingParams(max_tokens=None, **params), tool_names=NAMES)
-    reply = Reply(request, [7], TAGGED, 0.0)
+    asked = request([72], SamplingParams(max_tokens=None, **params), tool_names=NAMES)
+    reply = Reply(asked, [7], TAGGED, 0.0)
     ends = [*sorted(set(cuts)), len(token_ids)]
     parts = [token_ids[start:end] for start, end in zip([0, *ends], ends, strict=False)]
     news = [reply.push(TokenOutput("r", 0, part)) for part in parts[:-1]]
@@ -287,7 +296,7 @@ def test_calls_and_text_of_any_answer_cut_in_any_way_are_those_of_the_whole(text
 def test_an_answer_with_a_call_comes_token_by_token_through_the_engine():
     engine = ScriptedEngine(lambda prompt, index: script_of("" if index else f"{CALL} so"))
     replies = Replies(engine, TOKENIZER)
-    reply = replies.add(Request("r", None, [1], SamplingParams(n=2), tool_names=NAMES))
+    reply = replies.add(request([1], SamplingParams(n=2), tool_names=NAMES))
     pieces = []
     while engine.has_unfinished:
         pieces += [piece for _, piece in replies.step()]
@@ -316,8 +325,8 @@ def test_a_stop_string_cuts_before_calls_are_looked_for():
 
 
 def test_abort_gives_out_the_beginning_of_a_call():
-    request = Request("r", None, [72], SamplingParams(), tool_names=NAMES)
-    reply = Reply(request, [7], TOKENIZER, 0.0)
+    asked = request([72], SamplingParams(), tool_names=NAMES)
+    reply = Reply(asked, [7], TOKENIZER, 0.0)
     assert reply.push(TokenOutput("r", 0, TOKENIZER.encode(CALL[:-1]))).text == ""
     [last] = reply.abort()
     assert (last.text, last.tool_calls, last.finish_reason) == (CALL[:-1], [], "abort")

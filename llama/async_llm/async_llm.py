@@ -26,9 +26,9 @@ from llama.async_llm.admission import Admission
 from llama.async_llm.preparation import Preparation, grammar_key, size_of
 from llama.async_llm.stepper import Stepper, Stream
 from llama.engine.engine import EngineMetrics
+from llama.engine.request import Request
 from llama.llm.llm import LLM
 from llama.llm.loras import LoraInfo, describe, read_lora
-from llama.llm.replies import Request
 from llama.llm.requests import Message, Prompt
 from llama.llm.tool_choice import ToolChoice
 from llama.model.transformer import Transformer

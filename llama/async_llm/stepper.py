@@ -15,7 +15,8 @@ from typing import Any
 from llama.api.errors import EngineClosedError, EngineDeadError
 from llama.api.outputs import Piece, RequestOutput
 from llama.async_llm.admission import Admission, Permit
-from llama.llm.replies import Replies, Reply, Request, merged
+from llama.engine.request import Request
+from llama.llm.replies import Replies, Reply, merged
 
 
 class Stream:

@@ -6,11 +6,26 @@ first, once nobody who runs needs it. What is unloaded loses its name at once an
 
 import re
 from collections import OrderedDict
+from dataclasses import dataclass
+from typing import Any
 
 from llama.api.errors import ParameterError
-from llama.engine.sequence import NO_ADAPTER, Adapter
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+
+
+@dataclass(slots=True, eq=False)
+class Adapter:
+    """A LoRA adapter as the engine sees it. The scheduler says which slot of the device it has, if any."""
+
+    name: str = ""
+    digest: bytes = b""  # of its content; part of the prefix cache's keys
+    content: Any = None  # what the runner puts into the slot
+    slot: int = 0  # 0 = none
+    num_users: int = 0  # running sequences
+
+
+NO_ADAPTER = Adapter()
 
 
 class Adapters:

@@ -7,13 +7,13 @@ once and tell nothing: whoever ends a request knows it. Ends that the engine fin
 import logging
 from collections import deque
 from collections.abc import Callable, Iterable
+from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
-import numpy as np
 import torch
 
-from llama.api.errors import EngineDeadError
+from llama.api.errors import EngineDeadError, ParameterError
 from llama.api.outputs import FinishReason
 from llama.api.params import SamplingParams
 from llama.engine.adapters import Adapters
@@ -21,10 +21,11 @@ from llama.engine.blocks import BlockPool
 from llama.engine.config import EngineConfig
 from llama.engine.memory import fitting_blocks
 from llama.engine.plan import Plan, StepResult
+from llama.engine.request import Request, check_params, check_room, checked_ids
 from llama.engine.runner import Runner
 from llama.engine.sampler import Seeds, child_seed
 from llama.engine.scheduler import Scheduler
-from llama.engine.sequence import Sequence, TokenMatcher, TokenOutput
+from llama.engine.sequence import Sequence, TokenOutput
 from llama.model.kv_cache import KVCache
 from llama.model.transformer import Transformer
 
@@ -64,7 +65,6 @@ class StepRunner(Protocol):
     lag: int  # steps that may be in flight while the next one is scheduled
 
     def launch(self, plan: Plan) -> Callable[[], StepResult]: ...
-    def validate(self, params: SamplingParams) -> None: ...
     def release_memory(self) -> None: ...
     def check_device(self) -> None: ...
 
@@ -133,66 +133,72 @@ class Engine:
             most=most,
         )
 
-    def add(
+    @property
+    def vocab_size(self) -> int:
+        return self.runner.vocab_size
+
+    def request(
         self,
         request_id: str,
-        prompt_token_ids: list[int],
+        prompt_token_ids: SequenceOf[int],
         params: SamplingParams,
         *,
         lora: str | None = None,
-        matcher: TokenMatcher | None = None,
-    ) -> list[int]:
-        """Queue a request -> the seed of each of its completions. ValueError if it can never be served."""
-        self._check_alive()
-        if request_id in self.scheduler:
-            raise ValueError(f"request_id {request_id!r} is in use")
-        self.runner.validate(params)
-        if params.response_format is not None and matcher is None:
-            raise ValueError("response_format needs a matcher of its grammar")
-        prompt = self._checked_prompt(prompt_token_ids)
-        limit = self._limit(len(prompt), params.max_tokens)
+        clip: bool = True,
+        **rest: Any,
+    ) -> Request:
+        """A request for `add`; `rest` are fields of Request. All that can be refused is checked here, and a
+        ParameterError says what is legal. Without `clip`, max_tokens that the context has no room for are a
+        ContextLengthError. Legal on any thread."""
+        if not isinstance(request_id, str):
+            raise ParameterError(f"request_id must be a string, got {request_id!r}", "request_id")
         adapter = self.adapters.get(lora)
+        check_room(len(prompt_token_ids), None if clip else params.max_tokens, self.config.context_len)
+        prompt = checked_ids(prompt_token_ids, self.vocab_size)
+        check_params(params, self.vocab_size)
+        limit, capacity = self._limit(len(prompt), params.max_tokens), self._capacity
+        if max(limit, len(prompt) + 1) > capacity:
+            raise ParameterError(
+                f"a prompt of {len(prompt)} tokens and up to {max(1, limit - len(prompt))} new ones can never run: "
+                f"the KV cache holds {capacity - 1} tokens ({self.pool.num_blocks} blocks of {self.pool.block_size})"
+            )
+        return Request(request_id, prompt, params, adapter, **rest)
+
+    @property
+    def _capacity(self) -> int:
+        """The most tokens that one request may have. The last one is never computed and needs no place."""
+        return self.pool.num_blocks * self.pool.block_size + 1
+
+    def _limit(self, prompt_len: int, max_tokens: int | None) -> int:
+        """The most tokens that this request may have."""
+        return min(self.config.context_len, self._capacity if max_tokens is None else prompt_len + max_tokens)
+
+    def add(self, request: Request) -> list[int]:
+        """Queue a request of `request` -> the seed of each of its completions."""
+        self._check_alive()
+        if request.request_id in self.scheduler:
+            raise ParameterError(f"request_id {request.request_id!r} is in use", "request_id")
+        params, prompt = request.params, request.prompt_token_ids
+        if params.response_format is not None and request.new_matcher is None:
+            raise ParameterError("response_format needs a matcher of its grammar", "response_format")
+        limit = self._limit(len(prompt), params.max_tokens)
         seed = self._seeds.next() if params.seed is None else params.seed
         sequences = [
-            Sequence(request_id, i, self._num_requests, params, child_seed(seed, i), prompt, limit, adapter)
+            Sequence(
+                request.request_id, i, self._num_requests, params, child_seed(seed, i), prompt, limit, request.adapter
+            )
             for i in range(params.n)
         ]
         if params.prompt_logprobs is not None:
             sequences[0].prompt_logprobs = [None]
-        if matcher is not None:
-            for sequence in sequences:
-                sequence.matcher = matcher if sequence.index == 0 else matcher.fork()
+        if request.new_matcher is not None:
+            first = sequences[0].matcher = request.new_matcher()
+            for sequence in sequences[1:]:
+                sequence.matcher = first.fork()
         self.scheduler.add(sequences)
         self._num_requests += 1
         self._num_prompt_tokens += len(prompt)
         return [sequence.seed for sequence in sequences]
-
-    def _checked_prompt(self, token_ids: list[int]) -> np.ndarray:
-        vocab_size, most = self.runner.vocab_size, self.config.context_len - 1
-        prompt = np.asarray(token_ids)
-        if prompt.ndim != 1 or not len(prompt) or prompt.dtype.kind not in "iu":
-            raise ValueError("prompt_token_ids must be a non-empty list of integers")
-        if prompt.min() < 0 or prompt.max() >= vocab_size:
-            wrong = int(prompt[(prompt < 0) | (prompt >= vocab_size)][0])
-            raise ValueError(f"prompt_token_ids: {wrong} is not in [0, {vocab_size}), the vocabulary")
-        if len(prompt) > most:
-            raise ValueError(
-                f"the prompt has {len(prompt)} tokens and leaves no room for one more: "
-                f"the context holds {self.config.context_len}"
-            )
-        return prompt.astype(np.int32)
-
-    def _limit(self, prompt_len: int, max_tokens: int | None) -> int:
-        """The most tokens that the request may have. The last one is never computed and needs no place."""
-        capacity = self.pool.num_blocks * self.pool.block_size + 1
-        longest = self.config.context_len
-        limit = min(longest, capacity if max_tokens is None else prompt_len + max_tokens)
-        if max(limit, prompt_len + 1) > capacity:
-            raise ValueError(
-                f"a prompt of {prompt_len} tokens and up to {max(1, limit - prompt_len)} new ones can never run: "
-                f"the KV cache holds {capacity - 1} tokens ({self.pool.num_blocks} blocks of {self.pool.block_size})"
-            )
-        return limit
 
     @property
     def adapters(self) -> Adapters:
@@ -200,7 +206,7 @@ class Engine:
         return self.scheduler.adapters
 
     def abort(self, request_id: str) -> None:
-        """End a request. Unknown ids and requests that have ended are let pass."""
+        """End a request. Unknown ids and requests that have ended are ignored."""
         self.scheduler.abort(request_id)
 
     def finish(self, request_id: str, index: int, reason: FinishReason, stop_reason: int | str | None = None) -> None:

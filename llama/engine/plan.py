@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from llama.api.outputs import Logprob
 from llama.api.params import SamplingParams
-from llama.engine.sequence import Adapter
+from llama.engine.adapters import Adapter
 
 Ints = NDArray[np.int32]
 LAST_SAMPLED = -1  # in place of a token id

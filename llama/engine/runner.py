@@ -13,7 +13,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from llama.api.params import SamplingParams
 from llama.engine.decodes import GraphedDecodes, fetched, packed
 from llama.engine.device import Packed, to_device
 from llama.engine.graphs import CudaRecord, Record
@@ -104,10 +103,6 @@ class Runner:
             return drawn._replace(prompt_logprobs=logprobs)
 
         return result
-
-    def validate(self, params: SamplingParams) -> None:
-        """Raise ValueError for parameters that this model cannot serve."""
-        self._sampler.validate(params)
 
     def release_memory(self) -> None:
         """Give back what the allocator keeps for later. The KV cache is one fixed allocation and stays."""

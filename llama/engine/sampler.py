@@ -139,15 +139,6 @@ class SamplerTable:
         self._bias_tensors: dict[str, torch.Tensor | None] = {}
         self._written: NDArray[Any] | None = None  # the entries that the arrays of `write` hold
 
-    def validate(self, params: SamplingParams) -> None:
-        """Raises ValueError for a token id that the vocabulary does not have."""
-        for name, ids in (("logit_bias", params.logit_bias or ()), ("stop_token_ids", params.stop_token_ids)):
-            for token_id in ids:
-                if token_id >= self.vocab_size:
-                    raise ValueError(
-                        f"{name}: token id {token_id} must be in 0..{self.vocab_size - 1} (the vocabulary)"
-                    )
-
     def set_row(
         self,
         row: int,

@@ -96,7 +96,7 @@ class Scheduler:
         insort(self.waiting, first, key=by_order)
 
     def abort(self, request_id: str) -> None:
-        """End a request in whatever state it is; its blocks are free at once. Unknown ids are let pass."""
+        """End a request in whatever state it is; its blocks are free at once. Unknown ids are ignored."""
         for sequence in self._requests.get(request_id, [])[::-1]:
             self._end(sequence)
 

@@ -5,13 +5,14 @@ Sequence is the only mutable state of a request, and the scheduler owns it. Ever
 
 from collections.abc import Collection
 from dataclasses import dataclass, field
-from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from llama.api.outputs import FinishReason, Logprob
 from llama.api.params import SamplingParams
+from llama.engine.adapters import NO_ADAPTER, Adapter
+from llama.engine.request import TokenMatcher
 
 BROKEN_GRAMMAR = "grammar"  # the stop_reason of an error: the grammar exceeded a limit while it ran
 
@@ -32,36 +33,6 @@ class TokenOutput:
     stop_reason: int | str | None = None
     prompt_logprobs: list[dict[int, Logprob] | None] | None = None  # with the first output of index 0 only
     num_cached_tokens: int = 0
-
-
-@dataclass(slots=True, eq=False)
-class Adapter:
-    """A LoRA adapter as the engine sees it. The scheduler says which slot of the device it has, if any."""
-
-    name: str = ""
-    digest: bytes = b""  # of its content; part of the prefix cache's keys
-    content: Any = None  # what the runner puts into the slot
-    slot: int = 0  # 0 = none
-    num_users: int = 0  # running sequences
-
-
-NO_ADAPTER = Adapter()
-
-
-class TokenMatcher(Protocol):
-    """A grammar at work on one completion; it follows the generated tokens alone."""
-
-    def fill_mask(self, words: NDArray[np.int32]) -> None:
-        """Write the allowed next tokens: token t is bit t % 32 of words[t // 32]."""
-
-    def advance(self, token_id: int) -> None:
-        """Take an allowed token."""
-
-    def rollback(self, num_tokens: int) -> None:
-        """Take back the last tokens."""
-
-    def fork(self) -> "TokenMatcher":
-        """A matcher of its own in the same state."""
 
 
 @dataclass(slots=True, eq=False)

@@ -6,10 +6,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from llama.engine.adapters import Adapters
+from llama.engine.adapters import Adapter, Adapters
 from llama.engine.plan import LAST_SAMPLED, NO_COPIES, Ints, Join, Plan
 from llama.engine.running import Running
-from llama.engine.sequence import Adapter, Sequence
+from llama.engine.sequence import Sequence
 
 logger = logging.getLogger(__name__)
 

@@ -23,10 +23,11 @@ from llama.api.outputs import Piece, RequestOutput
 from llama.api.params import SamplingParams
 from llama.engine.config import EngineConfig
 from llama.engine.engine import Engine
+from llama.engine.request import Request
 from llama.llm.loading import check_model, load_defaults, load_model, load_text
 from llama.llm.loras import LoraInfo, LoRARequest, describe, read_lora
 from llama.llm.pieces import Pieces
-from llama.llm.replies import Replies, Reply, Request
+from llama.llm.replies import Replies, Reply
 from llama.llm.requests import Inputs, Message, Prompt, as_conversations, as_prompts, is_conversation, one_per_prompt
 from llama.llm.tool_choice import ToolChoice
 from llama.llm.vllm_names import refuse_foreign
@@ -84,14 +85,7 @@ class LLM:
             eos_token_ids |= self.tokenizer.eos_token_ids
         self.model = load_model(model, where, dtype=dtype, load_format=load_format, check_weights=check_weights)
         self.engine = Engine(self.model, config, eos_token_ids=eos_token_ids)
-        self.inputs = Inputs(
-            tokenizer=self.tokenizer,
-            template=template,
-            vocab_size=model_config.vocab_size,
-            max_model_len=config.context_len,
-            defaults=defaults,
-            adapters=self.engine.adapters,
-        )
+        self.inputs = Inputs(self.engine, self.tokenizer, template, defaults)
         self.replies = Replies(self.engine, self.tokenizer)
 
     def generate(

@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from llama.engine.adapters import Adapter
 from llama.engine.engine import Engine
-from llama.engine.sequence import Adapter
 from llama.model.lora import read_adapter
 from llama.model.transformer import Transformer
 

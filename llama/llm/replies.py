@@ -8,31 +8,14 @@ aborts. Without a tokenizer everything works but text: pieces and outputs carry 
 
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from dataclasses import replace
 
 from llama.api.outputs import CompletionOutput, FinishReason, Logprob, Piece, RequestMetrics, RequestOutput, Usage
-from llama.api.params import SamplingParams
+from llama.engine.engine import Engine
+from llama.engine.request import Request
 from llama.engine.sequence import TokenOutput
-from llama.text.grammar import Grammar
 from llama.text.tokenizer import IncrementalDecoder, StopMatcher, Tokenizer
 from llama.text.tool_calls import PYTHON_TAG, ToolCall, ToolCallParser
-
-if TYPE_CHECKING:
-    from llama.engine.engine import Engine
-
-
-@dataclass(frozen=True, slots=True)
-class Request:
-    """A request that has been checked and encoded: what an engine can take."""
-
-    request_id: str
-    prompt: str | None
-    prompt_token_ids: list[int]
-    params: SamplingParams
-    lora: str | None = None
-    grammar: Grammar | None = None
-    tool_names: tuple[str, ...] = ()  # whose calls are to be found in the answer
 
 
 def named(entries: dict[int, Logprob], tokenizer: Tokenizer | None) -> dict[int, Logprob]:
@@ -45,7 +28,14 @@ def named(entries: dict[int, Logprob], tokenizer: Tokenizer | None) -> dict[int,
 class _Completion:
     """One completion on its way: decodes, watches for stop strings, finds tool calls, gathers."""
 
-    def __init__(self, index: int, seed: int | None, request: Request, tokenizer: Tokenizer | None) -> None:
+    def __init__(
+        self,
+        index: int,
+        seed: int | None,
+        request: Request,
+        prompt_token_ids: list[int],
+        tokenizer: Tokenizer | None,
+    ) -> None:
         params = self.params = request.params
         self.tokenizer = tokenizer
         self.output = CompletionOutput(index=index, seed=seed)
@@ -53,7 +43,7 @@ class _Completion:
             self.output.logprobs, self.output.cumulative_logprob = [], 0.0
         self.text_parts: list[str] = []
         self.parser = ToolCallParser(request.tool_names) if request.tool_names else None
-        self.decoder = self._new_decoder(request.prompt_token_ids)
+        self.decoder = self._new_decoder(prompt_token_ids)
         self.matcher = self._new_matcher()
         self.held = ""  # text that the matcher keeps back
 
@@ -153,11 +143,12 @@ class Reply:
         self.tokenizer = tokenizer
         self.streams = False  # whoever streams sets it; then pieces wait in `pending` until they are taken
         self.pending: list[Piece] = []
-        self._completions = [_Completion(i, seed, request, tokenizer) for i, seed in enumerate(seeds)]
+        prompt_token_ids: list[int] = request.prompt_token_ids.tolist()
+        self._completions = [_Completion(i, seed, request, prompt_token_ids, tokenizer) for i, seed in enumerate(seeds)]
         self._output = RequestOutput(
             request_id=request.request_id,
             prompt=request.prompt,
-            prompt_token_ids=request.prompt_token_ids,
+            prompt_token_ids=prompt_token_ids,
             outputs=[c.output for c in self._completions],
             metrics=RequestMetrics(queued=queued),
         )
@@ -206,7 +197,7 @@ class Reply:
 class Replies:
     """An engine and the requests that it is answering."""
 
-    def __init__(self, engine: "Engine", tokenizer: Tokenizer | None) -> None:
+    def __init__(self, engine: Engine, tokenizer: Tokenizer | None) -> None:
         self.engine = engine
         self.tokenizer = tokenizer
         self._live: dict[str, Reply] = {}
@@ -216,12 +207,8 @@ class Replies:
 
     def add(self, request: Request, queued: float | None = None) -> Reply:
         """Hand a request to the engine. ValueError where the engine refuses it, and nothing is left behind."""
-        if request.request_id in self._live:
-            raise ValueError(f"request_id {request.request_id!r} is in use")
         queued = time.monotonic() if queued is None else queued
-        matcher = None if request.grammar is None else request.grammar.matcher()
-        ids, params = request.prompt_token_ids, request.params
-        seeds = self.engine.add(request.request_id, ids, params, lora=request.lora, matcher=matcher)
+        seeds = self.engine.add(request)
         reply = self._live[request.request_id] = Reply(request, seeds, self.tokenizer, queued)
         return reply
 

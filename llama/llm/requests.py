@@ -7,13 +7,13 @@ from functools import cached_property
 from numbers import Integral
 from typing import Any
 
-from llama.api.errors import ContextLengthError, ParameterError, blamed_on
+from llama.api.errors import ParameterError, blamed_on
 from llama.api.params import SamplingParams
-from llama.engine.adapters import Adapters
-from llama.llm.replies import Request
+from llama.engine.engine import Engine
+from llama.engine.request import Request
 from llama.llm.tool_choice import ToolChoice, Tools, choose
 from llama.text.chat import ChatTemplate
-from llama.text.grammar import Grammar, GrammarCompiler
+from llama.text.grammar import GrammarCompiler
 from llama.text.tokenizer import Tokenizer
 
 Message = Mapping[str, Any]
@@ -64,21 +64,12 @@ class Inputs:
     keeps: safe to share between threads."""
 
     def __init__(
-        self,
-        *,
-        tokenizer: Tokenizer | None,
-        template: ChatTemplate | None,
-        vocab_size: int,
-        max_model_len: int,
-        defaults: SamplingParams,
-        adapters: Adapters,
+        self, engine: Engine, tokenizer: Tokenizer | None, template: ChatTemplate | None, defaults: SamplingParams
     ) -> None:
+        self.engine = engine
         self.tokenizer = tokenizer
         self.template = template
-        self.vocab_size = vocab_size
-        self.max_model_len = max_model_len
         self.defaults = defaults
-        self.adapters = adapters
         self._numbers = itertools.count()
 
     def request(
@@ -94,7 +85,8 @@ class Inputs:
         that the context has no room for are a ContextLengthError."""
         with blamed_on("prompt"):
             text, token_ids = self._encode(prompt)
-        return self._checked(text, token_ids, params, lora, request_id, clip)
+            request = self._checked(token_ids, params, request_id, prompt=text, lora=lora, clip=clip)
+        return self._constrained(request, Tools(None))
 
     def chat_request(
         self,
@@ -111,9 +103,10 @@ class Inputs:
         if self.template is None:
             raise ParameterError("chat needs a tokenizer: this model takes token ids only", "messages")
         chosen = choose(tools, tool_choice)
-        text, token_ids = self.template.prompt(messages, tools=chosen.shown)
-        request = self._checked(text, token_ids, params, lora, request_id, clip, chosen)
-        return replace(request, tool_names=chosen.names)
+        with blamed_on("messages"):
+            text, token_ids = self.template.prompt(messages, tools=chosen.shown)
+            request = self._checked(token_ids, params, request_id, prompt=text, lora=lora, clip=clip)
+        return self._constrained(request, chosen)
 
     def _encode(self, prompt: Prompt) -> tuple[str | None, list[int]]:
         if isinstance(prompt, Mapping):
@@ -142,78 +135,32 @@ class Inputs:
         return text, list(token_ids)
 
     def _checked(
-        self,
-        text: str | None,
-        token_ids: list[int],
-        params: SamplingParams | None,
-        lora: str | None,
-        request_id: str | None,
-        clip: bool,
-        tools: Tools | None = None,
+        self, token_ids: list[int], params: SamplingParams | None, request_id: str | None, **rest: Any
     ) -> Request:
         params = self.defaults if params is None else params
         if not isinstance(params, SamplingParams):
             found = type(params).__name__
             raise ParameterError(f"sampling_params must be a SamplingParams, got {found}", "sampling_params")
-        self.adapters.get(lora)
-        if not set(map(type, token_ids)) <= {int}:
-            token_ids = [int(t) if isinstance(t, Integral) and not isinstance(t, bool) else t for t in token_ids]
-        field = "prompt" if tools is None else "messages"
-        if not clip:
-            self._check_length(len(token_ids), params.max_tokens or 1, field)
-        self._check_prompt(token_ids, field)
-        self._check_params(params)
+        if params.stop and self.tokenizer is None:
+            raise ParameterError("stop needs a tokenizer: this model takes token ids only", "stop")
         request_id = str(next(self._numbers)) if request_id is None else request_id
-        grammar = self._grammar(params, tools)
-        return Request(request_id, text, token_ids, params, lora, grammar)
+        return self.engine.request(request_id, token_ids, params, **rest)
 
-    def _grammar(self, params: SamplingParams, tools: Tools | None) -> Grammar | None:
-        """What the answer is held to. A call that must be made goes before a response_format."""
+    def _constrained(self, request: Request, tools: Tools) -> Request:
+        """With the grammar that the answer is held to: a call that must be made goes before a response_format."""
+        response_format, grammar = request.params.response_format, None
         try:
-            if tools is not None and tools.must_call:
-                return self._grammars.compile_tool_choice(tools.shown or (), tools.name)
-            return None if params.response_format is None else self._grammars.compile(params.response_format)
+            if tools.must_call:
+                grammar = self._grammars.compile_tool_choice(tools.shown or (), tools.name)
+            elif response_format is not None:
+                grammar = self._grammars.compile(response_format)
         except ImportError as error:
-            raise ParameterError(str(error), "response_format" if params.response_format else "tool_choice") from None
+            raise ParameterError(str(error), "response_format" if response_format else "tool_choice") from None
+        return replace(request, tool_names=tools.names, new_matcher=None if grammar is None else grammar.matcher)
 
     @cached_property
     def _grammars(self) -> GrammarCompiler:
         if self.tokenizer is None:
             what = "response_format needs a tokenizer: this model takes token ids only"
             raise ParameterError(what, "response_format")
-        return GrammarCompiler(self.tokenizer, self.vocab_size)
-
-    def _check_prompt(self, token_ids: list[int], field: str) -> None:
-        if not token_ids:
-            raise ParameterError("prompt is empty: at least one token is needed", field)
-        if set(map(type, token_ids)) != {int} or min(token_ids) < 0 or max(token_ids) >= self.vocab_size:
-            wrong = next(t for t in token_ids if type(t) is not int or not 0 <= t < self.vocab_size)
-            legal = f"integers in [0, {self.vocab_size - 1}]"
-            raise ParameterError(f"prompt_token_ids must be {legal}, got {wrong!r}", field)
-        if len(token_ids) >= self.max_model_len:
-            raise ContextLengthError(
-                f"the prompt has {len(token_ids)} tokens and the context is {self.max_model_len}: "
-                "no room is left for an answer (max_model_len)",
-                len(token_ids),
-                self.max_model_len,
-                field,
-            )
-
-    def _check_length(self, prompt_len: int, max_tokens: int, field: str) -> None:
-        if prompt_len + max_tokens > self.max_model_len:
-            raise ContextLengthError(
-                f"the prompt has {prompt_len} tokens, with max_tokens={max_tokens} that is more than the context of "
-                f"{self.max_model_len} (max_model_len)",
-                prompt_len + max_tokens,
-                self.max_model_len,
-                field,
-            )
-
-    def _check_params(self, params: SamplingParams) -> None:
-        if params.stop and self.tokenizer is None:
-            raise ParameterError("stop needs a tokenizer: this model takes token ids only", "stop")
-        for name, ids in (("stop_token_ids", params.stop_token_ids), ("logit_bias", params.logit_bias or ())):
-            for token in ids:
-                if token >= self.vocab_size:
-                    legal = f"token ids in [0, {self.vocab_size - 1}]"
-                    raise ParameterError(f"{name} must hold {legal}, got {token}", name)
+        return GrammarCompiler(self.tokenizer, self.engine.vocab_size)

@@ -149,7 +149,8 @@ class Answer:
 
     @property
     def prompt_token_ids(self) -> list[int]:
-        return self._stream.request.prompt_token_ids
+        token_ids: list[int] = self._stream.request.prompt_token_ids.tolist()
+        return token_ids
 
     async def pieces(self) -> AsyncIterator[Piece]:
         """New pieces as they come. A completion that failed raises ApiError after its last piece."""

@@ -22,7 +22,7 @@ def scripted(parts):
     made = []
 
     def make(script=echo, *, lag=0, **arguments):
-        llm = LLM(*parts, num_blocks=4, max_num_seqs=4, max_model_len=512)
+        llm = LLM(*parts, num_blocks=64, max_num_seqs=4, max_model_len=512)
         llm.engine = ScriptedEngine(script, lag=lag)
         llm.replies = Replies(llm.engine, llm.tokenizer)
         made.append(AsyncLLM(llm, **arguments))

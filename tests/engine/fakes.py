@@ -240,9 +240,6 @@ class FakeDevice(FakeRunner):
 
         return wait
 
-    def validate(self, params):
-        pass
-
     def release_memory(self):
         pass
 
@@ -259,6 +256,11 @@ def config(**changes) -> EngineConfig:
 def make(lag: int = 0, **changes) -> tuple[Engine, FakeDevice]:
     device = FakeDevice(config(**changes), lag)
     return Engine(None, config(**changes), runner=device), device
+
+
+def add(engine: Engine, *arguments, **rest) -> list[int]:
+    """Engine.request and Engine.add in one."""
+    return engine.add(engine.request(*arguments, **rest))
 
 
 def run(engine: Engine) -> dict[tuple[str, int], tuple[list[int], FinishReason]]:

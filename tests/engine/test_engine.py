@@ -2,13 +2,15 @@
 
 import logging
 
+import numpy as np
 import pytest
 
+from llama.api.errors import ContextLengthError, ParameterError
 from llama.api.outputs import FinishReason
 from llama.api.params import SamplingParams
 from llama.engine import memory
 from llama.engine.engine import Engine
-from tests.engine.fakes import VOCAB, config, make, right, run
+from tests.engine.fakes import VOCAB, add, config, make, right, run
 from tests.model.models import tiny_model
 
 
@@ -32,22 +34,28 @@ def test_wrong_sizes_are_refused_by_name(changes, message):
 @pytest.mark.parametrize(
     "prompt, message",
     [
-        ([], "non-empty list of integers"),
-        ([1.0, 2.0], "non-empty list of integers"),
-        ([True, False], "non-empty list of integers"),
-        (["1"], "non-empty list of integers"),
-        ([[1]], "non-empty list of integers"),
-        ([1, VOCAB], r"97 is not in \[0, 97\)"),
-        ([-1], r"-1 is not in \[0, 97\)"),
-        ([2**70], "non-empty list of integers"),
-        ([1] * 64, "the prompt has 64 tokens .* the context holds 64"),
+        ([], "prompt is empty"),
+        ([1.0, 2.0], r"integers in \[0, 96\], got 1.0"),
+        ([1, True], r"integers in \[0, 96\], got True"),
+        (["1"], "got '1'"),
+        ([[1]], r"got \[1\]"),
+        ([1, VOCAB], "got 97"),
+        ([-1], "got -1"),
+        ([2**70], "got 1180591620717411303424"),
+        ([1] * 64, r"the prompt has 64 tokens and the context is 64 \(max_model_len\): no room is left for an answer"),
     ],
 )
 def test_wrong_prompts_are_refused(prompt, message):
     engine, _ = make()
-    with pytest.raises(ValueError, match=message):
-        engine.add("a", prompt, SamplingParams())
-    assert not engine.has_unfinished
+    with pytest.raises(ParameterError, match=message):
+        engine.request("a", prompt, SamplingParams())
+
+
+def test_a_prompt_may_be_any_row_of_integers():
+    engine, _ = make()
+    for prompt in ([1, np.int64(2)], (1, 2), np.array([1, 2], np.uint8), range(1, 3)):
+        ids = engine.request("a", prompt, SamplingParams()).prompt_token_ids
+        assert ids.dtype == np.int32 and ids.tolist() == [1, 2]
 
 
 def test_a_request_that_can_never_fit_is_refused_with_the_numbers():
@@ -56,57 +64,65 @@ def test_a_request_that_can_never_fit_is_refused_with_the_numbers():
         r"a prompt of 10 tokens and up to 8 new ones can never run: the KV cache holds 16 tokens \(4 blocks of 4\)"
     )
     with pytest.raises(ValueError, match=message):
-        engine.add("a", [1] * 10, SamplingParams(max_tokens=8))
+        add(engine, "a", [1] * 10, SamplingParams(max_tokens=8))
     with pytest.raises(ValueError, match="a prompt of 17 tokens"):
-        engine.add("a", [1] * 17, SamplingParams(max_tokens=None))
-    engine.add("a", [1] * 10, SamplingParams(max_tokens=7, seed=0))  # the last token is never computed
-    engine.add("b", [1] * 10, SamplingParams(max_tokens=None, seed=0))
+        add(engine, "a", [1] * 17, SamplingParams(max_tokens=None))
+    add(engine, "a", [1] * 10, SamplingParams(max_tokens=7, seed=0))  # the last token is never computed
+    add(engine, "b", [1] * 10, SamplingParams(max_tokens=None, seed=0))
     assert run(engine) == {(name, 0): right([1] * 10, 0, 7) for name in "ab"}
 
 
 def test_max_tokens_is_clipped_to_the_context():
     engine, _ = make()
-    engine.add("a", [1] * 60, SamplingParams(max_tokens=50, seed=0))
-    engine.add("b", [2] * 63, SamplingParams(max_tokens=None, seed=0))
+    add(engine, "a", [1] * 60, SamplingParams(max_tokens=50, seed=0))
+    add(engine, "b", [2] * 63, SamplingParams(max_tokens=None, seed=0))
     ended = run(engine)
     assert (len(ended["a", 0][0]), len(ended["b", 0][0])) == (4, 1)
 
 
 def test_an_id_is_used_by_one_request_at_a_time():
     engine, _ = make()
-    engine.add("a", [1], SamplingParams(max_tokens=1))
+    add(engine, "a", [1], SamplingParams(max_tokens=1))
     with pytest.raises(ValueError, match="'a' is in use"):
-        engine.add("a", [1], SamplingParams(max_tokens=1))
+        add(engine, "a", [1], SamplingParams(max_tokens=1))
     run(engine)
-    engine.add("a", [1], SamplingParams(max_tokens=1))
+    add(engine, "a", [1], SamplingParams(max_tokens=1))
 
 
 def test_what_nobody_can_serve_is_refused():
     engine, _ = make()
     with pytest.raises(ValueError, match="no adapter named 'x'"):
-        engine.add("a", [1], SamplingParams(), lora="x")
+        add(engine, "a", [1], SamplingParams(), lora="x")
     with pytest.raises(ValueError, match="response_format"):
-        engine.add("a", [1], SamplingParams(response_format={"type": "json_object"}))
-    real = Engine(tiny_model(), config())
-    with pytest.raises(ValueError, match="logit_bias"):
-        real.add("a", [1], SamplingParams(logit_bias={VOCAB: 1.0}))
+        add(engine, "a", [1], SamplingParams(response_format={"type": "json_object"}))
+    with pytest.raises(ParameterError, match=r"logit_bias must hold token ids in \[0, 96\], got 97"):
+        engine.request("a", [1], SamplingParams(logit_bias={1: 1.0, VOCAB: 1.0}))
+    with pytest.raises(ParameterError, match=r"stop_token_ids must hold token ids in \[0, 96\], got 500"):
+        engine.request("a", [1], SamplingParams(stop_token_ids=[500]))
+    engine.request("a", [1], SamplingParams(logit_bias={VOCAB - 1: 1.0}, stop_token_ids=[VOCAB - 1]))
+    with pytest.raises(ParameterError, match="request_id must be a string, got 5"):
+        engine.request(5, [1], SamplingParams())
+    with pytest.raises(ContextLengthError, match=r"context is 64 .*: no room is left for max_tokens=63") as caught:
+        engine.request("a", [1, 2], SamplingParams(max_tokens=63), clip=False)
+    assert (caught.value.num_tokens, caught.value.max_model_len) == (65, 64)
+    assert not engine.has_unfinished
 
 
 def test_seeds():
     engine, _ = make(seed=5)
     again, _ = make(seed=5)
-    first = engine.add("a", [1], SamplingParams(n=3)), engine.add("b", [1], SamplingParams())
-    assert first == (again.add("a", [1], SamplingParams(n=3)), again.add("b", [1], SamplingParams()))
+    first = add(engine, "a", [1], SamplingParams(n=3)), add(engine, "b", [1], SamplingParams())
+    assert first == (add(again, "a", [1], SamplingParams(n=3)), add(again, "b", [1], SamplingParams()))
     assert len({*first[0], *first[1]}) == 4
-    assert engine.add("c", [1], SamplingParams(seed=9, n=2))[0] == 9
+    assert add(engine, "c", [1], SamplingParams(seed=9, n=2))[0] == 9
     fresh, _ = make()
-    assert fresh.add("a", [1], SamplingParams()) != fresh.add("b", [1], SamplingParams())
+    assert add(fresh, "a", [1], SamplingParams()) != add(fresh, "b", [1], SamplingParams())
 
 
 def test_metrics():
     engine, _ = make(max_num_seqs=2)
     for name in "abc":
-        engine.add(name, [1, 2, 3, 4, 5], SamplingParams(max_tokens=3))
+        add(engine, name, [1, 2, 3, 4, 5], SamplingParams(max_tokens=3))
     engine.step()
     metrics = engine.metrics()
     assert (metrics.num_waiting, metrics.num_running, metrics.num_steps) == (1, 2, 1)
@@ -120,7 +136,7 @@ def test_metrics():
 
 def test_text_level_ends():
     engine, _ = make()
-    engine.add("a", [1], SamplingParams(n=2, max_tokens=5, seed=0))
+    add(engine, "a", [1], SamplingParams(n=2, max_tokens=5, seed=0))
     engine.step()
     engine.finish("a", 1, FinishReason.STOP, "a stop string")
     engine.finish("a", 1, FinishReason.STOP, "a stop string")
@@ -134,7 +150,7 @@ def test_a_prompt_is_scored_in_pieces():
     engine.runner._scored_rows = 5
     sizes = []
     handle = model.lm_head.register_forward_hook(lambda module, args, output: sizes.append(output.shape[0]))
-    engine.add("a", list(range(40)), SamplingParams(max_tokens=1, prompt_logprobs=0))
+    add(engine, "a", list(range(40)), SamplingParams(max_tokens=1, prompt_logprobs=0))
     (output,) = engine.step()
     handle.remove()
     assert len(output.prompt_logprobs) == 40 and max(sizes) == 5
@@ -163,10 +179,10 @@ def test_two_engines_do_not_mix():
     params = SamplingParams(max_tokens=8, temperature=0)
     alone = []
     for engine in engines:
-        engine.add("a", [1, 2, 3], params)
+        add(engine, "a", [1, 2, 3], params)
         alone.append(run(engine))
     for engine in engines:
-        engine.add("a", [1, 2, 3], params)
+        add(engine, "a", [1, 2, 3], params)
     tokens = [[], []]
     while any(engine.has_unfinished for engine in engines):
         for i, engine in enumerate(engines):

@@ -10,14 +10,14 @@ from llama.api.errors import EngineDeadError
 from llama.api.outputs import FinishReason
 from llama.api.params import SamplingParams
 from llama.engine.engine import Engine
-from tests.engine.fakes import config, make, right, run
+from tests.engine.fakes import add, config, make, right, run
 from tests.model.models import tiny_model
 
 
 @pytest.mark.parametrize("lag", [0, 1])
 def test_a_failing_step_ends_its_requests_and_leaves_a_usable_engine(lag, caplog):
     engine, device = make(lag)
-    engine.add("a", [1] * 6, SamplingParams(n=2, max_tokens=5))
+    add(engine, "a", [1] * 6, SamplingParams(n=2, max_tokens=5))
     engine.step()
     engine.step()
     device.faults = [RuntimeError("broken kernel")]
@@ -25,19 +25,19 @@ def test_a_failing_step_ends_its_requests_and_leaves_a_usable_engine(lag, caplog
         ended = run(engine)
     assert [reason for _, reason in ended.values()] == [FinishReason.ERROR] * 2
     assert "broken kernel" in caplog.text
-    engine.add("b", [1] * 6, SamplingParams(max_tokens=5, seed=0))
+    add(engine, "b", [1] * 6, SamplingParams(max_tokens=5, seed=0))
     assert run(engine) == {("b", 0): right([1] * 6, 0, 5)}
 
 
 def test_a_result_that_fails_late_ends_all_that_is_in_flight():
     engine, device = make(1)
-    engine.add("a", [1] * 6, SamplingParams(max_tokens=5))
+    add(engine, "a", [1] * 6, SamplingParams(max_tokens=5))
     engine.step()
-    engine.add("b", [2] * 6, SamplingParams(max_tokens=5))
+    add(engine, "b", [2] * 6, SamplingParams(max_tokens=5))
     engine.step()
     device.late_faults = [RuntimeError("broken kernel")]
     assert {key[0] for key, (_, reason) in run(engine).items() if reason is FinishReason.ERROR} == {"a", "b"}
-    engine.add("c", [1] * 6, SamplingParams(max_tokens=5, seed=0))
+    add(engine, "c", [1] * 6, SamplingParams(max_tokens=5, seed=0))
     assert run(engine) == {("c", 0): right([1] * 6, 0, 5)}
 
 
@@ -46,15 +46,15 @@ def test_out_of_memory_costs_time_but_no_token(lag):
     engine, device = make(lag)
     device.most_tokens = 8
     for i in range(4):
-        engine.add(str(i), [i] * 14, SamplingParams(max_tokens=4, seed=i))
+        add(engine, str(i), [i] * 14, SamplingParams(max_tokens=4, seed=i))
     assert run(engine) == {(str(i), 0): right([i] * 14, i, 4) for i in range(4)}
     assert device.plan_sizes[:3] == [32, 16, 8]
 
 
 def test_out_of_memory_to_the_end_fails_that_step_alone():
     engine, device = make()
-    engine.add("a", [1] * 30, SamplingParams(max_tokens=4, seed=0))
-    engine.add("b", [2] * 4, SamplingParams(max_tokens=4, seed=0))
+    add(engine, "a", [1] * 30, SamplingParams(max_tokens=4, seed=0))
+    add(engine, "b", [2] * 4, SamplingParams(max_tokens=4, seed=0))
     device.faults = [torch.OutOfMemoryError("no memory")] * 3
     assert [(o.request_id, o.finish_reason) for o in engine.step()] == [("a", FinishReason.ERROR)]
     assert device.plan_sizes == [32, 16, 8]
@@ -64,7 +64,7 @@ def test_out_of_memory_to_the_end_fails_that_step_alone():
 def test_an_interrupt_passes_through_and_the_step_is_taken_back():
     for late in (False, True):
         engine, device = make()
-        engine.add("a", [1] * 6, SamplingParams(max_tokens=5, seed=0))
+        add(engine, "a", [1] * 6, SamplingParams(max_tokens=5, seed=0))
         engine.step()
         (device.late_faults if late else device.faults).append(KeyboardInterrupt())
         with pytest.raises(KeyboardInterrupt):
@@ -76,20 +76,20 @@ def test_an_interrupt_passes_through_and_the_step_is_taken_back():
 
 def test_a_dead_device_makes_a_dead_engine():
     engine, device = make()
-    engine.add("a", [1] * 6, SamplingParams(max_tokens=5))
+    add(engine, "a", [1] * 6, SamplingParams(max_tokens=5))
     device.faults, device.is_dead = [RuntimeError("broken kernel")], True
     with pytest.raises(EngineDeadError, match="the device computes no more"):
         engine.step()
     with pytest.raises(EngineDeadError, match="dead"):
         engine.step()
     with pytest.raises(EngineDeadError, match="dead"):
-        engine.add("b", [1], SamplingParams())
+        add(engine, "b", [1], SamplingParams())
     engine.abort("a")
 
 
 def test_broken_bookkeeping_makes_a_dead_engine(monkeypatch):
     engine, _ = make()
-    engine.add("a", [1] * 6, SamplingParams(max_tokens=5))
+    add(engine, "a", [1] * 6, SamplingParams(max_tokens=5))
     monkeypatch.setattr(engine.scheduler, "update", lambda plan, result: 1 / 0)
     with pytest.raises(EngineDeadError, match="bookkeeping"):
         engine.step()
@@ -104,10 +104,10 @@ def test_nan_ends_its_request_alone():
     prompts = {name: [i + 1] * 9 for i, name in enumerate("abc")}
     params = SamplingParams(max_tokens=6, temperature=0)
     for name, prompt in prompts.items():
-        engine.add(name, prompt, params)
+        add(engine, name, prompt, params)
     good = run(engine)
     for name, prompt in prompts.items():
-        engine.add(name, prompt, params)
+        add(engine, name, prompt, params)
     first = {output.request_id: output.token_ids for output in engine.step()}
     running = engine.scheduler.running
     (poisoned,) = [sequence for sequence in running.decoding if sequence.request_id == "b"]
@@ -116,7 +116,7 @@ def test_nan_ends_its_request_alone():
     assert ended["b", 0] == ([], FinishReason.ERROR)
     for name in "ac":
         assert (first[name] + ended[name, 0][0], ended[name, 0][1]) == good[name, 0]
-    engine.add("b", prompts["b"], params)
+    add(engine, "b", prompts["b"], params)
     assert run(engine)["b", 0] == good["b", 0]
 
 
@@ -148,7 +148,7 @@ def test_a_hundred_thousand_aborts_leak_nothing(lag):
             added += 1
             prompt = random.integers(0, 3, random.integers(1, 40)).tolist()
             params = SamplingParams(n=int(random.choice([1, 1, 1, 3])), max_tokens=int(random.integers(1, 24)))
-            engine.add(str(added), prompt, params)
+            add(engine, str(added), prompt, params)
             live.append(str(added))
         for _ in range(int(random.integers(1, 4))):
             name = live.pop(int(random.integers(len(live))))

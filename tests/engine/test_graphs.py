@@ -23,6 +23,7 @@ from llama.engine.runner import Runner
 from llama.llm.loras import read_lora
 from llama.model.kv_cache import KVCache
 from tests import test_equivalence
+from tests.engine.fakes import add
 from tests.model.models import tiny_model
 from tests.test_equivalence import ASKS, EOS, Case, Run, ask, model, oracle
 
@@ -136,7 +137,7 @@ def test_a_step_takes_the_graph_of_its_bucket_and_of_no_more_than_all_rows():
     for count in (9, 11):
         for i in range(count):
             params = SamplingParams(max_tokens=6, temperature=0, ignore_eos=True)
-            engine.add(f"{i}", [i + 1, 2], params)
+            add(engine, f"{i}", [i + 1, 2], params)
         run(engine)
     assert {key[1] for key in keys(engine) if key[0] == "model"} == {10, 11}
 
@@ -192,7 +193,7 @@ def test_what_has_no_fixed_place_is_drawn_without_a_graph():
             return self
 
     params = SamplingParams(max_tokens=5, temperature=0, ignore_eos=True, response_format={"type": "json_object"})
-    engine.add("grammar", [1, 2, 3], params, matcher=OneToken())
+    add(engine, "grammar", [1, 2, 3], params, new_matcher=OneToken)
     assert run(engine)["grammar", 0] == [37] * 5
     assert keys(engine) == {("model", 1, False)}
 
@@ -218,7 +219,7 @@ def test_the_largest_step_can_be_recorded_first_and_leaves_no_trace():
 def test_prompt_logprobs_are_computed_without_graphs():
     stand = Stand()
     engine = graph_engine(Case(), stand)
-    engine.add("a", list(range(1, 30)), SamplingParams(max_tokens=1, prompt_logprobs=1))
+    add(engine, "a", list(range(1, 30)), SamplingParams(max_tokens=1, prompt_logprobs=1))
     (output,) = engine.step()
     assert len(output.prompt_logprobs) == 29
     assert not engine.runner._decodes._graphs._ready
@@ -267,7 +268,7 @@ def test_graphs_with_adapters_are_apart_and_recorded_anew_when_their_tensors_mov
     for loras in ([None, None], ["small", None], ["small", "small"], ["large", "small"], ["large", None]):
         for each in (engine, eager):
             for i, lora in enumerate(loras):
-                each.add(f"{i}", [7 + i, 8, 9], params, lora=lora)
+                add(each, f"{i}", [7 + i, 8, 9], params, lora=lora)
         told.append(run(engine))
         assert told[-1] == run(eager)
     assert len({tuple(tokens["0", 0]) for tokens in told}) == 3

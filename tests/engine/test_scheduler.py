@@ -5,9 +5,9 @@ import pytest
 
 from llama.api.outputs import FinishReason
 from llama.api.params import SamplingParams
+from llama.engine.adapters import NO_ADAPTER, Adapter
 from llama.engine.blocks import PrefixPath, prefix_root
 from llama.engine.plan import LAST_SAMPLED
-from llama.engine.sequence import NO_ADAPTER, Adapter
 from tests.engine.fakes import Driver, expected, sequences_of
 
 

@@ -9,6 +9,7 @@ import torch
 from llama import SamplingParams
 from llama.engine import decodes, memory
 from llama.llm.loras import read_lora
+from tests.engine import fakes
 from tests.engine.test_graphs import save_adapters
 from tests.gpu.engines import engine, poison, run, small, tiny, unrecorded
 from tests.test_equivalence import ASKS, Case, Run, oracle
@@ -38,7 +39,7 @@ def crowd(count: int, *, max_tokens: int = 12, kinds=tuple(KINDS)) -> list[tuple
 
 def add(made, requests) -> None:
     for i, (prompt, params) in enumerate(requests):
-        made.add(f"{i}", prompt, params)
+        fakes.add(made, f"{i}", prompt, params)
 
 
 @pytest.mark.parametrize("count", [1, 3, 9, 16])
@@ -140,7 +141,7 @@ def test_graphs_with_adapters(tmp_path):
         for loras in ([None, None], ["small", None], ["small", "small"], ["large", "small"], ["large", None]):
             for i, lora in enumerate(loras):
                 params = SamplingParams(max_tokens=8, temperature=0, ignore_eos=True)
-                made.add(f"{i}", [7 + i, 8, 9], params, lora=lora)
+                fakes.add(made, f"{i}", [7 + i, 8, 9], params, lora=lora)
             answers.append(run(made, lambda made=made: poison(made)))
         told.append(answers)
     assert told[0] == told[1]
@@ -155,7 +156,7 @@ def test_a_context_of_131072_tokens():
         options = {"max_model_len": 131_072, "max_num_batched_tokens": 8192, "block_size": 16, "num_blocks": 8192}
         made = engine(model, Case(max_num_seqs=2, lag=1), enforce_eager=eager, **options)
         made.runner.kv.data.fill_(float("nan"))
-        made.add("long", prompt, SamplingParams(max_tokens=40, temperature=0, ignore_eos=True, logprobs=0))
+        fakes.add(made, "long", prompt, SamplingParams(max_tokens=40, temperature=0, ignore_eos=True, logprobs=0))
         told.append(run(made, lambda made=made: poison(made))["long", 0])
     assert told[0] == told[1]
     tokens, logprobs = told[0]

@@ -4,13 +4,14 @@ import pytest
 import torch
 
 from llama.api.params import SamplingParams
+from llama.engine.adapters import Adapter
 from llama.engine.config import EngineConfig
 from llama.engine.engine import Engine
-from llama.engine.sequence import Adapter
 from llama.kernels.gpu import lora
 from llama.model.lora import LoadedAdapters
 from llama.model.lora.adapter import AdapterWeights, Pair, module_sizes
 from llama.model.lora.loaded import module_places
+from tests.engine.fakes import add
 from tests.model.models import tiny_config, tiny_model
 
 CHANGES = {"num_hidden_layers": 1, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2}
@@ -77,7 +78,7 @@ def test_the_engine_writes_what_merged_models_would():
     tokens = {0: [], 1: [], 2: []}
     for index in tokens:
         params = SamplingParams(temperature=0, max_tokens=2, ignore_eos=True)
-        engine.add(str(index), prompt, params, lora=f"adapter-{index}" if index else None)
+        add(engine, str(index), prompt, params, lora=f"adapter-{index}" if index else None)
     while engine.has_unfinished:
         for output in engine.step():
             tokens[int(output.request_id)] += output.token_ids

@@ -76,10 +76,10 @@ def test_bad_parameters_are_refused_by_name(llm):
 
 
 def test_a_refusal_by_the_engine_leaves_nothing_of_the_batch(llm, monkeypatch):
-    def add(request_id, prompt, params, *, really=llm.engine.add, **rest):
-        if len(prompt) == 4:
+    def add(request, *, really=llm.engine.add):
+        if len(request.prompt_token_ids) == 4:
             raise ValueError("can never fit")
-        return really(request_id, prompt, params, **rest)
+        return really(request)
 
     monkeypatch.setattr(llm.engine, "add", add)
     with pytest.raises(ValueError, match="never fit"):

@@ -84,11 +84,12 @@ class ServedEngine(ScriptedEngine):
         self.adapters = Adapters(0)
         self.asked: list[SimpleNamespace] = []
 
-    def add(self, request_id, prompt, params, *, lora=None, **more):
+    def add(self, request):
+        prompt, lora = request.prompt_token_ids.tolist(), request.adapter.name or None
         self.asked.append(
-            SimpleNamespace(prompt=prompt, params=params, lora=lora, text=TOKENIZER.decode(prompt, False))
+            SimpleNamespace(prompt=prompt, params=request.params, lora=lora, text=TOKENIZER.decode(prompt, False))
         )
-        return super().add(request_id, prompt, params, lora=lora)
+        return super().add(request)
 
     def _next(self, key, state):
         if state.said[state.at] == FAILS:
@@ -110,7 +111,9 @@ class ServedEngine(ScriptedEngine):
 
 
 def scripted_llm(**limits) -> tuple[AsyncLLM, ServedEngine]:
-    llm = LLM(tiny_model(vocab_size=VOCAB_SIZE, max_position_embeddings=4096), TOKENIZER, num_blocks=4, max_num_seqs=8)
+    llm = LLM(
+        tiny_model(vocab_size=VOCAB_SIZE, max_position_embeddings=4096), TOKENIZER, num_blocks=512, max_num_seqs=8
+    )
     engine = llm.engine = ServedEngine()
     llm.replies = Replies(engine, llm.tokenizer)
     return AsyncLLM(llm, **limits), engine

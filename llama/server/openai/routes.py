@@ -49,7 +49,9 @@ def routes(service: Service) -> APIRouter:
 
 def _models(service: Service) -> list[dict[str, Any]]:
     config = service.config
-    base = [{**_model(name), "max_model_len": service.llm.llm.inputs.max_model_len} for name in config.model_names]
+    base = [
+        {**_model(name), "max_model_len": service.llm.llm.engine.config.max_model_len} for name in config.model_names
+    ]
     return [*base, *({**_model(name), "parent": config.name} for name in service.adapters.names())]
 
 

@@ -1,0 +1,77 @@
+"""Request: what an engine is asked for, encoded and checked. One value from every face to the scheduler; no torch."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from numbers import Integral
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llama.api.errors import ContextLengthError, ParameterError
+from llama.api.params import SamplingParams
+from llama.engine.adapters import NO_ADAPTER, Adapter
+
+
+class TokenMatcher(Protocol):
+    """A grammar at work on one completion; it follows the generated tokens alone."""
+
+    def fill_mask(self, words: NDArray[np.int32]) -> None:
+        """Write the allowed next tokens: token t is bit t % 32 of words[t // 32]."""
+
+    def advance(self, token_id: int) -> None:
+        """Take an allowed token."""
+
+    def rollback(self, num_tokens: int) -> None:
+        """Take back the last tokens."""
+
+    def fork(self) -> "TokenMatcher":
+        """A matcher of its own in the same state."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Request:
+    """`Engine.request` makes it; each is added once. The engine reads neither `prompt` nor `tool_names`."""
+
+    request_id: str
+    prompt_token_ids: NDArray[np.int32]
+    params: SamplingParams
+    adapter: Adapter = NO_ADAPTER
+    new_matcher: Callable[[], TokenMatcher] | None = None  # of the grammar that holds the answer
+    prompt: str | None = None
+    tool_names: tuple[str, ...] = ()  # whose calls are to be found in the answer
+
+
+def checked_ids(token_ids: Sequence[int], vocab_size: int) -> NDArray[np.int32]:
+    """A prompt as an array. ParameterError for what is no token id."""
+    if not len(token_ids):
+        raise ParameterError("prompt is empty: at least one token is needed")
+    if all(map(_is_whole, set(map(type, token_ids)))) and min(token_ids) >= 0 and max(token_ids) < vocab_size:
+        return np.array(token_ids, np.int32)
+    wrong: Any = next(t for t in token_ids if not _is_whole(type(t)) or not 0 <= t < vocab_size)
+    raise ParameterError(f"prompt_token_ids must be integers in [0, {vocab_size - 1}], got {wrong!r}")
+
+
+def _is_whole(kind: type) -> bool:
+    return issubclass(kind, Integral) and not issubclass(kind, bool)
+
+
+def check_room(prompt_len: int, max_tokens: int | None, context_len: int) -> None:
+    """ContextLengthError if so many new tokens, or with None a single one, do not fit behind the prompt."""
+    wanted = prompt_len + (max_tokens or 1)
+    if wanted > context_len:
+        answer = "an answer" if max_tokens is None else f"max_tokens={max_tokens}"
+        raise ContextLengthError(
+            f"the prompt has {prompt_len} tokens and the context is {context_len} (max_model_len): "
+            f"no room is left for {answer}",
+            wanted,
+            context_len,
+        )
+
+
+def check_params(params: SamplingParams, vocab_size: int) -> None:
+    """ParameterError for a token id that the vocabulary does not have."""
+    for name, ids in (("stop_token_ids", params.stop_token_ids), ("logit_bias", params.logit_bias or ())):
+        for token in ids:
+            if token >= vocab_size:
+                raise ParameterError(f"{name} must hold token ids in [0, {vocab_size - 1}], got {token}", name)
