@@ -2,6 +2,7 @@
 
 import asyncio
 import inspect
+import shutil
 
 import jsonschema
 import make_tiny
@@ -10,6 +11,7 @@ import pytest
 from llama import LLM, AsyncLLM, SamplingParams
 from tests.llm.helpers import GREEDY
 from tests.model.models import tiny_model
+from tests.text.template_shapes import SHAPES
 
 CITY = {"type": "object", "properties": {"city": {"enum": ["Paris", "Rome"]}}, "required": ["city"]}
 WEATHER = {"type": "function", "function": {"name": "get_weather", "description": "The weather", "parameters": CITY}}
@@ -125,3 +127,23 @@ def test_the_asynchronous_chat_takes_the_choice_too(folder):
     pieces = asyncio.run(call())
     assert [call.name for piece in pieces for call in piece.tool_calls] == ["set_level"]
     assert pieces[-1].finish_reason == "tool_calls"
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_call_goes_back_with_its_result_whatever_the_template(folder, tmp_path, shape):
+    """The round trip of a client: question, calls, their results, answer."""
+    shutil.copytree(folder, tmp_path / "model", ignore=shutil.ignore_patterns("*.safetensors"))
+    (tmp_path / "model" / "chat_template.jinja").write_text(SHAPES[shape])
+    model = tiny_model(vocab_size=make_tiny.VOCAB_SIZE, max_position_embeddings=4096)
+    llm = LLM(model, tmp_path / "model", num_blocks=600, max_num_seqs=2)
+    first = llm.chat(TALK, sampled(0, n=2), TOOLS, tool_choice="required", use_tqdm=False)[0]
+    calls = [call for completion in first.outputs for call in completion.tool_calls]
+    assert len(calls) == 2
+    history = [*TALK, {"role": "assistant", "content": None, "tool_calls": []}]
+    for i, call in enumerate(calls):
+        function = {"name": call.name, "arguments": call.arguments_json}
+        history[1]["tool_calls"].append({"id": f"call-{i}", "type": "function", "function": function})
+        history.append({"role": "tool", "tool_call_id": f"call-{i}", "content": f"result {i}"})
+    second = llm.chat(history, GREEDY, TOOLS, use_tqdm=False)[0]
+    told = second.prompt[second.prompt.rindex("Hi") :]
+    assert all(call.name in told for call in calls) and told.index("result 0") < told.index("result 1")

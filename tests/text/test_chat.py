@@ -67,6 +67,9 @@ OURS = {
     "empty tool_calls": lambda template, case: template.render(
         [case["messages"][0], {"role": "assistant", "content": "x"}]
     ),
+    "two calls in one turn": lambda template, case: template.render(
+        [case["messages"][0], *({"role": "assistant", "tool_calls": [c]} for c in case["messages"][1]["tool_calls"])]
+    ),
     "content as parts": lambda template, case: case["expected"].replace("[{'type': 'text', 'text': 'a'}]", "a"),
 }
 

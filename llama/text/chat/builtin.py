@@ -11,23 +11,24 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from llama.api.errors import ParameterError
+from llama.text.chat.calls import CallForm, as_text, with_calls
 
 REQUIRED_TOKENS = ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|eom_id|>")
 _SEARCH_TOOLS = frozenset({"brave_search", "wolfram_alpha", "photogen"})
-_HEADERS = {"tool": "ipython"}
+_HEADERS = {"tool": "ipython", "developer": "system"}
 
 
-def render_llama(messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool) -> str:
+def render_llama(messages: Sequence[dict[str, Any]], add_generation_prompt: bool) -> str:
     """Prepared messages in Llama 3.1's format. `stop` ("eom" or "eot") of an assistant's message overrides its end."""
     parts = ["<|begin_of_text|>"]
-    for message in messages:
+    for message in with_calls(messages, CallForm(takes_null=False)):
         calls = message.get("tool_calls", ())
         expects_result = message.get("stop", "eom" if calls else "eot") == "eom"
         parts += [
             _header(message["role"]),
             "<|python_tag|>" if calls and _builtin_call(calls[0]) is not None else "",
             as_text(message["content"]),
-            *map(_call, calls),
+            "; ".join(map(_call, calls)),
             "<|eom_id|>" if message["role"] == "assistant" and expects_result else "<|eot_id|>",
         ]
     if add_generation_prompt:
@@ -48,22 +49,6 @@ def with_tools_in_text(messages: list[dict[str, Any]], tools: Sequence[Mapping[s
     )
     told = {**messages[first], "content": preamble + messages[first]["content"]}
     return [*messages[:first], told, *messages[first + 1 :]]
-
-
-def with_calls_in_text(message: dict[str, Any]) -> dict[str, Any]:
-    """An assistant's message whose tool calls stand in its content, one a line, as the preamble asks for them."""
-    calls = [
-        json.dumps({"name": c["function"]["name"], "parameters": c["function"]["arguments"]}, ensure_ascii=False)
-        for c in message.get("tool_calls", ())
-    ]
-    lines = [message["content"], *calls] if message["content"] else calls
-    rest = {k: v for k, v in message.items() if k != "tool_calls"}
-    return rest | {"content": "\n".join(lines)} if calls else message
-
-
-def as_text(content: Any) -> str:
-    """A tool's result as text: an object becomes its JSON."""
-    return content if isinstance(content, str) else json.dumps(content, ensure_ascii=False)
 
 
 def _header(role: str) -> str:

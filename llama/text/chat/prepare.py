@@ -1,42 +1,32 @@
-"""Messages and tools as templates expect them, whatever of the usual spellings they came in.
+"""Messages and tools in one spelling, whatever of the usual ones they came in.
 
-Parts become one text, null content the empty text, string arguments the object they spell, flat tools and tool calls
-the nested form; an empty list of tools or tool calls counts as none. What cannot be meant is refused by its place.
+Text parts become one text; flat tools and tool calls the nested form; `function_call` and the role `function`, which
+OpenAI had before tools, a tool call and the role `tool`. An empty list of tools or tool calls counts as none. What
+cannot be meant is refused by its place. What a template wants of the result is decided in forms.py.
 """
 
-import json
 import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from llama.api.errors import ParameterError
 
+TOOL_ROLES = frozenset({"tool", "ipython"})
 _ROLE = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,63}")
-_ROLES = frozenset({"system", "developer", "user", "assistant", "tool", "ipython"})
-_TOOL_ROLES = frozenset({"tool", "ipython"})
+_ROLES = frozenset({"system", "developer", "user", "assistant", "function", *TOOL_ROLES})
+_TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}  # type -> its key
+_REWRITTEN = frozenset({"content", "tool_calls", "function_call"})
 
 
 def prepare_messages(messages: Any, control_tokens: Collection[str] = ()) -> list[dict[str, Any]]:
-    """Copies of the messages. A role must not complete a control token such as `<|ROLE|>`."""
+    """Copies of the messages. A role must not complete a control token such as `<|ROLE|>`.
+
+    `content` is text, beside tool calls also None, of a tool's result any JSON. The `arguments` of a call stay what
+    they are: an object, or the text that the model wrote.
+    """
     if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
         raise ParameterError("messages must be a list of at least one message", "messages")
-    prepared = []
-    for i, message in enumerate(messages):
-        where = f"messages[{i}]"
-        if not isinstance(message, Mapping):
-            raise _mistyped(where, "an object with role and content", message, "messages")
-        role = message.get("role")
-        if not isinstance(role, str) or not _ROLE.fullmatch(role):
-            legal = "a name such as user, system or assistant"
-            raise ParameterError(f"{where}.role must be {legal}, got {role!r}", "messages")
-        if role not in _ROLES and any(role in token for token in control_tokens):
-            raise ParameterError(f"{where}.role must not be part of a control token, got {role!r}", "messages")
-        kept = {k: v for k, v in message.items() if v is not None and k not in ("content", "tool_calls")}
-        kept["content"] = _content(message.get("content"), role, where)
-        if calls := _tool_calls(message.get("tool_calls"), where):
-            kept["tool_calls"] = calls
-        prepared.append(kept)
-    return prepared
+    return [_message(message, f"messages[{i}]", control_tokens) for i, message in enumerate(messages)]
 
 
 def prepare_tools(tools: Any) -> list[dict[str, Any]] | None:
@@ -54,16 +44,31 @@ def tool_name(tool: Mapping[str, Any]) -> str:
     return name
 
 
+def _message(message: Any, where: str, control_tokens: Collection[str]) -> dict[str, Any]:
+    if not isinstance(message, Mapping):
+        raise _mistyped(where, "an object with role and content", message, "messages")
+    role = message.get("role")
+    if not isinstance(role, str) or not _ROLE.fullmatch(role):
+        legal = "a name such as user, system or assistant"
+        raise ParameterError(f"{where}.role must be {legal}, got {role!r}", "messages")
+    if role not in _ROLES and any(role in token for token in control_tokens):
+        raise ParameterError(f"{where}.role must not be part of a control token, got {role!r}", "messages")
+    role = "tool" if role == "function" else role
+    kept = {k: v for k, v in message.items() if v is not None and k not in _REWRITTEN} | {"role": role}
+    content = _content(message.get("content"), role, where)
+    calls = _tool_calls(message, where)
+    kept["content"] = content if calls or content is not None else ""
+    return kept | {"tool_calls": calls} if calls else kept
+
+
 def _content(content: Any, role: str, where: str) -> Any:
-    if content is None:
-        return ""
-    if isinstance(content, str):
+    if content is None or isinstance(content, str):
         return content
     if isinstance(content, list | tuple):
-        if role in _TOOL_ROLES and not all(isinstance(p, Mapping) and "type" in p for p in content):
+        if role in TOOL_ROLES and not all(isinstance(p, Mapping) and "type" in p for p in content):
             return list(content)
         return "".join(_part(part, f"{where}.content[{j}]") for j, part in enumerate(content))
-    if isinstance(content, Mapping) and role in _TOOL_ROLES:
+    if isinstance(content, Mapping) and role in TOOL_ROLES:
         return dict(content)
     raise _mistyped(f"{where}.content", "a string or a list of text parts", content, "messages")
 
@@ -73,16 +78,21 @@ def _part(part: Any, where: str) -> str:
         return part
     if not isinstance(part, Mapping):
         raise _mistyped(where, "a text part", part, "messages")
-    if part.get("type") != "text":
-        raise ParameterError(f"{where} is of type {part.get('type')!r}: this model takes text only", "messages")
-    if not isinstance(part.get("text"), str):
-        raise _mistyped(f"{where}.text", "a string", part.get("text"), "messages")
-    return str(part["text"])
+    kind = part.get("type")
+    if not isinstance(kind, str) or kind not in _TEXT_PARTS:
+        raise ParameterError(f"{where} is of type {kind!r}: this model takes text only", "messages")
+    text = part.get(_TEXT_PARTS[kind])
+    if not isinstance(text, str):
+        raise _mistyped(f"{where}.{_TEXT_PARTS[kind]}", "a string", text, "messages")
+    return text
 
 
-def _tool_calls(calls: Any, where: str) -> list[dict[str, Any]]:
+def _tool_calls(message: Mapping[str, Any], where: str) -> list[dict[str, Any]]:
+    calls, old = message.get("tool_calls"), message.get("function_call")
     if calls is None:
-        return []
+        return [] if old is None else [_tool_call({"function": old}, f"{where}.function_call")]
+    if old is not None:
+        raise ParameterError(f"{where} has both tool_calls and function_call: give one of them", "messages")
     if not isinstance(calls, list | tuple):
         raise _mistyped(f"{where}.tool_calls", "a list", calls, "messages")
     return [_tool_call(call, f"{where}.tool_calls[{j}]") for j, call in enumerate(calls)]
@@ -95,25 +105,12 @@ def _tool_call(call: Any, where: str) -> dict[str, Any]:
     function = call["function"] if nested else call
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
         raise ParameterError(f"{where} must name its function", "messages")
+    arguments = function.get("arguments")
+    if not isinstance(arguments, Mapping | str | None):
+        raise _mistyped(f"{where}: arguments", "an object or its JSON text", arguments, "messages")
     outer = {k: v for k, v in call.items() if nested or k in ("id", "type")}
     inner = dict(function) if nested else {"name": function["name"]}
-    inner["arguments"] = _arguments(function.get("arguments"), where)
-    return ({} if nested else {"type": "function"}) | outer | {"function": inner}
-
-
-def _arguments(arguments: Any, where: str) -> Any:
-    """The object; text that spells none stays as it is, for it is what the model once wrote."""
-    if arguments is None or arguments == "":
-        return {}
-    if isinstance(arguments, str):
-        try:
-            parsed = json.loads(arguments)
-        except (ValueError, RecursionError):
-            return arguments
-        return parsed if isinstance(parsed, dict) else arguments
-    if not isinstance(arguments, Mapping):
-        raise _mistyped(f"{where}: arguments", "an object or its JSON text", arguments, "messages")
-    return dict(arguments)
+    return {"type": "function"} | outer | {"function": inner | {"arguments": arguments or {}}}
 
 
 def _tool(tool: Any, where: str) -> dict[str, Any]:

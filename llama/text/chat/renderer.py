@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from llama.api.errors import ChatTemplateError, ParameterError
-from llama.text.sandbox import Worker, WorkerError
+from llama.text.sandbox import Worker, WorkerError, WorkerLimitError
 
 DEADLINE_SECONDS = 5.0
 MAX_CHARACTERS = 16 * 2**20
@@ -28,3 +28,12 @@ class TemplateRenderer:
             raise ChatTemplateError(f"chat template: {error}") from None
         except ValueError as error:
             raise ParameterError(f"messages, tools and template arguments must be JSON values: {error}") from None
+
+    def try_render(self, template: str, variables: Mapping[str, Any]) -> str | None:
+        """As `render`, and None where the template itself refuses what it is given."""
+        try:
+            return str(self.worker.ask({"template": template, "variables": variables}))
+        except WorkerLimitError as error:
+            raise ChatTemplateError(f"chat template: {error}") from None
+        except WorkerError:
+            return None

@@ -1,7 +1,8 @@
 """ChatTemplate: messages and tools in, one prompt out, as text or as token ids.
 
-Messages are prepared (prepare.py), control tokens in them are hidden (safe_text.py), the checkpoint's template runs in
-a process of its own (renderer.py), and what was hidden is encoded as plain text. The template writes BOS itself.
+Messages are prepared (prepare.py) and put into the form that the template reads (forms.py), control tokens in them are
+hidden (safe_text.py), the template runs in a process of its own (renderer.py), and what was hidden is encoded as plain
+text. The template writes BOS itself.
 """
 
 from collections.abc import Mapping, Sequence
@@ -10,15 +11,15 @@ from typing import Any, Self
 
 from llama.api.errors import ChatTemplateError, CheckpointError, ParameterError
 from llama.files import named, read_text
-from llama.text.chat.builtin import REQUIRED_TOKENS, as_text, render_llama, with_calls_in_text, with_tools_in_text
+from llama.text.chat.builtin import REQUIRED_TOKENS, render_llama, with_tools_in_text
+from llama.text.chat.forms import TemplateForms
 from llama.text.chat.prepare import prepare_messages, prepare_tools
 from llama.text.chat.renderer import DEADLINE_SECONDS, TemplateRenderer
 from llama.text.chat.safe_text import SafeText
-from llama.text.sandbox.chat_templates import make_environment
+from llama.text.chat.source import TemplateSource, read_source
 from llama.text.tokenizer import Tokenizer
 from llama.text.tokenizer.tokenizer import read_tokenizer_config
 
-MAX_TEMPLATE_CHARACTERS = 2**18
 _DEFAULT, _TOOL_USE = "default", "tool_use"
 _OUR_ARGUMENTS = frozenset({"messages", "tools", "add_generation_prompt"})
 
@@ -35,13 +36,14 @@ class ChatTemplate:
     ) -> None:
         """`templates` by name, at least "default"; None for the built-in Llama 3.1 format."""
         self._tokenizer = tokenizer
-        self._names: dict[str, frozenset[str]] = {}  # template: what it reads
+        self._sources = {name: read_source(text) for name, text in (templates or {}).items()}
+        self._forms: dict[str, TemplateForms] = {}
         self._renderer: TemplateRenderer | None = None
         if templates:
             if _DEFAULT not in templates:
                 raise ValueError(f"chat_template: no template is called 'default', only {sorted(templates)}")
-            self._names = {name: _mentioned_names(source) for name, source in templates.items()}
             self._renderer = TemplateRenderer(templates, deadline_seconds=deadline_seconds)
+            self._forms = {n: self._forms_of(n, source, self._renderer) for n, source in self._sources.items()}
 
     @classmethod
     def from_pretrained(cls, path: str | Path, tokenizer: Tokenizer) -> Self:
@@ -98,35 +100,37 @@ class ChatTemplate:
     ) -> tuple[SafeText, str]:
         messages = prepare_messages(messages, self._tokenizer.special_tokens)
         tools = prepare_tools(tools)
-        name = _TOOL_USE if tools and _TOOL_USE in self._names else _DEFAULT
-        names = self._names.get(name, frozenset())
-        self._check_arguments(arguments, names)
-        if "tool_calls" not in names and self._renderer is not None:
-            messages = [with_calls_in_text(message) for message in messages]
-        if "tools" not in names:
-            messages = [message | {"content": as_text(message["content"])} for message in messages]
-            if tools is not None:
-                messages, tools = with_tools_in_text(messages, tools), None
+        name = _TOOL_USE if tools and _TOOL_USE in self._sources else _DEFAULT
+        source = self._sources.get(name)
+        self._check_arguments(arguments, frozenset() if source is None else source.names)
         safe = SafeText(self._tokenizer)
         try:
-            messages = safe.hide(messages, "messages")
             tools = safe.hide(tools, "tools")
+            if tools and not (source and source.reads_tools):
+                messages, tools = with_tools_in_text(messages, tools), None
+            if source is not None:
+                messages = self._forms[name].apply(messages)
+            messages = safe.hide(messages, "messages")
             arguments = safe.hide(arguments, "chat_template_kwargs")
         except RecursionError:
             raise ParameterError("messages, tools or template arguments are nested too deeply") from None
         if self._renderer is None:
             return safe, self._render_builtin(messages, add_generation_prompt)
-        variables = {
-            **self._tokenizer.template_tokens,
-            "documents": None,
-            **arguments,
-            "messages": messages,
-            "tools": tools,
-            "add_generation_prompt": add_generation_prompt,
-        }
-        return safe, self._renderer.render(name, variables)
+        return safe, self._renderer.render(name, self._variables(messages, tools, add_generation_prompt, arguments))
 
-    def _render_builtin(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool) -> str:
+    def _variables(
+        self, messages: Any, tools: Any, add_generation_prompt: bool = True, arguments: Mapping[str, Any] | None = None
+    ) -> dict[str, Any]:
+        ours = {"messages": messages, "tools": tools, "add_generation_prompt": add_generation_prompt}
+        return {**self._tokenizer.template_tokens, "documents": None, **(arguments or {}), **ours}
+
+    def _forms_of(self, name: str, source: TemplateSource, renderer: TemplateRenderer) -> TemplateForms:
+        def render(messages: Any, tools: Any) -> str | None:
+            return renderer.try_render(name, self._variables(messages, tools))
+
+        return TemplateForms(source, render)
+
+    def _render_builtin(self, messages: Sequence[dict[str, Any]], add_generation_prompt: bool) -> str:
         missing = [token for token in REQUIRED_TOKENS if token not in self._tokenizer.special_tokens]
         if missing:
             raise ChatTemplateError(
@@ -140,24 +144,6 @@ class ChatTemplate:
         unknown = sorted(name for name in arguments if name not in names or name in _OUR_ARGUMENTS)
         if unknown:
             raise ParameterError(f"the chat template does not read the arguments {unknown}", "chat_template_kwargs")
-
-
-def _mentioned_names(source: str) -> frozenset[str]:
-    """The template's variables, and "tool_calls" if it reads that of a message. Checks its size and syntax."""
-    from jinja2 import TemplateSyntaxError, nodes
-
-    if len(source) > MAX_TEMPLATE_CHARACTERS:
-        raise ValueError(f"chat_template: {len(source)} characters are more than {MAX_TEMPLATE_CHARACTERS}")
-    try:
-        tree = make_environment().parse(source)
-    except TemplateSyntaxError as error:
-        raise ValueError(f"chat_template: line {error.lineno}: {error.message}") from None
-    except RecursionError:
-        raise ValueError("chat_template: nested too deeply") from None
-    attributes = {node.attr for node in tree.find_all(nodes.Getattr)}
-    constants = {node.value for node in tree.find_all(nodes.Const) if isinstance(node.value, str)}
-    variables = {node.name for node in tree.find_all(nodes.Name)}
-    return frozenset(variables | (attributes | constants) & {"tool_calls"})
 
 
 def _read_templates(folder: Path) -> tuple[Path, dict[str, str] | None]:

@@ -1,5 +1,5 @@
 """Worker processes for code and patterns of unknown origin, with limits on time and memory."""
 
-from llama.text.sandbox.worker import LOW_PRIORITY, Worker, WorkerError
+from llama.text.sandbox.worker import LOW_PRIORITY, Worker, WorkerError, WorkerLimitError
 
-__all__ = ["LOW_PRIORITY", "Worker", "WorkerError"]
+__all__ = ["LOW_PRIORITY", "Worker", "WorkerError", "WorkerLimitError"]

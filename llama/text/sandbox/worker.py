@@ -33,6 +33,10 @@ class WorkerError(Exception):
     """The request failed: the message is the other side's own, or says which limit was exceeded."""
 
 
+class WorkerLimitError(WorkerError):
+    """The request took too long, or ended its process."""
+
+
 class Worker:
     """Calls the function that `module.start(setup)` returns. `close`, or the garbage collector, ends its processes."""
 
@@ -108,10 +112,10 @@ class Worker:
             answer = json.loads(_read_frame(self._process.stdout.fileno(), time.monotonic() + seconds))
         except TimeoutError:
             self._stop()
-            raise WorkerError(f"it did not finish within {seconds:g} s") from None
+            raise WorkerLimitError(f"it did not finish within {seconds:g} s") from None
         except (OSError, EOFError):
             self._stop()
-            raise WorkerError("it ended the process that ran it") from None
+            raise WorkerLimitError("it ended the process that ran it") from None
         except BaseException:  # interrupted inside a frame: the next request needs a new process
             self._stop()
             raise
