@@ -1,6 +1,6 @@
 """User text never becomes a control token.
 
-Wherever a string that a user gave spells a special token, a sentinel takes the token's place before rendering:
+Wherever a string that a user gave spells a control token, a sentinel takes the token's place before rendering:
 decimal digits that cannot be guessed, which trimming, JSON quoting and changes of case leave alone. After rendering,
 the control tokens that still stand in the text are the template's own. The text between two of them is encoded as plain
 text if it holds a sentinel; everything else is encoded as if nothing had happened.
@@ -8,7 +8,7 @@ text if it holds a sentinel; everything else is encoded as if nothing had happen
 
 import re
 import secrets
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from llama.text.tokenizer import Tokenizer
@@ -28,19 +28,23 @@ class SafeText:
         self._indices: dict[str, str] = {}  # hidden text -> index
         self._hidden: dict[str, str] = {}  # index -> hidden text
 
-    def hide(self, value: Any, field: str) -> Any:
-        """A copy of a JSON value in which no string, keys included, spells a special token or begins or ends one.
+    def hide(self, value: Any, field: str, shown: Collection[str] = ()) -> Any:
+        """A copy of a JSON value in which no string, keys included, spells a control token or begins or ends one.
 
-        Raises ParameterError, about this field of the request, for text that is not Unicode.
+        Tokens in `shown` stay. Raises ParameterError, about this field of the request, for text that is not Unicode.
         """
         if isinstance(value, str):
             check_unicode(value, field)
-            return self._hide_text(value)
+            return self._hide_text(value, shown)
         if isinstance(value, Mapping):
-            return {self.hide(k, field): self.hide(v, field) for k, v in value.items()}
+            return {self.hide(k, field): self.hide(v, field, shown) for k, v in value.items()}
         if isinstance(value, list | tuple):
-            return [self.hide(v, field) for v in value]
+            return [self.hide(v, field, shown) for v in value]
         return value
+
+    def controls_in(self, strings: Iterable[str]) -> frozenset[str]:
+        """The control tokens that these strings hold."""
+        return frozenset(token for text in strings for token in self._tokenizer.control_pattern.findall(text))
 
     def show(self, rendered: str) -> str:
         """The rendered text with the hidden text back in its place."""
@@ -52,7 +56,7 @@ class SafeText:
             return self._tokenizer.encode(rendered, add_special_tokens=False)
         ids: list[int] = []
         start = copied = 0
-        for control in [*self._tokenizer.special_pattern.finditer(rendered), None]:
+        for control in [*self._tokenizer.control_pattern.finditer(rendered), None]:
             end = len(rendered) if control is None else control.start()
             if self._sentinel.search(rendered, start, end):
                 ids += self._tokenizer.encode(rendered[copied:start], add_special_tokens=False)
@@ -61,13 +65,16 @@ class SafeText:
             start = end if control is None else control.end()
         return ids + self._tokenizer.encode(rendered[copied:], add_special_tokens=False)
 
-    def _hide_text(self, text: str) -> str:
-        hidden = self._tokenizer.special_pattern.sub(lambda m: self._sentinel_for(m[0]), text)
+    def _hide_text(self, text: str, shown: Collection[str]) -> str:
+        pattern = self._tokenizer.control_pattern
+        hidden = pattern.sub(lambda m: m[0] if m[0] in shown else self._sentinel_for(m[0]), text)
+        if self._tokenizer.normalizes_to_control(pattern.sub("", hidden)):
+            return self._sentinel_for(text)
         return self._hide_ends(hidden)
 
     def _hide_ends(self, text: str) -> str:
-        """Text that ends as a special token begins, or the reverse, could be completed by what the template adds."""
-        beginnings, endings, longest = self._tokenizer.special_affixes
+        """Text that ends as a control token begins, or the reverse, could be completed by what the template adds."""
+        beginnings, endings, longest = self._tokenizer.control_affixes
         bare = text.rstrip()
         for size in range(min(longest, len(bare)), 0, -1):
             if bare[-size:] in beginnings:

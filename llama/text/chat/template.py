@@ -5,7 +5,7 @@ hidden (safe_text.py), the template runs in a process of its own (renderer.py), 
 text. The template writes BOS itself.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -35,8 +35,10 @@ class ChatTemplate:
         deadline_seconds: float = DEADLINE_SECONDS,
     ) -> None:
         """`templates` by name, at least "default"; None for the built-in Llama 3.1 format."""
-        self._tokenizer = tokenizer
         self._sources = {name: read_source(text) for name, text in (templates or {}).items()}
+        written = _written_tokens(tokenizer.added_tokens, self._sources.values())
+        is_known = written <= tokenizer.control_tokens
+        self._tokenizer = tokenizer if is_known else tokenizer.with_control_tokens(written)
         self._forms: dict[str, TemplateForms] = {}
         self._renderer: TemplateRenderer | None = None
         if templates:
@@ -98,7 +100,7 @@ class ChatTemplate:
     def _rendered(
         self, messages: Any, tools: Any, add_generation_prompt: bool, arguments: Mapping[str, Any]
     ) -> tuple[SafeText, str]:
-        messages = prepare_messages(messages, self._tokenizer.special_tokens)
+        messages = prepare_messages(messages, self._tokenizer.control_tokens)
         tools = prepare_tools(tools)
         name = _TOOL_USE if tools and _TOOL_USE in self._sources else _DEFAULT
         source = self._sources.get(name)
@@ -110,13 +112,29 @@ class ChatTemplate:
                 messages, tools = with_tools_in_text(messages, tools), None
             if source is not None:
                 messages = self._forms[name].apply(messages)
-            messages = safe.hide(messages, "messages")
+            messages = self._hidden(messages, safe, source)
             arguments = safe.hide(arguments, "chat_template_kwargs")
         except RecursionError:
             raise ParameterError("messages, tools or template arguments are nested too deeply") from None
         if self._renderer is None:
             return safe, self._render_builtin(messages, add_generation_prompt)
         return safe, self._renderer.render(name, self._variables(messages, tools, add_generation_prompt, arguments))
+
+    @staticmethod
+    def _hidden(
+        messages: Sequence[Mapping[str, Any]], safe: SafeText, source: TemplateSource | None
+    ) -> list[dict[str, Any]]:
+        """What an assistant said keeps the tokens that the template tests for, as the end of a thought that it cuts."""
+        tested = frozenset[str]() if source is None else safe.controls_in(source.tested)
+        return [
+            {
+                safe.hide(key, "messages"): safe.hide(
+                    value, "messages", tested if key == "content" and message["role"] == "assistant" else ()
+                )
+                for key, value in message.items()
+            }
+            for message in messages
+        ]
 
     def _variables(
         self, messages: Any, tools: Any, add_generation_prompt: bool = True, arguments: Mapping[str, Any] | None = None
@@ -131,7 +149,7 @@ class ChatTemplate:
         return TemplateForms(source, render)
 
     def _render_builtin(self, messages: Sequence[dict[str, Any]], add_generation_prompt: bool) -> str:
-        missing = [token for token in REQUIRED_TOKENS if token not in self._tokenizer.special_tokens]
+        missing = [token for token in REQUIRED_TOKENS if token not in self._tokenizer.control_tokens]
         if missing:
             raise ChatTemplateError(
                 f"this checkpoint has no chat template, and its tokenizer lacks {missing[0]} of the Llama 3.1 format: "
@@ -144,6 +162,14 @@ class ChatTemplate:
         unknown = sorted(name for name in arguments if name not in names or name in _OUR_ARGUMENTS)
         if unknown:
             raise ParameterError(f"the chat template does not read the arguments {unknown}", "chat_template_kwargs")
+
+
+def _written_tokens(added: Iterable[str], sources: Iterable[TemplateSource]) -> set[str]:
+    """The added tokens, words and white space apart, that a template writes: they separate messages, however the
+    tokenizer's file flags them."""
+    texts = [source.text for source in sources]
+    marks = [t for t in added if any(map(str.isalnum, t)) and not t.replace("_", "").isalnum()]
+    return {token for token in marks if any(token in text for text in texts)}
 
 
 def _read_templates(folder: Path) -> tuple[Path, dict[str, str] | None]:

@@ -1,13 +1,13 @@
 """The checkpoint's tokenizer over Hugging Face's `tokenizers`.
 
-Two instances share one vocabulary: one reads special-token text as control tokens, the other leaves it text; no flag is
+Two instances share one vocabulary: one reads the text of control tokens as those, the other leaves it text; no flag is
 ever toggled, so any number of threads may encode. What the `decoder` of tokenizer.json means is worked out in
 pieces.py; `clean_up_tokenization_spaces` is not applied, for it changes text that byte-level models mean literally.
 """
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
@@ -22,6 +22,7 @@ from llama.text.tokenizer.pieces import PieceDecoder, piece_decoder
 MAX_TOKENIZER_BYTES = 2**28
 MAX_TOKENIZER_CONFIG_BYTES = 2**24  # it may list every added token, and hold chat templates
 _PROBE = "a"
+_MARKUP = re.compile(r"[<\[{|｜].*\w.*[>\]}|｜]")  # <|im_start|>, [INST], </think>
 # `encode` holds the interpreter's lock: seconds for megabytes. The batch form releases it, and wakes other threads.
 _SHORT_TEXT = 4096
 
@@ -36,20 +37,25 @@ class Tokenizer:
         config: Mapping[str, Any] | None = None,
         eos_token_ids: Iterable[int] = (),
         bos_token_id: int | None = None,
+        control_tokens: Iterable[str] = (),
     ) -> None:
-        """`config` is tokenizer_config.json; the ids are those that the model's own files name."""
+        """`config` is tokenizer_config.json; the ids are those that the model's own files name. `control_tokens` are
+        added tokens that count as such beside those that show it: by their flag, their role, or their shape."""
         backend.no_truncation()
         backend.no_padding()
         self.template_tokens = _named_tokens(config or {})
-        self._parsing, self._plain = _two_instances(backend, self.template_tokens.values())
+        self._config = config or {}
+        self.control_tokens = _control_tokens(backend, {*self.template_tokens.values(), *control_tokens})
+        self._parsing, self._plain = _two_instances(backend, self.template_tokens.values(), self.control_tokens)
         added = self._parsing.get_added_tokens_decoder()
+        self.added_tokens = frozenset(token.content for token in added.values())
         self.special_tokens: dict[str, int] = {t.content: i for i, t in added.items() if t.special}
         self.special_ids = frozenset(self.special_tokens.values())
         self.piece_decoder: PieceDecoder = piece_decoder(_state(self._parsing.decoder))
         self.bos_token_id = self._id_of("bos_token", bos_token_id)
         eos = self._id_of("eos_token", None)
         self.eos_token_ids = frozenset(eos_token_ids) | ({eos} if eos is not None else set())
-        self._prefix, self._suffix = self._affixes(config or {}, eos)
+        self._prefix, self._suffix = self._affixes(self._config, eos)
         self._bytes: dict[int, bytes] = {}
 
     @classmethod
@@ -81,7 +87,7 @@ class Tokenizer:
         return [*prefix, *ids, *self._suffix]
 
     def encode_plain(self, text: str) -> list[int]:
-        """Special-token text stays text: no id of a control token comes out. Nothing is added."""
+        """The text of control tokens stays text: none of their ids comes out. Nothing is added."""
         ids = self._encode(self._plain, text)
         if not self._control_ids.isdisjoint(ids):
             found = next(i for i in ids if i in self._control_ids)
@@ -149,17 +155,40 @@ class Tokenizer:
                 raise ValueError(f"token ids must be integers in [0, {self.vocab_size}), got {token_id!r}")
         return ids
 
-    @cached_property
-    def special_pattern(self) -> re.Pattern[str]:
-        """Matches the text of any special token, the longest first."""
-        longest_first = sorted(self.special_tokens, key=len, reverse=True)
-        return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+    def with_control_tokens(self, tokens: Iterable[str]) -> Self:
+        """The same tokenizer, for which these added tokens are control tokens too."""
+        return type(self)(
+            self._parsing,
+            config=self._config,
+            eos_token_ids=self.eos_token_ids,
+            bos_token_id=self.bos_token_id,
+            control_tokens={*self.control_tokens, *tokens},
+        )
 
     @cached_property
-    def special_affixes(self) -> tuple[frozenset[str], frozenset[str], int]:
-        """(what special tokens begin with, what they end with, the longest of both); whole tokens excepted."""
-        beginnings = {token[:size] for token in self.special_tokens for size in range(1, len(token))}
-        endings = {token[size:] for token in self.special_tokens for size in range(1, len(token))}
+    def control_pattern(self) -> re.Pattern[str]:
+        """Matches the text of any control token, the longest first."""
+        longest_first = sorted(self.control_tokens, key=len, reverse=True)
+        return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+
+    def normalizes_to_control(self, text: str) -> bool:
+        """Whether the text of a control token appears where the tokenizer normalises this text."""
+        normalizer = self._parsing.normalizer
+        if normalizer is None:
+            return False
+        normalized = normalizer.normalize_str(text)
+        return any(form in normalized for form in self._normalized_controls)
+
+    @cached_property
+    def _normalized_controls(self) -> frozenset[str]:
+        forms = map(self._parsing.normalizer.normalize_str, self.control_tokens)
+        return self.control_tokens | {form.strip("▁ ") for form in forms} - {""}
+
+    @cached_property
+    def control_affixes(self) -> tuple[frozenset[str], frozenset[str], int]:
+        """(what control tokens begin with, what they end with, the longest of both); whole tokens excepted."""
+        beginnings = {token[:size] for token in self.control_tokens for size in range(1, len(token))}
+        endings = {token[size:] for token in self.control_tokens for size in range(1, len(token))}
         return frozenset(beginnings), frozenset(endings), max(map(len, beginnings), default=0)
 
     @cached_property
@@ -168,10 +197,10 @@ class Tokenizer:
         return self._parsing.to_str()
 
     @cached_property
-    def _control_ids(self) -> frozenset[int]:
+    def _control_ids(self) -> frozenset[int | None]:
         # The unknown token is what plain text may well become.
         unknown = getattr(self._parsing.model, "unk_token", None)
-        return self.special_ids - {self.special_tokens.get(unknown or "", -1)}
+        return frozenset(self.token_to_id(token) for token in self.control_tokens if token != unknown)
 
     def _id_of(self, name: str, fallback: int | None) -> int | None:
         token = self.template_tokens.get(name)
@@ -207,24 +236,27 @@ def check_unicode(text: str, field: str | None = None) -> None:
         raise ParameterError(what, field) from None
 
 
-def _two_instances(
-    backend: tokenizers.Tokenizer, named: Iterable[str]
-) -> tuple[tokenizers.Tokenizer, tokenizers.Tokenizer]:
-    """(parsing, plain). Every special token, and every added token that has a role, is one for both.
+def _control_tokens(backend: tokenizers.Tokenizer, named: Collection[str]) -> frozenset[str]:
+    """The added tokens that steer the model. Fine-tunes do not always flag theirs as special: what looks like markup
+    counts all the same."""
+    added = backend.get_added_tokens_decoder().values()
+    return frozenset(t.content for t in added if t.special or t.content in named or _MARKUP.fullmatch(t.content))
 
-    A special token that is matched after normalisation could be forged by text that merely normalises to it, so both
-    instances match the literal text.
+
+def _two_instances(
+    backend: tokenizers.Tokenizer, named: Collection[str], control: Collection[str]
+) -> tuple[tokenizers.Tokenizer, tokenizers.Tokenizer]:
+    """(parsing, plain). A special token, and an added token that has a role, is special for both.
+
+    If it were matched after normalisation, text that merely normalises to it could forge it, so both match it
+    literally. The other control tokens are parsed as the file says: see `normalizes_to_control`.
     """
-    roles = set(named)
     added = sorted(backend.get_added_tokens_decoder().items())
     tokens = [t for _, t in added]
-    is_control = [t.special or t.content in roles for t in tokens]
-    if any(wanted and (not t.special or t.normalized) for t, wanted in zip(tokens, is_control, strict=True)):
-        tokens = [_literal(t) if wanted else t for t, wanted in zip(tokens, is_control, strict=True)]
-        parsing = _rebuilt(backend, tokens)
-    else:
-        parsing = backend
-    plain = _rebuilt(backend, tokens)
+    parsing = backend
+    if any((t.special or t.content in named) and (not t.special or t.normalized) for t in tokens):
+        parsing = _rebuilt(backend, [_literal(t) if t.special or t.content in named else t for t in tokens])
+    plain = _rebuilt(backend, [_literal(t) if t.content in control else t for t in tokens])
     plain.encode_special_tokens = True
     for instance in (parsing, plain):
         if any(instance.token_to_id(t.content) != i for i, t in added):
