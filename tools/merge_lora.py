@@ -1,47 +1,13 @@
-"""Merge a PEFT adapter into its base model: a checkpoint that computes base and adapter as one, at the base's cost.
+"""Merge a PEFT adapter into its base model; `llama merge` does the same.
 
 python tools/merge_lora.py --base checkpoints/base --adapter adapters/mine --output checkpoints/merged
 """
 
 import argparse
-import shutil
 import sys
 from pathlib import Path
 
-import torch
-
-from llama.model.lora import read_adapter
-from llama.model.lora.loaded import module_places
-from llama.model.transformer import Transformer
-
-_TEXT_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
-               "generation_config.json")  # fmt: skip
-
-
-def merge(base: Path, adapter: Path, output: Path, *, dtype: torch.dtype | str = "auto") -> None:
-    """Write `output` (new or empty): W + B A for every adapted module, all else as in `base`.
-
-    A tied model whose embedding or head alone is adapted has no merged form and is refused.
-    """
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise FileExistsError(f"{output}: exists already; merge into a new folder")
-    model = Transformer.from_pretrained(base, dtype=dtype)
-    read = read_adapter(adapter, model, max_rank=1 << 20)
-    tied = sorted({"embed_tokens", "lm_head"}.intersection(read.targets))
-    if model.config.tie_word_embeddings and tied:
-        raise ValueError(f"{base} ties its head to its embedding, so the adapter's {tied[0]} cannot be merged")
-    wide = torch.float64 if model.dtype == torch.float64 else torch.float32
-    for name, pair in read.pairs.items():
-        module, index, starts = module_places(model)[name]
-        delta = pair.b.to(wide) @ pair.a.to(wide)
-        delta, rows = (
-            (delta.t(), slice(None)) if name.endswith("embed_tokens") else (delta, slice(*starts[index : index + 2]))
-        )
-        module.weight[rows] = (module.weight[rows].to(wide) + delta).to(module.weight.dtype)
-    model.save_pretrained(output)
-    for file in _TEXT_FILES:
-        if (base / file).exists():
-            shutil.copyfile(base / file, output / file)
+from llama.convert.merge import merge
 
 
 def main() -> None:

@@ -16,6 +16,8 @@ _COMMANDS = {
     "generate": "continue a prompt, or answer it",
     "serve": "serve a model over HTTP",
     "info": "say what a model is and what it needs",
+    "convert": "make a Hugging Face folder of Meta's release or of a GGUF file",
+    "merge": "make a checkpoint of a model and an adapter",
 }
 
 
@@ -37,8 +39,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # Whoever read us has enough; Python must not find the closed pipe again when it exits.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except (ValueError, OSError, MemoryError, RuntimeError) as error:
-        # A RuntimeError is torch's (no memory, no device) or tells that the engine is dead.
+    except (ValueError, OSError, MemoryError, RuntimeError, ImportError) as error:
+        # A RuntimeError is torch's (no memory, no device) or tells that the engine is dead; an ImportError says which
+        # extra is to be installed.
         return _fail(1, str(error) or type(error).__name__)
     except KeyboardInterrupt:
         return 130  # what shells expect of an interrupted command

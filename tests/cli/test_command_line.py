@@ -40,8 +40,8 @@ FROZEN = Path(__file__).with_name("flags.json")
 
 
 def flags_of(command: str) -> list[str]:
-    words = [command, "model", "prompt"] if command == "generate" else [command, "model"]
-    return sorted(parse(words).command._option_string_actions.keys() - {"-h", "--help"})
+    arguments = {"generate": 2, "convert": 2, "merge": 3}.get(command, 1)
+    return sorted(parse([command, *["x"] * arguments]).command._option_string_actions.keys() - {"-h", "--help"})
 
 
 def test_help_names_the_commands(capsys):

@@ -6,10 +6,11 @@ import pytest
 import torch
 
 from llama import LLM, AsyncLLM, LoRARequest, SamplingParams
+from llama.cli import main as command
+from llama.convert.merge import merge
 from llama.model.lora import read_adapter
 from llama.model.transformer import Transformer
 from tests.lora.adapters import VOCAB, make_adapter
-from tools.merge_lora import merge
 
 ADAPTERS = {
     "r1": {"r": 1, "target_modules": "all-linear"},
@@ -108,6 +109,17 @@ def test_merged_checkpoints_write_the_same(model, paths, base_path, alone, name,
     llm = LLM(Transformer.from_pretrained(tmp_path / "merged"), num_blocks=64, max_model_len=64)
     at = NAMES.index(name)
     assert list(llm.generate([PROMPTS[at]], PARAMS[at])[0].outputs[0].token_ids) == alone[at][0]
+
+
+def test_the_command_merges(paths, base_path, tmp_path, capsys):
+    assert command(["merge", str(base_path), str(paths["r3"]), str(tmp_path / "merged"), "--dtype", "float32"]) == 0
+    assert capsys.readouterr().out == f"wrote {tmp_path / 'merged'}\n"
+    merge(base_path, paths["r3"], tmp_path / "again", dtype=torch.float32)
+    files = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("merged", "again")]
+    assert files[0] == files[1]
+    assert command(["merge", str(base_path), str(paths["r3"]), str(tmp_path / "merged")]) == 1
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "exists already" in said
 
 
 def test_loading_and_unloading_while_requests_run(model, paths, alone):

@@ -67,9 +67,9 @@ def test_no_weights(folder):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("consolidated.00.pth", "only safetensors are loaded; convert it with tools/convert_meta.py"),
+        ("consolidated.00.pth", "only safetensors are loaded; convert it with `llama convert`"),
         ("pytorch_model.bin", "only safetensors are loaded; save it again as safetensors"),
-        ("model.gguf", "only safetensors are loaded; convert it with tools/convert_gguf.py"),
+        ("model.gguf", "only safetensors are loaded; convert it with `llama convert`"),
     ],
 )
 def test_other_formats_by_extension(folder, name, message):
@@ -86,7 +86,7 @@ def test_other_formats_by_extension(folder, name, message):
         (b"PK\x03\x04" + bytes(100), "is a PyTorch pickle, which can run code"),
         (b"\x80\x02}q\x00." + bytes(100), "is a pickle, which can run code"),
         (b"\x80\x04}\x94." + bytes(100), "is a pickle, which can run code"),
-        (b"GGUF" + bytes(100), "is a GGUF file; convert it with tools/convert_gguf.py"),
+        (b"GGUF" + bytes(100), "is a GGUF file; convert it with `llama convert`"),
         (b"", "is not a safetensors file"),
         (b"\x01\x00", "is not a safetensors file"),
         (bytes(100), "is not a safetensors file"),

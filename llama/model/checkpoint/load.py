@@ -59,9 +59,9 @@ def find_tensors(folder: Path) -> dict[str, StoredTensor]:
         return {tensor.name: tensor for tensor in read_header(folder / _SINGLE)}
     if (folder / _INDEX).exists():
         return _from_index(folder / _INDEX)
-    for pattern, tool in (("*.pth", "tools/convert_meta.py"), ("*.bin", None), ("*.gguf", "tools/convert_gguf.py")):
+    convert = "convert it with `llama convert`"
+    for pattern, how in (("*.pth", convert), ("*.bin", "save it again as safetensors"), ("*.gguf", convert)):
         if found := sorted(folder.glob(pattern)):
-            how = f"convert it with {tool}" if tool else "save it again as safetensors"
             raise CheckpointError(f"{found[0]}: only safetensors are loaded; {how}")
     raise CheckpointError(f"{folder}: has neither {_SINGLE} nor {_INDEX}")
 

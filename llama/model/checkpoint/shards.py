@@ -33,12 +33,9 @@ _FOREIGN = (
     (b"<!DOCTYPE", "is an HTML page, not a safetensors file; was the download redirected to a login page?"),
     (b"<!doctype", "is an HTML page, not a safetensors file; was the download redirected to a login page?"),
     (b"<html", "is an HTML page, not a safetensors file; was the download redirected to a login page?"),
-    (b"GGUF", "is a GGUF file; convert it with tools/convert_gguf.py"),
-    (b"PK\x03\x04", "is a PyTorch pickle, which can run code; convert it with tools/convert_meta.py"),
-    *(
-        (b"\x80" + bytes([n]), "is a pickle, which can run code; convert it with tools/convert_meta.py")
-        for n in range(2, 6)
-    ),
+    (b"GGUF", "is a GGUF file; convert it with `llama convert`"),
+    (b"PK\x03\x04", "is a PyTorch pickle, which can run code; convert it with `llama convert`"),
+    *((b"\x80" + bytes([n]), "is a pickle, which can run code; convert it with `llama convert`") for n in range(2, 6)),
 )
 
 

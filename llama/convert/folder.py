@@ -1,5 +1,6 @@
-"""What the converters share beside llama's own writer of checkpoints."""
+"""What the converters share beside the writer of checkpoints: generation defaults, and the two layouts of RoPE."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -10,11 +11,19 @@ from llama.model.config import ModelConfig, RopeScaling
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
-def write_generation_config(folder: Path, config: ModelConfig, pad_token_id: int | None) -> None:
+# What the generation_config.json of Meta's own checkpoints says.
+LLAMA3_SAMPLING = {"temperature": 0.6, "top_p": 0.9}
+
+
+def write_generation_config(
+    folder: Path, config: ModelConfig, pad_token_id: int | None, sampling: Mapping[str, float] | None = None
+) -> None:
+    """`sampling`: what a request that names nothing gets, under Hugging Face's names."""
     eos = config.eos_token_ids
     ids = {"bos_token_id": config.bos_token_id, "eos_token_id": eos[0] if len(eos) == 1 else list(eos) or None}
     ids["pad_token_id"] = pad_token_id
-    write_json(folder / "generation_config.json", {key: value for key, value in ids.items() if value is not None})
+    values = ({"do_sample": True} | dict(sampling) if sampling else {}) | ids
+    write_json(folder / "generation_config.json", {key: value for key, value in values.items() if value is not None})
 
 
 def llama3_rope_scaling(factor: float) -> RopeScaling:

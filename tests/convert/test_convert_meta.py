@@ -2,15 +2,18 @@
 
 import base64
 import json
+import os
 import re
 
 import pytest
 import torch
-from convert_meta import SPECIAL_TOKENS, convert, feed_forward_size, main, merges_from_ranks, read_ranks
+from convert_meta import main
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, LlamaForCausalLM
 
-from tests.tools.corpus import random_characters, texts
+from llama.cli import main as command
+from llama.convert.meta import SPECIAL_TOKENS, convert, feed_forward_size, merges_from_ranks, read_ranks
+from tests.convert.corpus import random_characters, texts
 
 PARAMS = {
     "dim": 64,
@@ -214,6 +217,30 @@ def test_shards_give_metas_logits(tmp_path, ranks, scaled):
     assert (found - expected).abs().max() <= 1e-4 * expected.abs().max()  # float32
 
 
+def test_the_command_converts_and_tells_the_defaults(tmp_path, capsys):
+    write_meta(tmp_path / "meta", PARAMS, meta_weights(PARAMS), 1)
+    assert command(["convert", str(tmp_path / "meta"), str(tmp_path / "hf"), "--rope-factor", "32"]) == 0
+    said = f"wrote {tmp_path / 'hf'}\na request that names no sampling gets temperature 0.6, top_p 0.9: see"
+    assert capsys.readouterr().out.startswith(said)
+    assert json.loads((tmp_path / "hf" / "config.json").read_text())["rope_scaling"]["factor"] == 32
+    assert command(["convert", str(tmp_path / "meta"), str(tmp_path / "again"), "--dtype", "float32"]) == 2
+    assert "--dtype is for a GGUF file" in capsys.readouterr().err
+    (tmp_path / "meta" / "params.json").unlink()
+    assert command(["convert", str(tmp_path / "meta"), str(tmp_path / "again")]) == 1
+    assert capsys.readouterr().err.startswith(f"llama: {tmp_path}/meta/params.json is missing")
+    assert command(["convert", str(tmp_path / "meta"), str(tmp_path / "tokenizer"), "--tokenizer-only"]) == 0
+    assert (tmp_path / "tokenizer" / "tokenizer.json").exists()
+
+
+def test_a_pipe_in_place_of_weights_is_named(tmp_path):
+    write_meta(tmp_path / "meta", PARAMS, {"norm.weight": torch.ones(64)}, 1)
+    path = tmp_path / "meta" / "consolidated.00.pth"
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(ValueError, match=r"consolidated\.00\.pth cannot be read as tensors .*not a regular file"):
+        convert(tmp_path / "meta", tmp_path / "hf")
+
+
 def test_scaling_by_another_factor(tmp_path):
     params = dict(PARAMS)
     write_meta(tmp_path / "meta", params, meta_weights(params), 1)
@@ -254,8 +281,8 @@ ALL = "params.json, tokenizer.model and consolidated.*.pth"
 @pytest.mark.parametrize(
     ("gone", "options", "message"),
     [
-        ("", [], f"{{}} is no folder: --input is the one that Meta's download made, with {ALL}"),
-        ("", ["--tokenizer-only"], "{} is no folder: --input is the one that Meta's download made, with tokenizer.m"),
+        ("", [], f"{{}} is no folder: the one that Meta's download made is needed, with {ALL}"),
+        ("", ["--tokenizer-only"], "{} is no folder: the one that Meta's download made is needed, with tokenizer.m"),
         ("params.json", [], f"{{}}/params.json is missing: the folder that Meta's download made holds {ALL}"),
         ("tokenizer.model", [], f"{{}}/tokenizer.model is missing: the folder that Meta's download made holds {ALL}"),
         ("tokenizer.model", ["--tokenizer-only"], "{}/tokenizer.model is missing: the folder that Meta's download"),

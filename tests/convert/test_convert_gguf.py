@@ -1,6 +1,9 @@
 """GGUF -> Hugging Face folder: every quantisation, the demo model against transformers' own loader, and refusals."""
 
 import json
+import os
+import subprocess
+import sys
 import unicodedata
 from pathlib import Path
 
@@ -8,8 +11,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from bpe_tokenizer import byte_alphabet
-from convert_gguf import convert, main
+from convert_gguf import main
 from gguf import GGMLQuantizationType as Type
 from gguf.quants import dequantize, quantize
 from safetensors.torch import load_file
@@ -18,7 +20,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from transformers.integrations.gguf.dequant import dequantize as transformers_dequantize
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from tests.tools.corpus import random_characters, texts
+from llama.cli import main as command
+from llama.convert.bpe import byte_alphabet
+from llama.convert.gguf import convert
+from tests.convert.corpus import random_characters, texts
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "gguf_demo.json").read_text(encoding="utf-8"))
 
@@ -232,7 +237,7 @@ KINDS = [Type.F32, Type.F16, Type.BF16, Type.Q8_0, Type.Q4_0, Type.Q4_1, Type.Q5
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
 def test_every_quantisation(tmp_path, kind):
     expected = write_gguf(tmp_path / "model.gguf", kind)
-    convert(tmp_path / "model.gguf", tmp_path / "hf", "float32")
+    convert(tmp_path / "model.gguf", tmp_path / "hf", dtype="float32")
     found = load_file(tmp_path / "hf" / "model.safetensors")
     assert found.keys() == expected.keys()
     for name, weight in found.items():
@@ -241,7 +246,7 @@ def test_every_quantisation(tmp_path, kind):
 
 def test_logits_and_rope_scaling(tmp_path):
     state = write_gguf(tmp_path / "model.gguf", Type.F32)
-    convert(tmp_path / "model.gguf", tmp_path / "hf", "float32")
+    convert(tmp_path / "model.gguf", tmp_path / "hf", dtype="float32")
     reference = LlamaForCausalLM(CONFIG)
     reference.load_state_dict(state)
     model = LlamaForCausalLM.from_pretrained(tmp_path / "hf")
@@ -284,6 +289,36 @@ def test_what_is_not_llama_is_refused_and_leaves_nothing(tmp_path, change, messa
     with pytest.raises(SystemExit, match=message):
         main(["--input", str(tmp_path / "model.gguf"), "--output", str(tmp_path / "hf")])
     assert [path.name for path in tmp_path.iterdir()] == ["model.gguf"]
+
+
+def test_the_command_converts_and_tells_the_defaults(tmp_path, capsys):
+    write_gguf(tmp_path / "model.gguf", Type.F16)
+    write_gguf(tmp_path / "other.gguf", Type.F16, pre="smollm")
+    recommended = {"general.sampling.temp": 0.3, "general.sampling.top_k": 40, "general.sampling.min_p": 0.05}
+    write_gguf(tmp_path / "tuned.gguf", Type.F16, fields=recommended)
+    told = {"model": "temperature 0.6, top_p 0.9", "other": "", "tuned": "temperature 0.3, top_k 40, min_p 0.05"}
+    for name, values in told.items():
+        defaults = f"a request that names no sampling gets {values}: see generation_config.json\n" if values else ""
+        assert command(["convert", f"{tmp_path}/{name}.gguf", f"{tmp_path}/{name}", "--dtype", "float32"]) == 0
+        assert capsys.readouterr().out == f"wrote {tmp_path}/{name}\n{defaults}"
+        assert json.loads((tmp_path / name / "config.json").read_text())["torch_dtype"] == "float32"
+    assert command(["convert", f"{tmp_path}/model.gguf", f"{tmp_path}/again", "--rope-factor", "8"]) == 2
+    assert "--rope-factor and --tokenizer-only are for Meta's release" in capsys.readouterr().err
+    assert command(["convert", f"{tmp_path}/none.gguf", f"{tmp_path}/again"]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("llama: ") and said.count("\n") == 1 and "none.gguf" in said
+
+
+def test_without_gguf_one_line_says_what_to_install():
+    script = "import sys; sys.modules['gguf'] = None; from llama.cli import main; main(['convert', 'x.gguf', 'out'])"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.stderr == "llama: GGUF files need gguf: pip install 'llama-engine[tools]'\n"
+
+
+def test_a_pipe_is_refused(tmp_path):
+    os.mkfifo(tmp_path / "model.gguf")
+    with pytest.raises(OSError, match="not a regular file"):
+        convert(tmp_path / "model.gguf", tmp_path / "hf")
 
 
 def test_another_file_is_refused(tmp_path):

@@ -1,0 +1,297 @@
+"""Convert a GGUF file of Llama architecture to a Hugging Face folder: config, safetensors, tokenizer, chat template.
+
+Quantised tensors are expanded one by one, so memory holds one at a time. Whatever the file says that a Llama model
+does not have (experts, biases, another RoPE scaling, another tokenizer) is refused by name, never dropped.
+"""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer
+
+from llama.convert.bpe import (
+    build_tokenizer,
+    gpt2_pre_tokenizer,
+    llama3_pre_tokenizer,
+    smollm_pre_tokenizer,
+    write_tokenizer,
+)
+from llama.convert.folder import (
+    DTYPES,
+    LLAMA3_SAMPLING,
+    llama3_rope_scaling,
+    unpermute_rope,
+    write_generation_config,
+)
+from llama.files import open_regular
+from llama.model.checkpoint.layout import Entry, layout
+from llama.model.checkpoint.save import new_folder, write_checkpoint
+from llama.model.config import ModelConfig, RopeScaling
+
+try:
+    import gguf
+    from gguf.quants import dequantize
+except ModuleNotFoundError as error:
+    message = f"GGUF files need {error.name}: pip install 'llama-engine[tools]'"
+    raise ModuleNotFoundError(message, name=error.name) from None
+
+PRE_TOKENIZERS = {
+    "smollm": smollm_pre_tokenizer,
+    "llama-bpe": llama3_pre_tokenizer,
+    "llama3": llama3_pre_tokenizer,
+    "llama-v3": llama3_pre_tokenizer,
+    "gpt-2": gpt2_pre_tokenizer,
+}
+# Of these llama.cpp adds BOS, and keeps whole a word that is in the vocabulary, unless the file says otherwise.
+LLAMA3_NAMES = ("llama-bpe", "llama3", "llama-v3")
+
+ROOT_TENSORS = {
+    "token_embd.weight": "model.embed_tokens.weight",
+    "output_norm.weight": "model.norm.weight",
+    "output.weight": "lm_head.weight",
+}
+LAYER_TENSORS = {
+    "attn_norm.weight": "input_layernorm.weight",
+    "attn_q.weight": "self_attn.q_proj.weight",
+    "attn_k.weight": "self_attn.k_proj.weight",
+    "attn_v.weight": "self_attn.v_proj.weight",
+    "attn_output.weight": "self_attn.o_proj.weight",
+    "ffn_norm.weight": "post_attention_layernorm.weight",
+    "ffn_gate.weight": "mlp.gate_proj.weight",
+    "ffn_up.weight": "mlp.up_proj.weight",
+    "ffn_down.weight": "mlp.down_proj.weight",
+}
+# Frequency factors of the scaled RoPE; they say the same as rope_scaling in config.json.
+ROPE_FACTORS = "rope_freqs.weight"
+
+
+# What is read below, or says nothing about the network.
+KNOWN_KEYS = frozenset(
+    "block_count context_length embedding_length feed_forward_length vocab_size tensor_data_layout expert_count "
+    "attention.head_count attention.head_count_kv attention.key_length attention.value_length "
+    "attention.layer_norm_rms_epsilon rope.dimension_count rope.freq_base rope.scaling.type "
+    "rope.scaling.original_context_length".split()
+)
+# Other keys that llama.cpp reads, with the values that change nothing.
+NEUTRAL = {
+    "rope.scaling.factor": (0, 1),  # without a type llama.cpp takes it for linear scaling
+    "rope.scale_linear": (0, 1),
+    "rope.scaling.attn_factor": (1,),
+    "rope.scaling.finetuned": (False,),
+    "attention.causal": (True,),
+    "attention.scale": (0,),
+    "attention.sliding_window": (0,),
+    "expert_used_count": (0,),
+    "logit_scale": (0, 1),
+    "use_parallel_residual": (False,),
+}
+
+
+class GGUFFile:
+    """Metadata by key, and tensors by name."""
+
+    def __init__(self, path: Path) -> None:
+        with open_regular(path) as file:
+            if file.read(4) != b"GGUF":
+                raise ValueError(f"{path} is not a GGUF file")
+        try:
+            reader = gguf.GGUFReader(path)
+        except Exception as error:  # the reader checks nothing: a damaged file ends in whatever comes first
+            raise ValueError(f"{path} is truncated or damaged ({type(error).__name__}: {error})") from error
+        self._fields = reader.fields
+        self.tensors = {tensor.name: tensor for tensor in reader.tensors}
+        architecture = self.get("general.architecture")
+        if architecture != "llama":
+            raise ValueError(f"{path}: architecture {architecture!r}; only 'llama' can be converted")
+        for key in self._fields:
+            name = key.removeprefix("llama.")
+            if name != key and name not in KNOWN_KEYS and self.get(key) not in NEUTRAL.get(name, ()):
+                raise ValueError(f"{path}: {key} is {self.get(key)!r}, which no Llama 3 model has")
+        if self.get("tokenizer.ggml.add_eos_token"):
+            raise ValueError(f"{path}: tokenizer.ggml.add_eos_token is set: prompts do not end with EOS here")
+
+    def get(self, key: str, default: Any = None) -> Any:
+        field = self._fields.get(key)
+        return default if field is None else field.contents()
+
+    def require(self, key: str) -> Any:
+        if key not in self._fields:
+            raise ValueError(f"the file has no {key}")
+        return self.get(key)
+
+    def count(self, key: str, default: int | None = None) -> int:
+        value = self.require(key) if default is None else self.get(key, default)
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{key} must be a positive integer, the same in all layers, got {value!r}")
+        return value
+
+    def array(self, name: str) -> np.ndarray:
+        """A tensor expanded to float32, shape as in PyTorch (rows first)."""
+        tensor = self.tensors[name]
+        try:
+            values = dequantize(tensor.data, tensor.tensor_type)
+        except NotImplementedError:
+            raise ValueError(f"{name} is stored as {tensor.tensor_type.name}, which is no form of weights") from None
+        values = values.reshape(tuple(reversed(tensor.shape.tolist())))
+        return np.require(values, dtype=np.float32, requirements=["C", "W"])  # F32 data is a read-only map
+
+
+def shortest(value: float) -> float:
+    """The float whose repr is that of the float32 stored: 1e-05, not 9.999999747378752e-06."""
+    return float(str(np.float32(value)))
+
+
+def rope_scaling(file: GGUFFile, head_dim: int, theta: float) -> RopeScaling | None:
+    kind = file.get("llama.rope.scaling.type", "none")
+    if kind != "none":
+        raise ValueError(f"RoPE scaling {kind!r} is not Llama 3.1's")
+    if ROPE_FACTORS not in file.tensors:
+        return None
+    found = file.array(ROPE_FACTORS)
+    scaling = llama3_rope_scaling(round(float(found.max()), 3))
+    expected = llama3_rope_factors(head_dim, theta, scaling)
+    if found.shape != expected.shape or not np.allclose(found, expected, rtol=1e-3):
+        raise ValueError(f"{ROPE_FACTORS} holds other factors than Llama 3's scaling by {scaling.factor}")
+    return scaling
+
+
+def llama3_rope_factors(head_dim: int, theta: float, scaling: RopeScaling) -> np.ndarray:
+    """What each frequency is divided by. [head_dim / 2]  Formula: Meta's apply_scaling (llama-models, model.py)."""
+    frequencies = theta ** (-np.arange(0, head_dim, 2) / head_dim)
+    turns = scaling.original_max_position_embeddings * frequencies / (2 * np.pi)  # within the original context
+    smooth = np.clip((turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor), 0, 1)
+    return (1 / ((1 - smooth) / scaling.factor + smooth)).astype(np.float32)
+
+
+def eos_token_ids(file: GGUFFile) -> tuple[int, ...]:
+    """The file's end-of-text, -turn and -message ids, and those that Llama 3's names for them have."""
+    ids = [file.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
+    tokens = file.require("tokenizer.ggml.tokens")
+    ids += [tokens.index(name) for name in ("<|end_of_text|>", "<|eom_id|>", "<|eot_id|>") if name in tokens]
+    return tuple(dict.fromkeys(i for i in ids if i is not None))
+
+
+def read_config(file: GGUFFile) -> ModelConfig:
+    if experts := file.get("llama.expert_count", 0):
+        raise ValueError(f"a mixture of {experts} experts is not a Llama model")
+    if "token_embd.weight" not in file.tensors:
+        raise ValueError("the file has no tensor token_embd.weight")
+    hidden_size = file.count("llama.embedding_length")
+    num_heads = file.count("llama.attention.head_count")
+    head_dim = file.count("llama.attention.key_length", hidden_size // num_heads)
+    for key in ("llama.rope.dimension_count", "llama.attention.value_length"):
+        if file.get(key, head_dim) != head_dim:
+            raise ValueError(f"{key} is {file.get(key)}, but a head has {head_dim} dimensions")
+    theta = shortest(file.get("llama.rope.freq_base", 10000.0))
+    return ModelConfig(
+        vocab_size=int(file.tensors["token_embd.weight"].shape[1]),
+        hidden_size=hidden_size,
+        intermediate_size=file.count("llama.feed_forward_length"),
+        num_hidden_layers=file.count("llama.block_count"),
+        num_attention_heads=num_heads,
+        num_key_value_heads=file.count("llama.attention.head_count_kv", num_heads),
+        head_dim=head_dim,
+        max_position_embeddings=file.count("llama.context_length"),
+        rms_norm_eps=shortest(file.require("llama.attention.layer_norm_rms_epsilon")),
+        rope_theta=theta,
+        rope_scaling=rope_scaling(file, head_dim, theta),
+        tie_word_embeddings="output.weight" not in file.tensors,
+        bos_token_id=file.get("tokenizer.ggml.bos_token_id"),
+        eos_token_ids=eos_token_ids(file),
+    )
+
+
+class Weights:
+    """The file's tensors by their Hugging Face names; nothing missing, nothing left over."""
+
+    def __init__(self, file: GGUFFile, config: ModelConfig, dtype: torch.dtype) -> None:
+        self.file, self.config, self.dtype = file, config, dtype
+        self.names, unknown = {}, []
+        for name in file.tensors:
+            layer = re.fullmatch(r"blk\.(\d+)\.(.+)", name)
+            if name in ROOT_TENSORS:
+                self.names[ROOT_TENSORS[name]] = name
+            elif layer and layer[2] in LAYER_TENSORS:
+                self.names[f"model.layers.{layer[1]}.{LAYER_TENSORS[layer[2]]}"] = name
+            elif name != ROPE_FACTORS:
+                unknown.append(name)
+        expected = {entry.name for entry in layout(config)}
+        unknown += [name for hf_name, name in self.names.items() if hf_name not in expected]
+        if unknown:
+            raise ValueError(f"tensors that a Llama model does not have: {', '.join(unknown[:10])}")
+        if missing := sorted(expected - self.names.keys()):
+            raise ValueError(f"missing tensors: {', '.join(missing[:10])}")
+
+    def read(self, entry: Entry) -> torch.Tensor:
+        name = self.names[entry.name]
+        weight = torch.from_numpy(self.file.array(name))
+        if weight.shape != entry.shape:
+            raise ValueError(f"{name} has shape {list(weight.shape)}, expected {list(entry.shape)} by {entry.keys}")
+        if name.endswith("attn_q.weight"):
+            weight = unpermute_rope(weight, self.config.num_attention_heads)
+        elif name.endswith("attn_k.weight"):
+            weight = unpermute_rope(weight, self.config.num_key_value_heads)
+        return weight.to(self.dtype)
+
+
+def read_tokenizer(file: GGUFFile, vocab_size: int) -> Tokenizer:
+    kind, pre = file.require("tokenizer.ggml.model"), file.get("tokenizer.ggml.pre", "default")
+    if kind != "gpt2" or pre not in PRE_TOKENIZERS:
+        known = ", ".join(PRE_TOKENIZERS)
+        raise ValueError(
+            f"tokenizer {kind!r} with pre-tokenizer {pre!r}; known are byte-level BPEs ('gpt2') of: {known}"
+        )
+    tokens = file.require("tokenizer.ggml.tokens")
+    types = file.get("tokenizer.ggml.token_type", [gguf.TokenType.NORMAL] * len(tokens))
+    bos_id = file.get("tokenizer.ggml.bos_token_id")
+    adds_bos = file.get("tokenizer.ggml.add_bos_token", pre in LLAMA3_NAMES)
+    if adds_bos and bos_id is None:
+        raise ValueError("the file asks for a BOS token before each text but names none")
+    if len(tokens) > vocab_size:
+        raise ValueError(f"{len(tokens)} tokens, but embeddings for {vocab_size}")
+    return build_tokenizer(
+        {token: i for i, token in enumerate(tokens)},
+        [tuple(merge.split(" ", 1)) for merge in file.require("tokenizer.ggml.merges")],
+        PRE_TOKENIZERS[pre](),
+        special_tokens=[token for token, t in zip(tokens, types, strict=True) if t == gguf.TokenType.CONTROL],
+        user_tokens=[token for token, t in zip(tokens, types, strict=True) if t == gguf.TokenType.USER_DEFINED],
+        bos_token=tokens[bos_id] if adds_bos else None,
+        ignore_merges=pre in LLAMA3_NAMES,
+    )
+
+
+def read_sampling(file: GGUFFile) -> dict[str, float]:
+    """What the file recommends; Meta's own defaults where it says nothing and has Llama 3's tokenizer."""
+    names = {"temperature": "temp", "top_k": "top_k", "top_p": "top_p", "min_p": "min_p"}
+    said = {name: file.get(f"general.sampling.{key}") for name, key in names.items()}
+    found = {name: shortest(value) if isinstance(value, float) else value for name, value in said.items()}
+    found = {name: value for name, value in found.items() if value is not None}
+    return found or (LLAMA3_SAMPLING if file.get("tokenizer.ggml.pre") in LLAMA3_NAMES else {})
+
+
+def convert(
+    source: Path, output: Path, *, dtype: str = "bfloat16", sampling: Mapping[str, float] | None = None
+) -> None:
+    """Make the folder `output` with weights of `dtype`. `sampling`: its generation defaults under Hugging Face's names,
+    None = what `read_sampling` finds. Raises ValueError and OSError."""
+    file = GGUFFile(source)
+    config = read_config(file)
+    weights = Weights(file, config, DTYPES[dtype])
+    tokenizer = read_tokenizer(file, config.vocab_size)
+    tokens = file.require("tokenizer.ggml.tokens")
+    names = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
+    ids = {name: file.get(f"tokenizer.ggml.{key}_token_id") for name, key in names.items()}
+    with new_folder(output) as folder:
+        write_generation_config(folder, config, ids["pad_token"], read_sampling(file) if sampling is None else sampling)
+        write_tokenizer(
+            folder,
+            tokenizer,
+            model_max_length=config.max_position_embeddings,
+            special={name: None if i is None else tokens[i] for name, i in ids.items()},
+            chat_template=file.get("tokenizer.chat_template"),
+        )
+        write_checkpoint(folder, config, weights.dtype, weights.read)
