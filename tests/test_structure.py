@@ -46,7 +46,8 @@ IMPORT_ORDER = {
         sequence
         plan
         sampler
-        memory decodes
+        memory rows
+        decodes
         runner
         running
         step

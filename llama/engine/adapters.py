@@ -1,7 +1,8 @@
-"""Adapters: which there are by name, and which of them lie in the slots of the device. Bookkeeping only; no torch.
+"""Adapters: which there are by name, and which of them the device holds under which index. Bookkeeping only; no torch.
 
-A slot is taken when a sequence that needs its adapter starts to run, and given to another adapter, least recently used
-first, once nobody who runs needs it. What is unloaded loses its name at once and lives on in the requests that have it.
+An adapter gets an index when a sequence that needs it starts to run. The index goes to another adapter, least recently
+used first, once nobody who runs needs it. What is unloaded loses its name at once and lives on in the requests that
+have it.
 """
 
 import re
@@ -16,12 +17,12 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 @dataclass(slots=True, eq=False)
 class Adapter:
-    """A LoRA adapter as the engine sees it. The scheduler says which slot of the device it has, if any."""
+    """A LoRA adapter as the engine sees it. The scheduler says under which index the device holds it."""
 
     name: str = ""
     digest: bytes = b""  # of its content; part of the prefix cache's keys
-    content: Any = None  # what the runner puts into the slot
-    slot: int = 0  # 0 = none
+    content: Any = None  # what the runner loads
+    index: int = 0  # 0 = the device does not hold it
     num_users: int = 0  # running sequences
 
 
@@ -29,10 +30,10 @@ NO_ADAPTER = Adapter()
 
 
 class Adapters:
-    def __init__(self, num_slots: int) -> None:
+    def __init__(self, max_loras: int) -> None:
         self.by_name: dict[str, Adapter] = {}
-        self._num_slots = num_slots
-        self._free_slots = list(range(num_slots, 0, -1))
+        self._max_loras = max_loras
+        self._free_indices = list(range(max_loras, 0, -1))
         self._resident: OrderedDict[Adapter, None] = OrderedDict()  # least recently used first
 
     def check_new(self, name: str) -> None:
@@ -41,7 +42,7 @@ class Adapters:
             raise ValueError(f"an adapter's name must match {_NAME.pattern}, got {name!r}")
         if name in self.by_name:
             raise ValueError(f"an adapter named {name!r} is loaded already: unload it first")
-        if self._num_slots == 0:
+        if self._max_loras == 0:
             raise ValueError("max_loras is 0: this engine takes no adapters")
 
     def add(self, adapter: Adapter) -> None:
@@ -55,7 +56,7 @@ class Adapters:
         adapter = self.get(name)
         del self.by_name[name]
         if adapter in self._resident:
-            self._resident.move_to_end(adapter, last=False)  # its slot is the next to be given away
+            self._resident.move_to_end(adapter, last=False)  # its index is the next to be given away
 
     def get(self, name: str | None) -> Adapter:
         """None is the base model; an unknown name is a ParameterError that lists those that are known."""
@@ -67,18 +68,18 @@ class Adapters:
         return self.by_name[name]
 
     def acquire(self, adapter: Adapter) -> bool:
-        """See to it that the adapter has a slot -> False if all are in use by others."""
+        """Give the adapter an index if it has none -> False if all are in use by others."""
         if adapter is NO_ADAPTER:
             return True
         if adapter in self._resident:
             self._resident.move_to_end(adapter)
             return True
-        if not self._free_slots:
+        if not self._free_indices:
             idle = next((other for other in self._resident if not other.num_users), None)
             if idle is None:
                 return False
             self._evict(idle)
-        adapter.slot = self._free_slots.pop()
+        adapter.index = self._free_indices.pop()
         self._resident[adapter] = None
         return True
 
@@ -88,10 +89,10 @@ class Adapters:
 
     def _evict(self, adapter: Adapter) -> None:
         del self._resident[adapter]
-        self._free_slots.append(adapter.slot)
-        adapter.slot = 0
+        self._free_indices.append(adapter.index)
+        adapter.index = 0
 
     def check(self) -> None:
-        """Prove that every slot is free or one adapter's."""
-        slots = [*self._free_slots, *(adapter.slot for adapter in self._resident)]
-        assert sorted(slots) == list(range(1, self._num_slots + 1)), slots
+        """Prove that every index is free or one adapter's."""
+        indices = [*self._free_indices, *(adapter.index for adapter in self._resident)]
+        assert sorted(indices) == list(range(1, self._max_loras + 1)), indices

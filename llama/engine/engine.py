@@ -87,24 +87,9 @@ class Engine:
         if runner is None:
             if model is None:
                 raise ValueError("an engine needs a model, or a runner in its place")
-            most = config.max_num_seqs * config.blocks_per_sequence
-            kv = KVCache(
-                model.config,
-                num_blocks or self._fitting_blocks(model, most),
-                config.block_size,
-                dtype=model.dtype,
-                device=model.device,
-            )
-            num_blocks = kv.num_blocks
-            runner = Runner(
-                model,
-                kv,
-                max_num_seqs=config.max_num_seqs,
-                max_model_len=config.context_len,
-                max_loras=config.max_loras,
-                eos_token_ids=eos_token_ids,
-                enforce_eager=config.enforce_eager,
-            )
+            num_blocks = num_blocks or fitting_blocks(model, config)
+            kv = KVCache(model.config, num_blocks, config.block_size, dtype=model.dtype, device=model.device)
+            runner = Runner(model, kv, config, eos_token_ids=eos_token_ids)
         elif num_blocks is None:
             raise ValueError("num_blocks must be given with a runner")
         self.runner = runner
@@ -120,18 +105,6 @@ class Engine:
         self._in_flight: deque[tuple[Plan, Callable[[], StepResult]]] = deque()
         self._num_requests = self._num_steps = self._num_prompt_tokens = 0
         self._death: str | None = None
-
-    def _fitting_blocks(self, model: Transformer, most: int) -> int:
-        config = self.config
-        return fitting_blocks(
-            model,
-            block_size=config.block_size,
-            gpu_memory_utilization=config.gpu_memory_utilization,
-            max_num_batched_tokens=config.token_budget,
-            max_num_seqs=config.max_num_seqs,
-            has_graphs=not config.enforce_eager,
-            most=most,
-        )
 
     @property
     def vocab_size(self) -> int:

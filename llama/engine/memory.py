@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from llama.api.params import MAX_LOGPROBS
+from llama.engine.config import EngineConfig
 from llama.kernels import ops
 from llama.kernels.types import LOGPROBS_PROCESSED, Ragged, SamplerRows, SamplerState
 from llama.model.batch import Batch
@@ -76,16 +77,18 @@ def _rows_with_everything(count: int, vocab_size: int, device: torch.device, dty
 
 
 @torch.inference_mode()
-def worst_step(model: Transformer, *, num_tokens: int, num_samples: int, block_size: int, is_decode: bool) -> None:
-    """A step as large as any: one prompt of num_tokens, or num_samples decodes, and every row sampled by every rule.
+def worst_step(model: Transformer, config: EngineConfig, *, is_decode: bool) -> None:
+    """A step as large as any: one prompt of the whole budget, or max_num_seqs decodes, and every row sampled by every
+    rule.
 
     How much memory attention takes depends on the number of tokens and not on what they see: all K and V are those of
     a single block, which nothing is stored to.
     """
+    num_samples, block_size = config.max_num_seqs, config.block_size
     device, vocab_size = model.device, model.config.vocab_size
     kv = KVCache(model.config, 1, block_size, dtype=model.dtype, device=device)
     kv.data.zero_()
-    seqs, tokens = (num_samples, num_samples) if is_decode else (1, num_tokens)
+    seqs, tokens = (num_samples, num_samples) if is_decode else (1, config.token_budget)
     query_len = tokens // seqs
     ragged = Ragged(
         block_tables=torch.zeros(seqs, -(-query_len // block_size), dtype=torch.int32, device=device),
@@ -121,53 +124,36 @@ def peak_cuda_bytes(device: torch.device, run: Callable[[], None]) -> int:
     return peak
 
 
-def bytes_of_steps(
-    model: Transformer, *, max_num_batched_tokens: int, max_num_seqs: int, block_size: int, has_graphs: bool
-) -> int:
+def bytes_of_steps(model: Transformer, config: EngineConfig) -> int:
     """Memory that steps take on a CUDA device. The graphs of decodes keep theirs to themselves."""
     started = time.monotonic()
-    sizes = {"num_tokens": max_num_batched_tokens, "num_samples": max_num_seqs, "block_size": block_size}
     with torch.cuda.device(model.device):
-        total = peak_cuda_bytes(model.device, lambda: worst_step(model, is_decode=False, **sizes))
-        if has_graphs:
-            total += peak_cuda_bytes(model.device, lambda: worst_step(model, is_decode=True, **sizes))
-            total += max_num_seqs * model.config.vocab_size * model.dtype.itemsize  # logits between model and sampler
+        total = peak_cuda_bytes(model.device, lambda: worst_step(model, config, is_decode=False))
+        if not config.enforce_eager:
+            total += peak_cuda_bytes(model.device, lambda: worst_step(model, config, is_decode=True))
+            logits = config.max_num_seqs * model.config.vocab_size  # between model and sampler
+            total += logits * model.dtype.itemsize
     logger.info("memory profile: steps take up to %.2f GiB (%.2f s)", total / 2**30, time.monotonic() - started)
     return total
 
 
-def fitting_blocks(
-    model: Transformer,
-    *,
-    block_size: int,
-    gpu_memory_utilization: float,
-    max_num_batched_tokens: int,
-    max_num_seqs: int,
-    has_graphs: bool,
-    most: int,
-) -> int:
-    """Blocks that fit, `most` at most: more than all sequences together can fill are of no use. MemoryError if none."""
+def fitting_blocks(model: Transformer, config: EngineConfig) -> int:
+    """Blocks that fit, but no more than all sequences together can fill. MemoryError if none does."""
     if model.device.type == "cuda":
         # Measured first: kernels and libraries that it loads take memory too, and are then among what is not free.
-        steps = bytes_of_steps(
-            model,
-            max_num_batched_tokens=max_num_batched_tokens,
-            max_num_seqs=max_num_seqs,
-            block_size=block_size,
-            has_graphs=has_graphs,
-        )
-        free = free_cuda_bytes(model.device, gpu_memory_utilization) - steps
-        share = f"{gpu_memory_utilization:.0%} of the device"
+        steps = bytes_of_steps(model, config)
+        free = free_cuda_bytes(model.device, config.gpu_memory_utilization) - steps
+        share = f"{config.gpu_memory_utilization:.0%} of the device"
     else:
         free, share = int(free_cpu_bytes() * CPU_FRACTION), f"{CPU_FRACTION:.0%} of the free memory"
-    per_block = KVCache.bytes_per_block(model.config, block_size, model.dtype)
-    blocks = min(free // per_block, most)
+    per_block = KVCache.bytes_per_block(model.config, config.block_size, model.dtype)
+    blocks = min(free // per_block, config.max_num_seqs * config.blocks_per_sequence)
     if blocks < 1:
         raise MemoryError(f"one KV block takes {per_block} bytes, but only {max(0, free)} are free ({share})")
     logger.info(
         "KV cache: %d blocks of %d tokens, %.2f GiB (%s would hold %d)",
         blocks,
-        block_size,
+        config.block_size,
         blocks * per_block / 2**30,
         share,
         free // per_block,

@@ -48,12 +48,16 @@ class Plan:
     table_updates: Ints  # [3, updates] row, column, block: what is new in the block tables
     copies: Ints  # [copies, 2] source and target block, copied when the step's K/V are stored
     joins: tuple[Join, ...] = ()
-    adapters: tuple[Adapter, ...] = ()  # those that some sequence uses; each is to lie in its slot
-    adapter_slots: Ints | None = None  # [seqs], None if no sequence has an adapter
+    adapters: tuple[Adapter, ...] = ()  # those that some sequence uses; each is to be loaded at its index
+    adapter_indices: Ints | None = None  # [seqs], None if no sequence has an adapter
     masks: Ints | None = None  # [samples, words] grammar bit masks, None if no sample has one
     prompt_sources: Ints | None = None  # [scored] tokens whose successor in the prompt is to be scored
     prompt_targets: Ints | None = None  # [scored] those successors
     num_prompt_logprobs: int = -1  # the most top entries that any of them wants
+
+    @property
+    def only_decodes(self) -> bool:
+        return self.num_decodes == len(self.rows)
 
     @property
     def num_tokens(self) -> int:

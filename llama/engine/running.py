@@ -28,7 +28,7 @@ class Running:
         self.known = np.zeros(num_rows, np.int32)  # tokens known when the sequence came; it decodes from there on
         self.capacity = np.zeros(num_rows, np.int32)  # tokens that its blocks hold
         self.last = np.zeros(num_rows, np.int32)  # position of the last token that the sequence may have
-        self.adapter_slots = np.zeros(num_rows, np.int32)
+        self.adapter_indices = np.zeros(num_rows, np.int32)
         self.watched: NDArray[np.bool_] = np.zeros(num_rows, np.bool_)  # it has stop ids or a matcher
         self.masked_step = np.full(num_rows, -1, np.int64)  # the last step that drew from its matcher's mask
         self.table = np.zeros((num_rows, config.blocks_per_sequence), np.int32)
@@ -50,11 +50,11 @@ class Running:
         self.known[row] = sequence.num_tokens
         self.capacity[row] = 0
         self.last[row] = sequence.limit - 1
-        self.adapter_slots[row] = sequence.adapter.slot
+        self.adapter_indices[row] = sequence.adapter.index
         self.watched[row] = bool(sequence.params.stop_token_ids) or sequence.matcher is not None
         self.masked_step[row] = -1
-        self.num_adapters += sequence.adapter.slot > 0
-        if sequence.adapter.slot:
+        self.num_adapters += sequence.adapter.index > 0
+        if sequence.adapter.index:
             sequence.adapter.num_users += 1
         self.num_watched += bool(self.watched[row])
         self._paths[row] = path
@@ -70,8 +70,8 @@ class Running:
         """Take back row and blocks."""
         row = sequence.row
         self.pool.free(self.blocks(row))
-        self.num_adapters -= sequence.adapter.slot > 0
-        if sequence.adapter.slot:
+        self.num_adapters -= sequence.adapter.index > 0
+        if sequence.adapter.index:
             sequence.adapter.num_users -= 1
         self.num_watched -= bool(self.watched[row])
         self.num_departures += 1
@@ -200,5 +200,5 @@ class Running:
             assert not sequence.finished and self.computed[row] <= self.capacity[row]
             is_decoding = self.computed[row] >= self.known[row]
             assert (sequence in self.decoding) == is_decoding, f"row {row} is in the wrong phase"
-        assert self.num_adapters == sum(sequence.adapter.slot > 0 for sequence in sequences)
+        assert self.num_adapters == sum(sequence.adapter.index > 0 for sequence in sequences)
         self.pool.check(self.blocks(row) for row in rows)

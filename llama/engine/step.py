@@ -76,7 +76,7 @@ class Step:
                 num_scored = max(chunk.sequence.params.prompt_logprobs or 0 for chunk in scored)
         in_use: tuple[Adapter, ...] = ()
         if running.num_adapters:
-            arrays["adapter_slots"] = running.adapter_slots[arrays["rows"]]
+            arrays["adapter_indices"] = running.adapter_indices[arrays["rows"]]
             in_use = adapters.running()
         if running.num_watched and (masks := self._masks(mask_words)) is not None:
             arrays["masks"] = masks

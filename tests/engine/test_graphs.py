@@ -59,8 +59,7 @@ def graph_engine(case: Case, stand: Stand, model_=None, **options) -> Engine:
         **options,
     )
     kv = KVCache(model_.config, config.num_blocks, config.block_size, dtype=model_.dtype, device="cpu")
-    sizes = {"max_num_seqs": config.max_num_seqs, "max_model_len": 256, "max_loras": config.max_loras}
-    runner = Runner(model_, kv, eos_token_ids=frozenset({EOS}), record=stand, **sizes)
+    runner = Runner(model_, kv, config, eos_token_ids=frozenset({EOS}), record=stand)
     runner.lag = case.lag
     return Engine(model_, config, eos_token_ids={EOS}, runner=runner)
 
@@ -209,10 +208,10 @@ def test_the_largest_step_can_be_recorded_first_and_leaves_no_trace():
     case, stand = Case(lag=1), Stand()
     engine = graph_engine(case, stand)
     engine.runner.kv.data.zero_()
-    last_tokens = engine.runner._last_tokens.clone()
+    last_tokens = engine.runner._rows.last_tokens.clone()
     engine.runner._decodes.prepare()
     assert {(key[0], key[1]) for key in keys(engine)} == {("model", 16), ("sampler", 16)}
-    assert not engine.runner.kv.data.any() and torch.equal(engine.runner._last_tokens[:-1], last_tokens[:-1])
+    assert not engine.runner.kv.data.any() and torch.equal(engine.runner._rows.last_tokens[:-1], last_tokens[:-1])
     assert_as_the_oracle(engine, case, ASKS)
 
 
@@ -312,4 +311,5 @@ def test_a_tensor_sees_nothing_of_what_becomes_of_its_array():
 @pytest.mark.parametrize("is_decode", [False, True])
 @pytest.mark.parametrize("num_samples", [1, 5])
 def test_the_worst_step_runs(is_decode, num_samples):
-    worst_step(tiny_model(), num_tokens=33, num_samples=num_samples, block_size=4, is_decode=is_decode)
+    config = EngineConfig(max_num_batched_tokens=33, max_num_seqs=num_samples, block_size=4)
+    worst_step(tiny_model(), config, is_decode=is_decode)

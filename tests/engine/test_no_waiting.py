@@ -10,15 +10,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from triton.runtime.jit import JITFunction
 
+from llama.engine.config import EngineConfig
 from llama.engine.decodes import GraphedDecodes
 from llama.engine.memory import worst_step
-from llama.engine.sampler import Flags, SamplerTable
+from llama.engine.rows import DeviceRows
+from llama.engine.sampler import Flags
 from llama.kernels import ops
 from llama.kernels.types import SamplerState
 from llama.llm.loras import read_lora
 from llama.model.config import ModelConfig
 from llama.model.kv_cache import KVCache
-from llama.model.lora import LoadedAdapters
 from llama.model.transformer import Transformer
 from tests.engine.test_graphs import Stand, graph_engine, save_adapters
 from tests.model.models import tiny_config, tiny_model
@@ -49,27 +50,17 @@ def launched(monkeypatch):
     return names
 
 
-def graphed(config: ModelConfig, dtype: torch.dtype) -> tuple[GraphedDecodes, LoadedAdapters, SamplerTable]:
-    rows, blocks = 16, 40
+def graphed(config: ModelConfig, dtype: torch.dtype) -> tuple[GraphedDecodes, DeviceRows]:
     model = Transformer(config, device="meta", dtype=dtype)
-    adapters = LoadedAdapters(model, 2)
-    sampler = SamplerTable(rows, config.vocab_size, (), device="cpu", dtype=dtype)
-    sampler.state = SamplerState(rows, config.vocab_size, "meta")
-    made = GraphedDecodes(
-        model,
-        KVCache(config, blocks, 16, dtype=dtype, device="meta"),
-        adapters=adapters,
-        sampler=sampler,
-        table=torch.zeros(rows + 1, 8, dtype=torch.int32, device="meta"),
-        last_tokens=torch.zeros(rows + 1, dtype=torch.int64, device="meta"),
-        record=Stand(),
-    )
-    return made, adapters, sampler
+    rows = DeviceRows(model, EngineConfig(max_num_seqs=16, max_model_len=128, max_loras=2), frozenset())
+    rows.sampler.state = SamplerState(16, config.vocab_size, "meta")
+    kv = KVCache(config, 40, 16, dtype=dtype, device="meta")
+    return GraphedDecodes(model, kv, rows, Stand()), rows
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 def test_a_models_step(launched, dtype):
-    made, _, _ = graphed(ModelConfig.preset("llama-3.2-1b"), dtype)
+    made, _ = graphed(ModelConfig.preset("llama-3.2-1b"), dtype)
     with torch.inference_mode(), OnDeviceAlone() as seen:
         made._compute(10, False)
     layers = 16
@@ -79,10 +70,10 @@ def test_a_models_step(launched, dtype):
 
 
 def test_a_step_with_adapters(launched, tmp_path):
-    made, adapters, _ = graphed(tiny_config(), torch.bfloat16)
+    made, rows = graphed(tiny_config(), torch.bfloat16)
     folder = save_adapters(tmp_path)
     adapter = read_lora(graph_engine(Case(), Stand(), max_loras=1), tiny_model(), "large", folder / "large")
-    adapters.put(1, adapter.content)
+    rows.adapters.put(1, adapter.content)
     with torch.inference_mode(), OnDeviceAlone():
         made._compute(3, True)
     assert len([name for name in launched if "shrink" in name]) == 4  # two layers, two modules each
@@ -101,7 +92,7 @@ def test_a_step_with_adapters(launched, tmp_path):
     ids=str,
 )
 def test_a_samplers_step(launched, flags):
-    made, _, _ = graphed(tiny_config(), torch.bfloat16)
+    made, _ = graphed(tiny_config(), torch.bfloat16)
     with torch.inference_mode(), OnDeviceAlone():
         draws = made._draw(5, flags)
     assert {"scan_kernel", "finish_kernel"} <= set(launched)
@@ -116,6 +107,6 @@ def test_the_worst_step(launched, is_decode):
     """It must need nothing of the host either: kernels take their parts of it as they do in a real step."""
     model = Transformer(ModelConfig.preset("llama-3.1-8b"), device="meta", dtype=torch.bfloat16)
     with OnDeviceAlone():
-        worst_step(model, num_tokens=8192, num_samples=256, block_size=16, is_decode=is_decode)
+        worst_step(model, EngineConfig(max_num_batched_tokens=8192), is_decode=is_decode)
     assert ("_decode_kernel" in launched) == is_decode and ("_prefill_kernel" in launched) != is_decode
     assert {"choose_kernel", "count_kernel", "logprob_merge_kernel"} <= set(launched)

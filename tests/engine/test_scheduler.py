@@ -310,7 +310,7 @@ def test_the_last_possible_token_is_known_beforehand_and_wastes_nothing():
     assert [plan is None for plan in plans] == [False, False, False, True]
 
 
-def test_adapters_do_not_share_and_tell_their_slot():
+def test_adapters_do_not_share_and_tell_their_index():
     driver = Driver(num_blocks=32)
     ours = Adapter("ours", b"its weights")
     for arrival, adapter in enumerate((NO_ADAPTER, ours, ours)):
@@ -319,7 +319,7 @@ def test_adapters_do_not_share_and_tell_their_slot():
         driver.scheduler.add(sequences)
     plan = driver.scheduler.schedule()
     assert told(plan) == [(0, 8, 8), (1, 8, 8), (2, 4, 8)]
-    assert plan.adapter_slots.tolist() == [0, 1, 1] and plan.adapters == (ours,)
+    assert plan.adapter_indices.tolist() == [0, 1, 1] and plan.adapters == (ours,)
 
 
 class EvenOrOdd:

@@ -52,9 +52,7 @@ def engine(model: Transformer, case: Case | None = None, *, record: Callable | N
         made = Engine(model, config, eos_token_ids={EOS})
     else:
         kv = KVCache(model.config, config.num_blocks, config.block_size, dtype=model.dtype, device=model.device)
-        names = ("max_num_seqs", "max_model_len", "max_loras")
-        kept = {name: getattr(config, name) for name in names}
-        runner = Runner(model, kv, eos_token_ids=frozenset({EOS}), record=record, **kept)
+        runner = Runner(model, kv, config, eos_token_ids=frozenset({EOS}), record=record)
         made = Engine(model, config, eos_token_ids={EOS}, runner=runner)
     made.runner.lag = case.lag
     return made

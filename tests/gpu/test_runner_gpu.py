@@ -8,6 +8,7 @@ import torch
 
 from llama import SamplingParams
 from llama.engine import decodes, memory
+from llama.engine.config import EngineConfig
 from llama.llm.loras import read_lora
 from tests.engine import fakes
 from tests.engine.test_graphs import save_adapters
@@ -195,9 +196,6 @@ def test_no_memory_for_a_graph_costs_no_token(monkeypatch, caplog):
 
 @pytest.mark.parametrize("is_decode", [False, True])
 def test_the_worst_step_is_measured(is_decode):
-    model = small()
-    peak = memory.peak_cuda_bytes(
-        model.device,
-        lambda: memory.worst_step(model, num_tokens=4096, num_samples=64, block_size=16, is_decode=is_decode),
-    )
+    model, config = small(), EngineConfig(max_num_batched_tokens=4096, max_num_seqs=64)
+    peak = memory.peak_cuda_bytes(model.device, lambda: memory.worst_step(model, config, is_decode=is_decode))
     assert peak > 64 * 4003 * 8  # the filters' scratch alone
