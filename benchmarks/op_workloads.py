@@ -241,7 +241,7 @@ def _rows(setting: Setting, count: int, vocab: int, kind: str) -> tuple[SamplerR
         state.counts[:, ::97] = 1
         state.prompt_mask[:, ::5] = 0x01010101
     rows = SamplerRows(
-        slots=torch.arange(count, **integers) if everything else torch.full((count,), -1, **integers),
+        penalty_rows=torch.arange(count, **integers) if everything else torch.full((count,), -1, **integers),
         keys=torch.randint(-(2**31), 2**31 - 1, (count, 2), **integers),
         temperature=torch.full((count,), 0.0 if kind == "greedy" else 0.7, device=setting.device),
         top_p=torch.full((count,), 0.9 if kind in ("everything", "top_p") else 1.0, device=setting.device),

@@ -1,5 +1,5 @@
-"""The ops that the model is made of. Each checks its tensors and then takes the Triton kernel (CUDA tensors, or every
-tensor under TRITON_INTERPRET=1) or its plain PyTorch twin in `llama.kernels.cpu`. Triton is imported on first use.
+"""The ops that the model is made of. Each checks its tensors, then calls the function of its name in kernels/gpu or
+kernels/cpu: Triton for CUDA tensors (for all under TRITON_INTERPRET=1), else PyTorch. Triton is imported on first use.
 
 Nothing here knows a model, a request or a configuration: tensors, integers and floats only.
 """
@@ -154,13 +154,13 @@ def lora_expand(h: Tensor, y: Tensor, b: Tensor, adapters: TokenAdapters, slice_
 
 
 def sample(logits: Tensor, rows: SamplerRows, state: SamplerState | None = None) -> Sampled:
-    """Draw one token per row of logits [rows, vocab]; count it in `state` where the row has a slot.
+    """Draw one token per row of logits [rows, vocab]; count it in `state` where the row has a penalty.
 
     The order of the rules and their formulas are told in `llama.kernels.cpu.sampling`. `state` may be None where no row
     has a penalty. A row with a NaN or without one finite logit is marked bad.
     """
     if logits.dim() != 2 or logits.shape[0] != len(rows):
-        raise _refuse("sample", logits=logits, slots=rows.slots)
+        raise _refuse("sample", logits=logits, penalty_rows=rows.penalty_rows)
     if _on_triton(logits):
         from llama.kernels.gpu import sampling
     else:

@@ -100,7 +100,7 @@ class SamplerRows:
     flag may be set without need, never missing where it is needed.
     """
 
-    slots: torch.Tensor  # [rows] int32, penalty state of the row; -1 = the row has no penalty (and is not counted)
+    penalty_rows: torch.Tensor  # [rows] int32, row of SamplerState; -1 = no penalty (and tokens are not counted)
     keys: torch.Tensor  # [rows, 2] int32, bit patterns of the two noise key words mixed from (seed, position)
     temperature: torch.Tensor  # [rows] 0 = greedy
     top_p: torch.Tensor  # [rows] 1 = off
@@ -122,13 +122,13 @@ class SamplerRows:
     )
 
     num_logprobs: int = -1  # the most top entries that a row wants beside its own token; -1 = no row wants logprobs
-    any_penalty: bool = False  # some slot is >= 0
+    any_penalty: bool = False  # some penalty row is >= 0
     any_filter: bool = False  # some sampled row has top_k, top_p or min_p on
     all_greedy: bool = False  # every temperature is 0
     any_processed: bool = False  # some row is LOGPROBS_PROCESSED
 
     def __len__(self) -> int:
-        return self.slots.shape[0]
+        return self.penalty_rows.shape[0]
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,37 +151,28 @@ class Sampled:
 
 
 class SamplerState:
-    """Which tokens each slot's prompt holds and how often each token has been generated in it.
+    """Which tokens each row's prompt holds and how often each token has been generated in it.
 
-    4 bytes per token of the vocabulary and slot (and a bit), so it is made when the first request with a penalty comes.
-    Slots are independent; their owner resets a slot before a new sequence uses it.
+    A row is one sequence's; it takes 4 bytes per token of the vocabulary (and a bit), so the state is made when the
+    first request with a penalty comes. Rows are independent; their owner sets a row before a new sequence uses it.
     """
 
-    def __init__(self, num_slots: int, vocab_size: int, device: torch.device | str = "cpu") -> None:
-        self.prompt_mask = torch.zeros(num_slots, -(-vocab_size // 32), dtype=torch.int32, device=device)
-        self.counts = torch.zeros(num_slots, vocab_size, dtype=torch.int32, device=device)
+    def __init__(self, num_rows: int, vocab_size: int, device: torch.device | str = "cpu") -> None:
+        self.prompt_mask = torch.zeros(num_rows, -(-vocab_size // 32), dtype=torch.int32, device=device)
+        self.counts = torch.zeros(num_rows, vocab_size, dtype=torch.int32, device=device)
 
-    def reset(self, slot: int, prompt_token_ids: Sequence[int] | torch.Tensor) -> None:
-        """Starts a sequence in `slot`: its prompt seen, nothing generated."""
+    def set_row(
+        self, row: int, prompt_token_ids: Sequence[int] | torch.Tensor, output_token_ids: Sequence[int] | torch.Tensor
+    ) -> None:
+        """Give `row` to a sequence with this prompt that has generated these tokens so far."""
         # Each token once, so that adding its bit is setting it; told apart before they are sent, as nobody waits then.
         ids = self._ids(torch.as_tensor(prompt_token_ids, dtype=torch.int64).unique())
         bits = (1 << (ids % 32)).to(torch.int32)
-        self.prompt_mask[slot] = 0
-        self.prompt_mask[slot].index_add_(0, ids // 32, bits)
-        self.counts[slot] = 0
-
-    def fork(self, source: int, target: int) -> None:
-        """Makes `target` a copy of `source`."""
-        self.prompt_mask[target] = self.prompt_mask[source]
-        self.counts[target] = self.counts[source]
-
-    def rebuild(
-        self, slot: int, prompt_token_ids: Sequence[int] | torch.Tensor, output_token_ids: Sequence[int] | torch.Tensor
-    ) -> None:
-        """Puts back what a sequence had in its slot before it lost it: its prompt, and the tokens generated so far."""
-        self.reset(slot, prompt_token_ids)
+        self.prompt_mask[row] = 0
+        self.prompt_mask[row].index_add_(0, ids // 32, bits)
         ids = self._ids(output_token_ids)
-        self.counts[slot].index_add_(0, ids, torch.ones_like(ids, dtype=torch.int32))
+        self.counts[row] = 0
+        self.counts[row].index_add_(0, ids, torch.ones_like(ids, dtype=torch.int32))
 
     def _ids(self, token_ids: Sequence[int] | torch.Tensor) -> torch.Tensor:
         return torch.as_tensor(token_ids, dtype=torch.int64).to(self.counts.device, non_blocking=True)

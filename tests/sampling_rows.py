@@ -15,7 +15,7 @@ DEFAULTS = {
     "repetition_penalty": 1.0,
     "frequency_penalty": 0.0,
     "presence_penalty": 0.0,
-    "slot": -1,
+    "penalty_row": -1,
     "bias": {},
     "allowed": None,  # token ids, None = all
     "logprobs": None,  # a mode
@@ -51,13 +51,13 @@ def make_rows(params: list[dict], vocab: int, *, num_logprobs: int = -1, seed: i
             "bias_values": torch.tensor([v for bias in biases for v in bias.values()], device=device).float(),
         }
     return SamplerRows(
-        slots=column("slot", torch.int32),
+        penalty_rows=column("penalty_row", torch.int32),
         keys=keys.to(device),
         top_k=column("top_k", torch.int32),
         logprobs_modes=modes,
         mask=mask,
         num_logprobs=num_logprobs,
-        any_penalty=any(param["slot"] >= 0 for param in params),
+        any_penalty=any(param["penalty_row"] >= 0 for param in params),
         any_filter=any(param["top_k"] or param["top_p"] < 1 or param["min_p"] for param in sampled),
         all_greedy=not sampled,
         any_processed=any(param["logprobs"] == "processed" for param in params),
@@ -73,11 +73,11 @@ def allowed_words(ids, vocab: int) -> torch.Tensor:
     return (bits.view(-1, 32) << torch.arange(32)).sum(1).to(torch.int32)
 
 
-def make_state(vocab: int, slots: list[tuple[list[int], list[int]]], device="cpu") -> SamplerState:
-    """A state with one slot per (prompt ids, generated ids)."""
-    state = SamplerState(len(slots), vocab, device)
-    for slot, (prompt, generated) in enumerate(slots):
-        state.rebuild(slot, prompt, generated)
+def make_state(vocab: int, texts: list[tuple[list[int], list[int]]], device="cpu") -> SamplerState:
+    """A state with one row per (prompt ids, generated ids)."""
+    state = SamplerState(len(texts), vocab, device)
+    for row, (prompt, generated) in enumerate(texts):
+        state.set_row(row, prompt, generated)
     return state
 
 

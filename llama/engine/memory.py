@@ -58,7 +58,7 @@ def _rows_with_everything(count: int, vocab_size: int, device: torch.device, dty
         return torch.full((count,), value, dtype=dtype, device=device)
 
     return SamplerRows(
-        slots=torch.arange(count, dtype=torch.int32, device=device),
+        penalty_rows=torch.arange(count, dtype=torch.int32, device=device),
         keys=torch.zeros(count, 2, dtype=torch.int32, device=device),
         temperature=full(1.0),
         top_p=full(0.9),

@@ -92,7 +92,7 @@ _PADDING = {
     "repetition_penalty": 1,
     "frequency_penalty": 0,
     "presence_penalty": 0,
-    "slots": -1,
+    "penalty_rows": -1,
     "top_k": 0,
     "logprobs_modes": LOGPROBS_OFF,
 }
@@ -120,7 +120,7 @@ class SamplerTable:
         self._float = np.float64 if dtype == torch.float64 else np.float32
         names = ("temperature", "top_p", "min_p", "repetition_penalty", "frequency_penalty", "presence_penalty")
         floats = [(name, self._float) for name in names]
-        integers = [("slots", np.int32), ("top_k", np.int32), ("logprobs_modes", np.int8)]
+        integers = [("penalty_rows", np.int32), ("top_k", np.int32), ("logprobs_modes", np.int8)]
         self._entries = np.zeros(max_num_seqs, [*floats, *integers])
         self._num_logprobs = np.full(max_num_seqs, -1)
         self._seeds = np.zeros(max_num_seqs, np.uint64)
@@ -157,7 +157,7 @@ class SamplerTable:
         entry["top_k"] = params.top_k if sampled and params.top_k < self.vocab_size else 0
         entry["repetition_penalty"] = min(max(params.repetition_penalty, _SMALLEST), _LARGEST)
         entry["frequency_penalty"], entry["presence_penalty"] = params.frequency_penalty, params.presence_penalty
-        entry["slots"] = row if penalised else -1
+        entry["penalty_rows"] = row if penalised else -1
         entry["logprobs_modes"] = LOGPROBS_OFF if params.logprobs is None else _MODES[params.logprobs_mode]
         self._num_logprobs[row] = -1 if params.logprobs is None else params.logprobs
         self._seeds[row] = seed
@@ -171,7 +171,7 @@ class SamplerTable:
             if self.state is None:
                 self.state = SamplerState(len(self._entries), self.vocab_size, self._device)
             prompt, output = (torch.from_numpy(np.array(ids, np.int64)) for ids in (prompt_token_ids, output_token_ids))
-            self.state.rebuild(row, prompt, output)
+            self.state.set_row(row, prompt, output)
         self._chosen_ids = None
 
     def rows(
@@ -231,7 +231,7 @@ class SamplerTable:
             entries = self._chosen_entries = self._entries[row_ids]
             self._flags = Flags(
                 num_logprobs=int(self._num_logprobs[row_ids].max(initial=-1)),
-                any_penalty=bool((entries["slots"] >= 0).any()),
+                any_penalty=bool((entries["penalty_rows"] >= 0).any()),
                 any_filter=bool(((entries["top_k"] > 0) | (entries["top_p"] < 1) | (entries["min_p"] > 0)).any()),
                 all_greedy=not entries["temperature"].any(),
                 any_processed=bool((entries["logprobs_modes"] == LOGPROBS_PROCESSED).any()),

@@ -1,5 +1,6 @@
 """Linear: a weight that knows its own matmul. No bias: Llama has none."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -8,14 +9,14 @@ from torch import Tensor, nn
 
 from llama.model.adapters import StepAdapters
 from llama.model.module import Module
-from llama.model.weights.packed import PackedWeight, pack
+from llama.model.weights.form import WeightForm
+from llama.model.weights.packed import pack
 
 
 class Linear(Module):
     """y = x W^T with W [out_features, in_features].
 
-    W is the parameter `weight`, or lies in a form that only its matmul reads (`prepare`); then `weight` is None and
-    `dense_weight()` gives it back, bit for bit.
+    W is the parameter `weight`, or lies in another `form`; then `weight` is None.
     """
 
     def __init__(self, in_features: int, out_features: int, *, device: torch.device | str, dtype: torch.dtype) -> None:
@@ -24,28 +25,28 @@ class Linear(Module):
         self.out_features = out_features
         weight = torch.empty(out_features, in_features, device=device, dtype=dtype)
         self.weight: nn.Parameter | None = nn.Parameter(weight, requires_grad=False)
-        self.packed: PackedWeight | None = None
+        self.form: WeightForm | None = None
 
     def forward(self, x: Tensor, adapters: StepAdapters | None = None) -> Tensor:
         """x [tokens, in_features] -> [tokens, out_features]; `adapters` says which tokens use an adapter."""
-        y = F.linear(x, self.weight) if self.packed is None else self.packed(x)
+        y = F.linear(x, self.weight) if self.form is None else self.form(x)
         return y if adapters is None else adapters.add(self, x, y)
 
     def prepare(self) -> None:
         """Take the form that is fastest on this machine, if there is a faster one."""
-        if self.packed is None:
-            self.packed = pack(self.weight)
-            if self.packed is not None:
+        if self.form is None:
+            self.form = pack(self.weight)
+            if self.form is not None:
                 self.weight = None
 
     def dense_weight(self) -> Tensor:
-        """[out_features, in_features] in the model's dtype; a copy where the weight is packed."""
-        return self.weight if self.packed is None else self.packed.dense()
+        """[out_features, in_features] in the model's dtype, bit for bit; a copy where W lies in another form."""
+        return self.weight if self.form is None else self.form.dense()
 
-    def _apply(self, fn, recurse: bool = True) -> "Linear":
-        if self.packed is not None:  # a packed weight neither moves nor casts
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Linear":
+        if self.form is not None:  # a packed weight neither moves nor casts
             self.weight = nn.Parameter(self.dense_weight(), requires_grad=False)
-            self.packed = None
+            self.form = None
         return super()._apply(fn, recurse)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:

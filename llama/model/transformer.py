@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from llama.kernels import ops
 from llama.kernels.types import CosSin, KVLayer, Ragged
-from llama.model import checkpoint
 from llama.model.adapters import Stacks, StepAdapters
 from llama.model.batch import Batch
+from llama.model.checkpoint import Checkpoint, save_pretrained
 from llama.model.config import ModelConfig
 from llama.model.kv_cache import KVCache
 from llama.model.linear import Linear
@@ -158,12 +158,16 @@ class Transformer(Module):
         dtype: torch.dtype | str = "auto",
         check_weights: bool = False,
     ) -> "Transformer":
-        """Load a Hugging Face folder, strictly; `dtype` "auto" is the checkpoint's. See checkpoint/load.py."""
-        return checkpoint.from_pretrained(cls, path, device=device, dtype=dtype, check_weights=check_weights)
+        """Load a Hugging Face folder, strictly; `dtype` "auto" is the checkpoint's, `check_weights` refuses NaN and
+        infinities. Raises ConfigError or CheckpointError."""
+        checkpoint = Checkpoint(path)
+        model = cls(checkpoint.config, device=device, dtype=checkpoint.resolve(dtype), seed=None)
+        checkpoint.load(model, check_weights=check_weights)
+        return model
 
     def save_pretrained(self, path: str | Path) -> None:
         """Write a folder that this and transformers load: all of it or nothing. `path` must be new or empty."""
-        checkpoint.save_pretrained(self, path)
+        save_pretrained(self, self.config, path)
 
     @property
     def device(self) -> torch.device:
@@ -236,11 +240,11 @@ class Transformer(Module):
         Each weight is kept once, in its packed form (a head tied to the embedding is a second copy). Idempotent; moving
         or casting the model undoes it.
         """
-        linears = [module for module in self.modules() if isinstance(module, Linear) and module.packed is None]
+        linears = [module for module in self.modules() if isinstance(module, Linear) and module.form is None]
         # Packing runs on one core per weight.
         with ThreadPoolExecutor(torch.get_num_threads()) as pool:
             list(pool.map(Linear.prepare, linears))
-        packed = sum(linear.in_features * linear.out_features for linear in linears if linear.packed is not None)
+        packed = sum(linear.in_features * linear.out_features for linear in linears if linear.form is not None)
         if packed * self.dtype.itemsize >= WORTH_MOVING:
             move_to_huge_pages(seconds=2.5)
 

@@ -73,7 +73,7 @@ def test_columns():
     assert rows.top_p.tolist() == [0.9, 1, 1, 1]  # greedy rows have no filters, nor is a top_k of all tokens one
     assert rows.top_k.tolist() == [7, 0, 0, 0] and rows.top_k.dtype == torch.int32
     assert rows.min_p.tolist() == [0.1, 0, 0, 0]
-    assert rows.slots.tolist() == [-1, -1, 2, -1]
+    assert rows.penalty_rows.tolist() == [-1, -1, 2, -1]
     assert rows.repetition_penalty.tolist() == [1, 1, 1.5, 1]
     assert rows.frequency_penalty.tolist() == [0, 0, 0.5, 0]
     assert rows.presence_penalty.tolist() == [0, 0, -0.5, 0]

@@ -1,4 +1,4 @@
-"""Engines on a GPU for tests: tiny models whose float64 twin on the CPU is the oracle, and larger ones in bfloat16."""
+"""Engines on a GPU for tests: tiny models whose float64 copy on the CPU is the oracle, and larger ones in bfloat16."""
 
 from collections.abc import Callable
 

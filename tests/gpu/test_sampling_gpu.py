@@ -1,4 +1,4 @@
-"""The sampler on a GPU: against its twin in float64, as a distribution, alone and in a crowd, within a CUDA graph."""
+"""The sampler on a GPU: against the CPU's in float64, as a distribution, alone and in a crowd, within a CUDA graph."""
 
 import dataclasses
 import math
@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from llama.kernels import ops
-from llama.kernels.cpu import sampling as twin
+from llama.kernels.cpu import sampling as cpu_sampling
 from llama.kernels.types import SamplerRows
 from tests.sampling_rows import gumbel, make_rows, make_state
 
@@ -35,7 +35,7 @@ PARAMS = [
     {"min_p": 0.01, "top_p": 0.8, "top_k": 1000},
     {"bias": {5: 30.0, 7: -float("inf")}, "top_p": 0.5},
     {"allowed": list(range(0, VOCAB, 7)), "top_k": 40},
-    {"slot": 0, "repetition_penalty": 1.2, "frequency_penalty": 0.5, "presence_penalty": 0.5, "top_p": 0.9},
+    {"penalty_row": 0, "repetition_penalty": 1.2, "frequency_penalty": 0.5, "presence_penalty": 0.5, "top_p": 0.9},
 ]
 SLOTS = [(list(range(0, 4000, 3)), list(range(0, 1000, 2)) * 2)]
 
@@ -46,7 +46,7 @@ def _logits(rows, vocab=None, *, scale=3.0, dtype=torch.float32, seed=0):
 
 
 def _on_cpu(rows: SamplerRows) -> SamplerRows:
-    """The same rows for the twin in float64."""
+    """The same rows for the CPU in float64."""
     moved = {}
     for field in dataclasses.fields(rows):
         value = getattr(rows, field.name)
@@ -58,21 +58,21 @@ def _on_cpu(rows: SamplerRows) -> SamplerRows:
 def _gap(logits, param, key, state, tokens):
     """By how much float64 tells the scores of two tokens of a row apart; infinite where one could not be drawn."""
     rows = make_rows([{**param, "key": key, "logprobs": "processed"}], len(logits), num_logprobs=len(logits))
-    logprobs = twin.sample(logits.cpu().double()[None], _on_cpu(rows), state).logprobs
+    logprobs = cpu_sampling.sample(logits.cpu().double()[None], _on_cpu(rows), state).logprobs
     x = dict(zip(logprobs.top_ids[0].tolist(), logprobs.top_logprobs[0].tolist(), strict=True))
     first, second = (x.get(token, -math.inf) + gumbel(token, key) for token in tokens)
     return abs(first - second)
 
 
 def _check(logits, params, *, seed=0):
-    """Tokens and counts equal the float64 twin's, but where float64 itself hardly tells two tokens apart."""
+    """Tokens and counts equal those of float64 on the CPU, but where float64 itself hardly tells two tokens apart."""
     vocab = logits.shape[1]
     rows = make_rows(params, vocab, seed=seed, device=DEVICE)
     slots = [tuple([token for token in ids if token < vocab] for ids in slot) for slot in SLOTS]
     state, oracle_state = make_state(vocab, slots, DEVICE), make_state(vocab, slots)
     before = make_state(vocab, slots)
     sampled = ops.sample(logits, rows, state)
-    expected = twin.sample(logits.cpu().double(), _on_cpu(rows), oracle_state)
+    expected = cpu_sampling.sample(logits.cpu().double(), _on_cpu(rows), oracle_state)
     assert sampled.is_bad.tolist() == expected.is_bad.tolist()
     pairs = list(zip(sampled.token_ids.tolist(), expected.token_ids.tolist(), strict=True))
     for row, pair in enumerate(pairs):
@@ -85,7 +85,7 @@ def _check(logits, params, *, seed=0):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("scale", [0.3, 3.0])
-def test_tokens_equal_the_twins(scale, dtype):
+def test_tokens_equal_the_cpus(scale, dtype):
     for seed in range(2):
         _check(_logits(len(PARAMS), scale=scale, dtype=dtype, seed=seed), PARAMS, seed=seed)
 
@@ -129,7 +129,7 @@ def test_draws_follow_the_distribution(param):
     vocab, draws = 500, 20_000
     logits = _logits(1, vocab, scale=2.0)
     rows = make_rows([{**param, "logprobs": "processed"}], vocab, num_logprobs=vocab)
-    top = twin.sample(logits.cpu().double(), _on_cpu(rows), None).logprobs
+    top = cpu_sampling.sample(logits.cpu().double(), _on_cpu(rows), None).logprobs
     probabilities = torch.zeros(vocab, dtype=torch.float64)
     kept = top.top_ids[0] >= 0
     probabilities[top.top_ids[0][kept]] = top.top_logprobs[0][kept].exp()
@@ -152,8 +152,9 @@ def test_draws_follow_the_distribution(param):
 
 
 def _answers(logits, params):
-    """Of rows that each have a slot of their own, where they have one."""
-    params = [{**p, "logprobs": "processed"} | ({"slot": row} if "slot" in p else {}) for row, p in enumerate(params)]
+    """Of rows that each have a penalty row of their own, where they have one."""
+    own = [{"penalty_row": row} if "penalty_row" in p else {} for row, p in enumerate(params)]
+    params = [{**p, "logprobs": "processed"} | row for p, row in zip(params, own, strict=True)]
     rows = make_rows(params, VOCAB, num_logprobs=5, device=DEVICE)
     logprobs = (sampled := ops.sample(logits, rows, make_state(VOCAB, SLOTS * len(params), DEVICE))).logprobs
     return sampled.token_ids, logprobs.logprob, logprobs.rank, logprobs.top_ids, logprobs.top_logprobs
@@ -183,7 +184,7 @@ def test_token_logprobs(dtype):
     logits = _logits(33, dtype=dtype)
     token_ids = torch.randint(0, VOCAB, (33,), generator=torch.Generator().manual_seed(0)).to(DEVICE)
     actual = ops.token_logprobs(logits, token_ids, 20)
-    expected = twin.token_logprobs(logits.cpu().double(), token_ids.cpu(), 20)
+    expected = cpu_sampling.token_logprobs(logits.cpu().double(), token_ids.cpu(), 20)
     assert torch.equal(actual.rank.cpu(), expected.rank)
     assert torch.equal(actual.top_ids.cpu(), expected.top_ids)
     # float32: 128,256 exponentials are summed, each right to about 1e-6.

@@ -1,4 +1,4 @@
-"""silu_mul against its twin, in the interpreter."""
+"""silu_mul against the CPU's, in the interpreter."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Generation with every op in Triton's interpreter gives the tokens of generation with every op's plain twin.
+"""Generation with every op in Triton's interpreter gives the tokens of generation with every op on the CPU.
 
 Both run in this process: which of the two an op takes is looked up at each call.
 """

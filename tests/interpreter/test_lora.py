@@ -1,4 +1,4 @@
-"""The LoRA kernels in the interpreter against their twin. Rows without an adapter, and whose neighbours they are, are
+"""The LoRA kernels in the interpreter against the CPU's. Rows without an adapter, and whose neighbours they are, are
 compared to the bit."""
 
 import pytest
@@ -9,7 +9,7 @@ from llama.kernels.cpu import lora as cpu_lora
 from llama.kernels.gpu import lora
 from llama.kernels.types import TokenAdapters
 
-# float32: the order of sums. float16: h and the result are rounded once, the twin's product once more.
+# float32: the order of sums. float16: h and the result are rounded once, the CPU's product once more.
 TOLERANCES = {torch.float32: 2e-5, torch.float16: 4e-3}
 ADAPTERS = 4
 QKV = (0, 40, 56, 72)
@@ -56,7 +56,7 @@ def check(indices, starts=QKV, **shape):
 
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
 @pytest.mark.parametrize("indices", [[1], [0], [0, 2, 2, 4, 0, 1, 2], [3] * 16 + [1], [4, 0, 3, 1] * 5], ids=str)
-def test_any_mix_equals_the_twin(indices, dtype):
+def test_any_mix_equals_the_cpus(indices, dtype):
     check(indices, dtype=dtype)
 
 
@@ -145,9 +145,9 @@ def test_embedding(rank):
     indices = torch.tensor([1, 4, 0, 2, 1], dtype=torch.int32)
     results = []
     adapters = TokenAdapters(indices)
-    for twin in (lora, cpu_lora):
+    for backend in (lora, cpu_lora):
         results.append(y.clone())
-        twin.lora_expand(twin.lora_embedding(token_ids, a, adapters), results[-1], b, adapters, (0, 20))
+        backend.lora_expand(backend.lora_embedding(token_ids, a, adapters), results[-1], b, adapters, (0, 20))
     torch.testing.assert_close(*results, rtol=2e-5, atol=2e-5)
     assert torch.equal(results[0][2], y[2])
 

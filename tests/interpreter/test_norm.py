@@ -1,4 +1,4 @@
-"""rms_norm and add_rms_norm against their twins, in the interpreter."""
+"""rms_norm and add_rms_norm against the CPU's, in the interpreter."""
 
 import pytest
 import torch

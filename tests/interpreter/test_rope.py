@@ -1,4 +1,4 @@
-"""rope_and_store in the interpreter against its twin: rotations may be fused there, copies are exact."""
+"""rope_and_store in the interpreter against the CPU's: rotations may be fused there, copies are exact."""
 
 import pytest
 import torch
@@ -38,14 +38,14 @@ def check(arguments):
     *inputs, kv_layer, ragged = arguments
     tensors = (*inputs[:3], *inputs[3], ragged.slots)
     before = [tensor.clone() for tensor in tensors]
-    twin_layer = cloned(kv_layer)
+    cpu_layer = cloned(kv_layer)
     out = rope.rope_and_store(*inputs, kv_layer, ragged)
-    expected = cpu_rope.rope_and_store(*inputs, twin_layer, ragged)
+    expected = cpu_rope.rope_and_store(*inputs, cpu_layer, ragged)
     assert out.is_contiguous()
     tolerance = TOLERANCES[out.dtype]
     torch.testing.assert_close(out, expected, rtol=tolerance, atol=tolerance)
-    torch.testing.assert_close(kv_layer.k, twin_layer.k, rtol=tolerance, atol=tolerance, equal_nan=True)
-    assert same(kv_layer.v, twin_layer.v)
+    torch.testing.assert_close(kv_layer.k, cpu_layer.k, rtol=tolerance, atol=tolerance, equal_nan=True)
+    assert same(kv_layer.v, cpu_layer.v)
     assert all(torch.equal(tensor, old) for tensor, old in zip(tensors, before, strict=True))
 
 
@@ -53,7 +53,7 @@ def check(arguments):
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "head_dim"), [(1, 1, 2), (3, 1, 16), (9, 3, 64), (5, 5, 80), (32, 8, 128), (6, 2, 256)]
 )
-def test_equals_the_twin(heads, kv_heads, head_dim, dtype):
+def test_equals_the_cpus(heads, kv_heads, head_dim, dtype):
     check(make(3, heads, kv_heads, head_dim, dtype=dtype))
 
 

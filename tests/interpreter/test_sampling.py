@@ -1,4 +1,4 @@
-"""The Triton sampler against its twin, in the interpreter: which token, which tokens could have been drawn, flags."""
+"""The Triton sampler against the CPU's, in the interpreter: which token, which tokens could have been drawn, flags."""
 
 import pytest
 import torch
@@ -6,8 +6,8 @@ import triton
 import triton.language as tl
 
 from llama.kernels import ops
-from llama.kernels.cpu import sampling as twin
-from llama.kernels.gpu.sampling import filters, plan, rules
+from llama.kernels.cpu import sampling as cpu_sampling
+from llama.kernels.gpu.sampling import few_groups, filters, noise, rules
 from llama.kernels.types import SamplerState
 from tests.naive_sampling import M32, lowbias32
 from tests.sampling_rows import make_rows, make_state
@@ -27,14 +27,14 @@ def _logits(rows, vocab, *, seed=0, scale=3.0, dtype=torch.float32):
 
 
 def _check(logits, params, *, state=None, seed=0, num_logprobs=0):
-    """Same tokens, flags and counts as the twin's. The token's processed log-probability tells what else was kept: it
+    """Same tokens, flags and counts as the CPU's. The token's processed log-probability tells what else was kept: it
     moves with the mass of the kept tokens."""
     params = [{**param, "logprobs": "processed"} for param in params]
     rows = make_rows(params, logits.shape[1], num_logprobs=num_logprobs, seed=seed)
     states = [None, None]
     if state is not None:
         states = [make_state(logits.shape[1], state) for _ in range(2)]
-    actual, expected = ops.sample(logits, rows, states[0]), twin.sample(logits, rows, states[1])
+    actual, expected = ops.sample(logits, rows, states[0]), cpu_sampling.sample(logits, rows, states[1])
     assert actual.is_bad.tolist() == expected.is_bad.tolist()
     assert actual.token_ids.tolist() == expected.token_ids.tolist()
     good = ~expected.is_bad
@@ -54,7 +54,7 @@ def _noise_kernel(out, low, high, N: tl.constexpr):
     ids = tl.arange(0, N)
     key_low = tl.load(low).to(tl.uint32, bitcast=True)
     key_high = tl.load(high).to(tl.uint32, bitcast=True)
-    tl.store(out + ids, rules.noise_bits(ids.to(tl.uint32), key_low, key_high).to(tl.int32))
+    tl.store(out + ids, noise.noise_bits(ids.to(tl.uint32), key_low, key_high).to(tl.int32))
 
 
 @pytest.mark.parametrize("key", [(0, 0), (-1, -1), (123456789, -987654321), (-(2**31), 2**31 - 1)])
@@ -97,12 +97,12 @@ def test_no_rows():
 # --- draws
 
 
-def test_draws_equal_the_twins():
+def test_draws_equal_the_cpus():
     logits = _logits(1, 500).expand(20, -1).contiguous()
     params = [{"temperature": 0.5 + row / 8} for row in range(20)]
     rows = make_rows(params, 500)
     tokens = ops.sample(logits, rows).token_ids
-    assert tokens.tolist() == twin.sample(logits, rows, None).token_ids.tolist()
+    assert tokens.tolist() == cpu_sampling.sample(logits, rows, None).token_ids.tolist()
     assert tokens.unique().numel() > 8
 
 
@@ -129,7 +129,7 @@ FILTERS = [
 @pytest.fixture
 def many_groups(monkeypatch):
     """Takes the way of rows whose cuts lie among very many tokens."""
-    monkeypatch.setattr(plan, "FEW_GROUPS", tl.constexpr(0))
+    monkeypatch.setattr(few_groups, "FEW_GROUPS", tl.constexpr(0))
 
 
 @pytest.mark.parametrize("scale", [0.2, 3.0])
@@ -204,19 +204,19 @@ def test_penalties_and_counts():
         for n in (0, 30, 100)
     ]
     params = [
-        {"slot": 0, "repetition_penalty": 1.3},
-        {"slot": 1, "repetition_penalty": 0.6, "temperature": 0.0},
-        {"slot": 1, "frequency_penalty": 0.7, "presence_penalty": -1.5},
-        {"slot": -1, "top_k": 9},
-        {"slot": 2, "frequency_penalty": -2.0, "presence_penalty": 2.0, "repetition_penalty": 1.1, "top_p": 0.8},
-        {"slot": 2},
+        {"penalty_row": 0, "repetition_penalty": 1.3},
+        {"penalty_row": 1, "repetition_penalty": 0.6, "temperature": 0.0},
+        {"penalty_row": 1, "frequency_penalty": 0.7, "presence_penalty": -1.5},
+        {"penalty_row": -1, "top_k": 9},
+        {"penalty_row": 2, "frequency_penalty": -2.0, "presence_penalty": 2.0, "repetition_penalty": 1.1, "top_p": 0.8},
+        {"penalty_row": 2},
     ]
     _check(_logits(6, 300), params, state=slots)
 
 
 def test_rows_that_share_a_slot_are_all_counted():
     state = SamplerState(2, 50)
-    rows = make_rows([{"slot": 1, "temperature": 0.0}] * 3 + [{"slot": 0, "temperature": 0.0}], 50)
+    rows = make_rows([{"penalty_row": 1, "temperature": 0.0}] * 3 + [{"penalty_row": 0, "temperature": 0.0}], 50)
     logits = torch.zeros(4, 50)
     logits[:, 33] = 1
     ops.sample(logits, rows, state)
@@ -239,7 +239,7 @@ def test_bias_and_mask():
 
 def test_bias_comes_before_penalties_and_the_mask_after():
     slots = [([4, 5], [5, 6])]
-    params = [{"slot": 0, "repetition_penalty": 2.0, "presence_penalty": 1.0, "bias": {4: -9.0, 5: 2.5, 6: 1.0}}]
+    params = [{"penalty_row": 0, "repetition_penalty": 2.0, "presence_penalty": 1.0, "bias": {4: -9.0, 5: 2.5, 6: 1.0}}]
     _check(_logits(1, 40), params, state=slots)
     _check(_logits(1, 40), [{**params[0], "allowed": [4, 5, 6, 7]}], state=slots)
 
@@ -262,7 +262,7 @@ def test_bad_rows_are_flagged_and_harm_nobody():
         {},
         {"top_k": 9},
     ]
-    params = [{**param, "slot": 0} for param in params]
+    params = [{**param, "penalty_row": 0} for param in params]
     sampled = _check(logits, params, state=[([1, 2], [3])])
     assert sampled.is_bad.tolist() == [True] * 5 + [False] * 2
     assert sampled.token_ids[:5].tolist() == [0] * 5
@@ -272,7 +272,7 @@ def test_bad_rows_are_flagged_and_harm_nobody():
 
 
 def test_results_do_not_depend_on_splits_or_neighbours(monkeypatch):
-    monkeypatch.setattr(plan, "FEW_GROUPS", tl.constexpr(8))
+    monkeypatch.setattr(few_groups, "FEW_GROUPS", tl.constexpr(8))
     params = [*FILTERS[4:15:2], {}, {"temperature": 0.0}]
     logits = _logits(len(params), 900)
 
@@ -299,22 +299,23 @@ def test_rows_beyond_32_bit_offsets():
     _check_equal_draw(logits, values, [{"top_p": 0.8, "logprobs": "processed"}] * 2, None, None)
 
 
-def test_slots_beyond_32_bit_offsets():
-    vocab, slot = 1024, 2**21 + 3
+def test_penalty_rows_beyond_32_bit_offsets():
+    vocab, row = 1024, 2**21 + 3
     far = object.__new__(SamplerState)
-    far.prompt_mask = torch.empty(slot + 1, vocab // 32, dtype=torch.int32)
-    far.counts = torch.empty(slot + 1, vocab, dtype=torch.int32)
+    far.prompt_mask = torch.empty(row + 1, vocab // 32, dtype=torch.int32)
+    far.counts = torch.empty(row + 1, vocab, dtype=torch.int32)
     near = make_state(vocab, [([1, 2, 3], [3, 4, 4])])
-    far.prompt_mask[slot], far.counts[slot] = near.prompt_mask[0], near.counts[0]
+    far.prompt_mask[row], far.counts[row] = near.prompt_mask[0], near.counts[0]
     logits = _logits(1, vocab)
     penalties = {"repetition_penalty": 1.5, "frequency_penalty": 0.5}
-    _check_equal_draw(logits, logits, [{**penalties, "slot": slot}], far, near, near_params=[{**penalties, "slot": 0}])
-    assert torch.equal(far.counts[slot], near.counts[0])
+    params, near_params = ([{**penalties, "penalty_row": each}] for each in (row, 0))
+    _check_equal_draw(logits, logits, params, far, near, near_params=near_params)
+    assert torch.equal(far.counts[row], near.counts[0])
 
 
 def _check_equal_draw(logits, near_logits, params, state, near_state, near_params=None):
     actual = ops.sample(logits, make_rows(params, logits.shape[1]), state)
-    expected = twin.sample(near_logits, make_rows(near_params or params, logits.shape[1]), near_state)
+    expected = cpu_sampling.sample(near_logits, make_rows(near_params or params, logits.shape[1]), near_state)
     assert actual.token_ids.tolist() == expected.token_ids.tolist()
 
 
@@ -328,6 +329,6 @@ def test_refusals():
     with pytest.raises(ValueError, match=r"float64"):
         ops.sample(torch.empty(1, 50, dtype=torch.float64), rows)
     with pytest.raises(ValueError, match="SamplerState"):
-        ops.sample(torch.empty(1, 50), make_rows([{"slot": 0}], 50))
+        ops.sample(torch.empty(1, 50), make_rows([{"penalty_row": 0}], 50))
     with pytest.raises(ValueError, match="50 logits per row, 40 counts"):
-        ops.sample(torch.empty(1, 50), make_rows([{"slot": 0}], 50), SamplerState(1, 40))
+        ops.sample(torch.empty(1, 50), make_rows([{"penalty_row": 0}], 50), SamplerState(1, 40))

@@ -1,10 +1,10 @@
-"""The Triton log-probabilities against their twin, in the interpreter."""
+"""The Triton log-probabilities against the CPU's, in the interpreter."""
 
 import pytest
 import torch
 
 from llama.kernels import ops
-from llama.kernels.cpu import sampling as twin
+from llama.kernels.cpu import sampling as cpu_sampling
 from llama.kernels.gpu.sampling import rules
 from tests.sampling_rows import make_rows, make_state
 
@@ -34,7 +34,7 @@ def _close(actual, expected):
 def test_token_logprobs(vocab, num_top, dtype):
     logits = _logits(3, vocab, dtype)
     token_ids = torch.tensor([0, vocab - 1, vocab // 2])
-    _close(ops.token_logprobs(logits, token_ids, num_top), twin.token_logprobs(logits, token_ids, num_top))
+    _close(ops.token_logprobs(logits, token_ids, num_top), cpu_sampling.token_logprobs(logits, token_ids, num_top))
 
 
 def test_ties_signed_zeros_and_forbidden_tokens():
@@ -44,7 +44,7 @@ def test_ties_signed_zeros_and_forbidden_tokens():
     logits[2] = -torch.inf
     logits[2, [399, 5, 270]] = torch.tensor([1.0, 2.0, 1.0])
     token_ids = torch.tensor([7, 50, 399])
-    _close(ops.token_logprobs(logits, token_ids, 6), twin.token_logprobs(logits, token_ids, 6))
+    _close(ops.token_logprobs(logits, token_ids, 6), cpu_sampling.token_logprobs(logits, token_ids, 6))
 
 
 def test_no_rows():
@@ -54,7 +54,7 @@ def test_no_rows():
 
 def test_modes_of_a_draw():
     slots = [([1, 2, 3], [4, 4, 5])]
-    penalties = {"slot": 0, "repetition_penalty": 1.4, "frequency_penalty": 0.6}
+    penalties = {"penalty_row": 0, "repetition_penalty": 1.4, "frequency_penalty": 0.6}
     params = [
         {"logprobs": "raw", **penalties},
         {"logprobs": "processed", **penalties},
@@ -67,7 +67,7 @@ def test_modes_of_a_draw():
     logits = _logits(len(params), 300)
     states = [make_state(300, slots) for _ in range(2)]
     rows = make_rows(params, 300, num_logprobs=8)
-    actual, expected = ops.sample(logits, rows, states[0]), twin.sample(logits, rows, states[1])
+    actual, expected = ops.sample(logits, rows, states[0]), cpu_sampling.sample(logits, rows, states[1])
     assert torch.equal(actual.token_ids, expected.token_ids)
     _close(actual.logprobs, expected.logprobs)
     assert torch.equal(states[0].counts, states[1].counts)
@@ -77,6 +77,6 @@ def test_modes_of_a_draw():
 def test_chosen_token_alone():
     rows = make_rows([{"logprobs": "raw"}, {"logprobs": "processed", "top_p": 0.5}], 300, num_logprobs=0)
     logits = _logits(2, 300)
-    actual, expected = ops.sample(logits, rows), twin.sample(logits, rows, None)
+    actual, expected = ops.sample(logits, rows), cpu_sampling.sample(logits, rows, None)
     _close(actual.logprobs, expected.logprobs)
     assert actual.logprobs.top_ids.shape == (2, 0)

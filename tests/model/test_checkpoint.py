@@ -37,7 +37,7 @@ def test_round_trip(dtype, tied, tmp_path):
 
 def test_transformers_loads_what_we_save(tmp_path):
     model = tiny_model(dtype=torch.float32)
-    save_pretrained(model, tmp_path / "new", max_shard_bytes=30_000)
+    save_pretrained(model, model.config, tmp_path / "new", max_shard_bytes=30_000)
     assert len(list((tmp_path / "new").glob("*.safetensors"))) > 3
     ids = torch.arange(20)[None]
     with torch.no_grad():

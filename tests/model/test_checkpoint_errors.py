@@ -20,7 +20,8 @@ def folder(tmp_path):
 
 @pytest.fixture
 def sharded(tmp_path):
-    save_pretrained(tiny_model(dtype=torch.float32), tmp_path / "sharded", max_shard_bytes=60_000)
+    model = tiny_model(dtype=torch.float32)
+    save_pretrained(model, model.config, tmp_path / "sharded", max_shard_bytes=60_000)
     return tmp_path / "sharded"
 
 

@@ -75,7 +75,7 @@ def test_a_prepared_model_is_the_same_model(dtype, tied, tmp_path):
     prepared.prepare()
     prepared.prepare()
     linears = [module for module in prepared.modules() if isinstance(module, Linear)]
-    assert all(isinstance(linear.packed, OneDNNWeight | Float16Weight) for linear in linears)
+    assert all(isinstance(linear.form, OneDNNWeight | Float16Weight) for linear in linears)
     assert all(linear.weight is None for linear in linears)
 
     ids = torch.arange(30)[None]

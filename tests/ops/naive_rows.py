@@ -17,22 +17,22 @@ def make_rows(
     positions: Sequence[int] | None = None,
     *,
     dtype: torch.dtype = torch.float64,
-    slots: Sequence[int] | None = None,
+    penalty_rows: Sequence[int] | None = None,
     modes: Sequence[int] | None = None,
     num_logprobs: int = -1,
     allowed: np.ndarray | None = None,
 ) -> SamplerRows:
     """Row i draws with params[i], seeds[i] (default i) and positions[i] (default 0).
 
-    A row with a penalty has slot i unless slots says otherwise. allowed [rows, vocab] bool is the grammar mask.
+    A row with a penalty has penalty row i unless penalty_rows says otherwise. allowed [rows, vocab] bool is the mask.
     """
     size = len(params)
     seeds, positions = seeds or range(size), positions or [0] * size
     words = [naive_sampling.keys(seed, position) for seed, position in zip(seeds, positions, strict=True)]
-    if slots is None:
+    if penalty_rows is None:
         off = (1, 0, 0)
         penalties = [(each.repetition_penalty, each.frequency_penalty, each.presence_penalty) for each in params]
-        slots = [-1 if each == off else index for index, each in enumerate(penalties)]
+        penalty_rows = [-1 if each == off else index for index, each in enumerate(penalties)]
     modes = list(modes or [LOGPROBS_OFF] * size)
     biases = [each.logit_bias for each in params]
     some_bias = any(biases)
@@ -41,7 +41,7 @@ def make_rows(
         return torch.tensor([getattr(each, name) for each in params], dtype=dtype)
 
     return SamplerRows(
-        slots=torch.tensor(slots, dtype=torch.int32),
+        penalty_rows=torch.tensor(penalty_rows, dtype=torch.int32),
         keys=torch.from_numpy(np.array(words, np.uint32).reshape(size, 2).view(np.int32)),
         temperature=column("temperature"),
         top_p=column("top_p"),
@@ -58,7 +58,7 @@ def make_rows(
         else None,
         mask=None if allowed is None else pack_bits(allowed),
         num_logprobs=num_logprobs,
-        any_penalty=max(slots, default=-1) >= 0,
+        any_penalty=max(penalty_rows, default=-1) >= 0,
         any_filter=any(each.top_k or each.top_p < 1 or each.min_p for each in params if each.temperature),
         all_greedy=not any(each.temperature for each in params),
         any_processed=LOGPROBS_PROCESSED in modes,
@@ -69,7 +69,7 @@ def distribution(logits, prompt=(), generated=(), allowed=None, **params):
     """The probabilities [vocab] that one row is drawn from, and its token."""
     logits = torch.as_tensor(logits, dtype=torch.float64)
     state = SamplerState(1, len(logits))
-    state.rebuild(0, list(prompt), list(generated))
+    state.set_row(0, list(prompt), list(generated))
     mask = None if allowed is None else np.array([allowed])
     rows = make_rows([Params(**params)], modes=[LOGPROBS_PROCESSED], num_logprobs=len(logits), allowed=mask)
     sampled = sample(logits[None], rows, state)

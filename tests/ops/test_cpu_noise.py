@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from llama.engine.sampler import noise_keys
-from llama.kernels.cpu.noise import GUMBEL_SPAN, block_noise_bits, gumbel, noise_bits
+from llama.kernels.cpu.sampling.noise import GUMBEL_SPAN, block_noise_bits, gumbel, noise_bits
 from tests import naive_sampling
 from tests.ops.naive_rows import chi_square_score
 

@@ -1,4 +1,4 @@
-"""The sampling twin: each rule by hand, rows that are bad, rows in any company, log-probabilities, penalty state."""
+"""Sampling on a CPU: each rule by hand, rows that are bad, rows in any company, log-probabilities, penalty state."""
 
 import math
 
@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-import llama.kernels.cpu.sampling as twin
-from llama.kernels.cpu.sampling import sample, token_logprobs
+from llama.kernels.cpu.sampling import logprobs, sample, token_logprobs
 from llama.kernels.types import LOGPROBS_OFF, LOGPROBS_PROCESSED, LOGPROBS_RAW, SamplerState
 from tests import naive_sampling
 from tests.naive_sampling import Params
@@ -166,13 +165,13 @@ def test_a_row_draws_the_same_among_any_others():
         assert alone.token_ids.tolist() == [together[row]]
 
 
-def test_rows_are_the_same_in_chunks(monkeypatch):
+def test_rows_are_the_same_in_parts(monkeypatch):
     params = [Params(logit_bias={3: 2.0}), Params(top_p=0.7), Params(temperature=0.0, frequency_penalty=0.5)] * 5
     logits, modes = random_logits(15, 200), [LOGPROBS_OFF, LOGPROBS_RAW, LOGPROBS_PROCESSED] * 5
     allowed = np.random.default_rng(0).random((15, 200)) < 0.9
     rows = make_rows(params, modes=modes, num_logprobs=4, allowed=allowed)
     whole = sample(logits, rows, SamplerState(15, 200))
-    monkeypatch.setattr(twin, "CHUNK_ELEMENTS", 4 * 200)
+    monkeypatch.setattr(logprobs, "ELEMENTS_AT_ONCE", 4 * 200)
     parts = sample(logits, rows, SamplerState(15, 200))
     assert torch.equal(parts.token_ids, whole.token_ids)
     for name in ("logprob", "rank", "top_ids", "top_logprobs"):
@@ -227,30 +226,28 @@ def test_token_logprobs_names_no_token_without_probability():
     assert answer.top_logprobs[0, 2:].tolist() == [-INF] * 3
 
 
-def test_state_reset_fork_rebuild():
+def test_a_row_of_the_state_is_set():
     state = SamplerState(3, 70)
-    state.rebuild(0, [69, 31, 0, 31], [5, 5, 31])
+    state.set_row(0, [69, 31, 0, 31], [5, 5, 31])
     words = state.prompt_mask[0].numpy().view(np.uint32).tolist()
     assert words == [1 | 1 << 31, 0, 1 << 5]
     assert state.counts[0].nonzero().squeeze(1).tolist() == [5, 31]
     assert state.counts[0, [5, 31]].tolist() == [2, 1]
-    state.fork(0, 2)
-    state.reset(0, [1])
+    state.set_row(0, [1], [])
     assert state.prompt_mask[0].tolist() == [2, 0, 0] and state.counts[0].sum() == 0
-    assert state.prompt_mask[2].numpy().view(np.uint32).tolist() == words and state.counts[2].sum() == 3
-    assert state.counts[1].sum() == 0 and not state.prompt_mask[1].any()
+    assert state.counts[1:].sum() == 0 and not state.prompt_mask[1:].any()
 
 
 def test_counts_follow_the_drawn_tokens():
-    """Generated step by step, or rebuilt from the tokens: one and the same state and the same next token."""
+    """Generated step by step, or set from the tokens: one and the same state and the same next token."""
     params, logits = [Params(frequency_penalty=0.5, repetition_penalty=1.2)] * 2, random_logits(1, 40, scale=1.0)
     state, tokens = SamplerState(2, 40), []
-    state.reset(0, [1, 2, 3])
+    state.set_row(0, [1, 2, 3], [])
     for step in range(30):
         rows = make_rows(params[:1], [11], [3 + step])
         tokens.append(int(sample(logits, rows, state).token_ids))
         past = {"prompt": [1, 2, 3], "generated": tokens[:-1]}
         expected = naive_sampling.sample(logits[0].numpy(), params[0], 11, 3 + step, **past)
         assert tokens[-1] == expected.token
-    state.rebuild(1, [1, 2, 3], tokens)
+    state.set_row(1, [1, 2, 3], tokens)
     assert torch.equal(state.counts[0], state.counts[1]) and torch.equal(*state.prompt_mask)

@@ -1,4 +1,4 @@
-"""The sampling twin against transformers, against the naive oracle, and as a distribution."""
+"""Sampling on a CPU against transformers, against the naive oracle, and as a distribution."""
 
 import math
 
@@ -95,8 +95,8 @@ def test_equal_to_the_naive_oracle(data):
         allowed[:, -1] = True
     modes = random.integers(0, 3, size).tolist()
     state = SamplerState(size, vocab)
-    for slot in range(size):
-        state.rebuild(slot, prompts[slot].tolist(), outputs[slot].tolist())
+    for row in range(size):
+        state.set_row(row, prompts[row].tolist(), outputs[row].tolist())
 
     rows = make_rows(params, seeds, positions, modes=modes, num_logprobs=5, allowed=allowed)
     before = torch.from_numpy(logits.copy())
@@ -118,7 +118,7 @@ def test_equal_to_the_naive_oracle(data):
         if modes[row] == LOGPROBS_PROCESSED and params[row].temperature:
             probs = expected.probs
         check_logprobs(sampled.logprobs, row, modes[row], expected.token, probs / probs.sum())
-        counted = rows.slots[row] >= 0
+        counted = rows.penalty_rows[row] >= 0
         assert state.counts[row, expected.token] == (outputs[row] == expected.token).sum() + counted
 
 

@@ -13,14 +13,14 @@ from torch import Tensor
 
 from llama.kernels.checks import check_tensors, require
 from llama.kernels.gpu.sampling.draw import choose_kernel, finish_kernel, scan_kernel
+from llama.kernels.gpu.sampling.few_groups import few_groups_kernel
 from llama.kernels.gpu.sampling.filters import count_kernel
 from llama.kernels.gpu.sampling.logprobs import Draw, compute_logprobs
-from llama.kernels.gpu.sampling.plan import plan_kernel
 from llama.kernels.gpu.sampling.rules import Rules, Tiling, gather_rules
 from llama.kernels.gpu.sampling.work import Work
 from llama.kernels.types import Logprobs, Sampled, SamplerRows, SamplerState
 
-_INTEGERS = ("slots", "keys", "top_k", "bias_starts", "bias_ids", "mask")
+_INTEGERS = ("penalty_rows", "keys", "top_k", "bias_starts", "bias_ids", "mask")
 _FLOATS = (
     "temperature",
     "top_p",
@@ -37,7 +37,7 @@ def _check(logits: Tensor, rows: SamplerRows, state: SamplerState | None) -> Non
     if rows.any_penalty:
         require(state is not None, "sample: rows with penalties need a SamplerState")
         tensors |= {"prompt_mask": state.prompt_mask, "counts": state.counts}
-        sizes = f"{logits.shape[1]} logits per row, {state.counts.shape[1]} counts per slot"
+        sizes = f"{logits.shape[1]} logits per row, {state.counts.shape[1]} counts per penalty row"
         require(state.counts.shape[1] == logits.shape[1], f"sample: {sizes}")
     check_tensors("sample", logits=logits, modes=rows.logprobs_modes, **tensors)
     for name, tensor in tensors.items():
@@ -67,7 +67,7 @@ def sample(logits: Tensor, rows: SamplerRows, state: SamplerState | None = None)
         scan_kernel[per_split](rules, work, keeps=int(keeps), **flags, **walk)
         if filters:
             groups = {"num_groups": tiling.num_groups, "MAX_GROUPS": tiling.max_splits * tiling.tile // 32}
-            plan_kernel[per_row](rules, work, *source, **groups, **most, **whole)
+            few_groups_kernel[per_row](rules, work, *source, **groups, **most, **whole)
             count_kernel[per_split](rules, work, *source, **most, **walk)
         if not rows.all_greedy:
             choose_kernel[per_split](rules, work, *source, ID_BITS=tiling.id_bits, **most, **walk)

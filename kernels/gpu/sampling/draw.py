@@ -2,7 +2,7 @@
 
     scan     changed logits -> maximum per split, in a greedy row with its lowest id, and maxima of groups of 32 tokens.
              NaN counts as infinite. A greedy row needs no more.
-    plan     (plan.py) rows with filters: the candidates, where few groups can hold them.
+    few_groups  (few_groups.py) rows with filters: the candidates, where few groups can hold them.
     count    (filters.py) other rows with filters: tokens per bin of depth, and the mass of the row.
     choose   tokens surely kept: the best of noise - depth per split. Tokens near a cut, which only an exact search can
              decide: a list of candidates per row, in any order.
@@ -27,7 +27,8 @@ from llama.kernels.gpu.sampling.filters import (
     pack,
     unpack_depth,
 )
-from llama.kernels.gpu.sampling.rules import depths, gumbel, is_finite, load_changed, load_tile, row_maximum
+from llama.kernels.gpu.sampling.noise import gumbel
+from llama.kernels.gpu.sampling.rules import depths, is_finite, load_changed, load_tile, row_maximum
 
 # Above all noise: a token that lies deeper than this below a score does not reach it.
 _MOST_NOISE = tl.constexpr(16.64)
@@ -142,11 +143,11 @@ def choose_kernel(
 
 @triton.jit
 def count_token(rules, row, token, is_bad, has_state, VOCAB: tl.constexpr):
-    """Counts a generated token where the row has penalties. Rows may share a slot."""
+    """Counts a generated token where the row has penalties. Rows may share a penalty row."""
     if has_state != 0:
-        slot = tl.load(rules.slots + row).to(tl.int64)
-        if (slot >= 0) & (is_bad == 0):
-            tl.atomic_add(rules.counts + slot * VOCAB + token, 1, sem="relaxed")
+        penalty_row = tl.load(rules.penalty_rows + row).to(tl.int64)
+        if (penalty_row >= 0) & (is_bad == 0):
+            tl.atomic_add(rules.counts + penalty_row * VOCAB + token, 1, sem="relaxed")
 
 
 @triton.jit(do_not_specialize=["splits", "has_state"])

@@ -1,4 +1,4 @@
-"""A row's logits after the rules that change them, how rows are cut into tiles, and a token's noise.
+"""A row's logits after the rules that change them, and how rows are cut into tiles.
 
 `scan` alone applies the rules; where there are any it leaves the changed logits in float32 for the other kernels, which
 otherwise read the logits as they came. All kernels are compiled without fused multiply-adds, so that they agree on
@@ -48,7 +48,7 @@ class Rules(NamedTuple):
 
     logits: Tensor
     logits_stride: int
-    slots: Tensor
+    penalty_rows: Tensor
     keys: Tensor
     temperature: Tensor
     top_p: Tensor
@@ -74,7 +74,7 @@ def gather_rules(logits: Tensor, rows: SamplerRows, state: SamplerState | None) 
     rules = Rules(
         logits,
         logits.stride(0),
-        rows.slots,
+        rows.penalty_rows,
         rows.keys,
         rows.temperature,
         rows.top_p,
@@ -83,12 +83,12 @@ def gather_rules(logits: Tensor, rows: SamplerRows, state: SamplerState | None) 
         rows.repetition_penalty,
         rows.frequency_penalty,
         rows.presence_penalty,
-        rows.bias_starts if has_bias else rows.slots,
-        rows.bias_ids if has_bias else rows.slots,
+        rows.bias_starts if has_bias else rows.penalty_rows,
+        rows.bias_ids if has_bias else rows.penalty_rows,
         rows.bias_values if has_bias else rows.temperature,
-        rows.mask if has_mask else rows.slots,
-        state.prompt_mask if has_state else rows.slots,
-        state.counts if has_state else rows.slots,
+        rows.mask if has_mask else rows.penalty_rows,
+        state.prompt_mask if has_state else rows.penalty_rows,
+        state.counts if has_state else rows.penalty_rows,
     )
     return rules, {"has_bias": int(has_bias), "has_state": int(has_state), "has_mask": int(has_mask)}
 
@@ -126,12 +126,12 @@ def load_changed(rules, row, first, has_bias, has_state, has_mask, VOCAB: tl.con
                 logits = tl.where(ids == token, logits + tl.load(rules.bias_values + entry), logits)
 
     if has_state != 0:
-        slot = tl.load(rules.slots + row).to(tl.int64)
-        if slot >= 0:
-            counts = tl.load(rules.counts + slot * VOCAB + ids, mask=ids < VOCAB, other=0)
+        penalty_row = tl.load(rules.penalty_rows + row).to(tl.int64)
+        if penalty_row >= 0:
+            counts = tl.load(rules.counts + penalty_row * VOCAB + ids, mask=ids < VOCAB, other=0)
             repetition = tl.load(rules.repetition_penalty + row)
             if repetition != 1:
-                seen = (_bits(rules.prompt_mask + slot * WORDS, first, VOCAB, TILE) != 0) | (counts > 0)
+                seen = (_bits(rules.prompt_mask + penalty_row * WORDS, first, VOCAB, TILE) != 0) | (counts > 0)
                 scaled = tl.where(logits > 0, tl.div_rn(logits, repetition), logits * repetition)
                 logits = tl.where(seen, scaled, logits)
             frequency = tl.load(rules.frequency_penalty + row)
@@ -162,31 +162,3 @@ def is_finite(x):
 def depths(logits, maximum, temperature):
     """How far each token lies below the row's best in units of the temperature, >= 0: -log of its mass."""
     return tl.abs(maximum - logits) / temperature  # the bits of -0.0 would come last, not first
-
-
-@triton.jit
-def noise_bits(ids, key_low, key_high):
-    """24 uniform bits per token id, all in uint32: lowbias32 twice, one key word injected before each round.
-
-    x ^ (x >> 16) is linear over xor and its own inverse: the one that ends the first round and the one that begins the
-    second leave only the key's, as in `llama.kernels.cpu.noise`.
-    """
-    x = (ids ^ (ids >> 16)) ^ (key_low ^ (key_low >> 16))
-    x *= 0x7FEB352D
-    x ^= x >> 15
-    x *= 0x846CA68B
-    x ^= key_high ^ (key_high >> 16)
-    x *= 0x7FEB352D
-    x ^= x >> 15
-    x *= 0x846CA68B
-    return (x ^ (x >> 16)) >> 8
-
-
-@triton.jit
-def gumbel(ids, keys, row):
-    """The noise of tokens of one row: -log(-log(u)) with u in (0, 1) from the bits."""
-    key_low = tl.load(keys + row * 2).to(tl.uint32, bitcast=True)
-    key_high = tl.load(keys + row * 2 + 1).to(tl.uint32, bitcast=True)
-    bits = noise_bits(ids.to(tl.uint32), key_low, key_high)
-    uniform = tl.maximum(bits, 1).to(tl.float32) * (2.0**-24)
-    return -tl.log(-tl.log(uniform))

@@ -1,12 +1,12 @@
-"""From a Hugging Face folder to a Transformer: every file and name checked first, then one pass over the data."""
+"""From a Hugging Face folder to a module: every file and name checked first, then one pass over the data."""
 
 import os
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from llama.api.errors import CheckpointError
@@ -15,42 +15,48 @@ from llama.model.checkpoint.layout import Entry, layout
 from llama.model.checkpoint.shards import StoredTensor, read_header, read_into
 from llama.model.config import DTYPES, ModelConfig
 
-if TYPE_CHECKING:
-    from llama.model.transformer import Transformer
-
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 MAX_INDEX_BYTES = 2**26
 _THREADS = 4
 
 
-def from_pretrained(
-    model_class: "type[Transformer]",
-    path: str | Path,
-    *,
-    device: torch.device | str = "cpu",
-    dtype: torch.dtype | str = "auto",
-    check_weights: bool = False,
-) -> "Transformer":
-    """Load config.json and the safetensors of `path`. Strict: nothing missing, nothing left over, shapes as configured.
+class Checkpoint:
+    """A Hugging Face folder: config.json is read, and every tensor found and checked, before any weight is read.
 
-    `dtype` "auto" is what config.json says, else what the embedding is stored in. `check_weights` looks for NaN and
-    infinities. Raises ConfigError or CheckpointError, one line each, before any weight is read where that can be.
+    Strict: nothing missing, nothing left over, shapes as configured. Raises ConfigError or CheckpointError, one line
+    each.
     """
-    folder = Path(path)
-    if not folder.is_dir():
-        raise CheckpointError(f"{folder}: there is no such folder")
-    config = ModelConfig.from_pretrained(folder)
-    stored = find_tensors(folder)
-    entries = list(layout(config))
-    _check(folder, config, entries, stored)
-    model = model_class(config, device=device, dtype=_resolve(dtype, config, stored), seed=None)
-    _stream(model, entries, stored)
-    if config.tie_word_embeddings and "lm_head.weight" in stored:
-        _check_tied_head(model, stored["lm_head.weight"])
-    if check_weights:
-        _check_finite(model, entries)
-    return model
+
+    def __init__(self, path: str | Path) -> None:
+        folder = Path(path)
+        if not folder.is_dir():
+            raise CheckpointError(f"{folder}: there is no such folder")
+        self.config = ModelConfig.from_pretrained(folder)
+        self._stored = find_tensors(folder)
+        self._entries = list(layout(self.config))
+        _check(folder, self.config, self._entries, self._stored)
+
+    def resolve(self, dtype: torch.dtype | str) -> torch.dtype:
+        """`dtype` itself; for "auto" what config.json says, else what the embedding is stored in."""
+        if isinstance(dtype, torch.dtype):
+            dtype = str(dtype).removeprefix("torch.")
+        if dtype == "auto":
+            stored = self._stored["model.embed_tokens.weight"].dtype
+            return getattr(torch, self.config.dtype) if self.config.dtype else stored
+        if dtype not in DTYPES:
+            raise ValueError(f"dtype must be one of auto, {', '.join(DTYPES)}, got {dtype!r}")
+        return getattr(torch, dtype)
+
+    def load(self, module: nn.Module, *, check_weights: bool = False) -> None:
+        """Read the weights into `module`, whose parameters lie as `layout` says. `check_weights` refuses NaN and
+        infinities."""
+        _stream(module, self._entries, self._stored)
+        if self.config.tie_word_embeddings and "lm_head.weight" in self._stored:
+            _check_tied_head(target(module, self._entries[0]), self._stored["lm_head.weight"])
+        for entry in self._entries if check_weights else ():
+            if not bool(target(module, entry).isfinite().all()):
+                raise CheckpointError(f"{entry.name} holds NaN or infinite weights")
 
 
 def find_tensors(folder: Path) -> dict[str, StoredTensor]:
@@ -115,21 +121,11 @@ def _some(names: Iterable[str]) -> str:
     return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
 
 
-def _resolve(dtype: torch.dtype | str, config: ModelConfig, stored: dict[str, StoredTensor]) -> torch.dtype:
-    if isinstance(dtype, torch.dtype):
-        dtype = str(dtype).removeprefix("torch.")
-    if dtype == "auto":
-        return getattr(torch, config.dtype) if config.dtype else stored["model.embed_tokens.weight"].dtype
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype must be one of auto, {', '.join(DTYPES)}, got {dtype!r}")
-    return getattr(torch, dtype)
-
-
-def _stream(model: "Transformer", entries: list[Entry], stored: dict[str, StoredTensor]) -> None:
+def _stream(module: nn.Module, entries: list[Entry], stored: dict[str, StoredTensor]) -> None:
     """In file order, so that a disk reads ahead; on several threads, as much of the time goes into fresh pages."""
 
     def read(entry: Entry) -> int:
-        read_into(stored[entry.name], target(model, entry))
+        read_into(stored[entry.name], target(module, entry))
         return stored[entry.name].nbytes
 
     order = sorted(entries, key=lambda entry: (stored[entry.name].path, stored[entry.name].offset))
@@ -146,13 +142,12 @@ def _stream(model: "Transformer", entries: list[Entry], stored: dict[str, Stored
             raise
 
 
-def target(model: "Transformer", entry: Entry) -> torch.Tensor:
+def target(module: nn.Module, entry: Entry) -> Tensor:
     """The rows of our parameter that are the entry's tensor."""
-    return model.get_submodule(entry.module).weight.detach().narrow(0, entry.start, entry.shape[0])
+    return module.get_parameter(f"{entry.module}.weight").detach().narrow(0, entry.start, entry.shape[0])
 
 
-def _check_tied_head(model: "Transformer", head: StoredTensor) -> None:
-    embedding = model.embed_tokens.weight.detach()
+def _check_tied_head(embedding: Tensor, head: StoredTensor) -> None:
     copy = torch.empty_like(embedding) if head.shape == tuple(embedding.shape) else None
     if copy is not None:
         read_into(head, copy)
@@ -160,9 +155,3 @@ def _check_tied_head(model: "Transformer", head: StoredTensor) -> None:
         raise CheckpointError(
             f"{head.path}: lm_head.weight differs from the embedding, but config.json says tie_word_embeddings"
         )
-
-
-def _check_finite(model: "Transformer", entries: list[Entry]) -> None:
-    for entry in entries:
-        if not bool(target(model, entry).isfinite().all()):
-            raise CheckpointError(f"{entry.name} holds NaN or infinite weights")

@@ -1,4 +1,4 @@
-"""From a Transformer to a Hugging Face folder that transformers loads, all of it or nothing."""
+"""From a module to a Hugging Face folder that transformers loads, all of it or nothing."""
 
 import json
 import math
@@ -8,30 +8,28 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from llama.model.checkpoint.layout import Entry, layout
 from llama.model.checkpoint.shards import write
 from llama.model.config import ModelConfig
-from llama.model.linear import Linear
-
-if TYPE_CHECKING:
-    from llama.model.transformer import Transformer
-
 
 MAX_SHARD_BYTES = 5_000_000_000
 
 
-def save_pretrained(model: "Transformer", path: str | Path, *, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
+def save_pretrained(
+    module: nn.Module, config: ModelConfig, path: str | Path, *, max_shard_bytes: int = MAX_SHARD_BYTES
+) -> None:
     """Write config.json and safetensors (several shards with an index, where one would be too large) to `path`.
 
     The folder appears complete under its name or not at all. It must not exist yet, or be empty: FileExistsError.
     """
+    dtype = stored_rows(module, next(layout(config))).dtype
     with new_folder(path) as folder:
-        write_checkpoint(folder, model.config, model.dtype, lambda entry: stored_rows(model, entry), max_shard_bytes)
+        write_checkpoint(folder, config, dtype, lambda entry: stored_rows(module, entry), max_shard_bytes)
 
 
 @contextmanager
@@ -85,8 +83,7 @@ def write_json(path: Path, document: dict[str, Any]) -> None:
     path.write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def stored_rows(model: "Transformer", entry: Entry) -> Tensor:
-    """The tensor that a checkpoint keeps under the entry's name."""
-    module = model.get_submodule(entry.module)
-    weight = module.dense_weight() if isinstance(module, Linear) else module.weight
+def stored_rows(module: nn.Module, entry: Entry) -> Tensor:
+    """The tensor that a checkpoint keeps under the entry's name: a state dict has it dense, whatever its form."""
+    weight = module.get_submodule(entry.module).state_dict()["weight"]
     return weight.detach().narrow(0, entry.start, entry.shape[0])

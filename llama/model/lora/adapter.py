@@ -9,7 +9,7 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,9 +18,7 @@ from llama.api.errors import AdapterError, CheckpointError
 from llama.model.checkpoint.shards import StoredTensor, read_header, read_into
 from llama.model.config import ModelConfig
 from llama.model.lora.adapter_config import AdaptedModule, module_names, read_adapter_config
-
-if TYPE_CHECKING:
-    from llama.model.transformer import Transformer
+from llama.model.transformer import Transformer
 
 _PREFIX = "base_model.model."
 _FILE = "adapter_model.safetensors"
@@ -45,7 +43,7 @@ class AdapterWeights:
     digest: bytes
 
 
-def read_adapter(path: str | Path, model: "Transformer", *, max_rank: int) -> AdapterWeights:
+def read_adapter(path: str | Path, model: Transformer, *, max_rank: int) -> AdapterWeights:
     """Read and check a PEFT folder for `model`; its tensors come on the CPU, in the model's dtype.
 
     Raises AdapterError that names the key, module or tensor which is wrong.
@@ -109,7 +107,7 @@ def _wanted(modules: list[AdaptedModule], config: ModelConfig) -> dict[str, tupl
 
 
 def _match(
-    folder: Path, wanted: Mapping[str, tuple[int, int]], stored: Mapping[str, StoredTensor], model: "Transformer"
+    folder: Path, wanted: Mapping[str, tuple[int, int]], stored: Mapping[str, StoredTensor], model: Transformer
 ) -> None:
     extra = [name for name in stored if name not in wanted and not _is_base_copy(stored[name], model)]
     if extra:
@@ -132,7 +130,7 @@ def _some(names: list[str]) -> str:
     return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
 
 
-def _is_base_copy(stored: StoredTensor, model: "Transformer") -> bool:
+def _is_base_copy(stored: StoredTensor, model: Transformer) -> bool:
     """PEFT stores the embedding's and the head's own weight beside an adapter of theirs; both must be ours."""
     name = stored.name.removeprefix(_PREFIX).replace(".base_layer.", ".")
     if name == "model.embed_tokens.weight":
@@ -160,7 +158,7 @@ def _read(
     modules: list[AdaptedModule],
     wanted: Mapping[str, tuple[int, int]],
     stored: Mapping[str, StoredTensor],
-    model: "Transformer",
+    model: Transformer,
 ) -> AdapterWeights:
     wide = torch.float64 if model.dtype == torch.float64 else torch.float32
     digest = hashlib.blake2b(digest_size=16)

@@ -4,22 +4,18 @@ Stacks are made when the first adapter that needs them is loaded, as wide as its
 an engine without adapters pays nothing.
 """
 
-from typing import TYPE_CHECKING
-
 from torch import nn
 
 from llama.model.adapters import LoraStack
 from llama.model.checkpoint.layout import layout
 from llama.model.lora.adapter import AdapterWeights
-
-if TYPE_CHECKING:
-    from llama.model.transformer import Transformer
+from llama.model.transformer import Transformer
 
 
 class LoadedAdapters:
     """`generation` counts how often a tensor of `stacks` was made anew: what holds addresses must look."""
 
-    def __init__(self, model: "Transformer", max_loras: int) -> None:
+    def __init__(self, model: Transformer, max_loras: int) -> None:
         self.stacks: dict[nn.Module, LoraStack] = {}
         self.max_loras = max_loras
         self.generation = 0
@@ -46,7 +42,7 @@ class LoadedAdapters:
         self._held[index] = adapter
 
 
-def module_places(model: "Transformer") -> dict[str, tuple[nn.Module, int, tuple[int, ...]]]:
+def module_places(model: Transformer) -> dict[str, tuple[nn.Module, int, tuple[int, ...]]]:
     """Hugging Face's module name -> our module, which of its fused slices, where each begins and the last ends."""
     fused: dict[str, list[tuple[str, int, int]]] = {}
     for entry in layout(model.config):

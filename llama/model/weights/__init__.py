@@ -1,1 +1,1 @@
-"""The forms that a weight may lie in, each with its own matmul."""
+"""The forms of a weight: `form` says what a form does, each of the others is one kind, with its own matmul."""

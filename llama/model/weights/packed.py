@@ -5,22 +5,16 @@ FBGEMM keeps 16-bit weights as float16 and multiplies in float32, several times 
 Nothing here changes a result by more than the dtype's rounding, and `dense()` gives the weight back bit for bit.
 """
 
-from typing import Protocol
-
 import torch
 from torch import Tensor
+
+from llama.model.weights.form import WeightForm
 
 _LARGEST = torch.finfo(torch.float16).max
 _SMALL_BITS = torch.tensor(2.0**-17, dtype=torch.bfloat16).view(torch.int16).item()
 
 
-class PackedWeight(Protocol):
-    def __call__(self, x: Tensor) -> Tensor: ...
-
-    def dense(self) -> Tensor: ...
-
-
-def pack(weight: Tensor) -> PackedWeight | None:
+def pack(weight: Tensor) -> WeightForm | None:
     """The fastest form of weight [out, in] on its device, or None where that is the plain tensor."""
     if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
         return None

@@ -13,7 +13,7 @@ from llama.kernels.types import SamplerState
 from tests.compile.harness import Case
 from tests.sampling_rows import make_rows
 
-EVERYTHING = {"top_k": 50, "top_p": 0.9, "slot": 0, "bias": {1: 1.0}, "allowed": [1], "logprobs": "processed"}
+EVERYTHING = {"top_k": 50, "top_p": 0.9, "penalty_row": 0, "bias": {1: 1.0}, "allowed": [1], "logprobs": "processed"}
 
 
 def _sample(vocab: int, dtype: torch.dtype, rules: dict) -> object:

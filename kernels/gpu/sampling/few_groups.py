@@ -38,7 +38,7 @@ def _last_bin(rules, row, counts):
 
 
 @triton.jit(do_not_specialize=["splits", "num_groups"])
-def plan_kernel(
+def few_groups_kernel(
     rules,
     work,  # out: is_few, candidates, num_candidates, and group_ids for itself
     source,
