@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
+from llama.api.errors import ParameterError
 from llama.api.outputs import FinishReason, Logprob
 from llama.engine.request import Request
 from llama.engine.sequence import TokenOutput
@@ -55,7 +56,7 @@ class ScriptedEngine:
     def add(self, request: Request) -> list[int]:
         prompt, params = request.prompt_token_ids.tolist(), request.params
         if any(request_id == request.request_id for request_id, _ in self.running):
-            raise ValueError(f"request_id {request.request_id!r} is in use")
+            raise ParameterError(f"request_id {request.request_id!r} is in use", "request_id")
         if len(prompt) > 1000:
             raise ValueError("1000 tokens can never fit")
         for index in range(params.n):

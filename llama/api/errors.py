@@ -60,6 +60,11 @@ class EngineDeadError(RuntimeError):
     """The engine cannot go on; make a new one."""
 
 
+def is_failure(error: BaseException) -> bool:
+    """Whether something went wrong: an Exception, or a panic of a native library, which is a BaseException alone."""
+    return isinstance(error, Exception) or type(error).__name__ == "PanicException"
+
+
 @contextmanager
 def blamed_on(param: str) -> Iterator[None]:
     """A ValueError from inside that names no field becomes a ParameterError of this one."""

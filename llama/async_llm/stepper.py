@@ -5,6 +5,7 @@ Streams are how answers leave the thread: it appends pieces, an event loop takes
 
 import asyncio
 import contextlib
+import logging
 import threading
 import time
 from collections import deque
@@ -12,11 +13,13 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from typing import Any
 
-from llama.api.errors import EngineClosedError, EngineDeadError
+from llama.api.errors import EngineClosedError, EngineDeadError, is_failure
 from llama.api.outputs import Piece, RequestOutput
 from llama.async_llm.admission import Admission, Permit
 from llama.engine.request import Request
 from llama.llm.replies import Replies, Reply, merged
+
+logger = logging.getLogger(__name__)
 
 
 class Stream:
@@ -202,11 +205,12 @@ class Stepper:
         self._step_began = time.monotonic()
         news = self._replies.step()
         now, self._step_began = time.monotonic(), None
-        self._deliver((self._streams[reply.request.request_id], piece) for reply, piece in news)
-        for reply, _ in news:
-            stream = self._streams.get(reply.request.request_id)
-            if stream is None:
-                continue
+        # What others ask of the same LLM is not for a stream.
+        of_streams = [
+            (stream, reply, piece) for reply, piece in news if (stream := self._streams.get(reply.request.request_id))
+        ]
+        self._deliver((stream, piece) for stream, _, piece in of_streams)
+        for stream, reply, _ in of_streams:
             self._admission.began(stream.permit)
             if reply.finished:
                 self._ended(stream)
@@ -217,12 +221,14 @@ class Stepper:
         _wake(stream for stream, piece in news if stream.put(piece))
 
     def _ended(self, stream: Stream, error: Exception | None = None) -> None:
-        self._streams.pop(stream.request_id, None)
+        if self._streams.get(stream.request_id) is stream:  # not if it was refused because the id is another's
+            del self._streams[stream.request_id]
         stream.end(error)
         self._admission.release(stream.permit)
         _wake([stream])
 
     def _die(self, error: BaseException) -> None:
+        logger.critical("the engine died; every request ends with an error", exc_info=error)
         with self._changed:
             self._killed_by, self._step_began = error, None
             commands = list(self._commands)
@@ -239,8 +245,10 @@ def _run_command(command: Callable[[], Any], future: "Future[Any]") -> None:
         return
     try:
         result = command()
-    except Exception as error:
+    except BaseException as error:
         future.set_exception(error)
+        if not is_failure(error):
+            raise
     else:
         future.set_result(result)
 

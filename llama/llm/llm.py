@@ -1,13 +1,14 @@
 """LLM: the library's face. Text in, text out; prompts of any form, in batches or streamed.
 
-One thread at a time uses an LLM (AsyncLLM is the face for many). All requests of one LLM share its engine: a stream
-that is read while another is open, or a generate() in between, advances both.
+Threads that use one LLM take turns, step by step (AsyncLLM serves many requests better). All requests of one LLM share
+its engine: a stream that is read while another is open, or a generate() in between, advances both.
 """
 
 import inspect
 import signal
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
@@ -206,17 +207,23 @@ class LLM:
 
     def _finish(self, replies: Sequence[Reply], use_tqdm: bool) -> None:
         awaited = {reply.request.request_id for reply in replies}
+        in_order = deque(replies)
         prompt_tokens = output_tokens = 0
         started = time.monotonic()
         # disable=None lets tqdm itself be silent where stderr is no terminal
         with tqdm(total=len(replies), desc="Prompts", unit="prompt", disable=None if use_tqdm else True) as bar:
-            while awaited:
-                for reply, piece in self._step():
-                    if reply.request.request_id not in awaited or piece.usage is None:
+            while in_order:
+                if in_order[0].finished:  # perhaps in a step of another thread
+                    ended = [in_order.popleft()]
+                else:
+                    ended = [reply for reply, piece in self._step(in_order[0]) if piece.usage is not None]
+                for reply in ended:
+                    if reply.request.request_id not in awaited:
                         continue
                     awaited.remove(reply.request.request_id)
-                    prompt_tokens += piece.usage.prompt_tokens
-                    output_tokens += piece.usage.completion_tokens
+                    usage = reply.usage()
+                    prompt_tokens += usage.prompt_tokens
+                    output_tokens += usage.completion_tokens
                     seconds = max(time.monotonic() - started, 1e-9)
                     bar.set_postfix_str(
                         f"in {prompt_tokens / seconds:.1f} tok/s, out {output_tokens / seconds:.1f} tok/s",
@@ -224,10 +231,15 @@ class LLM:
                     )
                     bar.update()
 
-    def _step(self) -> list[tuple[Reply, Piece]]:
-        assert self.engine.has_unfinished, "requests wait for an answer that the engine does not know"
+    def _step(self, awaited: Reply) -> list[tuple[Reply, Piece]]:
+        """A step of the engine, or nothing if a step of another thread has ended the request that is awaited."""
+
+        def has_ended() -> bool:
+            assert awaited.finished or self.engine.has_unfinished, "a request waits, which the engine does not know"
+            return awaited.finished
+
         with _interrupts_held():
-            return self.replies.step()
+            return self.replies.step(unless=has_ended)
 
 
 @contextmanager

@@ -2,20 +2,27 @@
 RequestOutput.
 
 Shared by LLM and AsyncLLM. `Replies` is an engine together with the requests that it is answering: it routes a step's
-outputs and tells the engine about ends that only the text shows. It is not thread-safe: one thread adds, steps and
-aborts. Without a tokenizer everything works but text: pieces and outputs carry token ids and empty strings.
+outputs and tells the engine about ends that only the text shows. Without a tokenizer everything works but text: pieces
+and outputs carry token ids and empty strings. A failure in the text of one request ends that request alone.
 """
 
+import logging
+import threading
 import time
-from collections.abc import Iterable
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
+from llama.api.errors import is_failure
 from llama.api.outputs import CompletionOutput, FinishReason, Logprob, Piece, RequestMetrics, RequestOutput, Usage
 from llama.engine.engine import Engine
 from llama.engine.request import Request
 from llama.engine.sequence import TokenOutput
 from llama.text.tokenizer import IncrementalDecoder, StopMatcher, Tokenizer
 from llama.text.tool_calls import PYTHON_TAG, ToolCall, ToolCallParser
+
+logger = logging.getLogger(__name__)
 
 
 def named(entries: dict[int, Logprob], tokenizer: Tokenizer | None) -> dict[int, Logprob]:
@@ -89,6 +96,11 @@ class _Completion:
         self._end(reason, None)
         return self._gather(text, [], None)
 
+    def fail(self) -> Piece:
+        """End with "error", without what may be broken."""
+        self._end(FinishReason.ERROR, None)
+        return Piece(self.output.index, "", [], None, FinishReason.ERROR)
+
     def _text(self, text: str) -> tuple[str, str | None]:
         if self.matcher is None or not text:
             return text, None
@@ -142,7 +154,7 @@ class Reply:
         self.request = request
         self.tokenizer = tokenizer
         self.streams = False  # whoever streams sets it; then pieces wait in `pending` until they are taken
-        self.pending: list[Piece] = []
+        self.pending: deque[Piece] = deque()
         prompt_token_ids: list[int] = request.prompt_token_ids.tolist()
         self._completions = [_Completion(i, seed, request, prompt_token_ids, tokenizer) for i, seed in enumerate(seeds)]
         self._output = RequestOutput(
@@ -182,6 +194,10 @@ class Reply:
         """End every completion that still runs."""
         return [self._closed(c.abort(reason)) for c in self._completions if not c.ended]
 
+    def fail(self) -> list[Piece]:
+        """End every completion that still runs with "error"."""
+        return [self._closed(c.fail()) for c in self._completions if not c.ended]
+
     def _closed(self, piece: Piece) -> Piece:
         if piece.finish_reason is None or not all(c.ended for c in self._completions):
             return piece
@@ -195,52 +211,104 @@ class Reply:
 
 
 class Replies:
-    """An engine and the requests that it is answering."""
+    """An engine and the requests that it is answering. Threads take turns; a call from inside another one (a signal
+    handler's) is a RuntimeError, but for `abort`, which is then carried out at the other's end."""
 
     def __init__(self, engine: Engine, tokenizer: Tokenizer | None) -> None:
         self.engine = engine
         self.tokenizer = tokenizer
         self._live: dict[str, Reply] = {}
+        self._lock = threading.RLock()
+        self._is_in_use = False
+        self._late_aborts: deque[Reply] = deque()
 
     def __len__(self) -> int:
         return len(self._live)
 
+    @contextmanager
+    def _turn(self) -> Iterator[None]:
+        with self._lock:
+            if self._is_in_use:
+                raise RuntimeError("an engine was used from inside one of its own calls")
+            self._is_in_use = True
+            try:
+                yield
+                while self._late_aborts:
+                    self._abort(self._late_aborts.popleft(), FinishReason.ABORT)
+            finally:
+                self._is_in_use = False
+
     def add(self, request: Request, queued: float | None = None) -> Reply:
         """Hand a request to the engine. ValueError where the engine refuses it, and nothing is left behind."""
         queued = time.monotonic() if queued is None else queued
-        seeds = self.engine.add(request)
-        reply = self._live[request.request_id] = Reply(request, seeds, self.tokenizer, queued)
-        return reply
+        with self._turn():
+            seeds = self.engine.add(request)
+            try:
+                reply = Reply(request, seeds, self.tokenizer, queued)
+            except BaseException:
+                self.engine.abort(request.request_id)
+                raise
+            self._live[request.request_id] = reply
+            return reply
 
-    def step(self) -> list[tuple[Reply, Piece]]:
-        """One engine step; every new piece, with the reply that it belongs to."""
-        news = []
-        for new in self.engine.step():
-            reply = self._live.get(new.request_id)
-            piece = reply.push(new) if reply else None
-            if reply is None or piece is None:
-                continue
-            if piece.finish_reason is not None and new.finish_reason is None:
-                self.engine.finish(new.request_id, new.index, piece.finish_reason, piece.stop_reason)
-            if reply.finished:
-                del self._live[new.request_id]
-            if reply.streams:
-                reply.pending.append(piece)
-            news.append((reply, piece))
+    def step(self, unless: Callable[[], bool] = lambda: False) -> list[tuple[Reply, Piece]]:
+        """One engine step; every new piece, with the reply that it belongs to. Nothing where `unless()` is true by the
+        time that it is this thread's turn."""
+        news: list[tuple[Reply, Piece]] = []
+        with self._turn():
+            if unless():
+                return news
+            for new in self.engine.step():
+                reply = self._live.get(new.request_id)
+                if reply is None:
+                    continue
+                pieces = self._push(reply, new)
+                if reply.finished:
+                    del self._live[new.request_id]
+                if reply.streams:
+                    reply.pending.extend(pieces)
+                news += [(reply, piece) for piece in pieces]
         return news
+
+    def _push(self, reply: Reply, new: TokenOutput) -> list[Piece]:
+        try:
+            piece = reply.push(new)
+        except BaseException as error:
+            return self._fail(reply, error)
+        if piece is None:
+            return []
+        if piece.finish_reason is not None and new.finish_reason is None:
+            self.engine.finish(new.request_id, new.index, piece.finish_reason, piece.stop_reason)
+        return [piece]
 
     def abort(self, reply: Reply, reason: FinishReason = FinishReason.ABORT) -> list[Piece]:
         """End a request now; the last pieces of what it had. Legal at any time, also when it has ended."""
-        self._live.pop(reply.request.request_id, None)
-        if reply.finished:
-            return []
-        self.engine.abort(reply.request.request_id)
-        return reply.abort(reason)
+        with self._lock:
+            if self._is_in_use:  # by this very thread: in a signal handler or a destructor
+                self._late_aborts.append(reply)
+                return []
+            with self._turn():
+                return self._abort(reply, reason)
 
-    def drop_all(self, reason: FinishReason) -> list[tuple[Reply, Piece]]:
-        """Give up every live request without asking the engine, for the time after it has died."""
-        live, self._live = list(self._live.values()), {}
-        return [(reply, piece) for reply in live for piece in reply.abort(reason)]
+    def _abort(self, reply: Reply, reason: FinishReason) -> list[Piece]:
+        request_id = reply.request.request_id
+        if self._live.get(request_id) is not reply:  # it has ended, and the id may be another's by now
+            return []
+        del self._live[request_id]
+        self.engine.abort(request_id)
+        try:
+            return reply.abort(reason)
+        except BaseException as error:
+            return self._fail(reply, error)
+
+    def _fail(self, reply: Reply, error: BaseException) -> list[Piece]:
+        """Whatever is wrong with the text of one request, the others go on."""
+        if not is_failure(error):
+            raise error
+        request_id = reply.request.request_id
+        logger.error("request %s: its text could not be processed; it ends with an error", request_id, exc_info=error)
+        self.engine.abort(request_id)
+        return reply.fail()
 
 
 def merged(pieces: Iterable[Piece]) -> list[Piece]:

@@ -1,6 +1,7 @@
 """From what a caller types to a Request: forms of prompts, defaults of sampling, checks before anything is enqueued."""
 
-import itertools
+import reprlib
+import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -18,6 +19,7 @@ from llama.text.tokenizer import Tokenizer
 
 Message = Mapping[str, Any]
 Prompt = str | Sequence[int] | Mapping[str, Any]
+MAX_REQUEST_ID = 256
 
 
 def is_token_ids(value: Any) -> bool:
@@ -60,7 +62,7 @@ def one_per_prompt(name: str, value: Any, count: int) -> list[Any]:
 
 
 class Inputs:
-    """What is needed to turn prompts into Requests. Has no mutable state but the count of requests and the grammars it
+    """What is needed to turn prompts into Requests. Has no mutable state but the grammars that it
     keeps: safe to share between threads."""
 
     def __init__(
@@ -70,7 +72,6 @@ class Inputs:
         self.tokenizer = tokenizer
         self.template = template
         self.defaults = defaults
-        self._numbers = itertools.count()
 
     def request(
         self,
@@ -143,7 +144,11 @@ class Inputs:
             raise ParameterError(f"sampling_params must be a SamplingParams, got {found}", "sampling_params")
         if params.stop and self.tokenizer is None:
             raise ParameterError("stop needs a tokenizer: this model takes token ids only", "stop")
-        request_id = str(next(self._numbers)) if request_id is None else request_id
+        if request_id is None:
+            request_id = uuid.uuid4().hex  # nobody's own id can be the same
+        elif not isinstance(request_id, str) or not 0 < len(request_id) <= MAX_REQUEST_ID:
+            legal = f"a string of 1 to {MAX_REQUEST_ID} characters"
+            raise ParameterError(f"request_id must be {legal}, got {reprlib.repr(request_id)}", "request_id")
         return self.engine.request(request_id, token_ids, params, **rest)
 
     def _constrained(self, request: Request, tools: Tools) -> Request:

@@ -117,7 +117,7 @@ def test_a_failure_ends_the_stream_that_met_it(llm, monkeypatch):
     stream = llm.stream("a", GREEDY)
     next(stream)
     with monkeypatch.context() as patch:
-        patch.setattr(llm.replies, "step", lambda: 1 // 0)
+        patch.setattr(llm.replies, "step", lambda **_: 1 // 0)
         with pytest.raises(ZeroDivisionError):
             next(stream)
     assert list(stream) == [] and not len(llm.replies)
