@@ -28,6 +28,11 @@ class Answerer:
         self._service = Service(llm, config)
         self._seed = seed
 
+    @property
+    def max_in_flight(self) -> int:
+        """Lines to ask at a time, so that others wait when one ends."""
+        return 2 * self._service.llm.llm.engine.config.max_num_seqs
+
     async def __call__(self, line: Line) -> dict[str, Any]:
         """The output line. Raises EngineDeadError where no other line can be answered either."""
         assert line.body is not None

@@ -21,7 +21,8 @@ import numpy as np
 from llama.api.errors import EngineDeadError
 from llama.api.outputs import FinishReason, RequestOutput
 from llama.api.params import SamplingParams
-from llama.async_llm.async_llm import AsyncLLM, Stream
+from llama.async_llm.async_llm import Stream
+from llama.batch.opening import open_llm
 
 ERROR_COLUMN = "__inference_error__"
 # The columns that may be read, and those that come, with the names of their Arrow types.
@@ -65,10 +66,7 @@ class Generator:
     ) -> None:
         self._params = _sampling_params(sampling_params)
         self._exit_on_death = exit_on_death
-        limits = {"max_waiting_requests": 1 << 40, "max_waiting_tokens": 1 << 60, "slow_reader_timeout": 1e9}
-        self._llm = AsyncLLM(model, **{"max_loras": len(loras or ()), **limits, **llm_arguments})
-        for name, path in (loras or {}).items():
-            self._llm.llm.load_lora(name, path)
+        self._llm = open_llm(model, loras or {}, **llm_arguments)
 
     async def __call__(self, batch: Any) -> AsyncIterator[Any]:
         """A batch of columns, a pyarrow.Table or a dict of sequences -> one of the same kind, its rows in the same

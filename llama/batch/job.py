@@ -45,9 +45,8 @@ class Job:
         self._settings = settings
         self.num_lines = count_lines(source)
         self.output = OutputFile(output)
-        self.counts = Counts()
         try:
-            self.num_pending = self.num_lines - self._num_answered(output)
+            self.counts = Counts(kept=self._num_answered(output))
         except BaseException:
             self.output.close()
             raise
@@ -60,11 +59,8 @@ class Job:
 
     def pending(self) -> Iterator[Line]:
         """The lines that have no answer yet, in order."""
-        for line in read_lines(self._source, self._settings):
-            if line.id in self.output.answered:
-                self.counts.kept += 1
-            else:
-                yield line
+        answered = self.output.answered
+        return (line for line in read_lines(self._source, self._settings) if line.id not in answered)
 
     def write(self, line: dict[str, Any]) -> None:
         if line["error"] is not None:
@@ -78,7 +74,9 @@ class Job:
     async def run(self, answer: Answer, max_in_flight: int, show_progress: bool = True) -> None:
         """Have every pending line answered, at most `max_in_flight` at a time. What `answer` raises ends the run."""
         pending = self.pending()
-        with progress(self, show_progress) as bar:
+        # disable=None lets tqdm itself be silent where stderr is no terminal
+        silent = None if show_progress else True
+        with tqdm(total=self.num_lines, initial=self.counts.kept, desc="Lines", unit="line", disable=silent) as bar:
 
             async def work() -> None:
                 for line in pending:
@@ -108,15 +106,3 @@ class Job:
                 "model and these settings: name another output, or remove it"
             )
         return num_asked
-
-
-def progress(job: Job, shown: bool) -> "tqdm[Any]":
-    """A bar over the job's lines."""
-    # disable=None lets tqdm itself be silent where stderr is no terminal
-    return tqdm(
-        total=job.num_lines,
-        initial=job.num_lines - job.num_pending,
-        desc="Lines",
-        unit="line",
-        disable=None if shown else True,
-    )

@@ -15,6 +15,7 @@ _COMMANDS = {
     "chat": "talk with a model",
     "generate": "continue a prompt, or answer it",
     "serve": "serve a model over HTTP",
+    "batch": "answer a file of requests",
     "info": "say what a model is and what it needs",
     "convert": "make a Hugging Face folder of Meta's release or of a GGUF file",
     "merge": "make a checkpoint of a model and an adapter",

@@ -8,7 +8,7 @@ from llama.batch.answer import Answerer
 from llama.batch.job import Job
 from llama.server.config import ServerConfig
 
-PATIENCE = 60
+PATIENCE = 3600
 
 
 def chat(custom_id: str, text: str, **options) -> dict:

@@ -1,6 +1,7 @@
 """What is a request and what is not: each bad line is told off by itself, and the lines around it are read."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -110,3 +111,10 @@ def test_id_depends_on_what_is_asked_and_how_alone(read):
 def test_same_bad_line_twice_has_two_ids(read):
     first, second = read(b"{\n{\n")
     assert first.id != second.id
+
+
+def test_the_lines_of_the_document_are_requests(read):
+    document = (Path(__file__).parents[2] / "docs/scaling.md").read_text(encoding="utf-8")
+    shown = [line.strip() for line in document.splitlines() if line.startswith('    {"custom_id"')]
+    found = read("\n".join(shown).encode())
+    assert [(line.custom_id, line.refusal) for line in found] == [("1", None), ("2", None)]

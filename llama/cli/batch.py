@@ -1,0 +1,82 @@
+"""`llama batch`: a file of requests in, a file of answers out. Run again after a kill, it goes on where it was."""
+
+import asyncio
+import sys
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+from llama.cli.common import add_model_flags, llm_options
+from llama.cli.flags import Parser, UsageError, checked, named_adapter
+from llama.server.config import ServerConfig
+
+DESCRIPTION = (
+    "Answer a file of requests in OpenAI's batch format: one JSON object a line with custom_id, method, url and body. "
+    "Answers are written as they are finished. A run that was stopped or killed goes on when it is started again; what "
+    "failed or was rejected is then asked again."
+)
+# Options that change how fast answers come, and not what they are.
+SPEED_ONLY = frozenset(
+    "device check_weights max_num_seqs max_num_batched_tokens block_size num_blocks gpu_memory_utilization "
+    "enable_prefix_caching enforce_eager max_loras max_lora_rank".split()
+)
+_PATHS = {"model": "folder of the checkpoint", "input": "file of requests", "output": "file of answers"}
+
+
+def add_arguments(parser: Parser) -> None:
+    parser.usage = "%(prog)s MODEL INPUT OUTPUT [options]"
+    parser.add_argument(
+        "paths", nargs="*", metavar="MODEL INPUT OUTPUT", help=f"{', '.join(_PATHS.values())}, where no flag names them"
+    )
+    for flags, name in ((["--model"], "model"), (["-i", "--input-file"], "input"), (["-o", "--output-file"], "output")):
+        parser.add_argument(*flags, dest=name, metavar=name.upper(), help=_PATHS[name])
+    several: dict[str, Any] = {"action": "extend", "nargs": "+", "default": []}
+    parser.add_argument(
+        "--served-model-name", **several, metavar="NAME", help="what requests may call the model (the folder's name)"
+    )
+    parser.add_argument("--lora", **several, type=named_adapter, metavar="NAME=PATH", help="adapters to load")
+    add_model_flags(parser)
+
+
+def run(options: Namespace) -> int:
+    model, source, output = _paths(options)
+    arguments = llm_options(options)
+    names = tuple(options.served_model_name) or (Path(model).resolve().name,)
+    config = checked(ServerConfig, {"model_names": names})
+    try:
+        from llama.batch.job import Job
+    except ModuleNotFoundError as error:
+        raise UsageError(f"batches need {error.name}: install llama-engine[server]") from None
+    settings = {name: value for name, value in arguments.items() if name not in SPEED_ONLY}
+    settings |= {"model": str(Path(model).resolve()), "loras": [[n, str(Path(p).resolve())] for n, p in options.lora]}
+    with Job(Path(source), Path(output), settings) as job:
+        if job.counts.kept < job.num_lines:
+            _answer(job, model, dict(options.lora), arguments, config)
+        print(f"llama: {output}: {job.counts}", file=sys.stderr)
+    return 0
+
+
+def _paths(options: Namespace) -> list[str]:
+    """Model, input and output, each from its flag or from what stands without one. Raises UsageError."""
+    rest = list(options.paths)
+    found: list[str] = [getattr(options, name) or (rest.pop(0) if rest else "") for name in _PATHS]
+    missing = [name.upper() for name, path in zip(_PATHS, found, strict=True) if not path]
+    if missing or rest:
+        raise UsageError(f"missing: {', '.join(missing)}" if missing else f"{rest[0]!r} is one path too many")
+    return found
+
+
+def _answer(job: Any, model: str, loras: dict[str, str], arguments: dict[str, Any], config: ServerConfig) -> None:
+    # What follows imports torch.
+    from llama.batch.answer import Answerer
+    from llama.batch.opening import open_llm
+
+    async def answer_all() -> None:
+        llm = open_llm(model, loras, **arguments)
+        try:
+            answerer = Answerer(llm, config, arguments.get("seed"))
+            await job.run(answerer, answerer.max_in_flight)
+        finally:
+            await llm.close()
+
+    asyncio.run(answer_all())

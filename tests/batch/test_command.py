@@ -1,0 +1,179 @@
+"""`llama batch` from the outside: its flags, its exit codes, and that a kill costs nothing but time."""
+
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from llama.cli.batch import SPEED_ONLY
+from llama.cli.common import LoadOptions
+from llama.engine.config import EngineConfig
+from tests.batch.helpers import by_custom_id, chat, completion, read_lines, said, write_lines
+from tests.cli.helpers import one_line, run
+
+FLAGS = ("--dtype", "float64", "--num-blocks", "256", "--max-num-seqs", "8")
+
+
+@pytest.fixture
+def files(tmp_path):
+    return tmp_path / "input.jsonl", tmp_path / "output.jsonl"
+
+
+def batch(capsys, *arguments) -> tuple[int, str]:
+    code, out, err = run(capsys, "batch", *map(str, arguments))
+    assert out == ""
+    return code, err
+
+
+def test_a_file_in_a_file_out(capsys, tiny, adapter, files):
+    source, output = files
+    lines = [
+        chat("chat", "hello", max_tokens=4, model="name"),
+        completion("text", ["ab", "cd"], max_tokens=3),
+        chat("tuned", "hello", max_tokens=4, model="tuned"),
+        chat("model", "x", model="tiny"),
+        "{",
+    ]
+    write_lines(source, lines)
+    more = ("--served-model-name", "name", "--lora", f"tuned={adapter}")
+    code, err = batch(capsys, tiny, source, output, *FLAGS, *more)
+    assert (code, err) == (0, f"llama: {output}: 5 lines: 3 answered, 1 rejected, 1 failed\n")
+    answers = {line["custom_id"]: line for line in read_lines(output)}
+    assert answers["chat"]["response"]["body"]["model"] == "name"
+    assert said(answers["chat"]) != said(answers["tuned"])
+    assert [choice["index"] for choice in answers["text"]["response"]["body"]["choices"]] == [0, 1]
+    assert answers["model"]["response"]["status_code"] == 404
+    assert answers[None]["error"]["code"] == "invalid_json_line"
+
+
+def test_paths_by_flags(capsys, tiny, files):
+    source, output = files
+    write_lines(source, [chat("a", "x", max_tokens=1)])
+    for arguments in (
+        ("--model", tiny, "-i", source, "-o", output),
+        (tiny, "--input-file", source, "--output-file", output),
+        (tiny, source, "-o", output),
+        ("--model", tiny, source, output),
+    ):
+        output.unlink(missing_ok=True)
+        assert batch(capsys, *arguments, *FLAGS)[0] == 0
+        assert len(read_lines(output)) == 1
+
+
+@pytest.mark.parametrize(
+    "arguments, told",
+    [
+        (("MODEL", "in.jsonl"), "missing: OUTPUT"),
+        ((), "missing: MODEL, INPUT, OUTPUT"),
+        (("MODEL", "in.jsonl", "out.jsonl", "more"), "'more' is one path too many"),
+        (
+            ("MODEL", "in.jsonl", "out.jsonl", "--max-num-seqs", "0"),
+            "--max-num-seqs must be an integer from 1 to 65536, got 0",
+        ),
+        (("MODEL", "in.jsonl", "out.jsonl", "--lora", "x"), "--lora: takes NAME=PATH, got 'x'"),
+    ],
+)
+def test_usage_errors(capsys, arguments, told):
+    code, err = batch(capsys, *arguments)
+    assert code == 2 and one_line(err) and told in err
+
+
+def test_failures_are_one_line_and_leave_the_files_alone(capsys, tiny, files):
+    source, output = files
+    code, err = batch(capsys, tiny, source, output)
+    assert code == 1 and one_line(err) and str(source) in err and not output.exists()
+    write_lines(source, [chat("a", "x", max_tokens=1)])
+    code, err = batch(capsys, tiny, source, source)
+    assert code == 1 and one_line(err) and "the output is the input" in err and len(read_lines(source)) == 1
+    code, err = batch(capsys, tiny, source, output.parent / "none" / "output.jsonl")
+    assert code == 1 and one_line(err)
+    code, err = batch(capsys, source.parent / "no-model", source, output)
+    assert code == 1 and one_line(err) and "no-model" in err
+
+
+def test_another_model_or_dtype_goes_into_another_file(capsys, tiny, files):
+    source, output = files
+    write_lines(source, [chat("a", "x", max_tokens=1)])
+    assert batch(capsys, tiny, source, output, *FLAGS)[0] == 0
+    before = output.read_bytes()
+    code, err = batch(capsys, tiny, source, output, "--dtype", "float32")
+    assert code == 1 and one_line(err) and "answers 1 lines that this run does not ask" in err
+    # What only decides how fast it runs may change; and where nothing is left to do no model is loaded.
+    code, err = batch(capsys, tiny, source, output, "--dtype", "float64", "--max-num-seqs", "2")
+    assert (code, err) == (
+        0,
+        f"llama: {output}: 1 lines: 1 answered (1 of them by an earlier run), 0 rejected, 0 failed\n",
+    )
+    assert output.read_bytes() == before
+
+
+def test_speed_only_names_options_that_there_are():
+    assert {*EngineConfig.__dataclass_fields__, *LoadOptions.__dataclass_fields__} >= SPEED_ONLY
+
+
+def test_seed_of_the_run_makes_it_repeatable_in_any_order(capsys, tiny, files):
+    source, output = files
+    lines = [chat(str(i), f"text {i % 3}", max_tokens=8) for i in range(9)]
+    told = []
+    for order in (1, -1):
+        write_lines(source, lines[::order])
+        output.unlink(missing_ok=True)
+        assert batch(capsys, tiny, source, output, *FLAGS, "--seed", "7")[0] == 0
+        told.append(by_custom_id(read_lines(output)))
+    assert told[0] == told[1]
+    assert len({said(line) for line in read_lines(output)}) == 9
+
+
+def kill_once_it_has(count: int, tiny: str, source: Path, output: Path) -> None:
+    main = "import sys; from llama.cli import main; sys.exit(main())"
+    process = subprocess.Popen([sys.executable, "-c", main, "batch", tiny, source, output, *FLAGS])
+    output.touch()
+    with output.open("rb") as file:
+        while count > 0:
+            assert process.poll() is None
+            count -= file.read().count(b"\n")
+            time.sleep(0.001)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+
+
+def killed_and_unbroken(capsys, tiny: str, folder: Path, num_lines: int, num_kills: int) -> None:
+    draw = random.Random(num_lines)
+    lines = [
+        (chat if i % 2 else completion)(
+            f"line {i}", "x" * draw.randrange(1, 40), max_tokens=draw.randrange(1, 9), seed=i
+        )
+        for i in range(num_lines)
+    ]
+    source, broken, unbroken = write_lines(folder / "input.jsonl", lines), folder / "broken", folder / "unbroken"
+    at = sorted(draw.sample(range(1, num_lines - 20), num_kills))
+    kept = set()
+    for count in at:
+        kill_once_it_has(count, tiny, source, broken)
+        left = broken.read_bytes()
+        whole = [json.loads(line) for line in left[: left.rfind(b"\n") + 1].splitlines()]
+        assert count <= len(whole) < num_lines and kept <= {json.dumps(line) for line in whole}
+        kept = {json.dumps(line) for line in whole}
+        with broken.open("ab") as file:  # as a kill within a write leaves it
+            file.write(b'{"id":"batch_req_0123","cust'[: draw.randrange(28)] if left.endswith(b"\n") else b"")
+    code, err = batch(capsys, tiny, source, broken, *FLAGS)
+    assert code == 0 and f"({len(kept):,} of them by an earlier run)" in err
+    assert kept <= {json.dumps(line) for line in read_lines(broken)}
+    assert batch(capsys, tiny, source, unbroken, *FLAGS)[0] == 0
+    answers = by_custom_id(read_lines(broken))
+    assert list(answers) != [] and answers == by_custom_id(read_lines(unbroken))
+    assert answers.keys() == {line["custom_id"] for line in lines}
+
+
+def test_killed_once(capsys, tiny, tmp_path):
+    killed_and_unbroken(capsys, tiny, tmp_path, 80, 1)
+
+
+@pytest.mark.slow
+def test_two_thousand_lines_killed_three_times(capsys, tiny, tmp_path):
+    killed_and_unbroken(capsys, tiny, tmp_path, 2000, 3)
