@@ -9,9 +9,11 @@ from pathlib import Path
 CACHE = Path(__file__).resolve().parent.parent / ".cache" / "wheels"
 
 
-def fetch_wheel(distribution: str, version: str, sha256: str, cache: Path = CACHE) -> Path:
+def fetch_wheel(
+    distribution: str, version: str, sha256: str, *, cache: Path = CACHE, tag: str = "py3-none-any"
+) -> Path:
     """Path of the wheel, downloaded through pip's own configuration unless `cache` holds it already."""
-    path = cache / f"{distribution.replace('-', '_')}-{version}-py3-none-any.whl"
+    path = cache / f"{distribution.replace('-', '_')}-{version}-{tag}.whl"
     if not path.is_file():
         cache.mkdir(parents=True, exist_ok=True)
         requirement = f"{distribution}=={version}"

@@ -8,8 +8,11 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
-from llama import __version__
-from llama.cli.flags import Parser, UsageError
+try:
+    from llama import __version__
+    from llama.cli.flags import Parser, UsageError
+except ImportError:  # another distribution has put a package of its own over ours
+    sys.exit("llama: the package `llama` is not llama-engine's: uninstall the other one, then reinstall llama-engine")
 
 _COMMANDS = {
     "chat": "talk with a model",
