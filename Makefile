@@ -7,11 +7,12 @@ READY := $(VENV)/.ready
 DEMO_MODEL := checkpoints/smollm2-135m-instruct
 META_TOKENIZER := .cache/meta-llama3-tokenizer
 PYTEST := $(BIN)/python -m pytest
+JOBS ?= 0
 # A version of Triton other than the pinned one, for test-compile.
 TRITON ?=
 COMPILER := $(if $(TRITON),.venv-triton-$(TRITON),$(VENV))
 
-.PHONY: setup demo demo-model test test-slow test-kernels test-compile test-browser test-gpu memcheck lint bench bench-gpu
+.PHONY: setup demo demo-model test test-slow test-kernels test-compile test-browser test-package test-gpu memcheck lint bench bench-gpu
 
 setup: $(READY)
 
@@ -37,9 +38,9 @@ $(META_TOKENIZER): | $(READY)
 demo: $(DEMO_MODEL) | $(READY)
 	$(BIN)/llama generate $(DEMO_MODEL) "What is the capital of France?" --chat --temperature 0 --dtype float32
 
+# make test JOBS=2 runs it in two processes. The kernels are tested whatever the rest said.
 test: demo-model $(READY)
-	$(PYTEST)
-	$(MAKE) test-kernels
+	status=0; $(PYTEST) -n $(JOBS) || status=$$?; $(MAKE) test-kernels || status=$$?; exit $$status
 
 test-slow: demo-model $(READY)
 	$(PYTEST) -m slow --hypothesis-profile new-examples
@@ -60,6 +61,10 @@ test-compile: $(COMPILER)/.ready
 	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > \
 		$$(.venv-triton-$*/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/project.pth
 	touch $@
+
+# The wheel, in environments of its own; it fetches the packages beside which it must work. A part of make test-slow.
+test-package: demo-model $(READY)
+	$(PYTEST) -m slow tests/package
 
 # On a GPU machine, with its own python3: they want torch for CUDA, Triton, safetensors and pytest, and fetch nothing.
 test-gpu:

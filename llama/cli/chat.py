@@ -34,11 +34,12 @@ def run(options: Namespace) -> int:
     if options.model == DEMO_MODEL and not Path(DEMO_MODEL).exists():
         raise ValueError(f"{DEMO_MODEL}: there is no such folder; name another model, or run make demo-model")
     llm = load(options, max_num_seqs=1)
-    conversation = Conversation(llm, params_for(llm, values), options.system, options.lora and options.lora[0])
+    params = params_for(llm, values)
+    conversation = Conversation(llm, params, options.system, options.lora and options.lora[0])
     if sys.stdin.isatty():
         import readline  # noqa: F401  its import gives input() a line editor
 
-        print(_HELP, file=sys.stderr)
+        print(f"{_HELP}; temperature {params.temperature}, top_p {params.top_p}", file=sys.stderr)
     while (line := _read()) is not None:
         if line.startswith("/"):
             if not conversation.obey(line):
