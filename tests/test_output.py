@@ -258,7 +258,7 @@ TAGGED = tagged_tokenizer()
 
 def told(token_ids, cuts, *, reason=FinishReason.STOP, **params):
     """(the completion, its pieces) of an answer that comes in as many steps as the cuts make of it."""
-    asked = request([72], SamplingParams(max_tokens=None, **params), tool_names=NAMES)
+    asked = request([72], SamplingParams(max_tokens=None, **params), tools=dict.fromkeys(NAMES))
     reply = Reply(asked, [7], TAGGED, 0.0)
     ends = [*sorted(set(cuts)), len(token_ids)]
     parts = [token_ids[start:end] for start, end in zip([0, *ends], ends, strict=False)]
@@ -296,7 +296,7 @@ def test_calls_and_text_of_any_answer_cut_in_any_way_are_those_of_the_whole(text
 def test_an_answer_with_a_call_comes_token_by_token_through_the_engine():
     engine = ScriptedEngine(lambda prompt, index: script_of("" if index else f"{CALL} so"))
     replies = Replies(engine, TOKENIZER)
-    reply = replies.add(request([1], SamplingParams(n=2), tool_names=NAMES))
+    reply = replies.add(request([1], SamplingParams(n=2), tools=dict.fromkeys(NAMES)))
     pieces = []
     while engine.has_unfinished:
         pieces += [piece for _, piece in replies.step()]
@@ -325,7 +325,7 @@ def test_a_stop_string_cuts_before_calls_are_looked_for():
 
 
 def test_abort_gives_out_the_beginning_of_a_call():
-    asked = request([72], SamplingParams(), tool_names=NAMES)
+    asked = request([72], SamplingParams(), tools=dict.fromkeys(NAMES))
     reply = Reply(asked, [7], TOKENIZER, 0.0)
     assert reply.push(TokenOutput("r", 0, TOKENIZER.encode(CALL[:-1]))).text == ""
     [last] = reply.abort()

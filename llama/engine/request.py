@@ -1,7 +1,7 @@
 """Request: what an engine is asked for, encoded and checked. One value from every face to the scheduler; no torch."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from numbers import Integral
 from typing import Any, Protocol
 
@@ -31,7 +31,7 @@ class TokenMatcher(Protocol):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Request:
-    """`Engine.request` makes it; each is added once. The engine reads neither `prompt` nor `tool_names`."""
+    """`Engine.request` makes it; each is added once. The engine reads neither `prompt` nor `tools`."""
 
     request_id: str
     prompt_token_ids: NDArray[np.int32]
@@ -39,7 +39,7 @@ class Request:
     adapter: Adapter = NO_ADAPTER
     new_matcher: Callable[[], TokenMatcher] | None = None  # of the grammar that holds the answer
     prompt: str | None = None
-    tool_names: tuple[str, ...] = ()  # whose calls are to be found in the answer
+    tools: Mapping[str, Any] = field(default_factory=dict)  # whose calls are to be found: name -> schema of arguments
 
 
 def checked_ids(token_ids: Sequence[int], vocab_size: int) -> NDArray[np.int32]:

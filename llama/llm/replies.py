@@ -49,7 +49,7 @@ class _Completion:
         if params.logprobs is not None:
             self.output.logprobs, self.output.cumulative_logprob = [], 0.0
         self.text_parts: list[str] = []
-        self.parser = ToolCallParser(request.tool_names) if request.tool_names else None
+        self.parser = ToolCallParser(request.tools) if request.tools else None
         self.decoder = self._new_decoder(prompt_token_ids)
         self.matcher = self._new_matcher()
         self.held = ""  # text that the matcher keeps back

@@ -161,7 +161,7 @@ class Inputs:
                 grammar = self._grammars.compile(response_format)
         except ImportError as error:
             raise ParameterError(str(error), "response_format" if response_format else "tool_choice") from None
-        return replace(request, tool_names=tools.names, new_matcher=None if grammar is None else grammar.matcher)
+        return replace(request, tools=tools.parameters, new_matcher=None if grammar is None else grammar.matcher)
 
     @cached_property
     def _grammars(self) -> GrammarCompiler:

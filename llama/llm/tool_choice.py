@@ -21,8 +21,9 @@ class Tools:
     name: str | None = None
 
     @property
-    def names(self) -> tuple[str, ...]:
-        return tuple(map(tool_name, self.shown or ()))
+    def parameters(self) -> dict[str, Any]:
+        """The schema of each tool's arguments by its name; None for none. A grammar needs no second look."""
+        return {tool_name(t): None if self.must_call else t["function"].get("parameters") for t in self.shown or ()}
 
 
 def choose(tools: Sequence[Mapping[str, Any]] | None, choice: ToolChoice) -> Tools:

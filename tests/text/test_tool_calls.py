@@ -4,11 +4,13 @@ import json
 import re
 from pathlib import Path
 
+import jsonschema
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llama.text.tool_calls import PYTHON_TAG, ToolCall, ToolCallParser, parse_tool_calls
+from llama.text.tool_calls.contradiction import contradicts
 from tests.text.helpers import every_cut
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "meta_prompt_cases.json").read_text())["assistant_texts"]
@@ -217,3 +219,111 @@ def test_every_cut_gives_what_the_whole_gives_at_length(text, sizes):
         pieces.append(text[start : start + size])
         start += size
     assert events([*pieces, text[start:]]) == events([text])
+
+
+# Arguments that contradict the tool's own schema are text
+
+WEATHER = {
+    "type": "object",
+    "properties": {
+        "city": {"type": "string"},
+        "unit": {"enum": ["C", "F"]},
+        "days": {"type": "integer"},
+        "at": {"type": "array", "items": {"$ref": "#/$defs/point"}},
+        "deep": {"anyOf": [{"type": "object", "additionalProperties": False}, {"type": "boolean"}]},
+    },
+    "required": ["city"],
+    "$defs": {"point": {"type": "object", "properties": {"x": {"type": "number"}}, "required": ["x"]}},
+}
+LOOSE = {"type": "object", "properties": {}}
+CIRCULAR = {"$ref": "#/$defs/a", "$defs": {"a": {"anyOf": [{"$ref": "#/$defs/a"}, {"$ref": "#/$defs/a"}]}}}
+OPTIONAL = {"type": "object", "properties": {"s": {"anyOf": [{"type": "string"}, {"type": "null"}], "default": None}}}
+
+
+def called(arguments, parameters, spelled='{{"name": "get_weather", "parameters": {}}}'):
+    """Whether this is a call with just these arguments, else just this text; however it is cut."""
+    text = spelled.format(json.dumps(arguments))
+    found = [ToolCall("get_weather", arguments)]
+    got = events([text], {"get_weather": parameters})
+    assert got in (found, [text])
+    assert all(events(pieces, {"get_weather": parameters}) == got for pieces in every_cut(text))
+    return got == found
+
+
+FUNCTION_TAG = "<function=get_weather>{}</function>"
+
+
+@pytest.mark.parametrize("spelled", ['{{"name": "get_weather", "parameters": {}}}', FUNCTION_TAG])
+@pytest.mark.parametrize(
+    ("arguments", "parameters", "is_call"),
+    [
+        ({"city": "Paris"}, WEATHER, True),
+        ({"city": "Paris", "more": 1}, WEATHER, True),
+        ({"city": "Paris", "unit": "C", "days": 3, "at": [{"x": 1.5}], "deep": {}}, WEATHER, True),
+        ({"city": "Paris", "days": "3", "at": '[{"x": "1.5"}]', "deep": "true"}, WEATHER, True),  # in quotes
+        ({"city": "Paris", "days": None}, WEATHER, True),  # left out
+        ({"city": "3"}, WEATHER, True),
+        ({"anything": {"a": 1}}, LOOSE, True),
+        ({}, LOOSE, True),
+        ({}, None, True),
+        ({"a": 1}, CIRCULAR, True),
+        ({"s": None}, OPTIONAL, True),
+        ({"type": "object", "properties": {"a": 1}}, {"properties": {"type": {}, "properties": {}}}, True),
+        ({}, WEATHER, False),
+        ({"city": None}, WEATHER, False),
+        ({"city": {"type": "string"}}, WEATHER, False),
+        ({"city": 3}, WEATHER, False),
+        ({"city": "Paris", "unit": "K"}, WEATHER, False),
+        ({"city": "Paris", "days": 1.5}, WEATHER, False),
+        ({"city": "Paris", "days": True}, WEATHER, False),
+        ({"city": "Paris", "at": [{"y": 1}]}, WEATHER, False),
+        ({"city": "Paris", "deep": {"a": 1}}, WEATHER, False),
+        ({"city": "Paris", "more": 1}, WEATHER | {"additionalProperties": False}, False),
+        (WEATHER, WEATHER, False),
+        (LOOSE, LOOSE, False),
+        (WEATHER, LOOSE, False),
+        (WEATHER, {}, False),
+    ],
+)
+def test_arguments_that_contradict_the_schema_are_text(spelled, arguments, parameters, is_call):
+    assert called(arguments, parameters, spelled) is is_call
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers(-2, 2) | st.floats(-1, 1) | st.sampled_from(["", "a", "2", "true"]),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.sampled_from("abc"), inner, max_size=2),
+    max_leaves=6,
+)
+TYPES = st.sampled_from(["string", "integer", "number", "boolean", "null", "array", "object"])
+SCHEMAS = st.recursive(
+    st.fixed_dictionaries({}, optional={"type": TYPES, "enum": st.lists(VALUES, min_size=1), "const": VALUES}),
+    lambda inner: st.fixed_dictionaries(
+        {},
+        optional={
+            "type": TYPES,
+            "properties": st.dictionaries(st.sampled_from("abc"), inner, max_size=2),
+            "required": st.lists(st.sampled_from("abc"), max_size=1),
+            "additionalProperties": st.booleans() | inner,
+            "items": inner,
+            "anyOf": st.lists(inner, min_size=1, max_size=2),
+            "allOf": st.lists(inner, min_size=1, max_size=2),
+        },
+    ),
+    max_leaves=6,
+)
+
+
+@given(st.dictionaries(st.sampled_from("abc"), VALUES, max_size=3), SCHEMAS)
+@settings(max_examples=300, deadline=None)
+def test_what_satisfies_the_schema_contradicts_nothing(arguments, schema):
+    if jsonschema.Draft202012Validator(schema).is_valid(arguments):
+        assert not contradicts(arguments, schema)
+
+
+def test_null_beside_arguments_is_no_choice_of_theirs():
+    for text in (
+        '{"name": "f", "parameters": null, "arguments": {"a": 1}}',
+        '{"name": "f", "arguments": null, "parameters": {"a": 1}}',
+        '{"type": "function", "function": {"name": "f", "parameters": null, "arguments": {"a": 1}}}',
+    ):
+        assert parse_tool_calls(text, KNOWN) == ("", [CALL_F1])

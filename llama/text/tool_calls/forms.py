@@ -141,7 +141,8 @@ def _call_of_object(value: Any, known: Collection[str]) -> ToolCall:
     function = value.get("function")
     inner = function if isinstance(function, dict) else value
     name = function if isinstance(function, str) else inner.get("name")
-    arguments = inner.get("parameters", inner.get("arguments"))
+    given = [inner[key] for key in ("parameters", "arguments") if inner.get(key) is not None]
+    arguments = given[0] if given else None
     if not isinstance(name, str) or name not in known:
         raise NotACall
     if arguments is None and ("parameters" in inner or "arguments" in inner or "type" in value):

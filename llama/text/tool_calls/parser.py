@@ -7,14 +7,17 @@
     any of these, or Python code, after <|python_tag|>
 
 Calls of JSON or `N.call` stand at the beginning or follow another call; `<function=` and `<|python_tag|>` are found
-anywhere. It is a call only if N is among the tools sent; all else is text, passed on as soon as it can be nothing else.
-Decisions depend on the characters alone, so the events are the same however the text was cut.
+anywhere. It is a call only if N is among the tools sent and its arguments do not contradict that tool's schema; all
+else is text, passed on as soon as it can be nothing else. Decisions depend on the characters alone, so the events are
+the same however the text was cut.
 """
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from enum import Enum, auto
+from typing import Any
 
+from llama.text.tool_calls.contradiction import contradicts
 from llama.text.tool_calls.forms import BracketScan, NotACall, ToolCall, calls_of_json, load_arguments, load_json
 
 PYTHON_TAG = "<|python_tag|>"
@@ -38,8 +41,10 @@ class _State(Enum):
 class ToolCallParser:
     """`feed` text as it comes, then `finish`; both return text and calls in the order in which they were written."""
 
-    def __init__(self, tool_names: Collection[str]) -> None:
-        self._known = frozenset(tool_names)
+    def __init__(self, tools: Mapping[str, Any] | Collection[str]) -> None:
+        """`tools` by name, each with the JSON schema of its arguments or None; or the names alone."""
+        self._parameters = tools if isinstance(tools, Mapping) else dict.fromkeys(tools)
+        self._known = frozenset(tools)
         self._call_starts = {f"{name}.call(": name for name in sorted(self._known)}
         self._state = _State.START
         self._buffer = ""
@@ -202,6 +207,8 @@ class ToolCallParser:
     # Events
 
     def _emit_calls(self, calls: list[ToolCall]) -> None:
+        if any(contradicts(call.arguments, self._parameters[call.name]) for call in calls):
+            raise NotACall
         self._events += calls
         self._state = _State.AFTER_CALL
 
@@ -214,9 +221,9 @@ class ToolCallParser:
             self._events.append(text)
 
 
-def parse_tool_calls(text: str, tool_names: Collection[str]) -> tuple[str, list[ToolCall]]:
+def parse_tool_calls(text: str, tools: Mapping[str, Any] | Collection[str]) -> tuple[str, list[ToolCall]]:
     """(what is not a call, the calls): the stream's events, replayed for the whole text."""
-    parser = ToolCallParser(tool_names)
+    parser = ToolCallParser(tools)
     events = parser.feed(text) + parser.finish()
     calls = [event for event in events if isinstance(event, ToolCall)]
     return "".join(event for event in events if isinstance(event, str)), calls
