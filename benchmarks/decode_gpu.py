@@ -9,13 +9,16 @@ Beside it stands transformers on a static cache, compiled with CUDA graphs where
 
 import argparse
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 
 from benchmarks.common import close, summary, timed
 from benchmarks.device import Timer, ceilings
-from llama import LLM, ModelConfig, SamplingParams, Transformer
+from llama import ModelConfig, SamplingParams, Transformer
+from llama.engine.config import EngineConfig
+from llama.engine.engine import Engine
 
 WARM_STEPS = 8  # kernels compile, graphs are recorded
 PREFILL_ROUNDS = 3
@@ -39,11 +42,11 @@ def prefill_flops(config: ModelConfig, length: int) -> int:
 
 
 class DeviceClock:
-    """Seconds that the device spends on each step that `llm` launches; on the CPU there is no telling them apart."""
+    """Seconds that the device spends on each step that is launched; on the CPU there is no telling them apart."""
 
-    def __init__(self, llm: LLM) -> None:
-        self.runner, self.marks = llm.engine.runner, []
-        self.is_cuda = llm.model.device.type == "cuda"
+    def __init__(self, engine: Engine) -> None:
+        self.runner, self.marks = engine.runner, []
+        self.is_cuda = engine.runner.model.device.type == "cuda"
         self.launch = self.runner.launch
 
     def __enter__(self) -> "DeviceClock":
@@ -68,44 +71,51 @@ class DeviceClock:
         return [start.elapsed_time(end) / 1e3 for start, end in self.marks]
 
 
-def decode(llm: LLM, batch: int, context: int, rounds: int, params: dict) -> dict:
-    engine, vocab_size = llm.engine, llm.model.config.vocab_size
-    steps = rounds + WARM_STEPS
-    length = min(context, engine.config.max_model_len - steps - 2)
-    settings = SamplingParams(max_tokens=steps + 1, ignore_eos=True, seed=0, **params)
+@contextmanager
+def decoding(engine: Engine, batch: int, context: int, steps: int, params: dict) -> Iterator[int]:
+    """Inside, every step of the engine is one decode of `batch` sequences, for `steps` of them. -> their length."""
+    length = min(context, engine.config.context_len - steps - WARM_STEPS - 2)
+    settings = SamplingParams(max_tokens=steps + WARM_STEPS + 1, ignore_eos=True, seed=0, **params)
     for i in range(batch):
-        engine.add(engine.request(f"{i}", prompt_of(length + i % 2, vocab_size), settings))
+        engine.add(engine.request(f"{i}", prompt_of(length + i % 2, engine.runner.vocab_size), settings))
     while engine.scheduler.waiting or engine.scheduler.running.prefilling:
         engine.step()
     for _ in range(WARM_STEPS):
         engine.step()
-    with DeviceClock(llm) as clock:
-        seconds = [timed(engine.step) for _ in range(rounds - 2)]
+    yield length
     for i in range(batch):
         engine.abort(f"{i}")
+    finish(engine)
+
+
+def finish(engine: Engine) -> None:
     while engine.has_unfinished:
         engine.step()
-    row = {"batch": batch, "context": length, **summary(seconds), "bytes": floor_bytes(llm.model, batch, length)}
+
+
+def decode(engine: Engine, batch: int, context: int, rounds: int, params: dict) -> dict:
+    with decoding(engine, batch, context, rounds, params) as length, DeviceClock(engine) as clock:
+        seconds = [timed(engine.step) for _ in range(rounds - 2)]
+    num_bytes = floor_bytes(engine.runner.model, batch, length)
+    row = {"batch": batch, "context": length, **summary(seconds), "bytes": num_bytes}
     if device_seconds := clock.seconds():
         row["device"] = summary(device_seconds)
         row["engine_overhead"] = 1 - row["device"]["median"] / row["median"]
     return row
 
 
-def prefill(llm: LLM, length: int) -> dict:
-    length = min(length, llm.engine.config.max_model_len - 1)
-    prompt = prompt_of(length, llm.model.config.vocab_size)
+def prefill(engine: Engine, length: int) -> dict:
+    length = min(length, engine.config.context_len - 1)
+    params = SamplingParams(temperature=0, max_tokens=1, ignore_eos=True)
+    prompt = prompt_of(length, engine.runner.vocab_size)
 
     def once() -> None:
-        llm.engine.add(
-            llm.engine.request("prefill", prompt, SamplingParams(temperature=0, max_tokens=1, ignore_eos=True))
-        )
-        while llm.engine.has_unfinished:
-            llm.engine.step()
+        engine.add(engine.request("prefill", prompt, params))
+        finish(engine)
 
     once()
     seconds = [timed(once) for _ in range(PREFILL_ROUNDS)]
-    return {"length": length, **summary(seconds), "flops": prefill_flops(llm.model.config, length)}
+    return {"length": length, **summary(seconds), "flops": prefill_flops(engine.runner.model.config, length)}
 
 
 class Peer:
@@ -180,7 +190,7 @@ def show(name: str, row: dict, ceiling: str) -> None:
     print(told + (f", transformers: {row['peer_failed']}" if "peer_failed" in row else ""), flush=True)
 
 
-def build(arguments: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> tuple[LLM, dict[str, float]]:
+def build(arguments: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> tuple[Engine, dict[str, float]]:
     """-> an engine with room for all that is asked for, and the seconds that its parts took."""
     seconds = {}
     started = time.perf_counter()
@@ -189,34 +199,36 @@ def build(arguments: argparse.Namespace, device: torch.device, dtype: torch.dtyp
     longest = min(model.config.max_position_embeddings, max(*arguments.contexts, *arguments.prefill, 0) + 256)
     tokens = max(arguments.batch) * (max(arguments.contexts, default=0) + arguments.rounds + 64)
     started = time.perf_counter()
-    llm = LLM(
-        model,
+    model.prepare()
+    config = EngineConfig(
         max_model_len=longest,
         num_blocks=-(-max(tokens, longest) // 16) + max(arguments.batch),
         max_num_seqs=max(arguments.batch),
         enable_prefix_caching=False,
         enforce_eager=arguments.enforce_eager,
     )
+    engine = Engine(model, config)
     seconds["engine"] = time.perf_counter() - started
-    return llm, seconds
+    return engine, seconds
 
 
-def measure(llm: LLM, limits: dict, params: dict, arguments: argparse.Namespace) -> dict[str, dict]:
-    is_cuda = llm.model.device.type == "cuda"
-    peer = None if arguments.no_peer else Peer(llm.model, compiled=is_cuda)
+def measure(engine: Engine, limits: dict, params: dict, arguments: argparse.Namespace) -> dict[str, dict]:
+    model = engine.runner.model
+    is_cuda = model.device.type == "cuda"
+    peer = None if arguments.no_peer else Peer(model, compiled=is_cuda)
     print(f"{'ms':<28} {'median':>10} {'p10':>10} {'p90':>10}")
     rows = {}
     for batch in arguments.batch:
         for context in arguments.contexts:
             name = f"decode batch {batch} context {context}"
-            row = rows[name] = decode(llm, batch, context, arguments.rounds, params)
+            row = rows[name] = decode(engine, batch, context, arguments.rounds, params)
             row["of_ceiling"] = row["bytes"] / limits["copy_bytes_per_second"] / row["median"]
             has_peer = peer is not None and context <= arguments.peer_up_to
             beside(row, (lambda b=batch, c=row["context"]: peer.decode(b, c, arguments.rounds)) if has_peer else None)
             show(name, row, "the byte floor")
     for length in arguments.prefill:
         name = f"prefill {length}"
-        row = rows[name] = prefill(llm, length)
+        row = rows[name] = prefill(engine, length)
         row["of_ceiling"] = row["flops"] / limits["matmul_flops_per_second"] / row["median"]
         has_peer = peer is not None and length <= arguments.peer_up_to
         beside(row, (lambda n=row["length"]: peer.prefill(n)) if has_peer else None)
@@ -241,13 +253,13 @@ def main(given: Sequence[str] | None = None) -> None:
     device, is_cuda = torch.device(arguments.device), arguments.device.startswith("cuda")
     dtype = getattr(torch, arguments.dtype or ("bfloat16" if is_cuda else "float32"))
     limits = ceilings(Timer(device, 20 if is_cuda else 3), dtype, tiny=not is_cuda)
-    llm, seconds = build(arguments, device, dtype)
+    engine, seconds = build(arguments, device, dtype)
     print(
         f"{arguments.preset}, {dtype}, {device}: copy {limits['copy_bytes_per_second'] / 1e9:.1f} GB/s, "
         f"matmul {limits['matmul_flops_per_second'] / 1e12:.2f} TFLOP/s, {seconds}"
     )
     params = {"temperature": 0.7, "top_p": 0.9, "top_k": 50} if arguments.sampling else {"temperature": 0}
-    rows = measure(llm, limits, params, arguments)
+    rows = measure(engine, limits, params, arguments)
     shapes = {name: getattr(arguments, name) for name in ("preset", "batch", "enforce_eager")} | {"sampling": params}
     close("decode_gpu", unit="s", dtype=str(dtype)[6:], shapes=shapes, ceilings=limits, seconds=seconds, rows=rows)
 

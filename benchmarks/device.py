@@ -39,7 +39,7 @@ class Timer:
             try:
                 replays[name] = self._capture(calls) if self.is_cuda else (calls[0], 1)
                 replays[name][0]()
-                self._wait()
+                self.wait()
             except Exception as error:  # a peer that this machine or build does not have
                 if name == "ours":
                     raise
@@ -86,7 +86,7 @@ class Timer:
         end.synchronize()
         return start.elapsed_time(end) / 1e3
 
-    def _wait(self) -> None:
+    def wait(self) -> None:
         if self.is_cuda:
             torch.cuda.synchronize()
 

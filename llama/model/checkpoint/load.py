@@ -7,7 +7,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from llama.api.errors import CheckpointError
 from llama.files import read_json
@@ -123,6 +122,8 @@ def _some(names: Iterable[str]) -> str:
 
 def _stream(module: nn.Module, entries: list[Entry], stored: dict[str, StoredTensor]) -> None:
     """In file order, so that a disk reads ahead; on several threads, as much of the time goes into fresh pages."""
+
+    from tqdm import tqdm  # not above: machines that only run kernels have no tqdm
 
     def read(entry: Entry) -> int:
         read_into(stored[entry.name], target(module, entry))

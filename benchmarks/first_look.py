@@ -1,0 +1,173 @@
+"""The first minutes on a GPU: does everything launch, is it right, and where does the time go?
+
+python -m benchmarks.first_look 1 --out DIR            correctness, the device's own limits, a decode step node by node
+python -m benchmarks.first_look 2 --out DIR            what to tune: cache layout, tiles, host time; then the benchmarks
+python -m benchmarks.first_look nodes matmul           single sections, in this process
+python -m benchmarks.first_look 1 2 --tiny             anywhere, as a dry run: small shapes, Triton's interpreter
+
+A part takes at most five minutes: each step is a process of its own with a time limit, may fail alone, and leaves its
+output in DIR. Needs torch, Triton and pytest, and runs from the repository's root. The last line is one JSON document.
+"""
+
+import argparse
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks.common import REPOSITORY, close
+
+PART_SECONDS = 300.0
+LEAST_SECONDS = 5.0  # no step is begun with less
+TAIL = 40  # lines of a step's output that are printed
+ALONE = "beyond_32 or to_the_31 or stay_within or worst_step"  # tests that want the memory of the whole device
+
+
+@dataclass(frozen=True)
+class Step:
+    name: str
+    seconds: float
+    sections: tuple[str, ...] = ()  # of this program
+    tests: str = ""  # an expression for pytest -k over the GPU's tests
+    module: tuple[str, ...] = ()  # a benchmark with its arguments
+    tiny: tuple[str, ...] = ()  # what replaces the arguments in a dry run
+
+    def command(self, out: Path, is_tiny: bool) -> list[str]:
+        python = [sys.executable, "-u", "-m"]
+        if self.sections:
+            return [*python, "benchmarks.first_look", *self.sections, "--out", str(out), *["--tiny"] * is_tiny]
+        if self.module:
+            return [*python, *(self.module[:1] + self.tiny if is_tiny else self.module)]
+        together = ["-n", "12", "--dist", "worksteal"] if self.tests.startswith("not") and _has("xdist") else []
+        how = ["--collect-only"] if is_tiny else together
+        return [*python, "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider", *how, "-k", self.tests]
+
+
+PARTS = {
+    "1": (
+        Step("ops", 60, ("machine", "ops")),
+        Step("tests", 130, tests=f"not ({ALONE})"),
+        Step("large tests", 45, tests=ALONE),
+        Step("step", 80, ("step",)),
+        Step("device", 80, ("nodes", "invariance", "matmul", "cublas")),
+    ),
+    "2": (
+        Step("choices", 110, ("decode_layout", "prefill_tiles", "eager")),
+        Step(
+            "decode",
+            60,
+            module=tuple(
+                "benchmarks.decode_gpu --no-peer --contexts 128 1024 8192 --prefill 2048 8192 --rounds 40".split()
+            ),
+            tiny=tuple("--preset tiny --no-peer --contexts 16 --prefill 32 --rounds 3".split()),
+        ),
+        # Beside the weights, one engine for both batches and 8,192 tokens would want more than the device has.
+        Step(
+            "decode of 64",
+            50,
+            module=tuple("benchmarks.decode_gpu --no-peer --contexts 1024 --prefill --batch 64".split()),
+            tiny=tuple("--preset tiny --no-peer --contexts 16 --prefill --batch 2 --rounds 3".split()),
+        ),
+        Step(
+            "sampler and prefill",
+            60,
+            module=tuple("benchmarks.ops --op sample prefill_attention --rounds 20 --no-peers".split()),
+            tiny=tuple("--op sample --rounds 1 --no-peers --tiny".split()),
+        ),
+    ),
+}
+
+
+def _has(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
+
+
+def run_step(step: Step, out: Path, is_tiny: bool, seconds: float) -> dict:
+    """-> its exit status ("timeout" where it took longer than `seconds`) and how long it took."""
+    log = out / f"{step.name.replace(' ', '-')}.txt"
+    started = time.monotonic()
+    with log.open("w") as file:
+        child = subprocess.Popen(
+            step.command(out, is_tiny), cwd=REPOSITORY, stdout=file, stderr=file, start_new_session=True
+        )
+        try:
+            status: int | str = child.wait(seconds)
+        except subprocess.TimeoutExpired:
+            os.killpg(child.pid, signal.SIGKILL)  # workers of its own too
+            child.wait()
+            status = "timeout"
+    print("\n".join(log.read_text(errors="replace").splitlines()[-TAIL:]), flush=True)
+    return {"status": status, "seconds": round(time.monotonic() - started, 1)}
+
+
+def run_part(name: str, out: Path, is_tiny: bool) -> dict[str, dict]:
+    ends = time.monotonic() + PART_SECONDS
+    steps = {}
+    for step in PARTS[name]:
+        left = ends - time.monotonic()
+        if left < LEAST_SECONDS and not is_tiny:
+            steps[step.name] = {"status": "no time left"}
+            continue
+        print(f"== part {name}: {step.name} ({PART_SECONDS - left:.0f} s)", flush=True)
+        steps[step.name] = run_step(step, out, is_tiny, PART_SECONDS if is_tiny else min(step.seconds, left))
+        if step.tests and steps[step.name]["status"] == 1:
+            print("After an illegal access all later failures mean nothing: rerun the first failed test alone, with "
+                  "CUDA_LAUNCH_BLOCKING=1.")  # fmt: skip
+    return steps
+
+
+def run_sections(names: list[str], out: Path, is_tiny: bool) -> bool:
+    """Run each of these sections; its result goes to a file at once. -> whether all of them succeeded."""
+    if is_tiny:
+        os.environ["TRITON_INTERPRET"] = "1"  # read when Triton and our ops are imported, below
+    from benchmarks import first_look_device, first_look_engine
+
+    look = first_look_device.Look(is_tiny=is_tiny)
+    known = first_look_device.SECTIONS | first_look_engine.SECTIONS
+    succeeded = True
+    for name in names:
+        started = time.monotonic()
+        try:
+            result = known[name](look)
+        except Exception as error:
+            traceback.print_exc()
+            result, succeeded = f"FAILED {type(error).__name__}: {error}", False
+        print(f"== {name}: {time.monotonic() - started:.1f} s\n{json.dumps(result)[:4000]}", flush=True)
+        (out / f"{name}.json").write_text(json.dumps(result))
+    return succeeded
+
+
+def main(given: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.first_look",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("what", nargs="+", metavar="PART|SECTION", help="1, 2, or names of sections")
+    parser.add_argument("--out", type=Path, help="a folder for all results (a new one)")
+    parser.add_argument("--tiny", action="store_true", help="a dry run without a GPU")
+    options = parser.parse_args(given)
+    out = options.out or Path(tempfile.mkdtemp(prefix="first-look-"))
+    out.mkdir(parents=True, exist_ok=True)
+    names = [name for name in options.what if name not in PARTS]
+    succeeded = run_sections(names, out, options.tiny) if names else True
+    steps = {}
+    for part in options.what:
+        if part in PARTS:
+            steps |= run_part(part, out, options.tiny)
+    if not steps:
+        return 0 if succeeded else 1
+    sections = {path.stem: json.loads(path.read_text()) for path in sorted(out.glob("*.json"))}
+    close("first_look", steps=steps, sections=sections, out=str(out))
+    return 0 if succeeded and all(step["status"] == 0 for step in steps.values()) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

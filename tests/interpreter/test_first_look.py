@@ -1,0 +1,93 @@
+"""benchmarks/first_look.py without a GPU: every section on tiny shapes, every step's command, and time limits."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks import first_look, first_look_device, first_look_engine
+from benchmarks.first_look import PARTS, Step, main
+
+SECTIONS = first_look_device.SECTIONS | first_look_engine.SECTIONS
+STEPS = [step for steps in PARTS.values() for step in steps]
+REPOSITORY = Path(__file__).resolve().parents[2]
+# What the engine imports beside these is Python's own, or NumPy, which torch brings.
+ABSENT = "tokenizers jinja2 safetensors tqdm transformers peft fastapi hypothesis xdist llguidance".split()
+
+
+@pytest.fixture(scope="module")
+def look():
+    return first_look_device.Look(is_tiny=True)
+
+
+@pytest.mark.parametrize("name", SECTIONS)
+def test_a_section_runs(name, look):
+    found = json.loads(json.dumps(SECTIONS[name](look)))
+    assert found
+    assert "Error" not in json.dumps(found)
+
+
+def test_every_section_belongs_to_a_step():
+    assert sorted(name for step in STEPS for name in step.sections) == sorted(SECTIONS)
+
+
+def test_two_parts_take_five_minutes_each():
+    for steps in PARTS.values():
+        assert first_look.PART_SECONDS == 300
+        # Limits may add up to more, for few steps reach theirs; the last one must not depend on it.
+        assert sum(step.seconds for step in steps[:-1]) < 320
+
+
+def test_the_tests_that_run_alone_exist():
+    source = "".join(path.read_text() for path in (REPOSITORY / "tests/gpu").glob("test_*.py"))
+    for part in first_look.ALONE.split(" or "):
+        assert re.search(rf"def test_\w*{part}", source), part
+
+
+def test_it_needs_nothing_but_torch_and_triton(tmp_path):
+    code = f"import sys; sys.modules.update(dict.fromkeys({ABSENT!r})); from benchmarks.first_look import main; "
+    code += f"sys.exit(main(['machine', 'nodes', '--tiny', '--out', {str(tmp_path)!r}]))"
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
+    ran = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr
+    assert {path.name for path in tmp_path.iterdir()} == {"machine.json", "nodes.json"}
+
+
+def run(monkeypatch, capsys, tmp_path, *steps: Step) -> tuple[int, dict]:
+    monkeypatch.setitem(PARTS, "1", steps)
+    status = main(["1", "--out", str(tmp_path)])
+    return status, json.loads(capsys.readouterr().out.splitlines()[-1])
+
+
+def test_a_step_that_hangs_or_fails_takes_no_other_with_it(monkeypatch, capsys, tmp_path):
+    sleeps = ("timeit", "-n", "1", "-r", "1", "import time; time.sleep(60)")
+    passes = ("timeit", "-n", "1", "-r", "1", "pass")
+    steps = [
+        Step("hangs", 1, module=sleeps),
+        Step("fails", 60, module=("no_such_module",)),
+        Step("ok", 60, module=passes),
+    ]
+    status, document = run(monkeypatch, capsys, tmp_path, *steps)
+    assert status == 1
+    assert [step["status"] for step in document["steps"].values()] == ["timeout", 1, 0]
+    assert "no_such_module" in (tmp_path / "fails.txt").read_text()
+
+
+def test_no_step_begins_when_the_time_is_up(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(first_look, "PART_SECONDS", 4.0)
+    status, document = run(monkeypatch, capsys, tmp_path, Step("late", 60, module=("timeit", "pass")))
+    assert status == 1
+    assert document["steps"] == {"late": {"status": "no time left"}}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", PARTS)
+def test_a_whole_part(part, capsys, tmp_path):
+    status = main([part, "--tiny", "--out", str(tmp_path)])
+    document = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert status == 0, document["steps"]
+    assert document["sections"].keys() == {name for step in PARTS[part] for name in step.sections}
