@@ -96,6 +96,6 @@ class GraphedDecodes:
         self._logits[:bucket].copy_(self._model(batch, self._kv, self._rows.adapters.stacks))
 
     def _draw(self, bucket: int, flags: Flags) -> Packed:
-        tensors = {name: self._inputs.device[name][:bucket] for name in self._rows.sampler.fields}
+        tensors: dict[str, Any] = {name: self._inputs.device[name][:bucket] for name in self._rows.sampler.fields}
         rows = SamplerRows(**tensors, **flags._asdict())
         return self._rows.draw(self._logits[:bucket], rows, self._inputs.device["row_ids"][:bucket])

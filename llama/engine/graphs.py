@@ -69,7 +69,8 @@ class Graphs:
         if replay is None and key in self._ready and not self._is_full:
             replay = self._take_down(key, function)
         if replay is not None:
-            return replay()
+            replayed: T = replay()
+            return replayed
         result = function()
         self._ready.add(key)
         return result

@@ -93,6 +93,7 @@ class Runner:
 
     def _score(self, plan: Plan, batch: Batch, hidden: Tensor) -> list[Packed]:
         """Log-probabilities of the prompt's tokens, a bounded number of rows of logits at a time."""
+        assert plan.prompt_sources is not None and plan.prompt_targets is not None
         sources, targets = self._on_device(plan.prompt_sources), self._on_device(plan.prompt_targets)
         parts = []
         for some, wanted in zip(sources.split(self._scored_rows), targets.split(self._scored_rows), strict=True):

@@ -135,8 +135,8 @@ class SamplerTable:
         self._chosen_bans: bytes | None = None
         self._chosen_entries = self._entries[:0]
         self._flags = Flags()
-        self._tensors: dict[str, torch.Tensor] | None = None
-        self._bias_tensors: dict[str, torch.Tensor | None] = {}
+        self._tensors: dict[str, Any] | None = None
+        self._bias_tensors: dict[str, Any] = {}
         self._written: NDArray[Any] | None = None  # the entries that the arrays of `write` hold
 
     def set_row(

@@ -24,7 +24,7 @@ from llama.engine.config import EngineConfig
 from llama.engine.plan import Ints, LogprobArrays, Plan, StepResult
 from llama.engine.running import Running, by_order
 from llama.engine.sequence import BROKEN_GRAMMAR, Sequence, TokenOutput
-from llama.engine.step import Chunk, Step, decode_constants
+from llama.engine.step import Chunk, StepRecord, decode_constants
 
 logger = logging.getLogger(__name__)
 
@@ -68,7 +68,7 @@ class Scheduler:
         self._mask_words = -(-vocab_size // 32)
         self._model = model
         self._requests: dict[str, list[Sequence]] = {}
-        self._in_flight: deque[Step] = deque()
+        self._in_flight: deque[StepRecord] = deque()
         self._num_steps = 0
         self._constants = decode_constants(0)
         self._refused: tuple[Sequence, int] | None = None  # head of the queue that did not fit, and what was available
@@ -141,7 +141,7 @@ class Scheduler:
     def schedule(self, max_tokens: int | None = None) -> Plan | None:
         """Hand out at most `max_tokens` tokens (None = the whole budget); None if nobody can use one now."""
         budget = self.token_budget if max_tokens is None else min(max_tokens, self.token_budget)
-        step = Step(self._num_steps)
+        step = StepRecord(self._num_steps)
         self.running.reserve_decodes(*self._ready(budget), self.preempt)
         rows, step.decodes = self._ready(budget)
         if self.waiting or self.running.prefilling:
@@ -163,7 +163,7 @@ class Scheduler:
             rows, sequences = self.running.decodes()
         return (rows, sequences) if len(sequences) <= budget else (rows[:budget], sequences[:budget])
 
-    def _add_chunks(self, step: Step, budget: int) -> None:
+    def _add_chunks(self, step: StepRecord, budget: int) -> None:
         """Spend what the decodes left, first come first served."""
         for sequence in sorted(self.running.prefilling, key=by_order):
             if budget > 0 and sequence.row >= 0:
@@ -176,7 +176,7 @@ class Scheduler:
             budget -= self._add_chunk(step, sequence, budget)
             promised += self.running.num_promised_blocks([sequence])
 
-    def _admit(self, step: Step, sequence: Sequence, promised: int) -> bool:
+    def _admit(self, step: StepRecord, sequence: Sequence, promised: int) -> bool:
         """Let the head of the queue run if there is room for all of its known tokens, `promised` blocks aside."""
         available, block_size = self.pool.num_available, self.pool.block_size
         if self._in_flight and sequence.ready_after >= self._in_flight[0].number:
@@ -206,7 +206,7 @@ class Scheduler:
             self.num_hit_tokens += sequence.num_cached_tokens
         return True
 
-    def _add_chunk(self, step: Step, sequence: Sequence, budget: int) -> int:
+    def _add_chunk(self, step: StepRecord, sequence: Sequence, budget: int) -> int:
         """Compute as many known tokens of a prefilling sequence as budget and blocks allow -> how many."""
         running, row = self.running, sequence.row
         start, known = int(running.computed[row]), int(running.known[row])
@@ -226,7 +226,7 @@ class Scheduler:
         step.chunks.append(Chunk(sequence, row, start, tokens, samples, score_from, score_to))
         return count
 
-    def _fork(self, step: Step, leader: Sequence) -> list[Sequence]:
+    def _fork(self, step: StepRecord, leader: Sequence) -> list[Sequence]:
         """The other completions of a prompt that is computed now draw from the same logits, as far as there is room."""
         forked = []
         for follower in leader.followers:
@@ -243,7 +243,7 @@ class Scheduler:
         self._queue_followers(leader)
         return forked
 
-    def _commit(self, step: Step, plan: Plan) -> None:
+    def _commit(self, step: StepRecord, plan: Plan) -> None:
         running = self.running
         decodes = slice(plan.num_decodes)
         running.computed[plan.rows[decodes]] = plan.context_lens[decodes]
@@ -282,7 +282,7 @@ class Scheduler:
         self.num_generated_tokens += len(outputs) - num_failed
         return outputs
 
-    def _needs_care(self, step: Step, plan: Plan, result: StepResult) -> NDArray[np.bool_]:
+    def _needs_care(self, step: StepRecord, plan: Plan, result: StepResult) -> NDArray[np.bool_]:
         """Which samples may do more than add a token to a sequence that goes on."""
         running, rows = self.running, plan.sample_rows
         care: NDArray[np.bool_] = plan.sample_positions >= running.last[rows]
@@ -296,7 +296,7 @@ class Scheduler:
             care[:] = True
         return care
 
-    def _publish_decoded(self, step: Step, plan: Plan) -> None:
+    def _publish_decoded(self, step: StepRecord, plan: Plan) -> None:
         """Blocks that decoding rows have filled; with a lag, their tokens were not known when they were scheduled."""
         contexts = plan.context_lens[: plan.num_decodes]
         for i in (contexts % self.pool.block_size == 0).nonzero()[0].tolist():
@@ -304,7 +304,7 @@ class Scheduler:
             if sequence.row >= 0:
                 self.running.publish(sequence, int(contexts[i]))
 
-    def _take_scores(self, step: Step, scores: LogprobArrays) -> None:
+    def _take_scores(self, step: StepRecord, scores: LogprobArrays) -> None:
         row = 0
         for chunk in step.chunks:
             sequence = chunk.sequence
@@ -314,7 +314,7 @@ class Scheduler:
                     sequence.prompt_logprobs.append(scores.entry(row, int(sequence.prompt[position]), num_top))
                 row += 1
 
-    def _take(self, step: Step, result: StepResult, i: int, token: int) -> TokenOutput:
+    def _take(self, step: StepRecord, result: StepResult, i: int, token: int) -> TokenOutput:
         """Sample i, looked at closely."""
         sequence = step.samples[i]
         output = TokenOutput(sequence.request_id, sequence.index, [token], num_cached_tokens=sequence.num_cached_tokens)

@@ -1,4 +1,4 @@
-"""Step: a step while it is put together, and what is remembered of it until its result is there."""
+"""StepRecord: a step while it is put together, and what is remembered of it until its result is there."""
 
 import logging
 from dataclasses import dataclass, field
@@ -31,7 +31,7 @@ class Chunk(NamedTuple):
 
 
 @dataclass(slots=True)
-class Step:
+class StepRecord:
     number: int
     decodes: list[Sequence] = field(default_factory=list)
     chunks: list[Chunk] = field(default_factory=list)

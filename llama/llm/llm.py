@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from tqdm import tqdm
@@ -143,12 +143,12 @@ class LLM:
         chat(), need a conversation."""
         [lora] = self._loras(lora, lora_request, 1)
         if is_conversation(prompt_or_messages):
-            choice = {"tools": tools, "tool_choice": tool_choice}
-            request = self.inputs.chat_request(prompt_or_messages, sampling_params, lora, **choice)
+            chat_request = self.inputs.chat_request
+            request = chat_request(prompt_or_messages, sampling_params, lora, tools=tools, tool_choice=tool_choice)
         elif tools or tool_choice != "auto":
             raise ParameterError("tools and tool_choice need a conversation: give a list of messages", "tools")
         else:
-            request = self.inputs.request(prompt_or_messages, sampling_params, lora)
+            request = self.inputs.request(cast(Prompt, prompt_or_messages), sampling_params, lora)
         with _interrupts_held():
             return Pieces(self.replies, self.replies.add(request), self._step)
 

@@ -64,14 +64,14 @@ def load_text(model: Any, tokenizer: Any) -> tuple[Tokenizer | None, ChatTemplat
         raise ValueError(f"model must be a folder or a Transformer, got {type(model).__name__}")
     if not isinstance(tokenizer, str | Path | Tokenizer | None):
         raise ValueError(f"tokenizer must be a folder or a llama Tokenizer, got {type(tokenizer).__name__}")
+    given = tokenizer if isinstance(tokenizer, Tokenizer) else None
     folder = model if tokenizer is None or isinstance(tokenizer, Tokenizer) else tokenizer
-    if not isinstance(folder, str | Path):
-        return tokenizer, None if tokenizer is None else ChatTemplate(tokenizer)
+    if isinstance(folder, Transformer):
+        return given, None if given is None else ChatTemplate(given)
     if tokenizer is None and not (Path(folder) / "tokenizer.json").exists():
         return None, None
-    if not isinstance(tokenizer, Tokenizer):
-        tokenizer = Tokenizer.from_pretrained(folder)
-    return tokenizer, ChatTemplate.from_pretrained(folder, tokenizer)
+    loaded = Tokenizer.from_pretrained(folder) if given is None else given
+    return loaded, ChatTemplate.from_pretrained(folder, loaded)
 
 
 def check_model(

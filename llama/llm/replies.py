@@ -55,7 +55,8 @@ class _Completion:
         self.held = ""  # text that the matcher keeps back
 
     def _new_matcher(self) -> StopMatcher | None:
-        return StopMatcher(self.params.stop, self.params.include_stop_str_in_output) if self.params.stop else None
+        stop = tuple(self.params.stop)
+        return StopMatcher(stop, self.params.include_stop_str_in_output) if stop else None
 
     def _new_decoder(self, prompt_token_ids: list[int]) -> IncrementalDecoder | None:
         if self.tokenizer is None:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from numbers import Integral
-from typing import Any
+from typing import Any, TypeGuard
 
 from llama.api.errors import ParameterError, blamed_on
 from llama.api.params import SamplingParams
@@ -22,11 +22,11 @@ Prompt = str | Sequence[int] | Mapping[str, Any]
 MAX_REQUEST_ID = 256
 
 
-def is_token_ids(value: Any) -> bool:
+def is_token_ids(value: Any) -> TypeGuard[Sequence[int]]:
     return isinstance(value, list | tuple) and bool(value) and isinstance(value[0], Integral)
 
 
-def is_conversation(value: Any) -> bool:
+def is_conversation(value: Any) -> TypeGuard[Sequence[Message]]:
     return isinstance(value, list | tuple) and bool(value) and isinstance(value[0], Mapping) and "role" in value[0]
 
 
