@@ -107,7 +107,7 @@ def load_model(
     load_format: str,
     check_weights: bool = False,
 ) -> Transformer:
-    """Of arguments that `check_model` has let pass, with the device that it found."""
+    """Of arguments that `check_model` has accepted, with the device that it found."""
     if isinstance(model, Transformer):
         if check_weights:
             raise ValueError("check_weights=True needs a folder as model: it looks at weights as they are loaded")
