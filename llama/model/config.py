@@ -208,8 +208,6 @@ def _refuse_foreign(values: Mapping[str, Any]) -> None:
         raise ConfigError(f'model_type must be "llama", got {values.get("model_type")!r}')
     for key, accepted in _ONLY.items():
         value = values.get(key)
-        if value is not None and not accepted:
-            raise ConfigError(f"{key} is not supported, got {value!r}")
         if value is not None and value not in accepted:
             raise ConfigError(f"{key} must be {' or '.join(repr(a) for a in accepted)}, got {value!r}")
 
@@ -220,7 +218,6 @@ _ONLY: dict[str, tuple[Any, ...]] = {
     "mlp_bias": (False,),
     "partial_rotary_factor": (1,),
     "rope_interleaved": (False,),
-    "quantization_config": (),
 }
 
 

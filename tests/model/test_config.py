@@ -113,7 +113,6 @@ BAD = {
     "activation": ({"hidden_act": "gelu"}, "hidden_act must be 'silu' or 'swish', got 'gelu'"),
     "attention bias": ({"attention_bias": True}, "attention_bias must be False, got True"),
     "mlp bias": ({"mlp_bias": True}, "mlp_bias must be False, got True"),
-    "quantised": ({"quantization_config": {"bits": 4}}, "quantization_config is not supported, got"),
     "partial rotary": ({"partial_rotary_factor": 0.5}, "partial_rotary_factor must be 1, got 0.5"),
     "nested partial": ({"rope_scaling": {**ROPE, "partial_rotary_factor": 0.5}}, "partial_rotary_factor must be 1"),
     "rope type": ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope type must be .* got 'yarn'"),

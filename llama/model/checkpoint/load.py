@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from llama.api.errors import CheckpointError
 from llama.files import read_json
 from llama.model.checkpoint.layout import Entry, layout
+from llama.model.checkpoint.quantised import CodedSource, find_coded, find_quantization
 from llama.model.checkpoint.shards import StoredTensor, read_header, read_into
 from llama.model.config import DTYPES, ModelConfig
 
@@ -24,7 +25,7 @@ class Checkpoint:
     """A Hugging Face folder: config.json is read, and every tensor found and checked, before any weight is read.
 
     Strict: nothing missing, nothing left over, shapes as configured. Raises ConfigError or CheckpointError, one line
-    each.
+    each. Weights that are quantised in one of the published formats become dense ones in the module's dtype.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -32,16 +33,18 @@ class Checkpoint:
         if not folder.is_dir():
             raise CheckpointError(f"{folder}: there is no such folder")
         self.config = ModelConfig.from_pretrained(folder)
-        self._stored = find_tensors(folder)
         self._entries = list(layout(self.config))
-        _check(folder, self.config, self._entries, self._stored)
+        self._coded, self._stored = find_coded(self._entries, find_tensors(folder), find_quantization(folder))
+        plain = [entry for entry in self._entries if entry.name not in self._coded]
+        _check(folder, self.config, plain, self._stored)
 
     def resolve(self, dtype: torch.dtype | str) -> torch.dtype:
-        """`dtype` itself; for "auto" what config.json says, else what the embedding is stored in."""
+        """`dtype` itself; for "auto" what config.json says, else what the last norm is stored in: a plain checkpoint
+        has one dtype, and norms are never quantised."""
         if isinstance(dtype, torch.dtype):
             dtype = str(dtype).removeprefix("torch.")
         if dtype == "auto":
-            stored = self._stored["model.embed_tokens.weight"].dtype
+            stored = self._stored["model.norm.weight"].dtype
             return getattr(torch, self.config.dtype) if self.config.dtype else stored
         if dtype not in DTYPES:
             raise ValueError(f"dtype must be one of auto, {', '.join(DTYPES)}, got {dtype!r}")
@@ -50,7 +53,7 @@ class Checkpoint:
     def load(self, module: nn.Module, *, check_weights: bool = False) -> None:
         """Read the weights into `module`, whose parameters lie as `layout` says. `check_weights` refuses NaN and
         infinities."""
-        _stream(module, self._entries, self._stored)
+        _stream(module, self._entries, self._stored | self._coded)
         if self.config.tie_word_embeddings and "lm_head.weight" in self._stored:
             _check_tied_head(target(module, self._entries[0]), self._stored["lm_head.weight"])
         for entry in self._entries if check_weights else ():
@@ -120,17 +123,21 @@ def _some(names: Iterable[str]) -> str:
     return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
 
 
-def _stream(module: nn.Module, entries: list[Entry], stored: dict[str, StoredTensor]) -> None:
+def _stream(module: nn.Module, entries: list[Entry], sources: dict[str, StoredTensor | CodedSource]) -> None:
     """In file order, so that a disk reads ahead; on several threads, as much of the time goes into fresh pages."""
 
     from tqdm import tqdm  # not above: machines that only run kernels have no tqdm
 
     def read(entry: Entry) -> int:
-        read_into(stored[entry.name], target(module, entry))
-        return stored[entry.name].nbytes
+        source, rows = sources[entry.name], target(module, entry)
+        if isinstance(source, CodedSource):
+            source.read_into(rows)
+        else:
+            read_into(source, rows)
+        return source.nbytes
 
-    order = sorted(entries, key=lambda entry: (stored[entry.name].path, stored[entry.name].offset))
-    total = sum(stored[entry.name].nbytes for entry in entries)
+    order = sorted(entries, key=lambda entry: sources[entry.name].place)
+    total = sum(sources[entry.name].nbytes for entry in entries)
     with (
         tqdm(total=total, desc="Loading weights", unit="B", unit_scale=True, disable=None, leave=False) as bar,
         ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1)) as threads,

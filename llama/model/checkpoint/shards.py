@@ -25,6 +25,15 @@ DTYPES = {
     "BF16": torch.bfloat16,
 }
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
+# What quantised weights and what describes them are stored in; unsigned words are read as the same bits.
+_CODE_DTYPES = DTYPES | {
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "I32": torch.int32,
+    "U32": torch.int32,
+    "I64": torch.int64,
+    "F8_E4M3": torch.float8_e4m3fn,
+}
 _MAX_HEADER = 100_000_000  # the format's own limit
 _STAGE_BYTES = 16 << 20
 
@@ -58,6 +67,10 @@ class StoredTensor:
                 f"{self.path}: {self.name} is stored as {self.code}; weights must be one of {', '.join(DTYPES)}"
             )
         return DTYPES[self.code]
+
+    @property
+    def place(self) -> tuple[Path, int]:
+        return self.path, self.offset
 
 
 def read_header(path: Path) -> list[StoredTensor]:
@@ -134,6 +147,15 @@ def read_into(stored: StoredTensor, target: Tensor) -> None:
             part = stage[: min(step, flat.numel() - begin)]
             _read_exactly(file, stored, part)
             flat[begin : begin + part.numel()].copy_(part)
+
+
+def read_codes(stored: StoredTensor) -> Tensor:
+    """The tensor in the dtype that it is stored in, on the CPU."""
+    tensor = torch.empty(stored.shape, dtype=_CODE_DTYPES[stored.code])
+    with open_regular(stored.path) as file:
+        file.seek(stored.offset)
+        _read_exactly(file, stored, tensor.view(-1))
+    return tensor
 
 
 def _read_exactly(file: BinaryIO, stored: StoredTensor, flat: Tensor) -> None:

@@ -1,0 +1,178 @@
+"""What a folder says about its quantisation: the method by its name, and what the tensors alone cannot tell.
+
+Where tensors tell it as well (the width of codes, the size of groups), the folder's word is only held against them.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llama.api.errors import CheckpointError
+from llama.files import read_json, read_json_if_there
+
+_INSTEAD = "take a folder of the same model in FP8 or W4A16 (compressed-tensors), GPTQ or AWQ instead"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Quantization:
+    """`widths` and `group_sizes` are those that codes may have, None = any; group size -1 is the whole row."""
+
+    method: str
+    widths: frozenset[int] | None = None
+    group_sizes: frozenset[int] | None = None
+    block: tuple[int, int] = (128, 128)  # rows, columns of one scale, where scales form a grid
+    symmetric: bool = False  # GPTQ: every zero point is the middle of the codes
+    zeros_less_one: bool = False  # GPTQ's first format stores zero points less one
+
+
+def find_quantization(folder: Path) -> Quantization | None:
+    """None for a folder of plain weights. Raises CheckpointError, one line, for a method that is not read here."""
+    config = read_json(folder / "config.json")
+    path, values = folder / "config.json", config.get("quantization_config")
+    if values is None:
+        values = config.get("quantization")  # MLX
+    if values is None:
+        path = folder / "hf_quant_config.json"  # older folders of ModelOpt have nothing else
+        found = read_json_if_there(path).get("quantization")
+        values = {"quant_method": "modelopt", **found} if isinstance(found, Mapping) else found
+    if values is None:
+        return None
+    try:
+        if not isinstance(values, Mapping):
+            raise CheckpointError(f"quantization_config must be an object, got {values!r}")
+        method = values.get("quant_method")
+        if method is None and {"bits", "group_size"} <= values.keys() and "quantization" in config:
+            method = "mlx"
+        if not isinstance(method, str) or method not in _METHODS:
+            raise CheckpointError(f"the quantisation method {method!r} is not supported; {_INSTEAD}")
+        return _METHODS[method](values)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+
+
+def _refuse(what: str) -> CheckpointError:
+    return CheckpointError(f"{what} is not supported; {_INSTEAD}")
+
+
+def _only(method: str, values: Mapping[str, Any], key: str, *accepted: Any) -> None:
+    if values.get(key) not in (None, *accepted):
+        raise _refuse(f"{method} with {key} {values[key]!r}")
+
+
+def _integer(values: Mapping[str, Any], key: str) -> int:
+    value = values.get(key)
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise CheckpointError(f"quantization_config: {key} must be an integer, got {value!r}")
+    return value
+
+
+def _compressed_tensors(values: Mapping[str, Any]) -> Quantization:
+    name = "compressed-tensors"
+    accepted = ("dense", "float-quantized", "int-quantized", "naive-quantized", "pack-quantized")
+    _only(name, values, "format", *accepted)
+    sparsity = values.get("sparsity_config") or {}
+    if not isinstance(sparsity, Mapping) or sparsity.get("format", "dense") != "dense":
+        raise _refuse(f"{name} with sparsity ({sparsity!r})")
+    if values.get("transform_config"):
+        raise _refuse(f"{name} with transforms (transform_config)")
+    groups = values.get("config_groups")
+    if not isinstance(groups, Mapping):
+        raise CheckpointError(f"quantization_config: config_groups must be an object, got {groups!r}")
+    widths, sizes, block = set(), set(), (128, 128)
+    for group in groups.values():
+        _only(name, group if isinstance(group, Mapping) else {"format": group}, "format", *accepted)
+        weights = group.get("weights")
+        if weights is None:  # attention or the KV cache
+            continue
+        if not isinstance(weights, Mapping):
+            raise CheckpointError(f"quantization_config: weights must be an object, got {weights!r}")
+        kind, width = weights.get("type", "int"), weights.get("num_bits", 8)
+        if (kind, width) not in (("int", 4), ("int", 8), ("float", 8)):
+            raise _refuse(f"{name} with weights of {width!r} bits, type {kind!r},")
+        strategy = weights.get("strategy")
+        if strategy not in ("tensor", "channel", "group", "block"):
+            raise _refuse(f"{name} with the strategy {strategy!r}")
+        widths.add(width)
+        sizes.add(_integer(weights, "group_size") if strategy == "group" else -1)
+        block = _block(weights.get("block_structure")) or block
+    return Quantization(method=name, widths=frozenset(widths), group_sizes=frozenset(sizes), block=block)
+
+
+def _block(value: Any) -> tuple[int, int] | None:
+    if value is None:
+        return None
+    if isinstance(value, str):
+        value = [int(part) if part.isdigit() else part for part in value.split("x")]
+    if not isinstance(value, list) or len(value) != 2 or not all(type(each) is int and each > 0 for each in value):
+        raise CheckpointError(f"quantization_config: a block must be two positive integers, got {value!r}")
+    return value[0], value[1]
+
+
+def _fp8(values: Mapping[str, Any]) -> Quantization:
+    _only("fp8", values, "fmt", "e4m3", "float8_e4m3fn")
+    _only("fp8", values, "scale_fmt", "float")
+    block = _block(values.get("weight_block_size"))
+    return Quantization(method="fp8", widths=frozenset((8,)), block=block or (128, 128))
+
+
+def _fbgemm_fp8(values: Mapping[str, Any]) -> Quantization:
+    return Quantization(method="fbgemm_fp8", widths=frozenset((8,)))
+
+
+def _modelopt(values: Mapping[str, Any]) -> Quantization:
+    if values.get("quant_algo") != "FP8":
+        raise _refuse(f"modelopt with quant_algo {values.get('quant_algo')!r}")
+    return Quantization(method="modelopt", widths=frozenset((8,)))
+
+
+def _gptq(values: Mapping[str, Any]) -> Quantization:
+    for key in ("checkpoint_format", "format"):
+        _only("gptq", values, key, "gptq", "gptq_v2")
+    _only("gptq", values, "pack_dtype", "int32")
+    if values.get("dynamic"):
+        raise _refuse("gptq with options per module (dynamic)")
+    bits = _integer(values, "bits")
+    if bits not in (4, 8):
+        raise _refuse(f"gptq with bits {bits}")
+    if not isinstance(values.get("sym"), bool):
+        raise CheckpointError(f"quantization_config: sym must be true or false, got {values.get('sym')!r}")
+    return Quantization(
+        method="gptq",
+        widths=frozenset((bits,)),
+        group_sizes=frozenset((_integer(values, "group_size"),)),
+        symmetric=values["sym"],
+        zeros_less_one=values.get("checkpoint_format", values.get("format")) != "gptq_v2",
+    )
+
+
+def _awq(values: Mapping[str, Any]) -> Quantization:
+    version = values.get("version", "gemm")
+    if not isinstance(version, str) or version.lower() != "gemm":
+        raise _refuse(f"awq with version {version!r}")
+    bits = _integer(values, "bits")
+    if bits != 4:
+        raise _refuse(f"awq with bits {bits}")
+    sizes = frozenset((_integer(values, "group_size"),))
+    return Quantization(method="awq", widths=frozenset((4,)), group_sizes=sizes)
+
+
+def _bitsandbytes(values: Mapping[str, Any]) -> Quantization:
+    return Quantization(method="bitsandbytes")
+
+
+def _mlx(values: Mapping[str, Any]) -> Quantization:
+    _only("mlx", values, "mode", "affine")
+    return Quantization(method="mlx")
+
+
+_METHODS = {
+    "compressed-tensors": _compressed_tensors,
+    "fp8": _fp8,
+    "fbgemm_fp8": _fbgemm_fp8,
+    "modelopt": _modelopt,
+    "gptq": _gptq,
+    "awq": _awq,
+    "bitsandbytes": _bitsandbytes,
+    "mlx": _mlx,
+}

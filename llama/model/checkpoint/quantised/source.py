@@ -1,0 +1,97 @@
+"""Which tensors of a folder make one quantised weight together, found before any of them is read."""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+from torch import Tensor
+
+from llama.api.errors import CheckpointError
+from llama.model.checkpoint.layout import Entry
+from llama.model.checkpoint.quantised.config import Quantization
+from llama.model.checkpoint.quantised.formats import OF_ACTIVATIONS, OF_ATTENTION, Format, find_format
+from llama.model.checkpoint.shards import DTYPES, StoredTensor, read_codes
+
+
+class CodedSource(NamedTuple):
+    """The tensors of one module, by what follows its name."""
+
+    module: str
+    shape: tuple[int, int]
+    format: Format
+    quantization: Quantization
+    stored: dict[str, StoredTensor]
+
+    @property
+    def place(self) -> tuple[Path, int]:
+        return min(tensor.place for tensor in self.stored.values())
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.stored.values())
+
+    def read_into(self, target: Tensor) -> None:
+        """Fill target [N, K] with the dense weight, in its dtype. Raises CheckpointError."""
+        try:
+            tensors = {name: read_codes(tensor) for name, tensor in self.stored.items()}
+            self.format.read(tensors, self.shape, self.quantization).dense_into(target)
+        except CheckpointError as error:
+            raise CheckpointError(f"{self.place[0]}: {self.module}: {error}") from None
+
+
+def find_coded(
+    entries: Iterable[Entry], stored: Mapping[str, StoredTensor], quantization: Quantization | None
+) -> tuple[dict[str, CodedSource], dict[str, StoredTensor]]:
+    """-> (the quantised weights by their entry's name, what is left of `stored`: plain weights, and what nobody knows).
+
+    Scales of activations and of the KV cache are left out of both.
+    """
+    modules = {entry.name.removesuffix(".weight"): entry for entry in entries if len(entry.shape) == 2}
+    parts: dict[str, dict[str, StoredTensor]] = {}
+    rest = dict(stored)
+    for name, tensor in stored.items():
+        module = _module_of(name, modules)
+        if module is not None:
+            parts.setdefault(module, {})[name[len(module) + 1 :]] = tensor
+        elif quantization is not None and _scales_attention(name):
+            del rest[name]
+    sources = {}
+    for module, tensors in parts.items():
+        weights = tensors.keys() - OF_ACTIVATIONS
+        plain = weights == {"weight"} and tensors["weight"].code in DTYPES
+        if quantization is None and (plain or not find_format(tensors)):
+            continue
+        if not plain:
+            entry = modules[module]
+            rows, columns = entry.shape
+            form = _checked_format(tensors, quantization, module)
+            sources[entry.name] = CodedSource(module, (rows, columns), form, quantization, tensors)
+        for name in tensors:
+            if not (plain and name == "weight"):
+                del rest[f"{module}.{name}"]
+    return sources, rest
+
+
+def _module_of(name: str, modules: Mapping[str, Entry]) -> str | None:
+    """The module that the tensor belongs to: names of bitsandbytes have dots after it (q_proj.weight.absmax)."""
+    while name:
+        name = name.rpartition(".")[0]
+        if name in modules:
+            return name
+    return None
+
+
+def _scales_attention(name: str) -> bool:
+    module, _, leaf = name.rpartition(".")
+    return leaf in OF_ATTENTION and module.endswith(".self_attn")
+
+
+def _checked_format(tensors: dict[str, StoredTensor], quantization: Quantization | None, module: str) -> Format:
+    found = find_format(tensors)
+    told = ", ".join(f"{name} {tensor.code} {list(tensor.shape)}" for name, tensor in sorted(tensors.items()))
+    if found is None:
+        raise CheckpointError(f"{module}: its tensors are in no format that is known: {told}")
+    if quantization is None or quantization.method not in found.methods:
+        said = "names no quantisation" if quantization is None else f"says {quantization.method!r}"
+        raise CheckpointError(f"{module}: its tensors are those of {' or '.join(found.methods)}, config.json {said}")
+    return found
