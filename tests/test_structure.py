@@ -262,6 +262,20 @@ def test_paths_in_documents_exist(document):
     assert [path for path in sorted(named | linked) if not (REPOSITORY / path).exists()] == []
 
 
+def test_readme_counts_the_lines_that_it_names():
+    """To within a twentieth: those of the core path, whose files it lists, and those of the whole."""
+    readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    section = readme.split("## Reading the code")[1].split("\n## ")[0]
+    core, files, everything = re.search(
+        r"is ([\d,]+) lines in (\d+) files.*?the ([\d,]+) lines", section, re.S
+    ).groups()
+    listed = re.findall(r"^    (\S+\.py) ", section, re.MULTILINE)
+    lengths = {name: len((REPOSITORY / name).read_text(encoding="utf-8").splitlines()) for name in TREES}
+    assert len(listed) == int(files)
+    for told, lines in ((core, sum(lengths[name] for name in listed)), (everything, sum(lengths.values()))):
+        assert abs(int(told.replace(",", "")) - lines) <= lines / 20, lines
+
+
 @pytest.mark.parametrize(("top", "document"), [("llama", "docs/architecture.md"), ("tests", "tests/README.md")])
 def test_every_folder_has_its_line(top, document):
     folders = {path.parent.name for path in (REPOSITORY / top).glob("*/*.py")}
