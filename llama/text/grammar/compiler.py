@@ -7,6 +7,7 @@ reads the vocabulary, which takes a second or more.
 
 import json
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -49,6 +50,7 @@ class GrammarCompiler:
         tokenizer.check_vocab(vocab_size)
         self._tokenizer = tokenizer
         self._vocab_size = vocab_size
+        self._deadline_seconds = deadline_seconds
         module = "llama.text.sandbox.grammars"
         self._worker = Worker(module, {}, deadline_seconds=deadline_seconds, niceness=LOW_PRIORITY)
         self._lock = threading.Lock()
@@ -100,7 +102,23 @@ class GrammarCompiler:
             head = f'{{"name": {json.dumps(tool_name(tool), ensure_ascii=False)}, "parameters": '
             rules.append(f"call_{i}: {json.dumps(head, ensure_ascii=False)} arguments_{i} {json.dumps('}')}")
             rules.append(f"arguments_{i}: %json {schema}")
-        return self._grammar(_llguidance().LLMatcher.grammar_from_lark("\n".join(rules)), "tools")
+        began = time.monotonic()
+        try:
+            return self._grammar(_llguidance().LLMatcher.grammar_from_lark("\n".join(rules)), "tools")
+        except ValueError:
+            if time.monotonic() - began < self._deadline_seconds / 2:
+                self._name_the_culprit(chosen)
+            raise
+
+    def _name_the_culprit(self, tools: Sequence[Mapping[str, Any]]) -> None:
+        """Raises ValueError for the first tool whose schema does not compile by itself."""
+        latest = time.monotonic() + self._deadline_seconds / 2
+        for tool in tools:
+            if time.monotonic() > latest:
+                return
+            where = f"the parameters of tool {tool_name(tool)!r}"
+            schema = prepared_schema(schema_of_tool(tool), where)
+            self._grammar(_llguidance().LLMatcher.grammar_from_json_schema(schema), where)
 
     def close(self) -> None:
         """Ends the worker process; another grammar would start one again."""

@@ -1,11 +1,14 @@
-"""JSON schemas of strangers: taken out of their wrappings, measured, and closed.
+"""JSON schemas as clients send them: taken out of their wrappings, measured, relaxed and closed.
+
+Relaxing: what generators of schemas write and llguidance does not have. A `format` that it does not know and
+`uniqueItems` are left out; `propertyNames` becomes the properties or the pattern that it lists, else it is left out.
 
 Closing: an object that lists its properties gets `additionalProperties: false` unless it says otherwise. Whatever is
 then generated satisfies the schema as it was sent; without it, a model may go on inventing properties for ever.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from llama.text.tokenizer.tokenizer import check_unicode
@@ -18,9 +21,11 @@ _COMBINING = frozenset({"allOf", "if", "then", "else", "dependentSchemas"})
 _OPEN_ENDED = frozenset(
     {"additionalProperties", "patternProperties", "unevaluatedProperties", "anyOf", "oneOf", "$ref"}
 )
-_SCHEMA_MAPS = frozenset({"properties", "patternProperties", "$defs", "definitions"})
-_SCHEMA_LISTS = frozenset({"anyOf", "oneOf", "prefixItems"})
+_SCHEMA_MAPS = frozenset({"properties", "patternProperties", "$defs", "definitions", "dependentSchemas"})
+_SCHEMA_LISTS = frozenset({"allOf", "anyOf", "oneOf", "prefixItems"})
 _SCHEMAS = frozenset({"items", "additionalProperties", "additionalItems", "contains", "not"})
+# llguidance's; for JSON Schema a format is an annotation, so that no other one is an error.
+_FORMATS = frozenset("date-time time date duration email hostname ipv4 ipv6 uuid uri unknown".split())
 # The one spelling in which we have models write JSON: that of Llama's own examples. White space cannot run away.
 _SPELLING = {"item_separator": ", ", "key_separator": ": ", "whitespace_flexible": False}
 
@@ -60,6 +65,7 @@ def prepared_schema(schema: Any, where: str) -> str:
     _measure(schema, where)
     if isinstance(schema, bool):
         schema = {} if schema else {"not": {}}
+    schema = _relaxed(schema)
     closed = schema if _combines(schema) else _closed(schema)
     text = json.dumps({**closed, "x-guidance": _SPELLING}, ensure_ascii=False)
     check_unicode(text)
@@ -99,17 +105,43 @@ def _combines(value: Any) -> bool:
     return isinstance(value, list | tuple) and any(map(_combines, value))
 
 
+def _mapped(schema: Mapping[str, Any], change: Callable[[Any], Any]) -> dict[str, Any]:
+    """The schema with the schemas in it changed; what only looks like one, as a value of an enum, stays."""
+    changed: dict[str, Any] = {}
+    for key, value in schema.items():
+        if key in _SCHEMA_MAPS and isinstance(value, Mapping):
+            changed[key] = {name: change(child) for name, child in value.items()}
+        elif key in _SCHEMA_LISTS and isinstance(value, list | tuple):
+            changed[key] = [change(child) for child in value]
+        else:
+            changed[key] = change(value) if key in _SCHEMAS else value
+    return changed
+
+
 def _closed(schema: Any) -> Any:
     if not isinstance(schema, Mapping):
         return schema
-    closed: dict[str, Any] = {}
-    for key, value in schema.items():
-        if key in _SCHEMA_MAPS and isinstance(value, Mapping):
-            closed[key] = {name: _closed(child) for name, child in value.items()}
-        elif key in _SCHEMA_LISTS and isinstance(value, list | tuple):
-            closed[key] = [_closed(child) for child in value]
-        else:
-            closed[key] = _closed(value) if key in _SCHEMAS else value
-    if "properties" in schema and not schema.keys() & _OPEN_ENDED:
+    closed = _mapped(schema, _closed)
+    properties, required = schema.get("properties"), schema.get("required", [])
+    listed = isinstance(required, list) and all(isinstance(name, str) for name in required)
+    is_complete = isinstance(properties, Mapping) and listed and set(required) <= properties.keys()
+    if is_complete and not schema.keys() & _OPEN_ENDED:
         closed["additionalProperties"] = False
     return closed
+
+
+def _relaxed(schema: Any) -> Any:
+    if not isinstance(schema, Mapping):
+        return schema
+    relaxed = _mapped(schema, _relaxed)
+    if isinstance(name := relaxed.get("format"), str) and name not in _FORMATS:
+        del relaxed["format"]
+    relaxed.pop("uniqueItems", None)
+    names = relaxed.pop("propertyNames", None)
+    if isinstance(names, Mapping) and not relaxed.keys() & {"properties", "patternProperties"}:
+        others = relaxed.get("additionalProperties", True)
+        if isinstance(listed := names.get("enum"), list) and all(isinstance(name, str) for name in listed):
+            relaxed |= {"properties": dict.fromkeys(listed, others), "additionalProperties": False}
+        elif isinstance(pattern := names.get("pattern"), str):
+            relaxed |= {"patternProperties": {pattern: others}, "additionalProperties": False}
+    return relaxed
