@@ -177,7 +177,7 @@ def test_every_module_has_its_place_in_the_import_order(package):
     named = IMPORT_ORDER[package].split()
     parts = {module.removeprefix(f"{package}.").split(".")[0] for module in MODULES if module.startswith(f"{package}.")}
     assert len(set(named)) == len(named)
-    assert parts <= set(named)
+    assert parts == set(named)
 
 
 def test_imports_point_downwards():
