@@ -29,8 +29,7 @@ from llama.engine.engine import EngineMetrics
 from llama.engine.request import Request
 from llama.llm.llm import LLM
 from llama.llm.loras import LoraInfo, describe, read_lora
-from llama.llm.requests import Message, Prompt
-from llama.llm.tool_choice import ToolChoice
+from llama.llm.requests import Message, Prompt, ToolChoice
 from llama.model.transformer import Transformer
 
 __all__ = ["AsyncLLM", "EngineClosedError", "EngineDeadError", "QueueFullError", "Stream"]

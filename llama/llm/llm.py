@@ -9,7 +9,7 @@ import signal
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from functools import partial
@@ -27,10 +27,17 @@ from llama.engine.engine import Engine
 from llama.engine.request import Request
 from llama.llm.loading import check_model, load_defaults, load_model, load_text
 from llama.llm.loras import LoraInfo, LoRARequest, describe, read_lora
-from llama.llm.pieces import Pieces
 from llama.llm.replies import Replies, Reply
-from llama.llm.requests import Inputs, Message, Prompt, as_conversations, as_prompts, is_conversation, one_per_prompt
-from llama.llm.tool_choice import ToolChoice
+from llama.llm.requests import (
+    Inputs,
+    Message,
+    Prompt,
+    ToolChoice,
+    as_conversations,
+    as_prompts,
+    is_conversation,
+    one_per_prompt,
+)
 from llama.llm.vllm_names import refuse_foreign
 from llama.model.transformer import Transformer
 from llama.text.tokenizer import Tokenizer
@@ -49,6 +56,37 @@ def _names_options(cls: type[T]) -> type[T]:
     ]
     cls.__signature__ = inspect.Signature([*own, *options, rest])  # type: ignore[attr-defined]
     return cls
+
+
+class Pieces(Iterator[Piece]):
+    """What LLM.stream gives. The engine has the request already; `step` advances all that it has. Closing this aborts
+    the request, and so does dropping it."""
+
+    def __init__(self, replies: Replies, reply: Reply, step: Callable[[Reply], object]) -> None:
+        reply.streams = True
+        self._replies = replies
+        self._reply = reply
+        self._step = step
+
+    def __next__(self) -> Piece:
+        reply = self._reply
+        try:
+            while not (reply.pending or reply.finished):
+                self._step(reply)
+        except BaseException:
+            self.close()
+            raise
+        if not reply.pending:
+            raise StopIteration
+        return reply.pending.popleft()
+
+    def close(self) -> None:
+        """Legal at any time and any number of times; nothing comes afterwards."""
+        self._replies.abort(self._reply)
+        self._reply.pending.clear()
+
+    def __del__(self) -> None:
+        self.close()
 
 
 @_names_options

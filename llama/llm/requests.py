@@ -3,7 +3,7 @@
 import reprlib
 import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from numbers import Integral
 from typing import Any, TypeGuard
@@ -12,13 +12,14 @@ from llama.api.errors import ParameterError, blamed_on
 from llama.api.params import SamplingParams
 from llama.engine.engine import Engine
 from llama.engine.request import Request
-from llama.llm.tool_choice import ToolChoice, Tools, choose
 from llama.text.chat import ChatTemplate
+from llama.text.chat.prepare import prepare_tools, tool_name
 from llama.text.grammar import GrammarCompiler
 from llama.text.tokenizer import Tokenizer
 
 Message = Mapping[str, Any]
 Prompt = str | Sequence[int] | Mapping[str, Any]
+ToolChoice = str | Mapping[str, Any]  # as OpenAI spells it
 MAX_REQUEST_ID = 256
 
 
@@ -59,6 +60,39 @@ def one_per_prompt(name: str, value: Any, count: int) -> list[Any]:
     if len(value) != count:
         raise ParameterError(f"{name} has {len(value)} entries for {count} prompts", name)
     return list(value)
+
+
+@dataclass(frozen=True, slots=True)
+class Tools:
+    """`shown` to the model, prepared; None for none. `must_call` one of them, or the one called `name`."""
+
+    shown: list[dict[str, Any]] | None
+    must_call: bool = False
+    name: str | None = None
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """The schema of each tool's arguments by its name; None for none. A grammar needs no second look."""
+        return {tool_name(t): None if self.must_call else t["function"].get("parameters") for t in self.shown or ()}
+
+
+def choose(tools: Sequence[Mapping[str, Any]] | None, choice: ToolChoice) -> Tools:
+    """Raises ParameterError for tools that cannot be meant and for a choice that is none of theirs."""
+    prepared = prepare_tools(tools or None)
+    if choice == "auto":
+        return Tools(prepared)
+    if choice == "none":
+        return Tools(None)
+    if prepared is None:
+        raise ParameterError("tool_choice needs tools", "tool_choice")
+    if choice == "required":
+        return Tools(prepared, must_call=True)
+    function = choice.get("function") if isinstance(choice, Mapping) and choice.get("type") == "function" else None
+    name = function.get("name") if isinstance(function, Mapping) else None
+    if not isinstance(name, str) or name not in map(tool_name, prepared):
+        legal = '"auto", "none", "required" or {"type": "function", "function": {"name": ...}} with the name of a tool'
+        raise ParameterError(f"tool_choice must be {legal}", "tool_choice")
+    return Tools(prepared, must_call=True, name=name)
 
 
 class Inputs:
