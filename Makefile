@@ -12,7 +12,7 @@ JOBS ?= 0
 TRITON ?=
 COMPILER := $(if $(TRITON),.venv-triton-$(TRITON),$(VENV))
 
-.PHONY: setup demo demo-model test test-slow test-kernels test-compile test-browser test-package test-gpu memcheck lint bench bench-gpu
+.PHONY: setup demo demo-model test test-slow test-kernels test-compile test-browser test-package test-ray test-gpu memcheck lint bench bench-gpu
 
 setup: $(READY)
 
@@ -80,6 +80,17 @@ test-browser: $(READY)
 	{ command -v chromium && command -v chromedriver; } > /dev/null || \
 		{ apt-get update && apt-get install -y chromium chromium-driver; }
 	$(PYTEST) -m browser tests/browser
+
+# Rows on Ray Data, on a cluster of this machine. All but Ray and what it brings comes from the project's own venv.
+test-ray: .venv-ray/.ready
+	.venv-ray/bin/python -m pytest tests/ray
+
+.venv-ray/.ready: $(READY) constraints-ray.txt
+	$(BIN)/python -m venv .venv-ray
+	.venv-ray/bin/python -m pip install --quiet --constraint constraints-ray.txt 'ray[data]'
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > \
+		$$(.venv-ray/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/project.pth
+	touch $@
 
 lint: $(READY)
 	$(BIN)/ruff check .

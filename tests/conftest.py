@@ -1,5 +1,6 @@
 """What all tests share: few threads, no network, and the fixtures of real files that `make demo-model` fetches."""
 
+import importlib.util
 import os
 import sys
 from pathlib import Path
@@ -27,6 +28,9 @@ else:
 
 # Triton reads this when it is imported, so a process is interpreted or it is not (make test-kernels).
 collect_ignore = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["interpreter"]
+# Ray is in a venv of its own (make test-ray).
+if importlib.util.find_spec("ray") is None:
+    collect_ignore.append("ray")
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
