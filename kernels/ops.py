@@ -19,6 +19,9 @@ from llama.kernels.types import (
     TokenAdapters,
 )
 
+if __name__ != "llama.kernels.ops":
+    raise ImportError("the ops are imported as llama.kernels.ops: under a second name they would exist twice")
+
 # Triton itself reads this once, when it is imported: a process is interpreted or it is not.
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 

@@ -11,8 +11,9 @@ import stat
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from llama.api.errors import CheckpointError
 
@@ -23,7 +24,7 @@ _LFS_POINTER = b"version https://git-lfs"
 _HTML = (b"<!doctype", b"<html")
 
 
-def open_regular(path: Path) -> BinaryIO:
+def open_regular(path: Path) -> BufferedReader:
     """As open(path, "rb"), but an OSError for a pipe or a device, which may block or never end."""
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):

@@ -19,13 +19,16 @@ class Linear(Module):
     W is the parameter `weight`, or lies in another `form`; then `weight` is None.
     """
 
+    weight: nn.Parameter
+    form: WeightForm | None
+
     def __init__(self, in_features: int, out_features: int, *, device: torch.device | str, dtype: torch.dtype) -> None:
         super().__init__()
         self.in_features = in_features
         self.out_features = out_features
         weight = torch.empty(out_features, in_features, device=device, dtype=dtype)
-        self.weight: nn.Parameter | None = nn.Parameter(weight, requires_grad=False)
-        self.form: WeightForm | None = None
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.form = None
 
     def forward(self, x: Tensor, adapters: StepAdapters | None = None) -> Tensor:
         """x [tokens, in_features] -> [tokens, out_features]; `adapters` says which tokens use an adapter."""
@@ -37,7 +40,7 @@ class Linear(Module):
         if self.form is None:
             self.form = pack(self.weight)
             if self.form is not None:
-                self.weight = None
+                self.weight = None  # type: ignore[assignment]
 
     def dense_weight(self) -> Tensor:
         """[out_features, in_features] in the model's dtype, bit for bit; a copy where W lies in another form."""

@@ -5,6 +5,7 @@ The model knows neither requests nor CUDA graphs nor quantisation: those live in
 stream is in the model's dtype; norms, rotary embedding and softmax compute in at least float32.
 """
 
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -103,10 +104,10 @@ class Block(Module):
 
     def __init__(self, config: ModelConfig, *, device: torch.device | str, dtype: torch.dtype) -> None:
         super().__init__()
-        norm = {"size": config.hidden_size, "eps": config.rms_norm_eps, "device": device, "dtype": dtype}
-        self.input_layernorm = RMSNorm(**norm)
+        hidden, eps = config.hidden_size, config.rms_norm_eps
+        self.input_layernorm = RMSNorm(hidden, eps, device=device, dtype=dtype)
         self.self_attn = Attention(config, device=device, dtype=dtype)
-        self.post_attention_layernorm = RMSNorm(**norm)
+        self.post_attention_layernorm = RMSNorm(hidden, eps, device=device, dtype=dtype)
         self.mlp = MLP(config, device=device, dtype=dtype)
 
     def forward(
@@ -256,10 +257,10 @@ class Transformer(Module):
             else:
                 parameter.normal_(0.0, 0.02, generator=generator)
 
-    def _apply(self, fn, recurse: bool = True) -> "Transformer":
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Transformer":
         # A cast must not round the rotary frequencies, to_empty() must not lose them, a move must not untie the head.
         super()._apply(fn, recurse)
         self.frequencies = frequencies(self.config, self.device)
-        if self.config.tie_word_embeddings and self.lm_head.weight is not None:
+        if self.config.tie_word_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
         return self

@@ -13,6 +13,7 @@ A row is bad when the largest l after step 5 is not finite: NaN, +inf, or nothin
 """
 
 from dataclasses import fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -60,7 +61,7 @@ def _sample_some(logits: Tensor, rows: SamplerRows, state: SamplerState | None) 
 
 
 def _slice_rows(rows: SamplerRows, start: int, stop: int) -> SamplerRows:
-    changes: dict[str, Tensor] = {
+    changes: dict[str, Any] = {
         field.name: value[start:stop]
         for field in fields(rows)
         if isinstance(value := getattr(rows, field.name), Tensor) and not field.name.startswith("bias_")

@@ -47,9 +47,9 @@ def draw(logits: Tensor, rows: SamplerRows, processed: Tensor | None) -> tuple[T
     What a sampled row was drawn from is put into its row of `processed` [rows, vocab].
     """
     if rows.all_greedy and logits.numel() <= FEW_LOGITS:
-        best, tokens = logits.max(1)
+        best, best_ids = logits.max(1)
         is_bad = _not_finite(best)
-        return tokens.masked_fill_(is_bad, 0), is_bad
+        return best_ids.masked_fill_(is_bad, 0), is_bad
     blocks = Blocks.of(logits)
     is_bad = _not_finite(blocks.best)
     if rows.all_greedy:
@@ -58,7 +58,7 @@ def draw(logits: Tensor, rows: SamplerRows, processed: Tensor | None) -> tuple[T
     filtered = torch.zeros_like(sampled)
     if rows.any_filter:
         filtered = (draws.min_p > 0) | (draws.top_k > 0) | (draws.top_p < 1)
-    tokens = None
+    tokens: Tensor | None = None
     for chosen, method in ((sampled & ~filtered, _draw_plain), (sampled & filtered, _draw_filtered)):
         at = chosen.nonzero().squeeze(1)
         if len(at) == len(sampled):
@@ -68,8 +68,9 @@ def draw(logits: Tensor, rows: SamplerRows, processed: Tensor | None) -> tuple[T
         if len(at):
             inside = None if processed is None else processed[at]
             tokens[at] = method(draws.take(at), inside)
-            if processed is not None:
+            if processed is not None and inside is not None:
                 processed[at] = inside
+    assert tokens is not None
     return tokens, is_bad
 
 
@@ -124,7 +125,7 @@ def _draw_filtered(draws: Draws, processed: Tensor | None) -> Tensor:
         rest = (~complete).nonzero().squeeze(1)
         inside = None if processed is None else processed[rest]
         tokens[rest], _ = _draw_above(draws.take(rest), peaks[rest], bound[rest], mass[rest], inside)
-        if processed is not None:
+        if processed is not None and inside is not None:
             processed[rest] = inside
     return tokens
 

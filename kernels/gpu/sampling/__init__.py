@@ -35,7 +35,8 @@ _FLOATS = (
 def _check(logits: Tensor, rows: SamplerRows, state: SamplerState | None) -> None:
     tensors = {name: getattr(rows, name) for name in (*_INTEGERS, *_FLOATS) if getattr(rows, name) is not None}
     if rows.any_penalty:
-        require(state is not None, "sample: rows with penalties need a SamplerState")
+        if state is None:
+            raise ValueError("sample: rows with penalties need a SamplerState")
         tensors |= {"prompt_mask": state.prompt_mask, "counts": state.counts}
         sizes = f"{logits.shape[1]} logits per row, {state.counts.shape[1]} counts per penalty row"
         require(state.counts.shape[1] == logits.shape[1], f"sample: {sizes}")

@@ -68,9 +68,9 @@ class Rules(NamedTuple):
 def gather_rules(logits: Tensor, rows: SamplerRows, state: SamplerState | None) -> tuple[Rules, dict[str, int]]:
     """-> rules, and which of the optional ones exist. These flags are arguments, not constants: a first request with a
     bias must not wait for a compiler."""
-    has_bias = rows.bias_starts is not None
-    has_state = rows.any_penalty and state is not None
-    has_mask = rows.mask is not None
+    integers, floats = rows.penalty_rows, rows.temperature
+    has_bias, has_mask = rows.bias_starts is not None, rows.mask is not None
+    penalties = state if rows.any_penalty else None
     rules = Rules(
         logits,
         logits.stride(0),
@@ -83,14 +83,14 @@ def gather_rules(logits: Tensor, rows: SamplerRows, state: SamplerState | None) 
         rows.repetition_penalty,
         rows.frequency_penalty,
         rows.presence_penalty,
-        rows.bias_starts if has_bias else rows.penalty_rows,
-        rows.bias_ids if has_bias else rows.penalty_rows,
-        rows.bias_values if has_bias else rows.temperature,
-        rows.mask if has_mask else rows.penalty_rows,
-        state.prompt_mask if has_state else rows.penalty_rows,
-        state.counts if has_state else rows.penalty_rows,
+        integers if rows.bias_starts is None else rows.bias_starts,
+        integers if rows.bias_ids is None else rows.bias_ids,
+        floats if rows.bias_values is None else rows.bias_values,
+        integers if rows.mask is None else rows.mask,
+        integers if penalties is None else penalties.prompt_mask,
+        integers if penalties is None else penalties.counts,
     )
-    return rules, {"has_bias": int(has_bias), "has_state": int(has_state), "has_mask": int(has_mask)}
+    return rules, {"has_bias": int(has_bias), "has_state": int(penalties is not None), "has_mask": int(has_mask)}
 
 
 @triton.jit

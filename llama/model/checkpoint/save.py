@@ -66,7 +66,7 @@ def write_checkpoint(
             room = max_shard_bytes
         shards[-1].append(entry)
         room -= size
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, 1):
         name = f"model-{number:05}-of-{len(shards):05}.safetensors" if len(shards) > 1 else "model.safetensors"
         write(folder / name, [(entry.name, entry.shape) for entry in shard], dtype, map(tensor_of, shard))

@@ -9,8 +9,9 @@ import math
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -158,8 +159,8 @@ def read_codes(stored: StoredTensor) -> Tensor:
     return tensor
 
 
-def _read_exactly(file: BinaryIO, stored: StoredTensor, flat: Tensor) -> None:
-    rest = memoryview(flat.view(torch.uint8).numpy())
+def _read_exactly(file: BufferedReader, stored: StoredTensor, flat: Tensor) -> None:
+    rest = flat.view(torch.uint8).numpy().data
     while rest:
         count = file.readinto(rest)  # Linux reads at most 2 GiB at once
         if not count:
@@ -182,6 +183,6 @@ def write(
         file.write(len(text).to_bytes(8, "little"))
         file.write(text)
         for tensor in tensors:
-            file.write(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy())
+            file.write(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
         file.flush()
         os.fsync(file.fileno())

@@ -134,7 +134,7 @@ def _is_base_copy(stored: StoredTensor, model: Transformer) -> bool:
     """PEFT stores the embedding's and the head's own weight beside an adapter of theirs; both must be ours."""
     name = stored.name.removeprefix(_PREFIX).replace(".base_layer.", ".")
     if name == "model.embed_tokens.weight":
-        base = model.embed_tokens.weight
+        base: Tensor = model.embed_tokens.weight
     elif name == "lm_head.weight":
         base = model.lm_head.dense_weight()
     else:
@@ -170,8 +170,8 @@ def _read(
             if not bool(tensor.isfinite().all()):
                 raise AdapterError(f"{folder}: {name} holds NaN or infinity")
         digest.update(repr(module).encode())
-        digest.update(a.view(torch.uint8).numpy())
-        digest.update(b.view(torch.uint8).numpy())
+        digest.update(a.view(torch.uint8).numpy().data)
+        digest.update(b.view(torch.uint8).numpy().data)
         # The scale goes in before the rounding to the model's dtype, once.
         pairs[module.name] = Pair(a.to(model.dtype), (b * module.scale).to(model.dtype))
     if not any(bool(pair.a.any()) and bool(pair.b.any()) for pair in pairs.values()):

@@ -32,12 +32,11 @@ class LoadedAdapters:
             stack.clear(index)
         for name, pair in adapter.pairs.items():
             module, slice_index, starts = self._places[name]
-            stack = self.stacks.get(module)
-            if stack is None:
-                stack = LoraStack(starts, is_embedding=module is self._model.embed_tokens)
+            if module not in self.stacks:
+                self.stacks[module] = LoraStack(starts, is_embedding=module is self._model.embed_tokens)
+            stack = self.stacks[module]
             rank, in_features = pair.a.shape
             self.generation += stack.reserve(self.max_loras, in_features, rank, self._model.norm.weight)
-            self.stacks[module] = stack
             stack.put(index, slice_index, pair.a, pair.b)
         self._held[index] = adapter
 

@@ -132,7 +132,8 @@ def _bytes(tensors: Tensors, shape: Shape, quantization: Quantization) -> CodedW
     rows, columns = shape
     codes = _shape(tensors, "weight", shape)
     scales = tensors["weight_scale" if "weight_scale" in tensors else "weight_scale_inv"]  # both multiply
-    zeros, groups = tensors.get("weight_zero_point"), 0
+    zeros = tensors.get("weight_zero_point")
+    groups: int | Tensor = 0
     block_rows, block_columns = quantization.block
     grid = (math.ceil(rows / block_rows), math.ceil(columns / block_columns))
     if tuple(scales.shape) in ((), (1,), (1, 1)) and codes.dtype != torch.int8:

@@ -65,6 +65,7 @@ def find_coded(
             entry = modules[module]
             rows, columns = entry.shape
             form = _checked_format(tensors, quantization, module)
+            assert quantization is not None  # else it was refused
             sources[entry.name] = CodedSource(module, (rows, columns), form, quantization, tensors)
         for name in tensors:
             if not (plain and name == "weight"):
