@@ -16,6 +16,7 @@ from llama.model.generation_config import GenerationConfig
 from llama.model.transformer import Transformer
 from llama.text.chat import ChatTemplate
 from llama.text.tokenizer import Tokenizer
+from llama.text.tokenizer.tokenizer import other_tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -68,7 +69,8 @@ def load_text(model: Any, tokenizer: Any) -> tuple[Tokenizer | None, ChatTemplat
     folder = model if tokenizer is None or isinstance(tokenizer, Tokenizer) else tokenizer
     if isinstance(folder, Transformer):
         return given, None if given is None else ChatTemplate(given)
-    if tokenizer is None and not (Path(folder) / "tokenizer.json").exists():
+    is_there = (Path(folder) / "tokenizer.json").exists() or other_tokenizer(Path(folder)) is not None
+    if tokenizer is None and not is_there:
         return None, None
     loaded = Tokenizer.from_pretrained(folder) if given is None else given
     return loaded, ChatTemplate.from_pretrained(folder, loaded)

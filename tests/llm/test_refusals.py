@@ -1,6 +1,7 @@
 """LLM, and Transformer.logits: what they refuse, by name and before anything runs."""
 
 import dataclasses
+import shutil
 import subprocess
 import sys
 from unittest.mock import Mock
@@ -287,3 +288,10 @@ def test_every_error_is_a_public_name():
         if isinstance(value, type) and issubclass(value, Exception)
     }
     assert defined <= set(llama.__all__) and all(getattr(llama, name) for name in defined)
+
+
+def test_a_folder_whose_tokenizer_has_another_form_is_refused_at_load(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "model")
+    (tmp_path / "model" / "tokenizer.json").rename(tmp_path / "model" / "tokenizer.model")
+    with pytest.raises(llama.CheckpointError, match=r"make it of tokenizer\.model with transformers"):
+        LLM(tmp_path / "model", num_blocks=8)

@@ -38,17 +38,54 @@ def test_demo_model_adds_no_bos(demo_tokenizer, demo_model_path):
     demo_tokenizer.check_vocab(json.loads((demo_model_path / "config.json").read_text())["vocab_size"])
 
 
-@pytest.mark.parametrize("flag", [True, False])
-def test_add_bos_token_of_the_config_wins(tmp_path, flag):
-    path = write_checkpoint(tmp_path, llama_backend(), tokenizer_config={"bos_token": BOS, "add_bos_token": flag})
-    tokenizer = Tokenizer.from_pretrained(path)
-    assert (tokenizer.encode("hi")[0] == tokenizer.bos_token_id) is flag
+@pytest.mark.parametrize("add_bos", [None, True, False])
+@pytest.mark.parametrize("add_eos", [None, True, False])
+@pytest.mark.parametrize("has_post_processor", [True, False])
+def test_bos_and_eos_are_added_where_transformers_adds_them(tmp_path, add_bos, add_eos, has_post_processor):
+    from transformers import LlamaTokenizer, PreTrainedTokenizerFast
+
+    flags = {"add_bos_token": add_bos, "add_eos_token": add_eos}
+    config = {"bos_token": BOS, "eos_token": EOT} | {key: flag for key, flag in flags.items() if flag is not None}
+    path = write_checkpoint(tmp_path, llama_backend(), tokenizer_config=config)
+    if not has_post_processor:
+        values = json.loads((path / "tokenizer.json").read_text()) | {"post_processor": None}
+        (path / "tokenizer.json").write_text(json.dumps(values))
+    ours = Tokenizer.from_pretrained(path).encode("hi")
+    assert [kind.from_pretrained(path)("hi")["input_ids"] for kind in (PreTrainedTokenizerFast, LlamaTokenizer)] == [
+        ours
+    ] * 2
 
 
-def test_add_eos_token_of_the_config_is_obeyed(tmp_path):
-    path = write_checkpoint(tmp_path, llama_backend(), tokenizer_config={"eos_token": EOT, "add_eos_token": True})
+def test_tokens_that_only_the_config_lists_are_added(tmp_path):
+    from transformers import PreTrainedTokenizerFast
+
+    backend = llama_backend()
+    size = backend.get_vocab_size()
+    listed = {
+        str(size): {"content": "<|im_start|>", "special": True},
+        str(size + 1): {"content": "<extra>", "special": False, "normalized": False},
+        str(backend.token_to_id(EOT)): {"content": EOT, "special": True},
+    }
+    config = {"bos_token": BOS, "eos_token": EOT, "added_tokens_decoder": listed}
+    path = write_checkpoint(tmp_path, backend, tokenizer_config=config)
     tokenizer = Tokenizer.from_pretrained(path)
-    assert tokenizer.encode("hi")[-1] == tokenizer.token_to_id(EOT)
+    text = "<|im_start|>a<extra>b"
+    assert tokenizer.encode(text) == PreTrainedTokenizerFast.from_pretrained(path)(text)["input_ids"]
+    assert tokenizer.token_to_id("<extra>") == size + 1
+    assert tokenizer.decode(tokenizer.encode(text)) == "a<extra>b"
+    listed[str(size + 9)] = {"content": "<far>"}
+    (path / "tokenizer_config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=f"'<far>' cannot have the id {size + 9}, the next one is {size + 2}"):
+        Tokenizer.from_pretrained(path)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.model", "vocab.json"])
+def test_another_form_of_tokenizer_is_refused_with_its_conversion(tmp_path, name):
+    (tmp_path / name).write_bytes(b"x")
+    with pytest.raises(
+        CheckpointError, match=r"tokenizer\.json: there is no such file; make it of .* with transformers"
+    ):
+        Tokenizer.from_pretrained(tmp_path)
 
 
 @given(st.lists(st.sampled_from([*LLAMA_SPECIAL, "<|eot", "_id|>", " ", "a", "\n", "é", "<", "|"])).map("".join))

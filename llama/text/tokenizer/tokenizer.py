@@ -55,7 +55,7 @@ class Tokenizer:
         self.bos_token_id = self._id_of("bos_token", bos_token_id)
         eos = self._id_of("eos_token", None)
         self.eos_token_ids = frozenset(eos_token_ids) | ({eos} if eos is not None else set())
-        self._prefix, self._suffix = self._affixes(self._config, eos)
+        self._prefix, self._suffix = self._affixes()
         self._bytes: dict[int, bytes] = {}
 
     @classmethod
@@ -66,13 +66,15 @@ class Tokenizer:
         """
         folder = Path(path)
         file = folder / "tokenizer.json"
-        text = read_text(file, limit=MAX_TOKENIZER_BYTES)
+        text = read_text(file, limit=MAX_TOKENIZER_BYTES, hint=_conversion(folder))
         try:
             backend = tokenizers.Tokenizer.from_str(text)
         except Exception as error:  # tokenizers raises a bare Exception for whatever its parser finds
             raise CheckpointError(f"{file}: is not a usable tokenizer: {_one_line(error)}") from None
         config = read_json_if_there(folder / "special_tokens_map.json") | read_tokenizer_config(folder)
         eos, bos = _model_ids(folder)
+        with named(folder / "tokenizer_config.json"):
+            _add_tokens(backend, config.get("added_tokens_decoder"))
         with named(file):
             return cls(backend, config=config, eos_token_ids=eos, bos_token_id=bos)
 
@@ -207,23 +209,53 @@ class Tokenizer:
         found = None if token is None else self.token_to_id(token)
         return fallback if found is None else found
 
-    def _affixes(self, config: Mapping[str, Any], eos: int | None) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """What encoding puts before and after a text: the post-processor's, unless tokenizer_config.json says."""
+    def _affixes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """What encoding puts before and after a text by the post-processor. As in transformers 5, `add_bos_token` and
+        `add_eos_token` of tokenizer_config.json change nothing beside a tokenizer.json."""
         bare = self._parsing.encode(_PROBE, add_special_tokens=False).ids
         full = self._parsing.encode(_PROBE, add_special_tokens=True).ids
         starts = range(len(full) - len(bare) + 1)
         start = next((i for i in starts if full[i : i + len(bare)] == bare), 0)
-        prefix, suffix = tuple(full[:start]), tuple(full[start + len(bare) :])
-        if isinstance(wanted := config.get("add_bos_token"), bool) and self.bos_token_id is not None:
-            prefix = (self.bos_token_id,) if wanted else tuple(i for i in prefix if i != self.bos_token_id)
-        if isinstance(wanted := config.get("add_eos_token"), bool) and eos is not None:
-            suffix = (eos,) if wanted else tuple(i for i in suffix if i != eos)
-        return prefix, suffix
+        return tuple(full[:start]), tuple(full[start + len(bare) :])
 
 
 def read_tokenizer_config(folder: Path) -> dict[str, Any]:
     """tokenizer_config.json, empty where there is none."""
     return read_json_if_there(folder / "tokenizer_config.json", limit=MAX_TOKENIZER_CONFIG_BYTES)
+
+
+def other_tokenizer(folder: Path) -> str | None:
+    """The file of a tokenizer in another form than tokenizer.json, where there is one in its place."""
+    if (folder / "tokenizer.json").exists() or (folder / "params.json").exists():  # Meta's release is no such folder
+        return None
+    return next((name for name in ("tokenizer.model", "vocab.json") if (folder / name).exists()), None)
+
+
+def _conversion(folder: Path) -> str:
+    name = other_tokenizer(folder)
+    if name is None:
+        return ""
+    return (
+        f"make it of {name} with transformers: AutoTokenizer.from_pretrained({str(folder)!r})"
+        f".save_pretrained({str(folder)!r})"
+    )
+
+
+def _add_tokens(backend: tokenizers.Tokenizer, listed: Any) -> None:
+    """Tokens that stand only in `added_tokens_decoder`, in the order of their ids."""
+    entries = listed if isinstance(listed, dict) else {}
+    for key in sorted(entries, key=lambda key: (len(key), key)):
+        entry = entries[key]
+        if not isinstance(entry, dict) or not isinstance(content := entry.get("content"), str) or not content:
+            raise ValueError(f"added_tokens_decoder[{key!r}] must be an object with content")
+        if backend.token_to_id(content) is not None:
+            continue
+        flags = ("single_word", "lstrip", "rstrip", "normalized", "special")
+        given = {flag: entry[flag] for flag in flags if isinstance(entry.get(flag), bool)}
+        backend.add_tokens([tokenizers.AddedToken(content, **given)])
+        if str(backend.token_to_id(content)) != key:
+            got = backend.token_to_id(content)
+            raise ValueError(f"added_tokens_decoder: {content!r} cannot have the id {key}, the next one is {got}")
 
 
 def check_unicode(text: str, field: str | None = None) -> None:
