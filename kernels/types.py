@@ -1,8 +1,9 @@
 """The values that ops take and give back: plain tensors and integers, no requests and no seeds.
 
-Ragged says which tokens belong to which sequence, KVLayer holds one layer's keys and values. SamplerRows
-says how each row of logits becomes a token; SamplerState is the memory that penalties need, one slot per
-sequence, kept on the device and updated by `sample` itself; Sampled and Logprobs are the answers.
+Ragged says which tokens belong to which sequence, KVLayer holds one layer's keys and values, TokenAdapters says which
+LoRA adapter a token uses. SamplerRows says how each row of logits becomes a token; SamplerState is the memory that
+penalties need, one row per sequence, kept on the device and updated by `sample` itself; Sampled and Logprobs are the
+answers.
 Bit masks are packed little end first: token t is bit t % 32 of word t // 32.
 """
 

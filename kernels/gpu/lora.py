@@ -1,13 +1,13 @@
-"""Low-rank adapters of many requests in one batch: y[t] += B[s] (A[s] x[t]), s the slot of token t, where it has one.
+"""Low-rank adapters of many requests in one batch: y[t] += B[i] (A[i] x[t]), i the adapter of token t, if it has one.
 
 Two launches per module, whatever adapters the batch mixes; fused modules (q, k, v) are slices of one launch.
 
     shrink    h = A x      reads slices rank in elements of A per adapter of 16 tokens, and those tokens' x
     expand    y += B h     reads out rank elements of B likewise, reads and writes those tokens' y
 
-16 tokens in a row are a tile: what a matrix instruction multiplies at least. The first token of a tile with a slot
-leads: its program does the work of all tokens of the tile that share the slot, so an adapter is read once per tile.
-Programs without a leader end at once. The grid follows from the number of tokens alone and nothing of the slots is
+16 tokens in a row are a tile: what a matrix instruction multiplies at least. The first token of a tile with an adapter
+leads: its program does the work of all tokens of the tile that share the adapter, so an adapter is read once per tile.
+Programs without a leader end at once. The grid follows from the number of tokens alone and no index is
 read on the host: one CUDA graph holds for every mix. Rows of a matrix product do not see one another, `in` is split
 the same way whoever is in the batch, and the parts are added in order: a token's bits do not depend on its neighbours.
 
@@ -28,25 +28,25 @@ from llama.kernels.types import TokenAdapters
 _TOKENS = 16
 # What a program of shrink adds up. Decoding has few tokens, so it is `in` that must keep the device busy.
 _SPLIT = 1024
-# Programs of a tile share its slots; with this many tiles or more, one program has them all.
+# Programs of a tile share its adapters; with this many tiles or more, one program has them all.
 _TILES_ALONE = 256
 
 
 @triton.jit
-def _leads(tile_slots, candidate, TOKENS: tl.constexpr):
-    """-> the candidate's slot, and whether it is the first of its tile that has it. Slot 0 has no leader."""
+def _leads(tile_adapters, candidate, TOKENS: tl.constexpr):
+    """-> the candidate's adapter, and whether it is the first of its tile that has it. Adapter 0 has no leader."""
     index = tl.arange(0, TOKENS)
-    slot = tl.sum(tl.where(index == candidate, tile_slots, 0), axis=0)
-    first = tl.min(tl.where(tile_slots == slot, index, TOKENS), axis=0)
-    return slot, (slot > 0) & (first == candidate)
+    adapter = tl.sum(tl.where(index == candidate, tile_adapters, 0), axis=0)
+    first = tl.min(tl.where(tile_adapters == adapter, index, TOKENS), axis=0)
+    return adapter, (adapter > 0) & (first == candidate)
 
 
 @triton.jit(do_not_specialize=["num_tokens", "jobs"])
 def _shrink_kernel(
     h,  # [splits, tokens, SLICES, RANK] float32
     x,
-    a,  # [slots, SLICES, RANK, IN]
-    slots,
+    a,  # [adapters, SLICES, RANK, IN]
+    indices,
     num_tokens,
     jobs,
     x_stride,
@@ -61,7 +61,7 @@ def _shrink_kernel(
     RANK_BLOCKS: tl.constexpr = (RANK + BLOCK_RANK - 1) // BLOCK_RANK
     job = tl.program_id(0) % jobs
     tokens = (tl.program_id(0) // jobs).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
-    tile_slots = tl.load(slots + tokens, mask=tokens < num_tokens, other=0)
+    tile_adapters = tl.load(indices + tokens, mask=tokens < num_tokens, other=0)
     part = tl.program_id(1)
     ranks = part % RANK_BLOCKS * BLOCK_RANK + tl.arange(0, BLOCK_RANK)
     piece = part // RANK_BLOCKS % SLICES
@@ -70,11 +70,11 @@ def _shrink_kernel(
     end = tl.minimum((split + 1) * SPLIT, IN)
 
     for candidate in range(job, TOKENS, jobs):
-        slot, leads = _leads(tile_slots, candidate, TOKENS)
+        adapter, leads = _leads(tile_adapters, candidate, TOKENS)
         if leads:
-            mine = tile_slots == slot
+            mine = tile_adapters == adapter
             x_rows = x + tokens[:, None] * x_stride
-            a_rows = a + ((slot - 1).to(tl.int64) * SLICES + piece) * (RANK * IN) + ranks[:, None] * IN
+            a_rows = a + ((adapter - 1).to(tl.int64) * SLICES + piece) * (RANK * IN) + ranks[:, None] * IN
             total = tl.zeros([TOKENS, BLOCK_RANK], tl.float32)
             for first in range(split * SPLIT, end, BLOCK_IN):
                 inside = (first + columns < end)[None, :]
@@ -86,12 +86,12 @@ def _shrink_kernel(
 
 
 @triton.jit
-def _embedding_kernel(h, token_ids, a, slots, VOCAB: tl.constexpr, RANK: tl.constexpr, BLOCK_RANK: tl.constexpr):
+def _embedding_kernel(h, token_ids, a, indices, VOCAB: tl.constexpr, RANK: tl.constexpr, BLOCK_RANK: tl.constexpr):
     token = tl.program_id(0).to(tl.int64)
-    slot = tl.load(slots + token)
-    if slot > 0:
+    adapter = tl.load(indices + token)
+    if adapter > 0:
         ranks = tl.arange(0, BLOCK_RANK)
-        row = (slot - 1).to(tl.int64) * VOCAB + tl.load(token_ids + token)
+        row = (adapter - 1).to(tl.int64) * VOCAB + tl.load(token_ids + token)
         values = tl.load(a + row * RANK + ranks, mask=ranks < RANK, other=0.0)
         tl.store(h + token * RANK + ranks, values.to(tl.float32), mask=ranks < RANK)
 
@@ -100,8 +100,8 @@ def _embedding_kernel(h, token_ids, a, slots, VOCAB: tl.constexpr, RANK: tl.cons
 def _expand_kernel(
     y,
     h,  # [SPLITS, tokens, SLICES, RANK] float32
-    b,  # [slots, OUT, RANK]
-    slots,
+    b,  # [adapters, OUT, RANK]
+    indices,
     num_tokens,
     jobs,
     y_stride,
@@ -116,7 +116,7 @@ def _expand_kernel(
     OUT: tl.constexpr = SLICE_STARTS[SLICES]
     job = tl.program_id(0) % jobs
     tokens = (tl.program_id(0) // jobs).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
-    tile_slots = tl.load(slots + tokens, mask=tokens < num_tokens, other=0)
+    tile_adapters = tl.load(indices + tokens, mask=tokens < num_tokens, other=0)
     # Every slice has blocks of its own, so that a block's columns have one h.
     part = tl.program_id(1)
     piece = 0
@@ -132,10 +132,10 @@ def _expand_kernel(
     columns = low + part * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
 
     for candidate in range(job, TOKENS, jobs):
-        slot, leads = _leads(tile_slots, candidate, TOKENS)
+        adapter, leads = _leads(tile_adapters, candidate, TOKENS)
         if leads:
-            mine = tile_slots == slot
-            b_rows = b + (slot - 1).to(tl.int64) * (OUT * RANK) + columns[:, None] * RANK
+            mine = tile_adapters == adapter
+            b_rows = b + (adapter - 1).to(tl.int64) * (OUT * RANK) + columns[:, None] * RANK
             delta = tl.zeros([TOKENS, BLOCK_OUT], tl.float32)
             for first in tl.static_range(0, RANK, BLOCK_RANK):
                 ranks = first + tl.arange(0, BLOCK_RANK)
@@ -155,7 +155,7 @@ def _expand_kernel(
 
 
 def _grid(num_tokens: int, parts: int) -> tuple[tuple[int, int], int]:
-    """-> grid, programs that share a tile's slots."""
+    """-> grid, programs that share a tile's adapters."""
     tiles = triton.cdiv(num_tokens, _TOKENS)
     jobs = min(_TOKENS, triton.cdiv(_TILES_ALONE, tiles))
     return (tiles * jobs, parts), jobs

@@ -93,6 +93,7 @@ def test_public_op_takes_the_kernel():
     other = cloned(kv_layer)
     assert torch.equal(ops.rope_and_store(*inputs, kv_layer, ragged), rope.rope_and_store(*inputs, other, ragged))
     assert same(kv_layer.v, other.v)
+    assert "cpu_layout" not in vars(ragged)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)

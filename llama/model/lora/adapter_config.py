@@ -153,7 +153,7 @@ def _ends_with(name: str, suffix: str) -> bool:
 
 
 def _full_matches(key: str, pattern: str, names: list[str]) -> list[str]:
-    """A regular expression from a file may search for ever, which only the end of a process stops."""
+    """In a process of its own: a regular expression from a file may take without end, and then only a kill stops it."""
     try:
         re.compile(pattern)
     except (re.error, RecursionError, OverflowError) as error:
