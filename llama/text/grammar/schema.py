@@ -4,7 +4,7 @@ Relaxing: what generators of schemas write and llguidance does not have. A `form
 `uniqueItems` are left out; `propertyNames` becomes the properties or the pattern that it lists, else it is left out.
 
 Closing: an object that lists its properties gets `additionalProperties: false` unless it says otherwise. Whatever is
-then generated satisfies the schema as it was sent; without it, a model may go on inventing properties for ever.
+then generated satisfies the schema as it was sent; without it, a model may go on inventing properties without end.
 """
 
 import json
