@@ -1,7 +1,6 @@
 """`llama serve`: the port first, then the weights, then requests."""
 
 import logging
-import sys
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,9 @@ from typing import Any
 from llama.cli.common import add_model_flags, llm_options
 from llama.cli.flags import Parser, UsageError, add_fields, checked, given, integer, named_adapter
 from llama.server.config import ServerConfig, take_port
+from llama.server.logs import LogQueue, open_standard_streams
+
+logger = logging.getLogger(__name__)
 
 DESCRIPTION = """Serve a model over HTTP, in Cloudflare's and OpenAI's dialects. The first SIGTERM drains, a second one
 ends."""
@@ -38,6 +40,7 @@ def add_arguments(parser: Parser) -> None:
 
 
 def run(options: Namespace) -> int:
+    open_standard_streams()
     if not options.host:  # it would mean every address
         raise UsageError("--host must be an address to listen on, got ''")
     arguments = llm_options(options)
@@ -54,15 +57,14 @@ def run(options: Namespace) -> int:
         from llama.server.run import serve
     except ModuleNotFoundError as error:
         raise UsageError(f"serving needs {error.name}: pip install 'llama-engine[server]'") from None
-    _log_to_stderr()
+    log = _log_to_stderr()
     llm = LLM(options.model, **arguments)
     for name, path in options.lora:
         llm.load_lora(name, path)
     host, port = taken.getsockname()[:2]
-    print(f"llama: serving {config.name} on http://{f'[{host}]' if ':' in host else host}:{port}", file=sys.stderr)
+    logger.info("llama: serving %s on http://%s:%d", config.name, f"[{host}]" if ":" in host else host, port)
     waiting = {name: getattr(options, name) for name in ("max_waiting_requests", "max_waiting_tokens")}
-    serve(AsyncLLM(llm, **waiting), config, taken)
-    return 0
+    return serve(AsyncLLM(llm, **waiting), config, taken, log)
 
 
 def _keys(options: Namespace) -> tuple[str, ...]:
@@ -81,8 +83,11 @@ def _keys(options: Namespace) -> tuple[str, ...]:
     return tuple(keys)
 
 
-def _log_to_stderr() -> None:
+def _log_to_stderr() -> LogQueue:
     """Messages as they are: the access log's lines are JSON already."""
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    log = LogQueue()
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[log])
+    logging.captureWarnings(True)
     for name in ("llama", "llama.access"):
         logging.getLogger(name).setLevel(logging.INFO)
+    return log

@@ -34,6 +34,7 @@ class ServerConfig:
     send_timeout: float = _option(60.0, "seconds for a client to take what is sent to it")
     step_deadline: float = _option(60.0, "seconds after which a step is reported as hanging and /ready answers 503")
     shutdown_timeout: float = _option(30.0, "seconds for running requests to end, once told to stop")
+    exit_on_engine_death: bool = _option(True, "exit with code 70 once the engine is dead, for whoever restarts it")
 
     def __post_init__(self) -> None:
         if not self.model_names or not all(self.model_names):
@@ -53,6 +54,9 @@ class ServerConfig:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
                 raise ParameterError(f"{name} must be a number above 0, got {value!r}", name)
+        if not isinstance(self.exit_on_engine_death, bool):
+            legal = f"True or False, got {self.exit_on_engine_death!r}"
+            raise ParameterError(f"exit_on_engine_death must be {legal}", "exit_on_engine_death")
         if self.max_bodies_bytes < self.max_body_bytes:
             raise ParameterError(
                 f"max_bodies_bytes must be at least max_body_bytes, got {self.max_bodies_bytes}", "max_bodies_bytes"

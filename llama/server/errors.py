@@ -6,7 +6,7 @@ Their messages are written here or come from the ValueErrors of our own checks; 
 from enum import Enum, auto
 from typing import Any
 
-from llama.api.errors import ContextLengthError, EngineClosedError, ParameterError, QueueFullError
+from llama.api.errors import ContextLengthError, EngineClosedError, EngineDeadError, ParameterError, QueueFullError
 
 BAD_INPUT = 5006
 
@@ -165,6 +165,8 @@ def from_refusal(error: Exception) -> ApiError | None:
         return ApiError(429, 3040, message, kind="rate_limit_error", name="rate_limit_exceeded", headers=headers)
     if isinstance(error, EngineClosedError):
         return unavailable("The server is shutting down")
+    if isinstance(error, EngineDeadError):
+        return unavailable("The engine is dead: the server has to be restarted")
     if isinstance(error, ContextLengthError):
         return _context_exceeded(error)
     if isinstance(error, ValueError):

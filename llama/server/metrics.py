@@ -4,7 +4,7 @@ Each server has a registry of its own. What the engine counts is read when someb
 ends) is observed here.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -15,14 +15,16 @@ from llama.engine.engine import EngineMetrics
 _TIMES = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0)
 _SIZES = tuple(float(digit * 10**power) for power in range(6) for digit in (1, 2, 5))
 
+Counters = Mapping[str, tuple[str, Callable[[], int]]]  # name -> documentation, and what gives the present count
+
 
 class Metrics:
-    """`engine` returns the engine's present counts."""
+    """`engine` returns the engine's present counts, `counters` other ones."""
 
-    def __init__(self, engine: Callable[[], EngineMetrics], model_name: str) -> None:
+    def __init__(self, engine: Callable[[], EngineMetrics], model_name: str, counters: Counters) -> None:
         self._registry = CollectorRegistry()
         self._model_name = model_name
-        self._registry.register(_EngineCollector(engine, model_name))
+        self._registry.register(_Collector(engine, model_name, counters))
         self._ends = Counter(
             "llama_request_success",
             "Completions that ended, by the reason.",
@@ -62,10 +64,11 @@ class Metrics:
         return family.labels(self._model_name)
 
 
-class _EngineCollector:
-    """The engine's own counts, read at each scrape."""
+class _Collector:
+    """Counts that others keep, read at each scrape."""
 
-    def __init__(self, engine: Callable[[], EngineMetrics], model_name: str) -> None:
+    def __init__(self, engine: Callable[[], EngineMetrics], model_name: str, counters: Counters) -> None:
+        self._counters = counters
         self._engine = engine
         self._model_name = model_name
 
@@ -84,6 +87,7 @@ class _EngineCollector:
             "prefix_cache_queries": ("Tokens looked up in the prefix cache.", now.num_prefix_queries),
             "prefix_cache_hits": ("Tokens found in the prefix cache.", now.num_prefix_hits),
             "engine_steps": ("Steps of the engine.", now.num_steps),
+            **{name: (documentation, count()) for name, (documentation, count) in self._counters.items()},
         }
         for kind, table in ((GaugeMetricFamily, gauges), (CounterMetricFamily, counters)):
             for name, (documentation, value) in table.items():

@@ -35,8 +35,9 @@ def routes(service: Service) -> APIRouter:
     @router.head("/health", response_model=None, include_in_schema=False)
     @router.get("/health", response_model=None)
     async def health() -> Response:
-        """The process is alive."""
-        return json_response({"status": "ok"})
+        """The process is alive and its engine not dead."""
+        is_dead = service.llm.is_dead
+        return json_response({"status": "dead" if is_dead else "ok"}, 503 if is_dead else 200)
 
     @router.head("/ready", response_model=None, include_in_schema=False)
     @router.get("/ready", response_model=None)

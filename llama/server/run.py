@@ -9,11 +9,12 @@ import asyncio
 import contextlib
 import faulthandler
 import logging
+import os
 import resource
 import signal
 import socket
-import sys
 import threading
+import time
 from collections.abc import Iterable, Iterator
 from types import FrameType
 from typing import Any
@@ -24,12 +25,16 @@ from llama.api.params import SamplingParams
 from llama.async_llm.async_llm import AsyncLLM
 from llama.server.app import create_app
 from llama.server.config import BACKLOG, ServerConfig
+from llama.server.logs import LogQueue
 from llama.server.middleware import MAX_HEADER_BYTES
 from llama.server.service import Service
 
 logger = logging.getLogger(__name__)
 
 _FLUSH_SECONDS = 5  # for answers that are complete to reach their clients
+_DEAD_FLUSH_SECONDS = 2  # for the errors that they end with, once the engine is dead
+_DEAD_EXIT_SECONDS = 3.0  # after which whatever still runs is not waited for
+_LOG_SECONDS = 1.0  # for the last log lines
 _MAX_FILES = 65_536
 _STALL_INTERVAL = 5.0  # seconds, where the timeouts allow it
 
@@ -42,6 +47,8 @@ class Server(uvicorn.Server):
         self._loop: asyncio.AbstractEventLoop | None = None
         self._draining: asyncio.Task[None] | None = None
         self._hangs = False
+        self.exit_code = 0
+        self.is_ending = threading.Event()  # because the engine is dead
         super().__init__(
             uvicorn.Config(
                 create_app(service),
@@ -60,11 +67,14 @@ class Server(uvicorn.Server):
 
     async def serve(self, sockets: list[socket.socket] | None = None) -> None:
         self._loop = asyncio.get_running_loop()
-        watchdog = asyncio.create_task(_watch(self._service))
+        watchdog = asyncio.create_task(self._watch())
+        uvicorn_log = logging.getLogger("uvicorn.error")
+        uvicorn_log.addFilter(self._service.invalid_requests)
         stalled = asyncio.create_task(_close_stalled(self.server_state.connections, self._service.config))
         try:
             await super().serve(sockets)
         finally:
+            uvicorn_log.removeFilter(self._service.invalid_requests)
             for task in (watchdog, stalled, self._draining):
                 if task is not None:
                     task.cancel()
@@ -93,6 +103,25 @@ class Server(uvicorn.Server):
             logger.error("stopping without the engine: its step does not end")
         self.should_exit = True
 
+    async def _watch(self) -> None:
+        """Log all stacks once for each step that takes longer than the deadline; end with a dead engine."""
+        llm, config, is_told = self._service.llm, self._service.config, False
+        while True:
+            await asyncio.sleep(min(1.0, config.step_deadline / 4))
+            is_late = llm.seconds_in_step > config.step_deadline
+            if is_late and not is_told:
+                logger.error(
+                    "a step of the engine has been running for more than %g s\n%s", config.step_deadline, _stacks()
+                )
+            is_told = is_late
+            if llm.is_dead and config.exit_on_engine_death:
+                logger.critical("the engine is dead: exiting with code %d", os.EX_SOFTWARE)
+                self.exit_code = os.EX_SOFTWARE
+                self.is_ending.set()
+                self.config.timeout_graceful_shutdown = _DEAD_FLUSH_SECONDS
+                self.should_exit = True
+                return
+
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         """As uvicorn's, but no signal is raised again after a clean stop: that is not a failure."""
@@ -105,19 +134,6 @@ class Server(uvicorn.Server):
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
-
-
-async def _watch(service: Service) -> None:
-    """Dump all stacks once for each step that takes longer than the deadline."""
-    deadline, dumped = service.config.step_deadline, False
-    while True:
-        await asyncio.sleep(min(1.0, deadline / 4))
-        is_late = service.llm.seconds_in_step > deadline
-        if is_late and not dumped:
-            logger.error("a step of the engine has been running for more than %g s", deadline)
-            with contextlib.suppress(OSError, ValueError):  # stderr may be closed, or no file
-                faulthandler.dump_traceback(sys.stderr)
-        dumped = is_late
 
 
 class _StalledConnections:
@@ -163,12 +179,33 @@ async def _close_stalled(connections: set[Any], config: ServerConfig) -> None:
         stalled.close(list(connections), asyncio.get_running_loop().time())
 
 
-def serve(llm: AsyncLLM, config: ServerConfig, taken: socket.socket) -> None:
-    """Serve until told to stop."""
+def serve(llm: AsyncLLM, config: ServerConfig, taken: socket.socket, log: LogQueue) -> int:
+    """Serve until told to stop -> the exit code: 70 if the engine died. A dead engine's process ends in any case."""
     _allow_many_connections()
     _read_vocabulary(llm)
-    server = Server(Service(llm, config))
+    server = Server(Service(llm, config, log))
+    threading.Thread(target=_end_if_dead, args=(server, log), name="llama-end", daemon=True).start()
     asyncio.run(server.serve([taken]))
+    log.stop(_LOG_SECONDS)
+    if server.exit_code:
+        os._exit(server.exit_code)  # a thread that hangs would keep the interpreter from ending
+    return 0
+
+
+def _end_if_dead(server: Server, log: LogQueue) -> None:
+    """The event loop itself may hang: a dead engine's process does not wait for it."""
+    server.is_ending.wait()
+    time.sleep(_DEAD_EXIT_SECONDS)
+    log.stop(_LOG_SECONDS)
+    os._exit(server.exit_code)
+
+
+def _stacks() -> str:
+    """The stacks of all threads, written by faulthandler, which asks nothing of them."""
+    with open(os.memfd_create("stacks"), "w+b") as file:
+        faulthandler.dump_traceback(file)
+        file.seek(0)
+        return file.read().decode(errors="replace").rstrip()
 
 
 def _read_vocabulary(llm: AsyncLLM) -> None:

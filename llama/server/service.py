@@ -23,6 +23,7 @@ from llama.server.errors import (
     internal,
     no_such_model,
 )
+from llama.server.logs import CountedMessages, LogQueue
 from llama.server.metrics import Metrics
 
 logger = logging.getLogger(__name__)
@@ -43,13 +44,22 @@ class Record:
 
 
 class Service:
-    def __init__(self, llm: AsyncLLM, config: ServerConfig) -> None:
+    def __init__(self, llm: AsyncLLM, config: ServerConfig, log: LogQueue | None = None) -> None:
+        """`log`: where the process logs to, for the count of dropped lines."""
         self.llm = llm
         self.config = config
         self.num_in_flight = 0  # POST requests that were let in and are not yet answered
         self.num_body_bytes = 0  # that they hold
         self.parsing = asyncio.Semaphore(1)  # of large bodies
-        self.metrics = Metrics(llm.metrics, config.name)
+        self.invalid_requests = CountedMessages("Invalid HTTP request received.")  # uvicorn's, a line for each
+        self.metrics = Metrics(
+            llm.metrics,
+            config.name,
+            {
+                "invalid_http_requests": ("What was no HTTP.", lambda: self.invalid_requests.count),
+                "log_lines_dropped": ("Log lines for which there was no room.", lambda: log.num_dropped if log else 0),
+            },
+        )
         self.adapters = AdapterRegistry(llm, config)
 
     @property
@@ -63,13 +73,11 @@ class Service:
         return not (llm.is_dead or llm.is_draining) and llm.seconds_in_step < self.config.step_deadline
 
     def refusal_now(self) -> ApiError | None:
-        """What any request would be refused with at this moment because the queue is full or the server stops."""
+        """What any request would be refused with now: a full queue, a server that stops, a dead engine."""
         try:
             self.llm.check_accepts(self.num_in_flight)
-        except (QueueFullError, EngineClosedError) as error:
+        except (QueueFullError, EngineClosedError, EngineDeadError) as error:
             return from_refusal(error)
-        except EngineDeadError:
-            pass  # told with the request's id, where requests are answered
         return None
 
     def hold(self, num_bytes: int, record: Record) -> None:
@@ -163,8 +171,11 @@ class Answer:
         except ApiError:
             raise
         except Exception as error:
-            logger.error("request %s: %s", self._record.request_id, type(error).__name__)
-            raise internal(self._record.request_id) from None
+            refusal = from_refusal(error)  # the engine has died, which is logged where it happened
+            if refusal is None:
+                logger.exception("request %s failed", self._record.request_id)
+                refusal = internal(self._record.request_id)
+            raise refusal from None
 
     async def whole(self) -> RequestOutput:
         """The complete answer. Raises ApiError if a completion failed."""
@@ -186,6 +197,7 @@ class Answer:
             if piece.stop_reason == BROKEN_GRAMMAR:
                 params = self._stream.request.params
                 raise grammar_failed("tools" if params.response_format is None else "response_format")
+            logger.error("request %s ended with an error, as %s", self._record.request_id, self._stream.request_id)
             raise internal(self._record.request_id)
 
     def _observe(self, piece: Piece, last: dict[int, float]) -> None:
