@@ -1,5 +1,6 @@
 """Rows on Ray Data: one local cluster of two CPUs for all tests (make test-ray)."""
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -87,8 +88,12 @@ def test_postprocess_makes_the_rows_but_those_with_an_error(folders, expected):
 
 def engines() -> list[psutil.Process]:
     """The processes of this cluster that hold an engine."""
-    children = psutil.Process().children(recursive=True)
-    return [child for child in children if "MapBatches(Generator)" in " ".join(child.cmdline())]
+    found = []
+    for child in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):  # it has just ended
+            if "MapBatches(Generator)" in " ".join(child.cmdline()):
+                found.append(child)
+    return found
 
 
 def test_what_a_killed_engine_had_under_way_is_computed_again(folders, expected):
