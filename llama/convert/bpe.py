@@ -1,6 +1,6 @@
 """The tokenizer files of a byte-level BPE, built from its vocabulary, merges and special tokens."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +85,7 @@ def write_tokenizer(
     tokenizer: Tokenizer,
     *,
     model_max_length: int,
-    special: dict[str, str | None],
+    special: Mapping[str, str | None],
     chat_template: str | None,
 ) -> None:
     """Write the tokenizer's files. `special` maps bos_token, eos_token, pad_token, unk_token to text."""

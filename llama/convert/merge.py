@@ -26,13 +26,15 @@ def merge(base: Path, adapter: Path, output: Path, *, dtype: torch.dtype | str =
     if model.config.tie_word_embeddings and tied:
         raise ValueError(f"{base} ties its head to its embedding, so the adapter's {tied[0]} cannot be merged")
     wide = torch.float64 if model.dtype == torch.float64 else torch.float32
+    places = module_places(model)
     for name, pair in read.pairs.items():
-        module, index, starts = module_places(model)[name]
+        module, index, starts = places[name]
+        weight = module.get_parameter("weight")
         delta = pair.b.to(wide) @ pair.a.to(wide)
         delta, rows = (
             (delta.t(), slice(None)) if name.endswith("embed_tokens") else (delta, slice(*starts[index : index + 2]))
         )
-        module.weight[rows] = (module.weight[rows].to(wide) + delta).to(module.weight.dtype)
+        weight[rows] = (weight[rows].to(wide) + delta).to(weight.dtype)
     model.save_pretrained(output)
     for file in _TEXT_FILES:
         if (base / file).exists():

@@ -187,7 +187,7 @@ def feed_forward_size(params: dict[str, Any]) -> int:
     size = int(8 * params["dim"] / 3)
     if (multiplier := params.get("ffn_dim_multiplier")) is not None:
         size = int(multiplier * size)
-    multiple = params.get("multiple_of", 256)
+    multiple: int = params.get("multiple_of", 256)
     return -(-size // multiple) * multiple
 
 
@@ -236,11 +236,17 @@ def read_config(params: dict[str, Any], shards: MetaShards, tokenizer: Tokenizer
         max_position_embeddings=SCALED_CONTEXT if scaled else CONTEXT,
         rms_norm_eps=params["norm_eps"],
         rope_theta=params["rope_theta"],
-        rope_scaling=llama3_rope_scaling(factor) if scaled else None,
+        rope_scaling=llama3_rope_scaling(factor) if scaled and factor is not None else None,
         tie_word_embeddings=tied,
-        bos_token_id=tokenizer.token_to_id("<|begin_of_text|>"),
-        eos_token_ids=tuple(tokenizer.token_to_id(token) for token in STOP_TOKENS),
+        bos_token_id=_token_id(tokenizer, "<|begin_of_text|>"),
+        eos_token_ids=tuple(_token_id(tokenizer, token) for token in STOP_TOKENS),
     )
+
+
+def _token_id(tokenizer: Tokenizer, token: str) -> int:
+    token_id: int | None = tokenizer.token_to_id(token)
+    assert token_id is not None, f"every tokenizer of Meta's has {token}"
+    return token_id
 
 
 class Weights:
