@@ -12,7 +12,7 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _WITHOUT_GPU = 4
 
 # Triton reads this once, when it is imported: a process is interpreted or it is not.
-_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def require(condition: bool, message: str) -> None:
@@ -32,7 +32,7 @@ def check_tensors(op: str, **tensors: Tensor) -> None:
         require(tensor.device == device, f"{told}, but another tensor is on {device}")
         require(tensor.numel() == 0 or tensor.stride(-1) == 1, f"{told}: its last dimension must be contiguous")
         if tensor.is_floating_point():
-            if _INTERPRETED:
+            if INTERPRETED:
                 usable = tensor.dtype in (torch.float32, torch.float16)
                 require(usable, f"{told}: Triton's interpreter is right for float32 and float16 alone")
             require(tensor.dtype in DTYPES, f"{told}: the kernels take float32, float16 and bfloat16")

@@ -4,10 +4,9 @@ kernels/cpu: Triton for CUDA tensors (for all under TRITON_INTERPRET=1), else Py
 Nothing here knows a model, a request or a configuration: tensors, integers and floats only.
 """
 
-import os
-
 from torch import Tensor, float32, int64
 
+from llama.kernels.checks import INTERPRETED as _INTERPRETED
 from llama.kernels.types import (
     CosSin,
     KVLayer,
@@ -21,9 +20,6 @@ from llama.kernels.types import (
 
 if __name__ != "llama.kernels.ops":
     raise ImportError("the ops are imported as llama.kernels.ops: under a second name they would exist twice")
-
-# Triton itself reads this once, when it is imported: a process is interpreted or it is not.
-_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def _on_triton(x: Tensor) -> bool:
