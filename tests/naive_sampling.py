@@ -112,7 +112,8 @@ def keys(seed: int, position: int) -> tuple[int, int]:
 
 def child_seed(seed: int, index: int) -> int:
     """The seed of completion `index` of n."""
-    return seed if index == 0 else splitmix64(seed ^ splitmix64(index)) & (2**63 - 1)
+    mixed = splitmix64(seed ^ splitmix64(index) if index else seed) & (2**53 - 1)
+    return seed if index == 0 and seed < 2**53 else mixed
 
 
 def splitmix64(z: int) -> int:

@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeVar
 
 from llama.api.errors import ParameterError
 
-MAX_SEED = 2**63 - 1
+MAX_SEED = 2**53 - 1  # of the seeds that are used and come back: JavaScript has no larger integers
 MAX_TOKENS = 2**63 - 1
 MAX_LOGPROBS = 20
 MAX_COMPLETIONS = 128
@@ -97,7 +97,8 @@ class SamplingParams:
     """How the next tokens are chosen. Every value is checked; a ParameterError names the field and what is legal.
 
     The order in which the rules apply, with formulas, is told in `llama.kernels.cpu.sampling`. seed=None draws fresh
-    entropy, and the seed used comes back with the output. max_tokens=None means the rest of the context.
+    entropy, and so does -1; other negative seeds count modulo 2**64. The seed used comes back with the output. It is
+    below 2**53: a larger one is mixed down. max_tokens=None means the rest of the context.
     """
 
     n: int = _option(1, "completions per prompt")
@@ -132,7 +133,7 @@ class SamplingParams:
         put("frequency_penalty", _number("frequency_penalty", self.frequency_penalty, -2, 2))
         put("presence_penalty", _number("presence_penalty", self.presence_penalty, -2, 2))
         put("logit_bias", _bias(self.logit_bias))
-        put("seed", None if self.seed is None else _integer("seed", self.seed, 0, MAX_SEED))
+        put("seed", _seed(self.seed))
         put("max_tokens", None if self.max_tokens is None else _integer("max_tokens", self.max_tokens, 1, MAX_TOKENS))
         put("min_tokens", _integer("min_tokens", self.min_tokens, 0, MAX_TOKENS))
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
@@ -190,6 +191,11 @@ def _integer(name: str, value: Any, low: int, high: int | None = None, place: st
     if number < low or (high is not None and number > high):
         raise _refusal(name, legal, value, place)
     return number
+
+
+def _seed(value: Any) -> int | None:
+    seed = -1 if value is None else _integer("seed", value, -(2**63), 2**64 - 1)
+    return None if seed == -1 else seed % 2**64
 
 
 def _listed(name: str, values: Any, what: str) -> list[Any]:

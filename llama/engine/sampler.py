@@ -34,8 +34,11 @@ def splitmix64(z: int) -> int:
 
 
 def child_seed(seed: int, index: int) -> int:
-    """The seed of completion `index` of a request with `seed`."""
-    return seed if index == 0 else splitmix64(seed ^ splitmix64(index)) & MAX_SEED
+    """The seed of completion `index` of a request with `seed`: at most MAX_SEED, and then that of a request's only
+    completion is the request's own."""
+    if index == 0:
+        return seed if seed <= MAX_SEED else splitmix64(seed) & MAX_SEED
+    return splitmix64(seed ^ splitmix64(index)) & MAX_SEED
 
 
 class Seeds:
@@ -46,7 +49,7 @@ class Seeds:
 
     def next(self) -> int:
         if self._state is None:
-            return secrets.randbits(63)
+            return secrets.randbits(53)
         self._state = (self._state + _GOLDEN) & _MASK64
         return splitmix64(self._state) & MAX_SEED
 

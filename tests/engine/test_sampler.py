@@ -36,8 +36,8 @@ def bias_of(rows, row):
 @pytest.mark.parametrize("number", [1, 2, 4, 5, 100])
 def test_noise_keys_follow_the_specification(number):
     random = np.random.default_rng(number)
-    seeds = random.integers(0, 2**63, number, dtype=np.uint64)
-    seeds[0] = MAX_SEED
+    seeds = random.integers(0, 2**64, number, dtype=np.uint64)
+    seeds[0] = 2**64 - 1
     for positions in (random.integers(0, 2**31, number), np.arange(number, dtype=np.int32)):
         words = noise_keys(seeds, positions).view(np.uint32)
         pairs = zip(seeds.tolist(), positions.tolist(), strict=True)
@@ -45,10 +45,12 @@ def test_noise_keys_follow_the_specification(number):
 
 
 def test_children_have_seeds_of_their_own():
+    for given in (77, MAX_SEED, 2**53, 2**63, 2**64 - 1):
+        seeds = [child_seed(given, index) for index in range(128)]
+        assert len(set(seeds)) == 128 and max(seeds) <= MAX_SEED == 2**53 - 1, "JavaScript holds them"
+        assert seeds == [naive_sampling.child_seed(given, index) for index in range(128)]
+        assert [child_seed(seed, 0) for seed in seeds] == seeds, "sent back, each gives its completion again"
     assert child_seed(77, 0) == 77
-    seeds = [child_seed(77, index) for index in range(128)]
-    assert len(set(seeds)) == 128 and max(seeds) <= MAX_SEED
-    assert seeds == [naive_sampling.child_seed(77, index) for index in range(128)]
 
 
 def test_seeds_are_fresh_or_repeatable():

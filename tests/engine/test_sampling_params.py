@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from llama.api.params import MAX_SEED, SamplingParams
+from llama.api.params import SamplingParams
 
 NAN, INF = math.nan, math.inf
 
@@ -27,7 +27,7 @@ LEGAL = {
     "frequency_penalty": [-2, 2, 0.5],
     "presence_penalty": [-2, 2, 0.5],
     "logit_bias": [None, {}, {5: -100, 6: 100.0}, {np.int64(7): np.float32(1.5)}],
-    "seed": [None, 0, MAX_SEED, np.uint64(MAX_SEED)],
+    "seed": [None, 0, -1, -(2**63), 2**64 - 1, np.uint64(2**64 - 1)],
     "max_tokens": [None, 1, 10**9, 2**63 - 1],
     "min_tokens": [0, 256],
     "stop": ["a", (), ["a", "bc"], ("é",), None],
@@ -59,7 +59,7 @@ ILLEGAL = {
     "frequency_penalty": ([-2.1, 2.1, *NOT_NUMBERS], "a number from -2 to 2"),
     "presence_penalty": ([-2.1, 2.1, *NOT_NUMBERS], "a number from -2 to 2"),
     "logit_bias": ([[1], "x", 5], "a mapping of token ids to numbers from -100 to 100"),
-    "seed": ([-1, 2**63, *NOT_INTEGERS], "an integer from 0 to 9223372036854775807"),
+    "seed": ([-(2**63) - 1, 2**64, *NOT_INTEGERS], f"an integer from {-(2**63)} to {2**64 - 1}"),
     "max_tokens": ([0, -1, 2**63, *NOT_INTEGERS], f"an integer from 1 to {2**63 - 1}"),
     "min_tokens": ([-1, 2**63, None, *NOT_INTEGERS], f"an integer from 0 to {2**63 - 1}"),
     "stop": ([5, b"x", {"a": 1}], "a list of strings, or one string"),

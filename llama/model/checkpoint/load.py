@@ -1,5 +1,6 @@
 """From a Hugging Face folder to a module: every file and name checked first, then one pass over the data."""
 
+import logging
 import os
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +15,8 @@ from llama.model.checkpoint.layout import Entry, layout
 from llama.model.checkpoint.quantised import CodedSource, find_coded, find_quantization
 from llama.model.checkpoint.shards import StoredTensor, read_header, read_into
 from llama.model.config import DTYPES, ModelConfig
+
+logger = logging.getLogger(__name__)
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
@@ -55,7 +58,7 @@ class Checkpoint:
         infinities."""
         _stream(module, self._entries, self._stored | self._coded)
         if self.config.tie_word_embeddings and "lm_head.weight" in self._stored:
-            _check_tied_head(target(module, self._entries[0]), self._stored["lm_head.weight"])
+            _compare_tied_head(target(module, self._entries[0]), self._stored["lm_head.weight"])
         for entry in self._entries if check_weights else ():
             if not bool(target(module, entry).isfinite().all()):
                 raise CheckpointError(f"{entry.name} holds NaN or infinite weights")
@@ -155,11 +158,12 @@ def target(module: nn.Module, entry: Entry) -> Tensor:
     return module.get_parameter(f"{entry.module}.weight").detach().narrow(0, entry.start, entry.shape[0])
 
 
-def _check_tied_head(embedding: Tensor, head: StoredTensor) -> None:
+def _compare_tied_head(embedding: Tensor, head: StoredTensor) -> None:
     copy = torch.empty_like(embedding) if head.shape == tuple(embedding.shape) else None
     if copy is not None:
         read_into(head, copy)
     if copy is None or not torch.equal(copy, embedding):
-        raise CheckpointError(
-            f"{head.path}: lm_head.weight differs from the embedding, but config.json says tie_word_embeddings"
+        logger.warning(
+            "%s: lm_head.weight differs from the embedding, which is used: config.json says tie_word_embeddings",
+            head.path,
         )

@@ -155,9 +155,18 @@ class GrammarCompiler:
             raise ValueError("a grammar needs a token that ends the text, and the checkpoint names no EOS token")
         make: type[LLTokenizer] = _llguidance().LLTokenizer
         try:
-            return make(self._tokenizer.backend_json, n_vocab=self._vocab_size, eos_token=eos)
+            return make(self._backend_json(), n_vocab=self._vocab_size, eos_token=eos)
         except Exception as error:  # llguidance raises whatever its parser of tokenizer.json finds
             raise ValueError(f"grammars do not work with this tokenizer: {told(str(error))}") from None
+
+    def _backend_json(self) -> str:
+        """The tokenizer, without the pad token for which the model may have no row."""
+        text = self._tokenizer.backend_json
+        if self._tokenizer.vocab_size <= self._vocab_size:
+            return text
+        state = json.loads(text)
+        state["added_tokens"] = [token for token in state["added_tokens"] if token["id"] < self._vocab_size]
+        return json.dumps(state)
 
 
 def _llguidance() -> Any:

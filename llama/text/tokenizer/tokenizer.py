@@ -142,8 +142,11 @@ class Tokenizer:
         return max(self._parsing.get_vocab(with_added_tokens=True).values()) + 1
 
     def check_vocab(self, vocab_size: int) -> None:
-        """Raises ValueError if the model has fewer embedding rows than the tokenizer has ids."""
-        if self.vocab_size > vocab_size:
+        """Raises ValueError if the model has fewer embedding rows than the tokenizer has ids. One added token, which
+        neither begins nor ends a text, may have no row: fine-tuning adds a pad token so."""
+        beyond = self.id_to_token(vocab_size) if self.vocab_size == vocab_size + 1 else None
+        is_idle = beyond in self.added_tokens and vocab_size not in {*self.eos_token_ids, self.bos_token_id}
+        if self.vocab_size > vocab_size and not is_idle:
             raise ValueError(
                 f"the tokenizer has ids up to {self.vocab_size - 1}, the model's vocab_size is {vocab_size}: "
                 "tokenizer.json and config.json do not belong together"

@@ -1,0 +1,48 @@
+"""What other libraries and published files hold, and what changes nothing here: it is taken."""
+
+import json
+import shutil
+
+import pytest
+from tokenizers import AddedToken
+from tokenizers import Tokenizer as Backend
+
+from llama import LLM, ParameterError, SamplingParams
+from tests.llm.helpers import GREEDY
+
+SMALL = {"num_blocks": 64, "max_num_seqs": 4, "dtype": "float64"}
+
+
+@pytest.fixture
+def padded(folder, tmp_path):
+    """A folder whose tokenizer has one more token than the model has rows, as fine-tuning with a new pad token makes
+    it."""
+    path = tmp_path / "padded"
+    shutil.copytree(folder, path)
+    backend = Backend.from_file(str(path / "tokenizer.json"))
+    config = json.loads((path / "config.json").read_text())
+    assert backend.get_vocab_size() <= config["vocab_size"]
+    spare = [AddedToken(f"<spare{i}>") for i in range(config["vocab_size"] - backend.get_vocab_size())]
+    backend.add_tokens(spare)
+    backend.add_tokens([AddedToken("<pad>", special=True)])
+    backend.save(str(path / "tokenizer.json"))
+    (path / "tokenizer_config.json").write_text(json.dumps({"pad_token": "<pad>"}))
+    return path
+
+
+def test_a_pad_token_without_a_row_is_refused_in_a_prompt_alone(padded):
+    llm = LLM(padded, **SMALL)
+    assert llm.tokenizer.vocab_size == llm.model.config.vocab_size + 1
+    plain = llm.generate("Hello", GREEDY, use_tqdm=False)[0]
+    assert plain.outputs[0].token_ids
+    with pytest.raises(ParameterError, match=rf"got {llm.model.config.vocab_size}"):
+        llm.generate("Hello <pad>", GREEDY, use_tqdm=False)
+    wanted = SamplingParams(temperature=0, response_format={"type": "regex", "regex": "ab+"}, max_tokens=6)
+    assert llm.generate("Hello", wanted, use_tqdm=False)[0].outputs[0].text.startswith("ab")
+
+
+@pytest.mark.parametrize("role", ["bos_token", "eos_token"])
+def test_a_token_without_a_row_may_neither_begin_nor_end_a_text(padded, role):
+    (padded / "tokenizer_config.json").write_text(json.dumps({role: "<pad>"}))
+    with pytest.raises(ValueError, match="do not belong together"):
+        LLM(padded, **SMALL)
