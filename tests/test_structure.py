@@ -32,6 +32,7 @@ IMPORT_ORDER = {
         batch convert
         cli""",
     "llama.model": """
+        rope_scaling
         config generation_config module
         rope kv_cache weights
         adapters
@@ -63,6 +64,7 @@ WITHOUT_TORCH = (
     "llama/files.py",
     "llama/text/",
     "llama/model/config.py",
+    "llama/model/rope_scaling.py",
     "llama/engine/config.py",
     "llama/engine/request.py",
     "llama/engine/sequence.py",

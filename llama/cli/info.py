@@ -50,13 +50,15 @@ def run(options: Namespace) -> int:
 
 def _architecture(config: ModelConfig) -> str:
     rope = f"rope theta {config.rope_theta:g}"
-    if config.rope_scaling is not None:
-        scaling = config.rope_scaling
-        rope += f" scaled x{scaling.factor:g} from {scaling.original_max_position_embeddings:,}"
+    if (scaling := config.rope_scaling) is not None:
+        original = getattr(scaling, "original_max_position_embeddings", None)
+        rope += f" scaled x{scaling.factor:g}{f' from {original:,}' if original else ''} ({scaling.rope_type})"
+    biased = [name for name, has in (("attention", config.attention_bias), ("MLP", config.mlp_bias)) if has]
+    biases = f"biases in {' and '.join(biased)}, " if biased else ""
     return (
         f"Llama, {config.num_hidden_layers} layers, hidden {config.hidden_size:,}, MLP {config.intermediate_size:,}, "
         f"{config.num_attention_heads} heads and {config.num_key_value_heads} KV heads of {config.head_dim}, "
-        f"vocabulary {config.vocab_size:,}, context {config.max_position_embeddings:,}, {rope}, "
+        f"vocabulary {config.vocab_size:,}, context {config.max_position_embeddings:,}, {rope}, {biases}"
         f"{'tied' if config.tie_word_embeddings else 'separate'} head, stored in {config.dtype or 'an unnamed dtype'}"
     )
 

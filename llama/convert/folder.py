@@ -6,7 +6,8 @@ from pathlib import Path
 import torch
 
 from llama.model.checkpoint.save import write_json
-from llama.model.config import ModelConfig, RopeScaling
+from llama.model.config import ModelConfig
+from llama.model.rope_scaling import Llama3Scaling
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -26,9 +27,11 @@ def write_generation_config(
     write_json(folder / "generation_config.json", {key: value for key, value in values.items() if value is not None})
 
 
-def llama3_rope_scaling(factor: float) -> RopeScaling:
+def llama3_rope_scaling(factor: float) -> Llama3Scaling:
     """The scaling of Llama 3.1 (factor 8) and 3.2 (factor 32); the other three numbers never varied."""
-    return RopeScaling(factor=factor, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192)
+    return Llama3Scaling(
+        factor=factor, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192
+    )
 
 
 def unpermute_rope(weight: torch.Tensor, num_heads: int) -> torch.Tensor:

@@ -30,7 +30,8 @@ from llama.convert.folder import (
 from llama.files import open_regular
 from llama.model.checkpoint.layout import Entry, layout
 from llama.model.checkpoint.save import new_folder, write_checkpoint
-from llama.model.config import ModelConfig, RopeScaling
+from llama.model.config import ModelConfig
+from llama.model.rope_scaling import Llama3Scaling
 
 try:
     import gguf
@@ -145,7 +146,7 @@ def shortest(value: float) -> float:
     return float(str(np.float32(value)))
 
 
-def rope_scaling(file: GGUFFile, head_dim: int, theta: float) -> RopeScaling | None:
+def rope_scaling(file: GGUFFile, head_dim: int, theta: float) -> Llama3Scaling | None:
     kind = file.get("llama.rope.scaling.type", "none")
     if kind != "none":
         raise ValueError(f"RoPE scaling {kind!r} is not Llama 3.1's")
@@ -159,7 +160,7 @@ def rope_scaling(file: GGUFFile, head_dim: int, theta: float) -> RopeScaling | N
     return scaling
 
 
-def llama3_rope_factors(head_dim: int, theta: float, scaling: RopeScaling) -> np.ndarray:
+def llama3_rope_factors(head_dim: int, theta: float, scaling: Llama3Scaling) -> np.ndarray:
     """What each frequency is divided by. [head_dim / 2]  Formula: Meta's apply_scaling (llama-models, model.py)."""
     frequencies = theta ** (-np.arange(0, head_dim, 2) / head_dim)
     turns = scaling.original_max_position_embeddings * frequencies / (2 * np.pi)  # within the original context

@@ -11,41 +11,9 @@ from typing import Any
 
 from llama.api.errors import ConfigError
 from llama.files import named, read_json, token_ids
+from llama.model.rope_scaling import Llama3Scaling, RopeScaling, checked_integer, checked_number, read_rope
 
 DTYPES = ("float64", "float32", "float16", "bfloat16")
-
-
-def _checked_integer(name: str, value: Any, low: int, high: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-        raise ConfigError(f"{name} must be an integer in [{low}, {high}], got {value!r}")
-    return value
-
-
-def _checked_number(name: str, value: Any, low: float, high: float) -> float:
-    """A finite number with low < value <= high."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not low < value <= high:
-        raise ConfigError(f"{name} must be a number in ({low:g}, {high:g}], got {value!r}")
-    return float(value)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RopeScaling:
-    """Llama 3.1's stretching of the rotary wavelengths (rope type "llama3")."""
-
-    factor: float
-    low_freq_factor: float
-    high_freq_factor: float
-    original_max_position_embeddings: int
-
-    def __post_init__(self) -> None:
-        _checked_number("rope factor", self.factor, 0, 1e6)
-        _checked_number("rope low_freq_factor", self.low_freq_factor, 0, 1e6)
-        _checked_number("rope high_freq_factor", self.high_freq_factor, 0, 1e6)
-        _checked_integer("rope original_max_position_embeddings", self.original_max_position_embeddings, 1, 1 << 24)
-        if self.high_freq_factor <= self.low_freq_factor:
-            raise ConfigError(
-                f"rope high_freq_factor ({self.high_freq_factor}) must exceed low_freq_factor ({self.low_freq_factor})"
-            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,21 +32,23 @@ class ModelConfig:
     rope_theta: float = 500_000.0
     rope_scaling: RopeScaling | None = None
     tie_word_embeddings: bool = False
+    attention_bias: bool = False
+    mlp_bias: bool = False
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
     dtype: str | None = None
 
     def __post_init__(self) -> None:
-        _checked_integer("vocab_size", self.vocab_size, 1, 1 << 24)
-        _checked_integer("hidden_size", self.hidden_size, 1, 1 << 18)
-        _checked_integer("intermediate_size", self.intermediate_size, 1, 1 << 20)
-        _checked_integer("num_hidden_layers", self.num_hidden_layers, 1, 1 << 12)
-        _checked_integer("num_attention_heads", self.num_attention_heads, 1, 1 << 14)
-        _checked_integer("num_key_value_heads", self.num_key_value_heads, 1, 1 << 14)
-        _checked_integer("head_dim", self.head_dim, 2, 1 << 14)
-        _checked_integer("max_position_embeddings", self.max_position_embeddings, 1, 1 << 24)
-        _checked_number("rms_norm_eps", self.rms_norm_eps, 0, 1)
-        _checked_number("rope_theta", self.rope_theta, 0, 1e12)
+        checked_integer("vocab_size", self.vocab_size, 1, 1 << 24)
+        checked_integer("hidden_size", self.hidden_size, 1, 1 << 18)
+        checked_integer("intermediate_size", self.intermediate_size, 1, 1 << 20)
+        checked_integer("num_hidden_layers", self.num_hidden_layers, 1, 1 << 12)
+        checked_integer("num_attention_heads", self.num_attention_heads, 1, 1 << 14)
+        checked_integer("num_key_value_heads", self.num_key_value_heads, 1, 1 << 14)
+        checked_integer("head_dim", self.head_dim, 2, 1 << 14)
+        checked_integer("max_position_embeddings", self.max_position_embeddings, 1, 1 << 24)
+        checked_number("rms_norm_eps", self.rms_norm_eps, 0, 1)
+        checked_number("rope_theta", self.rope_theta, 0, 1e12)
         if self.num_attention_heads % self.num_key_value_heads:
             raise ConfigError(
                 f"num_attention_heads ({self.num_attention_heads}) must be a multiple of num_key_value_heads "
@@ -86,14 +56,15 @@ class ModelConfig:
             )
         if self.head_dim % 2:
             raise ConfigError(f"head_dim must be even for rotary embedding, got {self.head_dim}")
-        if not isinstance(self.tie_word_embeddings, bool):
-            raise ConfigError(f"tie_word_embeddings must be true or false, got {self.tie_word_embeddings!r}")
+        for name in ("tie_word_embeddings", "attention_bias", "mlp_bias"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name} must be true or false, got {getattr(self, name)!r}")
         if self.dtype is not None and self.dtype not in DTYPES:
             raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
         if self.bos_token_id is not None:
-            _checked_integer("bos_token_id", self.bos_token_id, 0, self.vocab_size - 1)
+            checked_integer("bos_token_id", self.bos_token_id, 0, self.vocab_size - 1)
         for token_id in self.eos_token_ids:
-            _checked_integer("eos_token_id", token_id, 0, self.vocab_size - 1)
+            checked_integer("eos_token_id", token_id, 0, self.vocab_size - 1)
 
     @classmethod
     def preset(cls, name: str) -> "ModelConfig":
@@ -119,8 +90,8 @@ class ModelConfig:
         missing = [key for key in _REQUIRED if values.get(key) is None]
         if missing:
             raise ConfigError(f"missing key{'s' if len(missing) > 1 else ''} {', '.join(missing)}")
-        heads = _checked_integer("num_attention_heads", values["num_attention_heads"], 1, 1 << 14)
-        hidden_size = _checked_integer("hidden_size", values["hidden_size"], 1, 1 << 18)
+        heads = checked_integer("num_attention_heads", values["num_attention_heads"], 1, 1 << 14)
+        hidden_size = checked_integer("hidden_size", values["hidden_size"], 1, 1 << 18)
         head_dim = values.get("head_dim")
         if head_dim is None:
             if hidden_size % heads:
@@ -130,7 +101,7 @@ class ModelConfig:
                 )
             head_dim = hidden_size // heads
         kv_heads = values.get("num_key_value_heads")
-        rope_theta, rope_scaling = _rope_of(values)
+        rope_theta, rope_scaling = read_rope(values)
         return cls(
             **{key: values[key] for key in _REQUIRED},
             num_key_value_heads=heads if kv_heads is None else kv_heads,
@@ -138,6 +109,8 @@ class ModelConfig:
             rope_theta=rope_theta,
             rope_scaling=rope_scaling,
             tie_word_embeddings=values.get("tie_word_embeddings", False),
+            attention_bias=_flag(values, "attention_bias"),
+            mlp_bias=_flag(values, "mlp_bias"),
             bos_token_id=next(iter(token_ids("bos_token_id", values.get("bos_token_id"), ConfigError)), None),
             eos_token_ids=token_ids("eos_token_id", values.get("eos_token_id"), ConfigError),
             dtype=_dtype_of(values),
@@ -145,16 +118,6 @@ class ModelConfig:
 
     def to_hugging_face(self, dtype: str) -> dict[str, Any]:
         """A config.json that transformers 4 and 5 both read; `dtype` is what the weights are saved in."""
-        scaling = self.rope_scaling
-        rope: dict[str, Any] = {"rope_type": "default"}
-        if scaling is not None:
-            rope = {
-                "rope_type": "llama3",
-                "factor": scaling.factor,
-                "low_freq_factor": scaling.low_freq_factor,
-                "high_freq_factor": scaling.high_freq_factor,
-                "original_max_position_embeddings": scaling.original_max_position_embeddings,
-            }
         eos = self.eos_token_ids
         return {
             "architectures": ["LlamaForCausalLM"],
@@ -163,10 +126,10 @@ class ModelConfig:
             "num_key_value_heads": self.num_key_value_heads,
             "head_dim": self.head_dim,
             "rope_theta": self.rope_theta,
-            "rope_scaling": None if scaling is None else rope,
+            "rope_scaling": None if self.rope_scaling is None else self.rope_scaling.to_hugging_face(),
             "tie_word_embeddings": self.tie_word_embeddings,
-            "attention_bias": False,
-            "mlp_bias": False,
+            "attention_bias": self.attention_bias,
+            "mlp_bias": self.mlp_bias,
             "hidden_act": "silu",
             "bos_token_id": self.bos_token_id,
             "eos_token_id": None if not eos else eos[0] if len(eos) == 1 else list(eos),
@@ -175,10 +138,14 @@ class ModelConfig:
 
     @property
     def num_parameters(self) -> int:
-        """Weights of the model; a tied head counts once."""
+        """Weights and biases of the model; a tied head counts once."""
         heads = self.num_attention_heads + self.num_key_value_heads
         attention = 2 * self.hidden_size * heads * self.head_dim
         layer = attention + 3 * self.hidden_size * self.intermediate_size + 2 * self.hidden_size
+        if self.attention_bias:
+            layer += (heads + self.num_key_value_heads) * self.head_dim + self.hidden_size
+        if self.mlp_bias:
+            layer += 2 * self.intermediate_size + self.hidden_size
         embeddings = self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2)
         return self.num_hidden_layers * layer + embeddings + self.hidden_size
 
@@ -214,41 +181,13 @@ def _refuse_foreign(values: Mapping[str, Any]) -> None:
 
 _ONLY: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu", "swish"),
-    "attention_bias": (False,),
-    "mlp_bias": (False,),
     "partial_rotary_factor": (1,),
     "rope_interleaved": (False,),
 }
 
 
-def _rope_of(values: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
-    """RoPE from either spelling: `rope_theta` beside `rope_scaling`, or all in `rope_parameters`."""
-    both = {key: values[key] for key in ("rope_scaling", "rope_parameters") if values.get(key) is not None}
-    for key, value in both.items():
-        if not isinstance(value, Mapping):
-            raise ConfigError(f"{key} must be an object, got {value!r}")
-    if len(both) == 2 and dict(both["rope_scaling"]) != dict(both["rope_parameters"]):
-        raise ConfigError("rope_scaling and rope_parameters are both given and differ")
-    rope: Mapping[str, Any] = next(iter(both.values()), {})
-    theta = rope.get("rope_theta", values.get("rope_theta"))
-    # Llama 1 and 2 checkpoints have no rope_theta; transformers takes 10,000 there.
-    theta = _checked_number("rope_theta", 10_000.0 if theta is None else theta, 0, 1e12)
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if rope.get("partial_rotary_factor", 1) != 1:
-        raise ConfigError(f"partial_rotary_factor must be 1, got {rope['partial_rotary_factor']!r}")
-    if rope.get("type") not in (None, kind):
-        raise ConfigError(f"rope_type {kind!r} and type {rope['type']!r} contradict each other")
-    if kind == "default":
-        if rope.get("factor") not in (None, 1):
-            raise ConfigError(f'a RoPE factor of {rope["factor"]!r} needs a rope type, which must be "llama3"')
-        return theta, None
-    if kind != "llama3":
-        raise ConfigError(f'rope type must be "default" or "llama3", got {kind!r}')
-    names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-    missing = [name for name in names if rope.get(name) is None]
-    if missing:
-        raise ConfigError(f'rope type "llama3" lacks {", ".join(missing)}')
-    return theta, RopeScaling(**{name: rope[name] for name in names})
+def _flag(values: Mapping[str, Any], name: str) -> Any:
+    return False if values.get(name) is None else values[name]
 
 
 def _dtype_of(values: Mapping[str, Any]) -> str | None:
@@ -259,7 +198,7 @@ def _dtype_of(values: Mapping[str, Any]) -> str | None:
 
 
 def _llama3(factor: float, **sizes: Any) -> ModelConfig:
-    scaling = RopeScaling(
+    scaling = Llama3Scaling(
         factor=factor, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192
     )
     return ModelConfig(
@@ -295,7 +234,7 @@ _PRESETS = {
         vocab_size=512,
         num_key_value_heads=2,
         max_position_embeddings=4096,
-        rope_scaling=RopeScaling(
+        rope_scaling=Llama3Scaling(
             factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=128
         ),
         dtype="float32",

@@ -1,4 +1,4 @@
-"""Linear: a weight that knows its own matmul. No bias: Llama has none."""
+"""Linear: a weight that knows its own matmul, and a bias where the checkpoint has one."""
 
 from collections.abc import Callable
 from typing import Any
@@ -14,25 +14,42 @@ from llama.model.weights.packed import pack
 
 
 class Linear(Module):
-    """y = x W^T with W [out_features, in_features].
+    """y = x W^T + bias with W [out_features, in_features].
 
-    W is the parameter `weight`, or lies in another `form`; then `weight` is None.
+    W is the parameter `weight`, or lies in another `form`; then `weight` is None. The bias is always a parameter.
     """
 
     weight: nn.Parameter
+    bias: nn.Parameter | None
     form: WeightForm | None
 
-    def __init__(self, in_features: int, out_features: int, *, device: torch.device | str, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        bias: bool = False,
+        device: torch.device | str,
+        dtype: torch.dtype,
+    ) -> None:
         super().__init__()
         self.in_features = in_features
         self.out_features = out_features
         weight = torch.empty(out_features, in_features, device=device, dtype=dtype)
         self.weight = nn.Parameter(weight, requires_grad=False)
+        self.bias = None
+        if bias:
+            self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype), requires_grad=False)
         self.form = None
 
     def forward(self, x: Tensor, adapters: StepAdapters | None = None) -> Tensor:
         """x [tokens, in_features] -> [tokens, out_features]; `adapters` says which tokens use an adapter."""
-        y = F.linear(x, self.weight) if self.form is None else self.form(x)
+        if self.form is None:
+            y = F.linear(x, self.weight, self.bias)
+        else:
+            y = self.form(x)
+            if self.bias is not None:
+                y = y.add_(self.bias)
         return y if adapters is None else adapters.add(self, x, y)
 
     def prepare(self) -> None:

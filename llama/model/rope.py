@@ -1,4 +1,4 @@
-"""Rotary position embedding: inverse frequencies with Llama 3.1's scaling, and cos/sin of positions.
+"""Rotary position embedding: inverse frequencies with each rope type's scaling, and cos/sin of positions.
 
 Everything here is float32, whatever the model's dtype, and the order of operations is transformers', so that both agree
 to the last bit. The rotation itself is `ops.rope_and_store`, in the half-split layout.
@@ -11,19 +11,24 @@ from torch import Tensor
 
 from llama.kernels.types import CosSin
 from llama.model.config import ModelConfig
+from llama.model.rope_scaling import LinearScaling, Llama3Scaling, YarnScaling
 
 
 def inverse_frequencies(config: ModelConfig, device: torch.device | str | None = None) -> Tensor:
-    """[head_dim / 2] float32: theta^(-2i / head_dim), low frequencies stretched as Llama 3.1 does.
-
-    With wavelength w and original context C: w < C / high_freq_factor stays, w > C / low_freq_factor is divided by
-    `factor`, between them the two are blended linearly in C / w (Meta's llama-models, `apply_scaling`).
-    """
+    """[head_dim / 2] float32: theta^(-2i / head_dim), scaled as the rope type says."""
     dims = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=device)
-    inverse = 1.0 / (config.rope_theta ** (dims / config.head_dim))
+    powers = config.rope_theta ** (dims / config.head_dim)
     scaling = config.rope_scaling
-    if scaling is None:
-        return inverse
+    if isinstance(scaling, Llama3Scaling):
+        return _llama3(1.0 / powers, scaling)
+    if isinstance(scaling, YarnScaling):
+        return _yarn(powers, config, scaling)
+    return 1.0 / powers / scaling.factor if isinstance(scaling, LinearScaling) else 1.0 / powers
+
+
+def _llama3(inverse: Tensor, scaling: Llama3Scaling) -> Tensor:
+    """With wavelength w and original context C: w < C / high_freq_factor stays, w > C / low_freq_factor is divided by
+    `factor`, between them the two are blended linearly in C / w (Meta's llama-models, `apply_scaling`)."""
     context, low, high = scaling.original_max_position_embeddings, scaling.low_freq_factor, scaling.high_freq_factor
     wavelengths = 2 * math.pi / inverse
     blend = (context / wavelengths - low) / (high - low)
@@ -33,16 +38,49 @@ def inverse_frequencies(config: ModelConfig, device: torch.device | str | None =
     return torch.where(wavelengths < context / high, inverse, scaled)
 
 
+def _yarn(powers: Tensor, config: ModelConfig, scaling: YarnScaling) -> Tensor:
+    """Frequencies that turn more than beta_fast times within the original context stay, those that turn less than
+    beta_slow times are divided by `factor`; between the two dimensions the blend is linear (arXiv 2309.00071, 3.2)."""
+
+    def dimension(turns: float) -> float:
+        context = scaling.original_max_position_embeddings
+        return config.head_dim * math.log(context / (turns * 2 * math.pi)) / (2 * math.log(config.rope_theta))
+
+    low, high = dimension(scaling.beta_fast), dimension(scaling.beta_slow)
+    if scaling.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, config.head_dim - 1)
+    if low == high:
+        high += 0.001
+    places = torch.arange(len(powers), dtype=torch.float32, device=powers.device)
+    stays = 1 - ((places - low) / (high - low)).clamp(0, 1)
+    return 1.0 / (scaling.factor * powers) * (1 - stays) + 1.0 / powers * stays
+
+
+def attention_factor(config: ModelConfig) -> float:
+    """What cos and sin are multiplied by: 1 for every rope type but YaRN."""
+    scaling = config.rope_scaling
+    if not isinstance(scaling, YarnScaling):
+        return 1.0
+    if scaling.attention_factor is not None:
+        return scaling.attention_factor
+    growth = 0.1 * math.log(scaling.factor) if scaling.factor > 1 else 0.0
+    if scaling.mscale is not None and scaling.mscale_all_dim is not None:
+        return (growth * scaling.mscale + 1.0) / (growth * scaling.mscale_all_dim + 1.0)
+    return growth + 1.0
+
+
 def frequencies(config: ModelConfig, device: torch.device | str | None = None) -> Tensor:
     """[head_dim] float32: the inverse frequencies negated, then as they are. See `cos_sin`."""
     inverse = inverse_frequencies(config, device)
     return torch.cat((-inverse, inverse))
 
 
-def cos_sin(positions: Tensor, frequencies: Tensor) -> CosSin:
-    """What `ops.rope_and_store` rotates the tokens at positions [tokens] by.
+def cos_sin(positions: Tensor, frequencies: Tensor, factor: float = 1.0) -> CosSin:
+    """What `ops.rope_and_store` rotates the tokens at positions [tokens] by, times `attention_factor`.
 
     A negated frequency gives the same cosine and the negated sine, bit for bit.
     """
     angles = positions.to(torch.float32)[:, None, None] * frequencies
-    return angles.cos(), angles.sin()
+    cos, sin = angles.cos(), angles.sin()
+    return (cos, sin) if factor == 1.0 else (cos * factor, sin * factor)

@@ -23,7 +23,7 @@ from llama.model.config import ModelConfig
 from llama.model.kv_cache import KVCache
 from llama.model.linear import Linear
 from llama.model.module import Module
-from llama.model.rope import cos_sin, frequencies
+from llama.model.rope import attention_factor, cos_sin, frequencies
 from llama.model.weights.huge_pages import move_to_huge_pages
 
 WORTH_MOVING = 1 << 26  # bytes of packed weights
@@ -75,8 +75,9 @@ class Attention(Module):
         self.num_kv_heads = config.num_key_value_heads
         self.scale = config.head_dim**-0.5
         heads = self.num_heads + 2 * self.num_kv_heads
-        self.qkv_proj = Linear(config.hidden_size, heads * self.head_dim, device=device, dtype=dtype)
-        self.o_proj = Linear(self.num_heads * self.head_dim, config.hidden_size, device=device, dtype=dtype)
+        bias = config.attention_bias
+        self.qkv_proj = Linear(config.hidden_size, heads * self.head_dim, bias=bias, device=device, dtype=dtype)
+        self.o_proj = Linear(self.num_heads * self.head_dim, config.hidden_size, bias=bias, device=device, dtype=dtype)
 
     def forward(self, x: Tensor, inputs: LayerInputs, kv_layer: KVLayer) -> Tensor:
         heads = self.num_heads + 2 * self.num_kv_heads
@@ -92,8 +93,9 @@ class MLP(Module):
 
     def __init__(self, config: ModelConfig, *, device: torch.device | str, dtype: torch.dtype) -> None:
         super().__init__()
-        self.gate_up_proj = Linear(config.hidden_size, 2 * config.intermediate_size, device=device, dtype=dtype)
-        self.down_proj = Linear(config.intermediate_size, config.hidden_size, device=device, dtype=dtype)
+        hidden, size, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+        self.gate_up_proj = Linear(hidden, 2 * size, bias=bias, device=device, dtype=dtype)
+        self.down_proj = Linear(size, hidden, bias=bias, device=device, dtype=dtype)
 
     def forward(self, x: Tensor, adapters: StepAdapters | None = None) -> Tensor:
         return self.down_proj(ops.silu_mul(self.gate_up_proj(x, adapters)), adapters)
@@ -147,6 +149,7 @@ class Transformer(Module):
             self.lm_head.weight = self.embed_tokens.weight
         self.requires_grad_(False)
         self.register_buffer("frequencies", frequencies(config, device), persistent=False)
+        self.attention_factor = attention_factor(config)
         if seed is not None and self.device.type != "meta":
             self._fill_randomly(seed)
 
@@ -188,7 +191,8 @@ class Transformer(Module):
     def hidden(self, batch: Batch, kv: KVCache, stacks: Stacks | None = None) -> Tensor:
         """-> [tokens, hidden] after the last norm, of every token; `head` makes logits of it."""
         adapters = StepAdapters.of(stacks, batch.adapter_indices)
-        inputs = LayerInputs(batch.ragged, cos_sin(batch.positions, self.frequencies), adapters)
+        rotation = cos_sin(batch.positions, self.frequencies, self.attention_factor)
+        inputs = LayerInputs(batch.ragged, rotation, adapters)
         x, residual = self.embed_tokens(batch.token_ids, adapters), None
         for layer, kv_layer in zip(self.layers, kv.layers, strict=True):
             x, residual = layer(x, residual, inputs, kv_layer)

@@ -19,6 +19,8 @@ from llama.cli import parse
 from llama.cli.common import LoadOptions, llm_options, params_for, sampling_values
 from llama.cli.flags import UsageError, flag
 from llama.engine.config import EngineConfig
+from llama.model.config import ModelConfig
+from llama.model.transformer import Transformer
 from tests.cli.helpers import one_line, run
 
 
@@ -218,13 +220,23 @@ def test_min_tokens_are_held_against_the_max_tokens_that_will_count():
         params_for(plain, values)
 
 
+def test_info_of_biases_and_another_rope(capsys, tmp_path):
+    config = ModelConfig.preset("tiny").to_hugging_face("float32")
+    config |= {"attention_bias": True, "rope_scaling": {"rope_type": "linear", "factor": 4.0}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    out = run(capsys, "info", str(tmp_path))[1]
+    assert "rope theta 500000 scaled x4 (linear), biases in attention, separate head" in out
+    model = Transformer(ModelConfig.from_pretrained(tmp_path))
+    assert f"{sum(weight.numel() for weight in model.parameters()):,}" in out
+
+
 def test_info_of_70b(capsys, llama_70b):
     code, out, err = run(capsys, "info", llama_70b, "--memory", "141GiB")
     assert (code, err) == (0, "")
     for words in (
         "80 layers",
         "64 heads and 8 KV heads of 128",
-        "scaled x8 from 8,192",
+        "scaled x8 from 8,192 (llama3)",
         "70,553,706,496",
         "141,107,412,992 bytes",
         "327,680 bytes",

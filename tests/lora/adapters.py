@@ -9,7 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 VOCAB = 96
 
 
-def save_base(path, *, tied):
+def save_base(path, *, tied, **options):
     torch.manual_seed(7)
     config = LlamaConfig(
         vocab_size=VOCAB,
@@ -21,6 +21,7 @@ def save_base(path, *, tied):
         head_dim=16,
         max_position_embeddings=256,
         tie_word_embeddings=tied,
+        **options,
     )
     model = LlamaForCausalLM(config)
     for parameter in model.parameters():

@@ -5,7 +5,7 @@ import torch
 
 from llama.model.lora import LoadedAdapters, read_adapter
 from llama.model.transformer import Transformer
-from tests.lora.adapters import VOCAB, make_adapter
+from tests.lora.adapters import VOCAB, make_adapter, save_base
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 MLP = ["gate_proj", "up_proj", "down_proj"]
@@ -57,6 +57,13 @@ def test_logits_equal_pefts(case, tied, request, tmp_path):
     adapted, plain, theirs, base = both(path, tmp_path, CASES[case])
     assert (adapted - theirs).abs().max() <= 1e-4 * theirs.abs().max()
     assert (adapted - base).abs().max() > 1e-2 * base.abs().max(), "the adapter changes nothing: nothing is tested"
+    assert torch.equal(plain, base)
+
+
+def test_a_base_with_biases(tmp_path):
+    base_path = save_base(tmp_path / "base", tied=False, attention_bias=True, mlp_bias=True)
+    adapted, plain, theirs, base = both(base_path, tmp_path / "adapter", {"target_modules": "all-linear"})
+    assert (adapted - theirs).abs().max() <= 1e-4 * theirs.abs().max()
     assert torch.equal(plain, base)
 
 

@@ -5,11 +5,12 @@ from torch import Tensor
 
 from llama.model.checkpoint.layout import layout
 from llama.model.checkpoint.save import stored_rows
-from llama.model.config import ModelConfig, RopeScaling
+from llama.model.config import ModelConfig
+from llama.model.rope_scaling import Llama3Scaling
 from llama.model.transformer import Transformer
 
-LLAMA_3_1 = RopeScaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32)
-LLAMA_3_2 = RopeScaling(factor=32.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32)
+LLAMA_3_1 = Llama3Scaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32)
+LLAMA_3_2 = Llama3Scaling(factor=32.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32)
 
 
 def tiny_config(**changes) -> ModelConfig:

@@ -8,8 +8,9 @@ from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from llama.api.errors import ConfigError
-from llama.model.config import ModelConfig, RopeScaling
+from llama.model.config import ModelConfig
 from llama.model.rope import inverse_frequencies
+from llama.model.rope_scaling import Llama3Scaling, YarnScaling
 
 LLAMA_3_1_8B = {
     "architectures": ["LlamaForCausalLM"],
@@ -111,16 +112,23 @@ BAD = {
     ),
     "model type": ({"model_type": "qwen2"}, "model_type must be \"llama\", got 'qwen2'"),
     "activation": ({"hidden_act": "gelu"}, "hidden_act must be 'silu' or 'swish', got 'gelu'"),
-    "attention bias": ({"attention_bias": True}, "attention_bias must be False, got True"),
-    "mlp bias": ({"mlp_bias": True}, "mlp_bias must be False, got True"),
+    "attention bias": ({"attention_bias": 1}, "attention_bias must be true or false, got 1"),
+    "mlp bias": ({"mlp_bias": "yes"}, "mlp_bias must be true or false, got 'yes'"),
     "partial rotary": ({"partial_rotary_factor": 0.5}, "partial_rotary_factor must be 1, got 0.5"),
     "nested partial": ({"rope_scaling": {**ROPE, "partial_rotary_factor": 0.5}}, "partial_rotary_factor must be 1"),
-    "rope type": ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope type must be .* got 'yarn'"),
+    "rope type": ({"rope_scaling": {"rope_type": "longrope", "factor": 4.0}}, "rope type must be .* got 'longrope'"),
+    "yarn lacks": ({"rope_scaling": {"rope_type": "yarn"}, "max_position_embeddings": ...}, "max_position_embeddings"),
+    "yarn": ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "truncate": 1}}, "truncate must be true or false"),
+    "yarn range": ({"rope_scaling": {"rope_type": "yarn", "factor": 4, "mscale": -1}}, "rope mscale must be a number"),
+    "linear lacks": ({"rope_scaling": {"type": "linear"}}, 'rope type "linear" lacks factor'),
     "factor without type": ({"rope_scaling": {"factor": 4.0}}, "a RoPE factor of 4.0 needs a rope type"),
     "two rope types": ({"rope_scaling": {**ROPE, "type": "linear"}}, "rope_type 'llama3' and type 'linear' contradict"),
-    "old rope type": ({"rope_scaling": {"type": "linear", "factor": 4.0}}, "rope type must be .* got 'linear'"),
+    "old rope type": ({"rope_scaling": {"type": "su", "factor": 4.0}}, "rope type must be .* got 'su'"),
     "rope not an object": ({"rope_scaling": "llama3"}, "rope_scaling must be an object"),
-    "rope lacks": ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "lacks low_freq_factor, high_freq_factor"),
+    "rope lacks": (
+        {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}},
+        "lacks original_max_position_embeddings, low_freq_factor, high_freq",
+    ),
     "rope factor": ({"rope_scaling": {**ROPE, "factor": 0}}, "rope factor must be a number in"),
     "rope order": ({"rope_scaling": {**ROPE, "high_freq_factor": 0.5}}, "high_freq_factor .* must exceed"),
     "two ropes": ({"rope_parameters": {**ROPE, "factor": 32.0}}, "both given and differ"),
@@ -162,6 +170,18 @@ def test_files_that_are_no_config(content, message, tmp_path):
     assert "\n" not in str(caught.value)
 
 
+def test_yarn_as_transformers_reads_it():
+    def yarn(**changes):
+        return ModelConfig.from_hugging_face(changed(**changes)).rope_scaling
+
+    old = {"type": "yarn", "factor": 16.0, "original_max_position_embeddings": 4096, "finetuned": True}
+    assert yarn(rope_scaling=old) == YarnScaling(factor=16.0, original_max_position_embeddings=4096)
+    named = yarn(rope_scaling={"rope_type": "yarn", "factor": 4.0}, original_max_position_embeddings=8192)
+    assert named == YarnScaling(factor=4.0, original_max_position_embeddings=8192)
+    told = yarn(rope_scaling={"rope_type": "yarn", "original_max_position_embeddings": 32768})
+    assert told == YarnScaling(factor=4.0, original_max_position_embeddings=32768)
+
+
 def test_a_factor_that_says_nothing_is_taken():
     for factor in (None, 1, 1.0):
         values = LLAMA_3_1_8B | {"rope_scaling": {"rope_type": "default", "type": None, "factor": factor}}
@@ -191,4 +211,4 @@ def test_inverse_frequencies_equal_transformers(factor):
 
 def test_scaling_refuses_nonsense_by_name():
     with pytest.raises(ConfigError, match="rope original_max_position_embeddings"):
-        RopeScaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=0)
+        Llama3Scaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=0)

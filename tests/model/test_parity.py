@@ -15,6 +15,7 @@ LLAMA_3_1 = {
     "original_max_position_embeddings": 32,
 }
 LLAMA_3_2 = {**LLAMA_3_1, "factor": 32.0}
+YARN = {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 32}
 
 # heads, kv heads, head_dim, hidden, tied, rope scaling, batch
 GRID = [
@@ -35,7 +36,7 @@ def name(case):
     return f"{heads}q{kv_heads}kv-{head_dim}-of-{hidden}-{'tied' if tied else 'untied'}-{rope}-batch{batch}"
 
 
-def build(heads, kv_heads, head_dim, hidden, tied, scaling, dtype):
+def build(heads, kv_heads, head_dim, hidden, tied, scaling, dtype, **options):
     config = LlamaConfig(
         vocab_size=131,
         hidden_size=hidden,
@@ -48,6 +49,7 @@ def build(heads, kv_heads, head_dim, hidden, tied, scaling, dtype):
         rms_norm_eps=1e-5,
         tie_word_embeddings=tied,
         rope_parameters={"rope_theta": 500000.0, **(scaling or {"rope_type": "default"})},
+        **options,
     )
     torch.manual_seed(heads * 1000 + head_dim)
     model = LlamaForCausalLM(config).eval().to(dtype)
@@ -72,18 +74,56 @@ def test_float32_logits(case, tmp_path):
     assert (ours - theirs).abs().max() <= 1e-4 * theirs.abs().max()
 
 
-@pytest.mark.parametrize("case", GRID, ids=name)
-def test_float64_logits(case, tmp_path, monkeypatch):
+@pytest.fixture
+def float64_norms(monkeypatch):
     # transformers computes its norms in float32 whatever the model's dtype, which alone moves a float64 logit by 1e-7;
     # so its norm is given the same formula in float64 here. Its rotary angles are float32 in float64 models, as ours.
     def forward(self, x):
         return self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon))
 
     monkeypatch.setattr(LlamaRMSNorm, "forward", forward)
+
+
+@pytest.mark.parametrize("case", GRID, ids=name)
+def test_float64_logits(case, tmp_path, float64_norms):
     *sizes, batch = case
     ours, theirs = both_logits(build(*sizes, torch.float64), tmp_path, batch)
     assert ours.dtype == torch.float64
     assert (ours - theirs).abs().max() <= 1e-9
+
+
+# Rope scaling and biases of what people published beside Llama 3: long-context Llama 2, DeepSeek-Coder, Yi, InternLM.
+VARIANTS = {
+    "linear": ({"rope_type": "linear", "factor": 4.0}, {}),
+    "linear below one": ({"rope_type": "linear", "factor": 0.5}, {}),
+    "dynamic": ({"rope_type": "dynamic", "factor": 4.0}, {}),
+    "yarn": (YARN, {}),
+    "yarn, untruncated": ({**YARN, "truncate": False, "beta_fast": 16, "beta_slow": 2}, {}),
+    "yarn, factor of attention": ({**YARN, "attention_factor": 0.7}, {}),
+    "yarn, mscale": ({**YARN, "mscale": 0.707, "mscale_all_dim": 1.3}, {}),
+    "yarn, steep": ({**YARN, "original_max_position_embeddings": 1}, {}),
+    "attention bias": (None, {"attention_bias": True}),
+    "mlp bias": (LLAMA_3_1, {"mlp_bias": True}),
+    "both biases": (YARN, {"attention_bias": True, "mlp_bias": True}),
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_published_variants(variant, tmp_path, float64_norms):
+    scaling, options = VARIANTS[variant]
+    heads, head_dim, hidden = (6, 32, 96) if variant.startswith("yarn") else (4, 16, 64)
+    model = build(heads, 2, head_dim, hidden, True, scaling, torch.float64, **options)
+    ours, theirs = both_logits(model, tmp_path / "theirs", 1)
+    assert (ours - theirs).abs().max() <= 1e-10
+    saved = Transformer.from_pretrained(tmp_path / "theirs")
+    saved.save_pretrained(tmp_path / "ours")
+    again = LlamaForCausalLM.from_pretrained(tmp_path / "ours", dtype=torch.float64)
+    ids = torch.randint(0, 131, (1, 40))
+    with torch.no_grad():
+        assert (saved.logits(ids) - again(ids).logits).abs().max() <= 1e-10
+    assert Transformer.from_pretrained(tmp_path / "ours").config == saved.config
+    saved.float().prepare()
+    assert (saved.logits(ids) - again(ids).logits).abs().max() <= 1e-4
 
 
 def test_float64_logits_with_float32_norms(tmp_path):

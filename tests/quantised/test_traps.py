@@ -101,6 +101,20 @@ def test_a_group_that_is_not_there(tmp_path):
     refuse(copy("gptq_desc_act", tmp_path / "copy", change), r"g_idx should hold a group in \[0, 2\)")
 
 
+@pytest.mark.parametrize("name", ["gptq", "awq", "ct_w4a16", "fp8_blocks", "bnb_nf4", "mlx_4bit"])
+def test_biases_lie_beside_codes(name, tmp_path):
+    plain = weights(GOLDEN / name)
+    biases = {
+        key.replace(".weight", ".bias"): torch.randn(len(value), generator=torch.Generator().manual_seed(1))
+        for key, value in plain.items()
+        if ".self_attn." in key
+    }
+    folder = copy(name, tmp_path / "copy", lambda tensors: tensors.update(biases))
+    document = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(document | {"attention_bias": True}))
+    assert same(weights(folder), plain | biases)
+
+
 def test_a_bias_of_zeros_is_nothing_and_another_is_refused(tmp_path):
     def add(value):
         return lambda tensors: tensors.update({f"{Q}.bias": torch.full((128,), value).half()})

@@ -8,9 +8,10 @@ import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from llama.api.errors import CheckpointError
-from llama.text.tokenizer import Tokenizer
+from llama.text.tokenizer import IncrementalDecoder, Tokenizer
 from tests.text.helpers import BOS, EOT, LLAMA_SPECIAL, llama_backend, sentencepiece_backend, write_checkpoint
 
 LONG = "The user asks:  4 spaces\n\n你好 <|eot_id|> " * 500
@@ -158,6 +159,40 @@ def test_sentencepiece_text_comes_back(sentencepiece_tokenizer, text):
     ids = sentencepiece_tokenizer.encode(text)
     assert ids == backend.encode(text).ids
     assert sentencepiece_tokenizer.decode(ids) == backend.decode(ids) == text
+
+
+def llama2(backend):
+    """As conversions with legacy=True write it."""
+
+
+def llama2_not_legacy(backend):
+    backend.normalizer = None
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+
+
+def yi(backend):
+    """add_prefix_space is off: nothing is put before a text and nothing dropped."""
+    backend.normalizer = tokenizers.normalizers.Replace(" ", "▁")
+    decoders = tokenizers.decoders
+    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+
+
+@pytest.mark.parametrize("family", [llama2, llama2_not_legacy, yi])
+def test_sentencepiece_families_as_transformers_reads_them(family, tmp_path):
+    backend = sentencepiece_backend()
+    family(backend)
+    write_checkpoint(tmp_path, backend, tokenizer_config={"bos_token": "<s>", "eos_token": "</s>"})
+    ours = Tokenizer.from_pretrained(tmp_path)
+    theirs = PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json"))
+    texts = ["hello there", " hello", "  he  ", "", "do</s> you</s>he", "你 is 👍\n", "<s>hello", "</s> h"]
+    for text in texts:
+        ids = ours.encode(text)
+        twice = text.startswith("<s>")  # transformers puts BOS a second time
+        assert ids == theirs.encode(text)[twice:], text
+        for skip in (True, False):
+            assert ours.decode(ids, skip) == theirs.decode(ids, skip_special_tokens=skip), (text, skip)
+            decoder = IncrementalDecoder(ours, skip_special_tokens=skip)
+            assert "".join([*(decoder.push([i]) for i in ids), decoder.flush()]) == ours.decode(ids, skip)
 
 
 def test_metaspace_and_absent_decoders(tmp_path):

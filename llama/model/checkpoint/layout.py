@@ -11,10 +11,15 @@ from llama.model.config import ModelConfig
 
 class Entry(NamedTuple):
     name: str  # in the checkpoint
-    module: str  # ours; its weight holds the tensor in rows [start, start + shape[0])
+    module: str  # ours; its weight or bias holds the tensor in rows [start, start + shape[0])
     start: int
     shape: tuple[int, ...]
     keys: str  # the keys of config.json that decide the shape
+
+    @property
+    def leaf(self) -> str:
+        """weight or bias."""
+        return self.name.rpartition(".")[2]
 
 
 def layout(config: ModelConfig) -> Iterator[Entry]:
@@ -47,3 +52,6 @@ def _layer(config: ModelConfig, prefix: str) -> Iterator[Entry]:
         (mlp + "down_proj", mlp + "down_proj", 0, (hidden, size), mlp_keys),
     ):
         yield Entry(f"model.{name}.weight", module, start, shape, keys)
+        for part, flag in (("self_attn", "attention_bias"), ("mlp", "mlp_bias")):
+            if f".{part}." in name and getattr(config, flag):
+                yield Entry(f"model.{name}.bias", module, start, shape[:1], f"{flag}, {keys}")

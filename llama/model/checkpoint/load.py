@@ -155,7 +155,7 @@ def _stream(module: nn.Module, entries: list[Entry], sources: dict[str, StoredTe
 
 def target(module: nn.Module, entry: Entry) -> Tensor:
     """The rows of our parameter that are the entry's tensor."""
-    return module.get_parameter(f"{entry.module}.weight").detach().narrow(0, entry.start, entry.shape[0])
+    return module.get_parameter(f"{entry.module}.{entry.leaf}").detach().narrow(0, entry.start, entry.shape[0])
 
 
 def _compare_tied_head(embedding: Tensor, head: StoredTensor) -> None:

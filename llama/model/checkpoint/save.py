@@ -85,5 +85,5 @@ def write_json(path: Path, document: dict[str, Any]) -> None:
 
 def stored_rows(module: nn.Module, entry: Entry) -> Tensor:
     """The tensor that a checkpoint keeps under the entry's name: a state dict has it dense, whatever its form."""
-    weight = module.get_submodule(entry.module).state_dict()["weight"]
-    return weight.detach().narrow(0, entry.start, entry.shape[0])
+    tensor: Tensor = module.get_submodule(entry.module).state_dict()[entry.leaf]
+    return tensor.detach().narrow(0, entry.start, entry.shape[0])

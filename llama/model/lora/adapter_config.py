@@ -75,7 +75,7 @@ def _refuse_foreign(values: Mapping[str, Any]) -> None:
     if values.get("peft_type", "LORA") != "LORA":
         raise AdapterError(f"peft_type must be 'LORA', found {values['peft_type']!r}")
     if values.get("bias", "none") != "none":
-        raise AdapterError(f"bias must be 'none', found {values['bias']!r}: Llama has no biases")
+        raise AdapterError(f"bias must be 'none', found {values['bias']!r}: an adapter's own biases are not read")
     if values.get("fan_in_fan_out"):
         raise AdapterError("fan_in_fan_out is set, which no module of a Llama is")
     init = values.get("init_lora_weights", True)

@@ -45,6 +45,8 @@ def module_places(model: Transformer) -> dict[str, tuple[nn.Module, int, tuple[i
     """Hugging Face's module name -> our module, which of its fused slices, where each begins and the last ends."""
     fused: dict[str, list[tuple[str, int, int]]] = {}
     for entry in layout(model.config):
+        if entry.leaf == "bias":
+            continue
         name = entry.name.removesuffix(".weight")
         fused.setdefault(entry.module, []).append(
             (name, entry.start, entry.shape[-1 if name.endswith("embed_tokens") else 0])

@@ -187,7 +187,7 @@ def _gptq(tensors: Tensors, shape: Shape, quantization: Quantization) -> CodedWe
 def _gptq_or_awq(tensors: Tensors, shape: Shape, quantization: Quantization) -> CodedWeight:
     """Their tensors have the same names; the shapes of qweight differ, so that none is taken for the other."""
     if "bias" in tensors and bool(tensors["bias"].any()):
-        raise CheckpointError("bias is not zero, and a Llama has none")
+        raise CheckpointError("bias is not zero, and config.json says that there is none (attention_bias, mlp_bias)")
     return (_gptq if quantization.method == "gptq" else _awq)(tensors, shape, quantization)
 
 

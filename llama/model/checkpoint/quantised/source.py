@@ -46,11 +46,13 @@ def find_coded(
 
     Scales of activations and of the KV cache are left out of both.
     """
+    entries = list(entries)
     modules = {entry.name.removesuffix(".weight"): entry for entry in entries if len(entry.shape) == 2}
+    never_coded = {entry.name for entry in entries if len(entry.shape) == 1}
     parts: dict[str, dict[str, StoredTensor]] = {}
     rest = dict(stored)
     for name, tensor in stored.items():
-        module = _module_of(name, modules)
+        module = None if name in never_coded else _module_of(name, modules)
         if module is not None:
             parts.setdefault(module, {})[name[len(module) + 1 :]] = tensor
         elif quantization is not None and _scales_attention(name):
