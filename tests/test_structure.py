@@ -47,9 +47,9 @@ IMPORT_ORDER = {
         sequence
         plan
         sampler
-        memory rows
-        decodes
+        memory
         runner
+        graph_runner
         running
         step
         scheduler

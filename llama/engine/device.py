@@ -5,7 +5,7 @@ no earlier than the copies that use it have ended, so nothing here keeps account
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,41 +22,30 @@ def to_device(array: NDArray[Any], device: torch.device, dtype: type | None = No
     return copied if device.type == "cpu" else copied.pin_memory().to(device, non_blocking=True)
 
 
-class Packed(NamedTuple):
-    """Several tensors of a device behind one another in one, which one copy brings to the host."""
+def pack(tensors: Sequence[Tensor]) -> Tensor:
+    """The bytes of several tensors behind one another in one, which one copy brings to the host."""
+    return torch.cat([tensor.contiguous().view(-1).view(torch.uint8) for tensor in tensors])
 
-    data: Tensor  # uint8
-    shapes: tuple[tuple[int, ...], ...]
-    dtypes: tuple[torch.dtype, ...]
 
-    @classmethod
-    def of(cls, tensors: Sequence[Tensor]) -> "Packed":
-        data = torch.cat([tensor.contiguous().view(-1).view(torch.uint8) for tensor in tensors])
-        return cls(data, tuple(tuple(tensor.shape) for tensor in tensors), tuple(tensor.dtype for tensor in tensors))
-
-    def fetch(self) -> Callable[[], list[NDArray[Any]]]:
-        """Start the copy -> what waits for it and gives the arrays."""
-        if self.data.device.type == "cpu":
-            return lambda: self._unpack(self.data)
-        host = torch.empty(self.data.shape, dtype=torch.uint8, pin_memory=True)
-        host.copy_(self.data, non_blocking=True)
+def fetch(packed: Tensor, tensors: Sequence[Tensor]) -> Callable[[], list[NDArray[Any]]]:
+    """Start the copy of what `pack` made of `tensors` -> what waits for it and gives the arrays."""
+    host = packed
+    copied = None
+    if packed.device.type != "cpu":
+        host = torch.empty(packed.shape, dtype=torch.uint8, pin_memory=True)
+        host.copy_(packed, non_blocking=True)
         copied = torch.cuda.Event()
-        copied.record(torch.cuda.current_stream(self.data.device))
+        copied.record(torch.cuda.current_stream(packed.device))
 
-        def wait() -> list[NDArray[Any]]:
+    def wait() -> list[NDArray[Any]]:
+        if copied is not None:
             copied.synchronize()
-            return self._unpack(host)
+        parts = host.split([tensor.nbytes for tensor in tensors])
+        # Viewed by NumPy, which takes any address: a tensor's view must begin at a multiple of its dtype's size.
+        like = [torch.empty(0, dtype=tensor.dtype).numpy().dtype for tensor in tensors]
+        return [p.numpy().view(d).reshape(t.shape) for p, d, t in zip(parts, like, tensors, strict=True)]
 
-        return wait
-
-    def _unpack(self, data: Tensor) -> list[NDArray[Any]]:
-        arrays, start = [], 0
-        for shape, dtype in zip(self.shapes, self.dtypes, strict=True):
-            like = torch.empty(0, dtype=dtype).numpy()
-            size = int(np.prod(shape)) * dtype.itemsize
-            arrays.append(data.numpy()[start : start + size].view(like.dtype).reshape(shape))
-            start += size
-        return arrays
+    return wait
 
 
 class Mirror:

@@ -19,6 +19,7 @@ from llama.api.params import SamplingParams
 from llama.engine.adapters import Adapters
 from llama.engine.blocks import BlockPool
 from llama.engine.config import EngineConfig
+from llama.engine.graph_runner import GraphRunner
 from llama.engine.memory import fitting_blocks
 from llama.engine.plan import Plan, StepResult
 from llama.engine.request import Request, check_params, check_room, checked_ids
@@ -89,7 +90,8 @@ class Engine:
                 raise ValueError("an engine needs a model, or a runner in its place")
             num_blocks = num_blocks or fitting_blocks(model, config)
             kv = KVCache(model.config, num_blocks, config.block_size, dtype=model.dtype, device=model.device)
-            runner = Runner(model, kv, config, eos_token_ids=eos_token_ids)
+            has_graphs = model.device.type == "cuda" and not config.enforce_eager
+            runner = (GraphRunner if has_graphs else Runner)(model, kv, config, eos_token_ids=eos_token_ids)
         elif num_blocks is None:
             raise ValueError("num_blocks must be given with a runner")
         self.runner = runner

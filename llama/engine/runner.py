@@ -1,27 +1,41 @@
-"""Runner: plans into tokens. It owns the model and its KV cache; what is kept per sequence is in DeviceRows.
+"""Runner: plans into tokens. It owns the model, its KV cache, and what the device keeps for each row, the place of a
+running sequence: block table, last token, sampler's entry.
 
-A plan goes to the device as a Batch, through the model, and its logits through the sampler. On CUDA `launch` waits for
-nothing, so that the host prepares a step while the device computes the one before, and decodes run as graphs.
+A plan goes to the device as a Batch, through the model, and its logits through the sampler. Sampled tokens stay on the
+device as their row's last token, where the next step finds them; the host gets a small copy. On CUDA `launch` waits for
+nothing, so that the host prepares a step while the device computes the one before.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from llama.engine.config import EngineConfig
-from llama.engine.decodes import GraphedDecodes
-from llama.engine.device import Packed, to_device
-from llama.engine.graphs import CudaRecord, Record
+from llama.engine.device import fetch, pack, to_device
 from llama.engine.memory import num_scored_rows
 from llama.engine.plan import LogprobArrays, Plan, StepResult
-from llama.engine.rows import DTYPES, DeviceRows, fetched
+from llama.engine.sampler import SamplerTable
 from llama.kernels import ops
+from llama.kernels.types import Ragged, SamplerRows
+from llama.model.adapters import StepAdapters
 from llama.model.batch import Batch
 from llama.model.kv_cache import KVCache
+from llama.model.lora import LoadedAdapters
 from llama.model.transformer import Transformer
+
+# What the device is told of a step of decodes: one number per sequence, which is one per token.
+DTYPES = {
+    "row_ids": np.int64,
+    "positions": np.int64,
+    "kv_slots": np.int64,
+    "context_lens": np.int32,
+    "adapter_indices": np.int32,
+}
 
 
 class Runner:
@@ -32,75 +46,29 @@ class Runner:
         config: EngineConfig,
         *,
         eos_token_ids: frozenset[int] = frozenset(),
-        record: Record | None = None,
     ) -> None:
-        """`record` makes the graphs that decodes run as; None = CUDA's on CUDA, unless `enforce_eager`, else none."""
+        device, count = model.device, config.max_num_seqs
         self.model = model
         self.kv = kv
-        self.device = model.device
+        self.device = device
         self.vocab_size = model.config.vocab_size
-        self.lag = 1 if self.device.type == "cuda" else 0
-        self._rows = DeviceRows(model, config, eos_token_ids)
+        self.lag = 1 if device.type == "cuda" else 0
+        self.padding_row = count  # one more row than there are sequences: padding reads and writes it
+        self.last_tokens = torch.zeros(count + 1, dtype=torch.int64, device=device)
+        self.sampler = SamplerTable(count, self.vocab_size, eos_token_ids, device=device, dtype=model.dtype)
+        self.adapters = LoadedAdapters(model, config.max_loras)
+        # Block tables are kept where they are needed: here to find slots, on the device for attention.
+        self._table = np.zeros((count + 1, config.blocks_per_sequence), np.int32)
+        self._device_table = torch.from_numpy(self._table).to(device)
+        self._decode_starts = torch.arange(count + 1, dtype=torch.int32, device=device)
         self._scored_rows = num_scored_rows(self.vocab_size)
-        self._decodes: GraphedDecodes | None = None
-        if record is not None:
-            self._decodes = GraphedDecodes(model, kv, self._rows, record)
-        elif self.device.type == "cuda" and not config.enforce_eager:
-            self._decodes = GraphedDecodes(model, kv, self._rows, CudaRecord(self.device))
-            with torch.cuda.device(self.device):
-                self._decodes.prepare()
 
     @torch.inference_mode()
     def launch(self, plan: Plan) -> Callable[[], StepResult]:
         """Set the device to one step -> what waits for its result."""
         with torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext():
-            self._rows.take_over(plan)
-            if self._decodes is not None and self._decodes.takes(plan):
-                return self._decodes.launch(plan)
+            self._take_over(plan)
             return self._compute(plan)
-
-    def _compute(self, plan: Plan) -> Callable[[], StepResult]:
-        rows = self._rows
-        tensors = {name: self._on_device(array, DTYPES.get(name)) for name, array in rows.numbers(plan).items()}
-        samples_all = len(plan.sample_sources) == plan.num_tokens and plan.only_decodes
-        batch = rows.batch(
-            tensors,
-            plan.num_decodes,
-            num_blocks=-(-int(plan.context_lens.max()) // self.kv.block_size),
-            logit_rows=None if samples_all else self._on_device(plan.sample_sources),
-        )
-        hidden = self.model.hidden(batch, self.kv, rows.adapters.stacks)
-        result_of = self._draw(plan, batch, hidden)
-        self.kv.copy_blocks([(source, target) for source, target in plan.copies.tolist()])
-        scores_of = [] if plan.prompt_sources is None else [part.fetch() for part in self._score(plan, batch, hidden)]
-
-        def result() -> StepResult:
-            drawn = result_of()
-            if not scores_of:
-                return drawn
-            parts = [wait() for wait in scores_of]
-            logprobs = LogprobArrays(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
-            return drawn._replace(prompt_logprobs=logprobs)
-
-        return result
-
-    def _draw(self, plan: Plan, batch: Batch, hidden: Tensor) -> Callable[[], StepResult]:
-        if not len(plan.sample_rows):
-            return lambda: StepResult(np.zeros(0, np.int64), np.zeros(0, np.bool_))
-        logits = self.model.head(hidden, batch, batch.logit_rows, self._rows.adapters.stacks)
-        rows = self._rows.sampler.rows(plan.sample_rows, plan.sample_positions, plan.masks)
-        return fetched(self._rows.draw(logits, rows, self._on_device(plan.sample_rows)), len(plan.sample_rows))
-
-    def _score(self, plan: Plan, batch: Batch, hidden: Tensor) -> list[Packed]:
-        """Log-probabilities of the prompt's tokens, a bounded number of rows of logits at a time."""
-        assert plan.prompt_sources is not None and plan.prompt_targets is not None
-        sources, targets = self._on_device(plan.prompt_sources), self._on_device(plan.prompt_targets)
-        parts = []
-        for some, wanted in zip(sources.split(self._scored_rows), targets.split(self._scored_rows), strict=True):
-            logits = self.model.head(hidden, batch, some, self._rows.adapters.stacks)
-            scores = ops.token_logprobs(logits, wanted, plan.num_prompt_logprobs)
-            parts.append(Packed.of((scores.logprob, scores.rank, scores.top_ids, scores.top_logprobs)))
-        return parts
 
     def release_memory(self) -> None:
         """Give back what the allocator keeps for later. The KV cache is one fixed allocation and stays."""
@@ -112,6 +80,129 @@ class Runner:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
+    def _take_over(self, plan: Plan) -> None:
+        """Bring what is kept for each row up to date with the plan."""
+        for adapter in plan.adapters:
+            self.adapters.put(adapter.index, adapter.content)
+        rows, columns, blocks = plan.table_updates
+        if len(rows):
+            self._table[rows, columns] = blocks
+            if self.device.type != "cpu":  # there both tables are one
+                updates = self._on_device(plan.table_updates)
+                self._device_table.index_put_((updates[0], updates[1]), updates[2].int())
+        for join in plan.joins:
+            self.sampler.set_row(join.row, join.params, join.seed, join.prompt, join.output_token_ids)
+
+    def _compute(self, plan: Plan) -> Callable[[], StepResult]:
+        tensors = {name: self._on_device(array, DTYPES.get(name)) for name, array in self._numbers(plan).items()}
+        samples_all = len(plan.sample_sources) == plan.num_tokens and plan.only_decodes
+        batch = self._batch(
+            tensors,
+            plan.num_decodes,
+            num_blocks=-(-int(plan.context_lens.max()) // self.kv.block_size),
+            logit_rows=None if samples_all else self._on_device(plan.sample_sources),
+        )
+        hidden = self.model.hidden(batch, self.kv)
+        result_of = self._sample(plan, batch, hidden)
+        self.kv.copy_blocks([(source, target) for source, target in plan.copies.tolist()])
+        scores_of = [] if plan.prompt_sources is None else self._score(plan, batch, hidden)
+
+        def result() -> StepResult:
+            drawn = result_of()
+            if not scores_of:
+                return drawn
+            parts = [wait() for wait in scores_of]
+            logprobs = LogprobArrays(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
+            return drawn._replace(prompt_logprobs=logprobs)
+
+        return result
+
+    def _numbers(self, plan: Plan) -> dict[str, NDArray[Any]]:
+        """What `_batch` needs to know of a plan, by name: see DTYPES, and where not all sequences decode query_starts
+        [seqs + 1] and the token_ids of the others. The table must be up to date."""
+        rows, positions, contexts = plan.rows, plan.context_lens - 1, plan.context_lens
+        numbers = {"row_ids": rows, "context_lens": contexts}
+        if not plan.only_decodes:
+            starts = np.zeros(len(rows) + 1, np.int32)
+            np.cumsum(plan.query_lens, out=starts[1:])
+            seqs = np.repeat(np.arange(len(rows)), plan.query_lens)
+            positions, rows = np.arange(plan.num_tokens) + (contexts - starts[1:])[seqs], rows[seqs]
+            numbers |= {"query_starts": starts, "token_ids": plan.token_ids[plan.num_decodes :].astype(np.int64)}
+        block_size = self.kv.block_size
+        blocks = self._table[rows, positions // block_size].astype(np.int64)
+        numbers |= {"positions": positions, "kv_slots": blocks * block_size + positions % block_size}
+        if plan.adapter_indices is not None:
+            numbers["adapter_indices"] = np.repeat(plan.adapter_indices, plan.query_lens)
+        return numbers
+
+    def _batch(
+        self,
+        tensors: Mapping[str, Tensor],
+        num_decodes: int,
+        *,
+        num_blocks: int | None = None,
+        logit_rows: Tensor | None = None,
+    ) -> Batch:
+        """Of the numbers on the device. No context has more than `num_blocks` blocks, None = any that there may be."""
+        row_ids = tensors["row_ids"]
+        token_ids = self.last_tokens.index_select(0, row_ids[:num_decodes])
+        if "token_ids" in tensors:
+            token_ids = torch.cat([token_ids, tensors["token_ids"]])
+        ragged = Ragged(
+            block_tables=self._device_table[:, :num_blocks].index_select(0, row_ids),
+            query_starts=tensors.get("query_starts", self._decode_starts[: num_decodes + 1]),
+            context_lens=tensors["context_lens"],
+            slots=tensors["kv_slots"],
+            num_decodes=num_decodes,
+            block_size=self.kv.block_size,
+        )
+        indices = tensors.get("adapter_indices")
+        adapters = None if indices is None else StepAdapters.of(self.adapters.stacks, indices)
+        return Batch(token_ids, tensors["positions"], ragged, logit_rows, adapters)
+
+    def _sample(self, plan: Plan, batch: Batch, hidden: Tensor) -> Callable[[], StepResult]:
+        if not len(plan.sample_rows):
+            return lambda: StepResult(np.zeros(0, np.int64), np.zeros(0, np.bool_))
+        logits = self.model.head(hidden, batch, batch.logit_rows)
+        rows = self.sampler.rows(plan.sample_rows, plan.sample_positions, plan.masks)
+        return fetch_result(*self._draw(logits, rows, self._on_device(plan.sample_rows)), len(plan.sample_rows))
+
+    def _draw(self, logits: Tensor, rows: SamplerRows, row_ids: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """A token for each row of logits, kept as the last one of its row -> what the host wants to know of it, packed
+        and as it was."""
+        sampled = ops.sample(logits, rows, self.sampler.state)
+        self.last_tokens.index_copy_(0, row_ids, sampled.token_ids)
+        found = sampled.logprobs
+        wide = [] if found is None else [found.rank, found.top_ids, found.logprob, found.top_logprobs]
+        told = [sampled.token_ids, *wide, sampled.is_bad]
+        return pack(told), told
+
+    def _score(self, plan: Plan, batch: Batch, hidden: Tensor) -> list[Callable[[], list[NDArray[Any]]]]:
+        """Log-probabilities of the prompt's tokens, a bounded number of rows of logits at a time -> what waits for each
+        part's LogprobArrays."""
+        assert plan.prompt_sources is not None and plan.prompt_targets is not None
+        sources, targets = self._on_device(plan.prompt_sources), self._on_device(plan.prompt_targets)
+        parts = []
+        for some, wanted in zip(sources.split(self._scored_rows), targets.split(self._scored_rows), strict=True):
+            scores = ops.token_logprobs(self.model.head(hidden, batch, some), wanted, plan.num_prompt_logprobs)
+            told = [scores.logprob, scores.rank, scores.top_ids, scores.top_logprobs]
+            parts.append(fetch(pack(told), told))
+        return parts
+
     def _on_device(self, array: np.ndarray, dtype: type | None = np.int64) -> Tensor:
         """Plans share arrays, and a tensor that aliased one could change it: this one does not."""
         return to_device(array, self.device, dtype)
+
+
+def fetch_result(packed: Tensor, told: Sequence[Tensor], count: int) -> Callable[[], StepResult]:
+    """Start the copy of what `_draw` gave -> what waits for it and gives the first `count` rows."""
+    wait = fetch(packed, told)
+
+    def result() -> StepResult:
+        token_ids, *wide, is_bad = (array[:count] for array in wait())
+        if not wide:
+            return StepResult(token_ids, is_bad)
+        rank, top_ids, logprob, top_logprobs = wide
+        return StepResult(token_ids, is_bad, LogprobArrays(logprob, rank, top_ids, top_logprobs))
+
+    return result

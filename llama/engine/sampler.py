@@ -7,7 +7,7 @@ Seeds end here: the ops see two key words per row, mixed from (seed, position).
 
 import secrets
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -77,16 +77,6 @@ def _splitmix64(z: NDArray[np.uint64]) -> None:
     z ^= z >> np.uint64(31)
 
 
-class Flags(NamedTuple):
-    """What SamplerRows knows of its tensors' content."""
-
-    num_logprobs: int = -1
-    any_penalty: bool = False
-    any_filter: bool = False
-    all_greedy: bool = True
-    any_processed: bool = False
-
-
 # What a row that is drawn for nobody is to hold: greedy, every rule off.
 _PADDING = {
     "temperature": 0,
@@ -137,7 +127,7 @@ class SamplerTable:
         self._chosen_ban_until: NDArray[np.int64] | None = None  # None: stop ids are banned in none of them
         self._chosen_bans: bytes | None = None
         self._chosen_entries = self._entries[:0]
-        self._flags = Flags()
+        self._flags: dict[str, Any] = {}  # what SamplerRows knows of its tensors' content
         self._tensors: dict[str, Any] | None = None
         self._bias_tensors: dict[str, Any] = {}
         self._written: NDArray[Any] | None = None  # the entries that the arrays of `write` hold
@@ -193,7 +183,7 @@ class SamplerTable:
             self._tensors = {name: to_device(entries[name], self._device) for name in entries.dtype.names or ()}
         keys = to_device(noise_keys(self._chosen_seeds, positions), self._device)
         mask = None if masks is None else to_device(masks, self._device)
-        return SamplerRows(keys=keys, mask=mask, **self._tensors, **self._bias_tensors, **self._flags._asdict())
+        return SamplerRows(keys=keys, mask=mask, **self._tensors, **self._bias_tensors, **self._flags)
 
     @property
     def fields(self) -> dict[str, tuple[tuple[int, ...], Any]]:
@@ -206,8 +196,9 @@ class SamplerTable:
         row_ids: NDArray[np.integer[Any]],
         positions: NDArray[np.integer[Any]],
         arrays: Mapping[str, NDArray[Any]],
-    ) -> Flags | None:
-        """Put what `rows` would hold into arrays that are the same in every call; behind it they hold padding rows.
+    ) -> dict[str, Any] | None:
+        """Put what `rows` would hold into arrays that are the same in every call; behind it they hold padding rows. ->
+        the other fields of `rows`.
 
         None if some row has a bias, which has no fixed place: then only `rows` can tell.
         """
@@ -232,13 +223,13 @@ class SamplerTable:
         """Look up all that stays while the same rows are asked for, and the bias, which may end at a position."""
         if row_ids.tobytes() != self._chosen_ids:
             entries = self._chosen_entries = self._entries[row_ids]
-            self._flags = Flags(
-                num_logprobs=int(self._num_logprobs[row_ids].max(initial=-1)),
-                any_penalty=bool((entries["penalty_rows"] >= 0).any()),
-                any_filter=bool(((entries["top_k"] > 0) | (entries["top_p"] < 1) | (entries["min_p"] > 0)).any()),
-                all_greedy=not entries["temperature"].any(),
-                any_processed=bool((entries["logprobs_modes"] == LOGPROBS_PROCESSED).any()),
-            )
+            self._flags = {
+                "num_logprobs": int(self._num_logprobs[row_ids].max(initial=-1)),
+                "any_penalty": bool((entries["penalty_rows"] >= 0).any()),
+                "any_filter": bool(((entries["top_k"] > 0) | (entries["top_p"] < 1) | (entries["min_p"] > 0)).any()),
+                "all_greedy": not entries["temperature"].any(),
+                "any_processed": bool((entries["logprobs_modes"] == LOGPROBS_PROCESSED).any()),
+            }
             self._tensors = None
             self._chosen_seeds = self._seeds[row_ids]
             ban_until = self._ban_until[row_ids]

@@ -151,7 +151,8 @@ class Scheduler:
             return None
         if len(self._constants[0]) != len(rows):
             self._constants = decode_constants(len(rows))
-        plan = step.plan(self.running, self.adapters, rows, self._constants, self._mask_words)
+        adapters = self.adapters.running() if self.running.num_adapters else ()
+        plan = step.plan(self.running, adapters, rows, self._constants, self._mask_words)
         self._commit(step, plan)
         return plan
 

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from llama.engine.adapters import Adapter, Adapters
+from llama.engine.adapters import Adapter
 from llama.engine.plan import LAST_SAMPLED, NO_COPIES, Ints, Join, Plan
 from llama.engine.running import Running
 from llama.engine.sequence import Sequence
@@ -55,12 +55,13 @@ class StepRecord:
     def plan(
         self,
         running: Running,
-        adapters: Adapters,
+        adapters: tuple[Adapter, ...],
         rows: Ints,
         constants: tuple[Ints, Ints, Ints],
         mask_words: int,
     ) -> Plan:
-        """The plan of `decodes`, whose rows are `rows`, and `chunks`. `constants`: see `decode_constants`."""
+        """The plan of `decodes`, whose rows are `rows`, and `chunks`. `adapters` are those that some sequence uses;
+        `constants`: see `decode_constants`."""
         contexts = running.computed[rows] + 1
         self.samples = self.decodes
         num_scored = -1
@@ -74,10 +75,8 @@ class StepRecord:
             if scored := [chunk for chunk in self.chunks if chunk.score_to > chunk.score_from]:
                 arrays |= _scored(self.chunks, arrays["query_lens"][len(rows) :], len(rows))
                 num_scored = max(chunk.sequence.params.prompt_logprobs or 0 for chunk in scored)
-        in_use: tuple[Adapter, ...] = ()
-        if running.num_adapters:
+        if adapters:
             arrays["adapter_indices"] = running.adapter_indices[arrays["rows"]]
-            in_use = adapters.running()
         if running.num_watched and (masks := self._masks(mask_words)) is not None:
             arrays["masks"] = masks
         return Plan(
@@ -86,7 +85,7 @@ class StepRecord:
             table_updates=running.take_updates(),
             copies=np.array(self.copies, np.int32) if self.copies else NO_COPIES,
             joins=tuple(self.joins),
-            adapters=in_use,
+            adapters=adapters,
             num_prompt_logprobs=num_scored,
             **arrays,
         )

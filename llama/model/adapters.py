@@ -1,7 +1,7 @@
 """What LoRA adapters add to one module: for all loaded adapters the stacked A and B, which one op applies to a batch.
 
 Adapters are numbered from 1; index 0 means no adapter. Stacks belong to the engine and not to the model, which several
-engines may share: they are handed to each forward beside the batch.
+engines may share: they come to each forward with the batch.
 """
 
 from collections.abc import Mapping
@@ -72,11 +72,13 @@ class StepAdapters(NamedTuple):
     tokens: TokenAdapters
 
     @classmethod
-    def of(cls, stacks: Stacks | None, indices: Tensor | None, rows: Tensor | None = None) -> "StepAdapters | None":
-        """Of the tokens `rows` (None = all) of a batch with these indices [tokens]; None where none has an adapter."""
-        if stacks is None or indices is None:
-            return None
-        return cls(stacks, TokenAdapters(indices if rows is None else indices.index_select(0, rows)))
+    def of(cls, stacks: Stacks, indices: Tensor) -> "StepAdapters":
+        """indices [tokens] int32: which adapter of `stacks` each token uses, 0 = none."""
+        return cls(stacks, TokenAdapters(indices))
+
+    def rows(self, rows: Tensor) -> "StepAdapters":
+        """Those of the tokens `rows` alone."""
+        return self.of(self.stacks, self.tokens.indices.index_select(0, rows))
 
     def add(self, module: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         """y with what the adapters of `module` add to it, in place."""

@@ -1,4 +1,4 @@
-"""Batch: the flat tensors of one step, the only thing that layers see of the engine.
+"""Batch: one step as flat tensors, the only thing that layers see of the engine.
 
 Tokens of all sequences lie behind one another, ragged, without padding and without a batch dimension. Sequences that
 compute a single token at the end of their context (decodes) come first, so that attention can treat them apart.
@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from llama.kernels.types import Ragged
+from llama.model.adapters import StepAdapters
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,4 +20,4 @@ class Batch:
     positions: Tensor  # [tokens] int64, absolute position of each token in its sequence
     ragged: Ragged  # whose each token is, and where K and V lie
     logit_rows: Tensor | None = None  # [rows] int64, tokens whose logits are wanted (repeats allowed); None = all
-    adapter_indices: Tensor | None = None  # [tokens] int32, which LoRA adapter, 0 = none; None = no token has one
+    adapters: StepAdapters | None = None  # which LoRA adapter each token uses; None = no token has one

@@ -8,7 +8,6 @@ stream is in the model's dtype; norms, rotary embedding and softmax compute in a
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -27,14 +26,6 @@ from llama.model.rope import attention_factor, cos_sin, frequencies
 from llama.model.weights.huge_pages import move_to_huge_pages
 
 WORTH_MOVING = 1 << 26  # bytes of packed weights
-
-
-class LayerInputs(NamedTuple):
-    """What all layers of one forward share."""
-
-    ragged: Ragged
-    cos_sin: CosSin
-    adapters: StepAdapters | None  # None where no token of the step has an adapter
 
 
 class RMSNorm(Module):
@@ -79,13 +70,13 @@ class Attention(Module):
         self.qkv_proj = Linear(config.hidden_size, heads * self.head_dim, bias=bias, device=device, dtype=dtype)
         self.o_proj = Linear(self.num_heads * self.head_dim, config.hidden_size, bias=bias, device=device, dtype=dtype)
 
-    def forward(self, x: Tensor, inputs: LayerInputs, kv_layer: KVLayer) -> Tensor:
+    def forward(self, x: Tensor, batch: Batch, cos_sin: CosSin, kv_layer: KVLayer) -> Tensor:
         heads = self.num_heads + 2 * self.num_kv_heads
-        qkv = self.qkv_proj(x, inputs.adapters).view(x.shape[0], heads, self.head_dim)
+        qkv = self.qkv_proj(x, batch.adapters).view(x.shape[0], heads, self.head_dim)
         q, k, v = qkv.split_with_sizes((self.num_heads, self.num_kv_heads, self.num_kv_heads), dim=1)
-        q = ops.rope_and_store(q, k, v, inputs.cos_sin, kv_layer, inputs.ragged)
-        mixed = ops.paged_attention(q, kv_layer, inputs.ragged, self.scale)
-        return self.o_proj(mixed.flatten(1), inputs.adapters)
+        q = ops.rope_and_store(q, k, v, cos_sin, kv_layer, batch.ragged)
+        mixed = ops.paged_attention(q, kv_layer, batch.ragged, self.scale)
+        return self.o_proj(mixed.flatten(1), batch.adapters)
 
 
 class MLP(Module):
@@ -113,12 +104,12 @@ class Block(Module):
         self.mlp = MLP(config, device=device, dtype=dtype)
 
     def forward(
-        self, x: Tensor, residual: Tensor | None, inputs: LayerInputs, kv_layer: KVLayer
+        self, x: Tensor, residual: Tensor | None, batch: Batch, cos_sin: CosSin, kv_layer: KVLayer
     ) -> tuple[Tensor, Tensor]:
         x, residual = self.input_layernorm(x, residual)
-        x = self.self_attn(x, inputs, kv_layer)
+        x = self.self_attn(x, batch, cos_sin, kv_layer)
         x, residual = self.post_attention_layernorm(x, residual)
-        return self.mlp(x, inputs.adapters), residual
+        return self.mlp(x, batch.adapters), residual
 
 
 class Transformer(Module):
@@ -181,28 +172,25 @@ class Transformer(Module):
     def dtype(self) -> torch.dtype:
         return self.embed_tokens.weight.dtype
 
-    def forward(self, batch: Batch, kv: KVCache, stacks: Stacks | None = None) -> Tensor:
-        """-> logits [rows, vocab] in the model's dtype, of the tokens `batch.logit_rows` (None = all).
+    def forward(self, batch: Batch, kv: KVCache) -> Tensor:
+        """-> logits [rows, vocab] in the model's dtype, of the tokens `batch.logit_rows` (None = all)."""
+        return self.head(self.hidden(batch, kv), batch, batch.logit_rows)
 
-        `stacks` are the adapters that `batch.adapter_indices` speaks of (`LoadedAdapters.stacks`).
-        """
-        return self.head(self.hidden(batch, kv, stacks), batch, batch.logit_rows, stacks)
-
-    def hidden(self, batch: Batch, kv: KVCache, stacks: Stacks | None = None) -> Tensor:
+    def hidden(self, batch: Batch, kv: KVCache) -> Tensor:
         """-> [tokens, hidden] after the last norm, of every token; `head` makes logits of it."""
-        adapters = StepAdapters.of(stacks, batch.adapter_indices)
         rotation = cos_sin(batch.positions, self.frequencies, self.attention_factor)
-        inputs = LayerInputs(batch.ragged, rotation, adapters)
-        x, residual = self.embed_tokens(batch.token_ids, adapters), None
+        x, residual = self.embed_tokens(batch.token_ids, batch.adapters), None
         for layer, kv_layer in zip(self.layers, kv.layers, strict=True):
-            x, residual = layer(x, residual, inputs, kv_layer)
+            x, residual = layer(x, residual, batch, rotation, kv_layer)
         return self.norm(x, residual)[0]
 
-    def head(self, hidden: Tensor, batch: Batch, rows: Tensor | None = None, stacks: Stacks | None = None) -> Tensor:
+    def head(self, hidden: Tensor, batch: Batch, rows: Tensor | None = None) -> Tensor:
         """Logits of the tokens `rows` (None = all) of what `hidden` returned for `batch`."""
+        adapters = batch.adapters
         if rows is not None:
             hidden = hidden.index_select(0, rows)
-        return self.lm_head(hidden, StepAdapters.of(stacks, batch.adapter_indices, rows))
+            adapters = None if adapters is None else adapters.rows(rows)
+        return self.lm_head(hidden, adapters)
 
     def logits(self, token_ids: Tensor, stacks: Stacks | None = None, adapter_indices: Tensor | None = None) -> Tensor:
         """[batch, seq] token ids -> [batch, seq, vocab] logits, float32 (float64 for a float64 model).
@@ -235,9 +223,11 @@ class Transformer(Module):
             num_decodes=rows if length == 1 else 0,
             block_size=block_size,
         )
-        indices = None if adapter_indices is None else adapter_indices.to(row).int().repeat_interleave(length)
-        batch = Batch(token_ids.to(self.device).flatten(), positions.repeat(rows), ragged, adapter_indices=indices)
-        return self(batch, kv, stacks).view(rows, length, -1).to(wide)
+        adapters = None
+        if stacks is not None and adapter_indices is not None:
+            adapters = StepAdapters.of(stacks, adapter_indices.to(row).int().repeat_interleave(length))
+        batch = Batch(token_ids.to(self.device).flatten(), positions.repeat(rows), ragged, adapters=adapters)
+        return self(batch, kv).view(rows, length, -1).to(wide)
 
     def prepare(self) -> None:
         """Pack the weights for this machine's CPU, in place, where that is faster; nothing on other devices.

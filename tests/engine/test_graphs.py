@@ -6,6 +6,7 @@ through the tensors that stay is a number of an old step. Between steps those te
 
 import logging
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -13,10 +14,11 @@ import torch
 from safetensors.torch import save_file
 
 from llama import SamplingParams
-from llama.engine import decodes
+from llama.engine import graph_runner
 from llama.engine.config import EngineConfig
-from llama.engine.device import Mirror, Packed, to_device
+from llama.engine.device import Mirror, fetch, pack, to_device
 from llama.engine.engine import Engine
+from llama.engine.graph_runner import GraphRunner
 from llama.engine.graphs import Graphs, bucket_of
 from llama.engine.memory import worst_step
 from llama.engine.runner import Runner
@@ -47,7 +49,8 @@ class Stand:
         return replay
 
 
-def graph_engine(case: Case, stand: Stand, model_=None, **options) -> Engine:
+def graph_engine(case: Case, stand: Stand | None, model_=None, **options) -> Engine:
+    """Without graphs where there is nothing to stand in for them."""
     model_ = model_ or model()
     config = EngineConfig(
         max_model_len=256,
@@ -59,16 +62,16 @@ def graph_engine(case: Case, stand: Stand, model_=None, **options) -> Engine:
         **options,
     )
     kv = KVCache(model_.config, config.num_blocks, config.block_size, dtype=model_.dtype, device="cpu")
-    runner = Runner(model_, kv, config, eos_token_ids=frozenset({EOS}), record=stand)
+    kind = Runner if stand is None else partial(GraphRunner, record=stand)
+    runner = kind(model_, kv, config, eos_token_ids=frozenset({EOS}))
     runner.lag = case.lag
     return Engine(model_, config, eos_token_ids={EOS}, runner=runner)
 
 
 def poison(engine: Engine) -> None:
-    graphed = engine.runner._decodes
-    if graphed is not None:
-        graphed._logits.fill_(float("nan"))
-        graphed._inputs._data.random_(0, 256)
+    if isinstance(engine.runner, GraphRunner):
+        engine.runner._logits.fill_(float("nan"))
+        engine.runner._inputs._data.random_(0, 256)
 
 
 class PoisonedRun(Run):
@@ -100,7 +103,7 @@ CASES = {
 @pytest.mark.parametrize("changes", CASES.values(), ids=CASES)
 def test_tokens_are_the_oracles(changes, monkeypatch):
     if "max_num_seqs" not in changes:
-        monkeypatch.setattr(decodes, "bucket_of", lambda count: 1000)  # every step is padded to all rows
+        monkeypatch.setattr(graph_runner, "bucket_of", lambda count: 1000)  # every step is padded to all rows
     case, stand = replace(Case(), **changes), Stand()
     engine = graph_engine(case, stand)
     if case.poison:
@@ -120,7 +123,7 @@ def run(engine: Engine) -> dict[tuple[str, int], list[int]]:
 
 
 def keys(engine: Engine) -> set:
-    return set(engine.runner._decodes._graphs._replays)
+    return set(engine.runner._graphs._replays)
 
 
 def test_a_bucket_is_the_next_size_that_has_a_graph():
@@ -208,10 +211,10 @@ def test_the_largest_step_can_be_recorded_first_and_leaves_no_trace():
     case, stand = Case(lag=1), Stand()
     engine = graph_engine(case, stand)
     engine.runner.kv.data.zero_()
-    last_tokens = engine.runner._rows.last_tokens.clone()
-    engine.runner._decodes.prepare()
+    last_tokens = engine.runner.last_tokens.clone()
+    engine.runner.prepare()
     assert {(key[0], key[1]) for key in keys(engine)} == {("model", 16), ("sampler", 16)}
-    assert not engine.runner.kv.data.any() and torch.equal(engine.runner._rows.last_tokens[:-1], last_tokens[:-1])
+    assert not engine.runner.kv.data.any() and torch.equal(engine.runner.last_tokens[:-1], last_tokens[:-1])
     assert_as_the_oracle(engine, case, ASKS)
 
 
@@ -221,12 +224,12 @@ def test_prompt_logprobs_are_computed_without_graphs():
     add(engine, "a", list(range(1, 30)), SamplingParams(max_tokens=1, prompt_logprobs=1))
     (output,) = engine.step()
     assert len(output.prompt_logprobs) == 29
-    assert not engine.runner._decodes._graphs._ready
+    assert not engine.runner._graphs._ready
 
 
 def test_an_engine_that_enforces_eager_and_one_on_the_cpu_have_no_graphs():
     engine = Engine(tiny_model(), EngineConfig(max_model_len=64, max_num_batched_tokens=64, num_blocks=16))
-    assert engine.runner._decodes is None and engine.runner.lag == 0
+    assert type(engine.runner) is Runner and engine.runner.lag == 0
 
 
 def save_adapters(folder):
@@ -254,13 +257,12 @@ def adapters(tmp_path_factory):
 
 def test_graphs_with_adapters_are_apart_and_recorded_anew_when_their_tensors_move(adapters, monkeypatch):
     params = SamplingParams(max_tokens=8, temperature=0, ignore_eos=True)
-    engine, eager = (graph_engine(Case(lag=1), Stand(), max_loras=2) for _ in range(2))
-    eager.runner._decodes = None
+    engine, eager = (graph_engine(Case(lag=1), stand, max_loras=2) for stand in (Stand(), None))
     for each in (engine, eager):
         for name in ("small", "large"):
             each.adapters.add(read_lora(each, model(), name, adapters / name))
     recorded = []
-    graphs = engine.runner._decodes._graphs
+    graphs = engine.runner._graphs
     take_down = graphs._take_down
     monkeypatch.setattr(graphs, "_take_down", lambda key, f: recorded.append(key) or take_down(key, f))
     told = []
@@ -283,7 +285,7 @@ def test_packed_tensors_come_back_as_they_were():
         torch.tensor([0.1, 0.2], dtype=torch.float64),
         torch.tensor([True, False]),
     )
-    for ours, theirs in zip(Packed.of(tensors).fetch()(), tensors, strict=True):
+    for ours, theirs in zip(fetch(pack(tensors), tensors)(), tensors, strict=True):
         assert ours.dtype == theirs.numpy().dtype
         np.testing.assert_array_equal(ours, theirs.numpy())
 

@@ -11,10 +11,8 @@ from torch.utils._pytree import tree_leaves
 from triton.runtime.jit import JITFunction
 
 from llama.engine.config import EngineConfig
-from llama.engine.decodes import GraphedDecodes
+from llama.engine.graph_runner import GraphRunner
 from llama.engine.memory import worst_step
-from llama.engine.rows import DeviceRows
-from llama.engine.sampler import Flags
 from llama.kernels import ops
 from llama.kernels.types import SamplerState
 from llama.llm.loras import read_lora
@@ -50,19 +48,19 @@ def launched(monkeypatch):
     return names
 
 
-def graphed(config: ModelConfig, dtype: torch.dtype) -> tuple[GraphedDecodes, DeviceRows]:
+def graphed(config: ModelConfig, dtype: torch.dtype) -> GraphRunner:
     model = Transformer(config, device="meta", dtype=dtype)
-    rows = DeviceRows(model, EngineConfig(max_num_seqs=16, max_model_len=128, max_loras=2), frozenset())
-    rows.sampler.state = SamplerState(16, config.vocab_size, "meta")
     kv = KVCache(config, 40, 16, dtype=dtype, device="meta")
-    return GraphedDecodes(model, kv, rows, Stand()), rows
+    runner = GraphRunner(model, kv, EngineConfig(max_num_seqs=16, max_model_len=128, max_loras=2), record=Stand())
+    runner.sampler.state = SamplerState(16, config.vocab_size, "meta")
+    return runner
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 def test_a_models_step(launched, dtype):
-    made, _ = graphed(ModelConfig.preset("llama-3.2-1b"), dtype)
+    made = graphed(ModelConfig.preset("llama-3.2-1b"), dtype)
     with torch.inference_mode(), OnDeviceAlone() as seen:
-        made._compute(10, False)
+        made._model_step(10, False)
     layers = 16
     assert launched.count("_decode_kernel") == launched.count("_rope_and_store_kernel") == layers
     assert launched.count("_silu_mul_kernel") == layers and not [name for name in launched if "shrink" in name]
@@ -70,12 +68,12 @@ def test_a_models_step(launched, dtype):
 
 
 def test_a_step_with_adapters(launched, tmp_path):
-    made, rows = graphed(tiny_config(), torch.bfloat16)
+    made = graphed(tiny_config(), torch.bfloat16)
     folder = save_adapters(tmp_path)
     adapter = read_lora(graph_engine(Case(), Stand(), max_loras=1), tiny_model(), "large", folder / "large")
-    rows.adapters.put(1, adapter.content)
+    made.adapters.put(1, adapter.content)
     with torch.inference_mode(), OnDeviceAlone():
-        made._compute(3, True)
+        made._model_step(3, True)
     assert len([name for name in launched if "shrink" in name]) == 4  # two layers, two modules each
     assert len([name for name in launched if "expand" in name]) == 4
 
@@ -83,23 +81,22 @@ def test_a_step_with_adapters(launched, tmp_path):
 @pytest.mark.parametrize(
     "flags",
     [
-        Flags(),
-        Flags(all_greedy=False),
-        Flags(all_greedy=False, any_filter=True),
-        Flags(all_greedy=False, any_filter=True, any_penalty=True, num_logprobs=20, any_processed=True),
-        Flags(num_logprobs=0),
+        {"all_greedy": True},
+        {},
+        {"any_filter": True},
+        {"any_filter": True, "any_penalty": True, "num_logprobs": 20, "any_processed": True},
+        {"all_greedy": True, "num_logprobs": 0},
     ],
     ids=str,
 )
 def test_a_samplers_step(launched, flags):
-    made, _ = graphed(tiny_config(), torch.bfloat16)
+    made = graphed(tiny_config(), torch.bfloat16)
     with torch.inference_mode(), OnDeviceAlone():
-        draws = made._draw(5, flags)
+        packed, told = made._sampler_step(5, flags)
     assert {"scan_kernel", "finish_kernel"} <= set(launched)
-    assert ("count_kernel" in launched) == flags.any_filter and ("choose_kernel" in launched) != flags.all_greedy
-    assert draws.data.shape[0] == sum(
-        torch.empty(shape, dtype=dtype).nbytes for shape, dtype in zip(draws.shapes, draws.dtypes, strict=True)
-    )
+    assert ("count_kernel" in launched) == ("any_filter" in flags)
+    assert ("choose_kernel" in launched) != ("all_greedy" in flags)
+    assert packed.shape[0] == sum(tensor.nbytes for tensor in told)
 
 
 @pytest.mark.parametrize("is_decode", [False, True])

@@ -6,7 +6,7 @@ import torch
 
 from llama.engine.config import EngineConfig
 from llama.engine.engine import Engine
-from llama.engine.runner import Runner
+from llama.engine.graph_runner import GraphRunner
 from llama.model.config import ModelConfig
 from llama.model.kv_cache import KVCache
 from llama.model.transformer import Transformer
@@ -52,7 +52,7 @@ def engine(model: Transformer, case: Case | None = None, *, record: Callable | N
         made = Engine(model, config, eos_token_ids={EOS})
     else:
         kv = KVCache(model.config, config.num_blocks, config.block_size, dtype=model.dtype, device=model.device)
-        runner = Runner(model, kv, config, eos_token_ids=frozenset({EOS}), record=record)
+        runner = GraphRunner(model, kv, config, eos_token_ids=frozenset({EOS}), record=record)
         made = Engine(model, config, eos_token_ids={EOS}, runner=runner)
     made.runner.lag = case.lag
     return made
@@ -65,10 +65,9 @@ def unrecorded(function: Callable) -> Callable:
 
 def poison(made: Engine) -> None:
     """Garbage into whatever a step must write before it reads."""
-    graphed = made.runner._decodes
-    if graphed is not None:
-        graphed._logits.fill_(float("nan"))
-        graphed._inputs._data.random_(0, 256)
+    if isinstance(made.runner, GraphRunner):
+        made.runner._logits.fill_(float("nan"))
+        made.runner._inputs._data.random_(0, 256)
 
 
 def run(made: Engine, before_step: Callable[[], None] = lambda: None) -> dict[tuple[str, int], tuple[list, list]]:

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from llama import SamplingParams
-from llama.engine import decodes, memory
+from llama.engine import graph_runner, memory
 from llama.engine.config import EngineConfig
+from llama.engine.graph_runner import GraphRunner
 from llama.llm.loras import read_lora
 from tests.engine import fakes
 from tests.engine.test_graphs import save_adapters
@@ -56,13 +57,13 @@ def test_graphs_are_the_same_launches_to_the_last_bit(kind, count):
 
         def keep(made=made, logits=logits) -> None:
             if made.metrics().num_generated_tokens > count:  # all have decoded, not only computed their prompts
-                logits.append(made.runner._decodes._logits[:count].clone())
+                logits.append(made.runner._logits[:count].clone())
             poison(made)
 
         add(made, crowd(count, kinds=kinds))
         told.append((run(made, keep), logits))
-        assert (record is None) == (type(made.runner._decodes._graphs._record).__name__ == "CudaRecord")
-        assert len(made.runner._decodes._graphs) >= (1 if kind == "bias" else 2)
+        assert (record is None) == (type(made.runner._graphs._record).__name__ == "CudaRecord")
+        assert len(made.runner._graphs) >= (1 if kind == "bias" else 2)
     (tokens, logits), (expected, expected_logits) = told
     assert tokens == expected
     assert len(logits) == len(expected_logits) > 5
@@ -94,11 +95,11 @@ CASES = {
 def test_tokens_are_those_of_float64_without_a_cache(changes, monkeypatch):
     changes = dict(changes)
     if bucket := changes.pop("bucket", None):
-        monkeypatch.setattr(decodes, "bucket_of", lambda count: bucket)
+        monkeypatch.setattr(graph_runner, "bucket_of", lambda count: bucket)
     eager = changes.pop("enforce_eager", False)
     case = Case(**changes)
     made = engine(tiny(), case, enforce_eager=eager)
-    assert (made.runner._decodes is None) == eager
+    assert isinstance(made.runner, GraphRunner) != eager
     if case.poison:
         made.runner.kv.data.fill_(float("nan"))
 
@@ -188,7 +189,7 @@ def test_no_memory_for_a_graph_costs_no_token(monkeypatch, caplog):
     add(made, crowd(4))
     expected = run(made)
     made = engine(small(), Case(max_num_seqs=4, lag=1))
-    monkeypatch.setattr(made.runner._decodes._graphs, "_record", full)
+    monkeypatch.setattr(made.runner._graphs, "_record", full)
     add(made, crowd(4))
     assert run(made) == expected
     assert "no memory for more than 2 graphs" in caplog.text

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from llama import SamplingParams
-from llama.engine import decodes
+from llama.engine import graph_runner
 from tests.engine.fakes import add
 from tests.engine.test_graphs import Stand, graph_engine, run
 from tests.model.models import tiny_model
@@ -20,14 +20,12 @@ ASKS = {
 
 
 def test_padding_and_views_change_nothing(monkeypatch):
-    monkeypatch.setattr(decodes, "bucket_of", lambda count: 1000)
+    monkeypatch.setattr(graph_runner, "bucket_of", lambda count: 1000)
     model = tiny_model(dtype=torch.float32)
     stand, told = Stand(), []
-    for has_graphs in (True, False):
-        engine = graph_engine(Case(lag=1, max_num_seqs=4, num_tokens=64), stand, model)
+    for stands in (stand, None):
+        engine = graph_engine(Case(lag=1, max_num_seqs=4, num_tokens=64), stands, model)
         engine.runner.kv.data.fill_(float("nan"))
-        if not has_graphs:
-            engine.runner._decodes = None
         for i, (name, params) in enumerate(ASKS.items()):
             add(engine, name, [i + 1, 5, 7], params)
         told.append(run(engine))

@@ -1,0 +1,113 @@
+"""GraphRunner: a Runner whose decodes run as recorded graphs, over tensors that never move.
+
+A step of n sequences runs in a graph of the next larger bucket. The rows behind n are padding: they belong to the row
+that no sequence has, have no context, store nothing and are drawn greedily. Model and sampler have graphs of their own,
+so that their variants do not multiply; logits pass between them. Where a sampler's input has no fixed place (biases,
+grammar masks) it runs without one. The model knows of none of this.
+"""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from llama.api.params import MAX_LOGPROBS
+from llama.engine.config import EngineConfig
+from llama.engine.device import Mirror
+from llama.engine.graphs import CudaRecord, Graphs, Record, bucket_of
+from llama.engine.plan import Plan, StepResult
+from llama.engine.runner import DTYPES, Runner, fetch_result
+from llama.kernels.types import SamplerRows
+from llama.model.kv_cache import KVCache
+from llama.model.transformer import Transformer
+
+
+class GraphRunner(Runner):
+    def __init__(
+        self,
+        model: Transformer,
+        kv: KVCache,
+        config: EngineConfig,
+        *,
+        eos_token_ids: frozenset[int] = frozenset(),
+        record: Record | None = None,
+    ) -> None:
+        """`record` makes the graphs; None = CUDA's."""
+        super().__init__(model, kv, config, eos_token_ids=eos_token_ids)
+        self._graphs = Graphs(record or CudaRecord(self.device))
+        self._generation = self.adapters.generation
+        per_row = {name: ((), dtype) for name, dtype in DTYPES.items()} | self.sampler.fields
+        count = config.max_num_seqs
+        self._inputs = Mirror({name: ((count, *shape), dtype) for name, (shape, dtype) in per_row.items()}, self.device)
+        self._logits = torch.empty(count, self.vocab_size, dtype=model.dtype, device=self.device)
+        if record is None:
+            with torch.cuda.device(self.device):
+                self.prepare()
+
+    @torch.inference_mode()
+    def prepare(self) -> None:
+        """Record the largest step before all others, of padding alone. They then find room in the memory that it leaves
+        behind; in rising order each would take more, and never give it back."""
+        self._fill({}, 0)
+        nothing = np.zeros(0, np.int64)
+        flags = self.sampler.write(nothing, nothing, self._inputs.host)
+        assert flags is not None
+        self._inputs.send()
+        most = min(MAX_LOGPROBS, self.vocab_size)
+        flags = {**flags, "num_logprobs": most, "any_filter": True, "all_greedy": False, "any_processed": True}
+        for _ in range(2):
+            self._run_model(len(self._logits), has_adapters=False)
+            self._run_sampler(len(self._logits), flags)
+
+    def _compute(self, plan: Plan) -> Callable[[], StepResult]:
+        if not plan.only_decodes or plan.prompt_sources is not None or len(plan.copies):
+            return super()._compute(plan)
+        has_adapters = plan.adapter_indices is not None and bool(plan.adapter_indices.any())
+        if has_adapters and self._generation != self.adapters.generation:
+            self._generation = self.adapters.generation
+            self._graphs.forget(lambda key: key[0] == "model" and key[2])
+        count = len(plan.rows)
+        bucket = min(bucket_of(count), len(self._logits))
+        self._fill(self._numbers(plan), count)
+        # Where not all of the sampler's input has a place, there are no flags.
+        flags = None
+        if plan.masks is None:
+            flags = self.sampler.write(plan.rows, plan.sample_positions, self._inputs.host)
+        self._inputs.send()
+        self._run_model(bucket, has_adapters)
+        if flags is None:
+            rows = self.sampler.rows(plan.rows, plan.sample_positions, plan.masks)
+            draws = self._draw(self._logits[:count], rows, self._inputs.device["row_ids"][:count])
+        else:
+            draws = self._run_sampler(bucket, flags)
+        return fetch_result(*draws, count)
+
+    def _fill(self, numbers: Mapping[str, Any], count: int) -> None:
+        """Put the numbers of `count` sequences to their places, and padding behind them."""
+        padding = {"row_ids": self.padding_row, "kv_slots": -1}
+        for name in DTYPES:
+            neutral = padding.get(name, 0)
+            self._inputs.host[name][:count] = numbers.get(name, neutral)
+            self._inputs.host[name][count:] = neutral
+
+    def _run_model(self, bucket: int, has_adapters: bool) -> None:
+        self._graphs.run(("model", bucket, has_adapters), partial(self._model_step, bucket, has_adapters))
+
+    def _run_sampler(self, bucket: int, flags: Mapping[str, int]) -> tuple[Tensor, list[Tensor]]:
+        key = ("sampler", bucket, *flags.items())
+        return self._graphs.run(key, partial(self._sampler_step, bucket, flags))
+
+    # What follows is recorded: it must depend on its arguments and on tensors that do not move, and never wait.
+
+    def _model_step(self, bucket: int, has_adapters: bool) -> None:
+        names = [name for name in DTYPES if has_adapters or name != "adapter_indices"]
+        batch = self._batch({name: self._inputs.device[name][:bucket] for name in names}, bucket)
+        self._logits[:bucket].copy_(self.model(batch, self.kv))
+
+    def _sampler_step(self, bucket: int, flags: Mapping[str, Any]) -> tuple[Tensor, list[Tensor]]:
+        tensors: dict[str, Any] = {name: self._inputs.device[name][:bucket] for name in self.sampler.fields}
+        rows = SamplerRows(**tensors, **flags)
+        return self._draw(self._logits[:bucket], rows, self._inputs.device["row_ids"][:bucket])
