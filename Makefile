@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 DEMO_MODEL := checkpoints/smollm2-135m-instruct
 META_TOKENIZER := .cache/meta-llama3-tokenizer
 PYTEST := $(BIN)/python -m pytest
-JOBS ?= 0
+JOBS ?= 2
 # A version of Triton other than the pinned one, for test-compile.
 TRITON ?=
 COMPILER := $(if $(TRITON),.venv-triton-$(TRITON),$(VENV))
@@ -38,7 +38,7 @@ $(META_TOKENIZER): | $(READY)
 demo: $(DEMO_MODEL) | $(READY)
 	$(BIN)/llama generate $(DEMO_MODEL) "What is the capital of France?" --chat --temperature 0 --dtype float32
 
-# make test JOBS=2 runs it in two processes. The kernels are tested whatever the rest said.
+# In two processes; make test JOBS=0 runs it in one. The kernels are tested whatever the rest said.
 test: demo-model $(READY)
 	status=0; $(PYTEST) -n $(JOBS) || status=$$?; $(MAKE) test-kernels || status=$$?; exit $$status
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from llama.api.errors import EngineDeadError as EngineDeadError
     from llama.api.errors import ParameterError as ParameterError
     from llama.api.errors import QueueFullError as QueueFullError
+    from llama.api.errors import WorkerLostError as WorkerLostError
     from llama.api.outputs import CompletionOutput as CompletionOutput
     from llama.api.outputs import FinishReason as FinishReason
     from llama.api.outputs import Logprob as Logprob
@@ -55,6 +56,7 @@ _HOMES = {
     "SamplingParams": "llama.api.params",
     "Transformer": "llama.model.transformer",
     "Usage": "llama.api.outputs",
+    "WorkerLostError": "llama.api.errors",
 }
 
 __all__ = [
@@ -80,6 +82,7 @@ __all__ = [
     "SamplingParams",
     "Transformer",
     "Usage",
+    "WorkerLostError",
     "__version__",
 ]
 

@@ -52,6 +52,15 @@ class QueueFullError(RuntimeError):
         self.retry_after = retry_after
 
 
+class WorkerLostError(RuntimeError):
+    """The system twice ended or starved the process that worked on a request: nothing is wrong with the request, it can
+    be asked again. `retry_after` is a guess in seconds."""
+
+    def __init__(self, message: str = "the process that worked on the request was lost: ask again") -> None:
+        super().__init__(message)
+        self.retry_after = 5
+
+
 class EngineClosedError(RuntimeError):
     """The engine takes no new requests: it is draining or closed."""
 

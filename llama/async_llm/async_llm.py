@@ -118,8 +118,8 @@ class AsyncLLM:
         clip: bool = True,
     ) -> Stream:
         """The stream that generate() reads. The engine has accepted the request when the call returns, so every refusal
-        (ValueError, QueueFullError, EngineClosedError, EngineDeadError) comes before the first piece. The stream must
-        be read to its end or closed. Without `clip`, max_tokens that the context has no room for are a
+        (ValueError, QueueFullError, WorkerLostError, EngineClosedError, EngineDeadError) comes before the first piece.
+        The stream must be read to its end or closed. Without `clip`, max_tokens that the context has no room for are a
         ContextLengthError."""
         prepare = partial(self.llm.inputs.request, prompt, sampling_params, lora, request_id=request_id, clip=clip)
         parts = [*prompt.values()] if isinstance(prompt, Mapping) else [prompt]

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from llama.api.errors import EngineDeadError
+from llama.api.errors import EngineDeadError, WorkerLostError
 from llama.api.outputs import FinishReason, RequestOutput
 from llama.api.params import SamplingParams
 from llama.async_llm.async_llm import Stream
@@ -89,7 +89,7 @@ class Generator:
         try:
             async with await self._submit(row) as stream:
                 output = await stream.result()
-        except ValueError as error:
+        except (ValueError, WorkerLostError) as error:
             return {**_result(None), ERROR_COLUMN: str(error)}
         failed = output.outputs[0].finish_reason in (FinishReason.ERROR, FinishReason.ABORT)
         return {**_result(None), ERROR_COLUMN: _FAILED} if failed else _result(output)

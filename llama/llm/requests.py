@@ -197,6 +197,13 @@ class Inputs:
             raise ParameterError(str(error), "response_format" if response_format else "tool_choice") from None
         return replace(request, tools=tools.parameters, new_matcher=None if grammar is None else grammar.matcher)
 
+    @property
+    def num_lost_workers(self) -> int:
+        """Worker processes that were lost while a template was rendered or a grammar compiled."""
+        compiler: GrammarCompiler | None = self.__dict__.get("_grammars")  # none until the first grammar
+        templates = 0 if self.template is None else self.template.num_lost_workers
+        return templates + (0 if compiler is None else compiler.num_lost_workers)
+
     @cached_property
     def _grammars(self) -> GrammarCompiler:
         if self.tokenizer is None:

@@ -6,7 +6,14 @@ Their messages are written here or come from the ValueErrors of our own checks; 
 from enum import Enum, auto
 from typing import Any
 
-from llama.api.errors import ContextLengthError, EngineClosedError, EngineDeadError, ParameterError, QueueFullError
+from llama.api.errors import (
+    ContextLengthError,
+    EngineClosedError,
+    EngineDeadError,
+    ParameterError,
+    QueueFullError,
+    WorkerLostError,
+)
 
 BAD_INPUT = 5006
 
@@ -152,9 +159,10 @@ def internal(request_id: str) -> ApiError:
     )
 
 
-def unavailable(message: str) -> ApiError:
-    """While the server stops: nothing is wrong with the request."""
-    return ApiError(503, 3040, message, kind="server_error", name="unavailable", headers={"retry-after": "5"})
+def unavailable(message: str, retry_after: int = 5) -> ApiError:
+    """Nothing is wrong with the request."""
+    headers = {"retry-after": str(retry_after)}
+    return ApiError(503, 3040, message, kind="server_error", name="unavailable", headers=headers)
 
 
 def from_refusal(error: Exception) -> ApiError | None:
@@ -163,6 +171,8 @@ def from_refusal(error: Exception) -> ApiError | None:
         headers = {"retry-after": str(error.retry_after)}
         message = f"Capacity temporarily exceeded, please try again: {error}"
         return ApiError(429, 3040, message, kind="rate_limit_error", name="rate_limit_exceeded", headers=headers)
+    if isinstance(error, WorkerLostError):
+        return unavailable("The process that worked on the request was lost, please try again", error.retry_after)
     if isinstance(error, EngineClosedError):
         return unavailable("The server is shutting down")
     if isinstance(error, EngineDeadError):

@@ -56,6 +56,10 @@ class Service:
             llm.metrics,
             config.name,
             {
+                "workers_lost": (
+                    "Processes of templates and grammars that the system ended.",
+                    lambda: llm.llm.inputs.num_lost_workers,
+                ),
                 "invalid_http_requests": ("What was no HTTP.", lambda: self.invalid_requests.count),
                 "log_lines_dropped": ("Log lines for which there was no room.", lambda: log.num_dropped if log else 0),
             },

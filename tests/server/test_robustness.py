@@ -3,6 +3,7 @@
 import asyncio
 import json
 import logging
+import re
 import socket
 import threading
 import time
@@ -224,3 +225,29 @@ def test_the_event_loop_turns_while_many_stream(scripted):
     for i, response in enumerate(asyncio.run(main())):
         *texts, _, done = events_of(response.text)
         assert done == "[DONE]" and "".join(event["response"] for event in texts) == f"text {i}"
+
+
+def test_worker_processes_that_the_system_ends_are_nobodys_fault(scripted):
+    """Chat uses no template here; a grammar is compiled in a worker."""
+    worker = scripted.server.llm.llm.inputs._grammars._worker
+    done = threading.Event()
+
+    def kill_all():
+        while not done.wait(0.002):
+            process = worker._process
+            if process is not None:
+                process.kill()
+
+    killer = threading.Thread(target=kill_all)
+    body = {"messages": [user("yes")], "response_format": {"type": "regex", "regex": "yes|not kept yet"}}
+    killer.start()
+    try:
+        response = scripted.run(body, "/v1/chat/completions")
+    finally:
+        done.set()
+        killer.join()
+    assert response.status_code == 503 and response.headers["retry-after"] == "5"
+    assert response.json()["error"]["code"] == "unavailable"
+    lost = re.search(r'llama_workers_lost_total{model_name="tiny"} (.*)', scripted.server.client.get("/metrics").text)
+    assert float(lost[1]) >= 2
+    assert scripted.run(body, "/v1/chat/completions").status_code == 200

@@ -4,8 +4,6 @@ import json
 import os
 import subprocess
 import sys
-import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
@@ -37,7 +35,7 @@ def closing_renderer(templates, **options):
 
 @pytest.fixture(scope="module")
 def hostile():
-    with closing_renderer({**HOSTILE, "fine": "{{ text }}"}, deadline_seconds=2.0) as renderer:
+    with closing_renderer({**HOSTILE, "fine": "{{ text }}"}, deadline_seconds=0.5) as renderer:
         yield renderer
 
 
@@ -52,7 +50,7 @@ def test_hostile_templates_end_with_an_error(hostile, name):
 def test_compilation_has_a_deadline_too():
     """jinja2 computes constant expressions when it compiles."""
     source = "{{ 10 ** (10 ** 9) }}"
-    with closing_renderer({"default": source}, deadline_seconds=1.0) as renderer, pytest.raises(ChatTemplateError):
+    with closing_renderer({"default": source}, deadline_seconds=0.5) as renderer, pytest.raises(ChatTemplateError):
         renderer.render("default", {})
 
 
@@ -161,17 +159,6 @@ def test_a_worker_that_dies_is_replaced():
         os.kill(worker_of(renderer), 9)
         renderer.worker._process.wait()
         assert renderer.render("default", {}) == "a"
-
-
-def test_a_worker_that_dies_while_it_renders_is_an_error():
-    with closing_renderer(
-        {"default": "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"}
-    ) as renderer:
-        killer = threading.Thread(target=lambda: (time.sleep(1), os.kill(worker_of(renderer), 9)))
-        killer.start()
-        with pytest.raises(ChatTemplateError, match="ended the process"):
-            renderer.render("default", {})
-        killer.join()
 
 
 def test_the_worker_can_open_no_file_even_outside_the_sandbox():

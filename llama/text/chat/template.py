@@ -92,6 +92,11 @@ class ChatTemplate:
         safe, rendered = self._rendered(messages, tools, add_generation_prompt, template_arguments)
         return safe.show(rendered), safe.encode(rendered)
 
+    @property
+    def num_lost_workers(self) -> int:
+        """See Worker.num_lost."""
+        return 0 if self._renderer is None else self._renderer.worker.num_lost
+
     def close(self) -> None:
         """Ends the process that renders; the next rendering would start another."""
         if self._renderer is not None:

@@ -120,6 +120,11 @@ class GrammarCompiler:
             schema = prepared_schema(schema_of_tool(tool), where)
             self._grammar(_llguidance().LLMatcher.grammar_from_json_schema(schema), where)
 
+    @property
+    def num_lost_workers(self) -> int:
+        """See Worker.num_lost."""
+        return self._worker.num_lost
+
     def close(self) -> None:
         """Ends the worker process; another grammar would start one again."""
         self._worker.close()
