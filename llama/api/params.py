@@ -10,6 +10,7 @@ from numbers import Integral, Real
 from typing import Any, Literal, TypeVar
 
 from llama.api.errors import ParameterError
+from llama.api.neutral import SAMPLING, is_neutral
 
 MAX_SEED = 2**53 - 1  # of the seeds that are used and come back: JavaScript has no larger integers
 MAX_TOKENS = 2**63 - 1
@@ -36,26 +37,6 @@ _INSTEAD = {
     "bad_words": "logit_bias forbids single tokens",
     "allowed_token_ids": "response_format or logit_bias constrain the output",
 }
-# Fields of vLLM's SamplingParams that this one does not have: harmless at their defaults, refused by name otherwise.
-_DEFAULTS_OF_VLLM: dict[str, tuple[Any, ...]] = {
-    "allowed_token_ids": (None,),
-    "bad_words": (None, []),
-    "best_of": (None, 1),
-    "detokenize": (True,),
-    "early_stopping": (False,),
-    "extra_args": (None,),
-    "flat_logprobs": (False,),
-    "guided_decoding": (None,),
-    "length_penalty": (1.0,),
-    "logits_processors": (None, []),
-    "output_kind": (0,),
-    "skip_reading_prefix_cache": (None, False),
-    "skip_special_tokens": (True,),
-    "spaces_between_special_tokens": (True,),
-    "structured_outputs": (None,),
-    "truncate_prompt_tokens": (None,),
-    "use_beam_search": (False,),
-}
 _FORMATS: dict[str, tuple[str, type, str] | None] = {  # type -> the key that goes with it, and what that holds
     "json_object": None,
     "json_schema": ("json_schema", Mapping, "a JSON schema"),
@@ -74,8 +55,8 @@ def _named_refusals(cls: _Class) -> _Class:
         for name in sorted(given.keys() - ours):
             if name in _CALLED:
                 raise ParameterError(f"{name} is called {_CALLED[name]} here", name)
-            if name not in _DEFAULTS_OF_VLLM or given[name] not in _DEFAULTS_OF_VLLM[name]:
-                if name in _INSTEAD or name in _DEFAULTS_OF_VLLM:
+            if not is_neutral(given[name], SAMPLING.get(name, ())):
+                if name in _INSTEAD or name in SAMPLING:
                     hint = _INSTEAD.get(name)
                     raise ParameterError(f"{name}={given[name]!r} is not offered{f': {hint}' if hint else ''}", name)
                 raise TypeError(f"{cls.__name__} has no field {name}; it has {', '.join(sorted(ours))}")

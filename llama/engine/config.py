@@ -23,7 +23,7 @@ def _option(default: Any, help: str, least: int | None = None, most: int = 2**31
 class EngineConfig:
     """Every value is checked; a ParameterError names the field and what is legal.
 
-    None stands for the model's or the device's own: `resolved` puts it in.
+    None stands for the default. Where that is None itself it is the model's or the device's own: `resolved` puts it in.
     """
 
     max_model_len: int | None = _option(None, "tokens of context, prompt and answer together (the model's)", least=2)
@@ -42,9 +42,11 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         for option in fields(self):
+            if getattr(self, option.name) is None:
+                object.__setattr__(self, option.name, option.default)
             name, value, least = option.name, getattr(self, option.name), option.metadata["least"]
-            is_unset, most = value is None and option.default is None, option.metadata["most"]
-            if least is not None and not is_unset and not (_is_integer(value) and least <= value <= most):
+            most = option.metadata["most"]
+            if least is not None and value is not None and not (_is_integer(value) and least <= value <= most):
                 raise _refusal(name, f"an integer from {least} to {most}", value)
             if isinstance(option.default, bool) and not isinstance(value, bool):
                 raise _refusal(name, "True or False", value)

@@ -80,8 +80,8 @@ def check_model(
     model: str | Path | Transformer, *, device: str | torch.device, dtype: str | torch.dtype, load_format: str
 ) -> tuple[ModelConfig, torch.device]:
     """What the model is and where it will be, with all that can be refused before weights are read."""
-    if load_format not in ("auto", "dummy"):
-        raise ValueError(f'load_format must be "auto" or "dummy", got {load_format!r}')
+    if load_format not in ("auto", "safetensors", "dummy"):
+        raise ValueError(f'load_format must be "auto", "safetensors" or "dummy", got {load_format!r}')
     wanted = resolve_dtype(dtype)
     if isinstance(model, Transformer):
         _check_given(model, device, wanted, load_format)

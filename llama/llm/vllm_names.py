@@ -2,31 +2,50 @@
 
 from typing import Any
 
+from llama.api.neutral import is_neutral
+
 # Name -> the values that change nothing here. Defaults differ between vLLM's releases, so several may be listed.
-_HARMLESS: dict[str, tuple[Any, ...]] = {
+HARMLESS: dict[str, tuple[Any, ...]] = {
+    "additional_config": (None, {}),
+    "aggregate_engine_logging": (False,),
+    "all2all_backend": (None,),
+    "allow_deprecated_quantization": (False,),
     "allowed_local_media_path": ("",),
     "allowed_media_domains": (None,),
     "async_scheduling": (None, False),
+    "attention_backend": (None,),
     "block_manager_version": ("v2",),
     "calculate_kv_scales": (False,),
     "code_revision": (None,),
+    "collect_detailed_traces": (None,),
     "compilation_config": (None, 0),
     "config_format": ("auto",),
     "convert": ("auto",),
     "cpu_offload_gb": (0,),
+    "cudagraph_capture_sizes": (None,),
+    "data_parallel_backend": ("mp",),
+    "data_parallel_rank": (None,),
     "data_parallel_size": (1,),
+    "data_parallel_size_local": (None,),
     "decode_context_parallel_size": (1,),
     "disable_async_output_proc": (False,),
     "disable_cascade_attn": (False,),
+    "disable_chunked_mm_input": (False,),
     "disable_custom_all_reduce": (False,),
+    "disable_hybrid_kv_cache_manager": (None, False),
+    "disable_log_requests": (True, False),
     "disable_log_stats": (True, False),
+    "disable_mm_preprocessor_cache": (False,),
     "disable_sliding_window": (False,),
-    "distributed_executor_backend": (None,),
+    "distributed_executor_backend": (None, "mp", "ray", "uni", "external_launcher"),  # there is one device
     "download_dir": (None,),
     "enable_chunked_prefill": (None, True),
+    "enable_dbo": (False,),
     "enable_eplb": (False,),
     "enable_expert_parallel": (False,),
-    "enable_lora": (False, True),  # adapters can be asked for always
+    "enable_lora": (None, False, True),  # adapters can be asked for always
+    "enable_lora_bias": (False,),
+    "enable_mm_embeds": (False,),
     "enable_prompt_embeds": (False,),
     "enable_sleep_mode": (False,),
     "fully_sharded_loras": (False,),
@@ -36,48 +55,73 @@ _HARMLESS: dict[str, tuple[Any, ...]] = {
     "hf_config_path": (None,),
     "hf_overrides": (None, {}),
     "hf_token": (None,),
+    "ignore_patterns": (None, "original/**/*", ["original/**/*"]),
+    "interleave_mm_strings": (False,),
+    "io_processor_plugin": (None,),
     "kv_cache_dtype": ("auto",),
     "kv_cache_memory_bytes": (None,),
     "kv_events_config": (None,),
+    "kv_sharing_fast_prefill": (False,),
     "kv_transfer_config": (None,),
     "limit_mm_per_prompt": (None, {}),
-    "logits_processors": (None,),
+    "logits_processor_pattern": (None,),
+    "logits_processors": (None, []),
     "logprobs_mode": ("raw_logprobs",),
+    "long_prefill_token_threshold": (0,),
     "lora_dtype": ("auto", None),
     "max_cpu_loras": (None,),
     "max_logprobs": (20,),
+    "max_long_partial_prefills": (1,),
+    "max_num_partial_prefills": (1,),
     "max_parallel_loading_workers": (None,),
     "max_seq_len_to_capture": (8192,),
+    "media_io_kwargs": (None, {}),
+    "mm_encoder_only": (False,),
+    "mm_processor_cache_gb": (4, 0),
     "mm_processor_kwargs": (None,),
     "model_impl": ("auto",),
     "model_loader_extra_config": (None, {}),
+    "nnodes": (1,),
+    "node_rank": (0,),
     "num_gpu_blocks_override": (None,),
     "num_scheduler_steps": (1,),
+    "otlp_traces_endpoint": (None,),
+    "override_attention_dtype": (None,),
     "override_generation_config": (None, {}),
     "override_pooler_config": (None,),
     "pipeline_parallel_size": (1,),
     "pooler_config": (None,),
     "preemption_mode": (None,),
+    "prefill_context_parallel_size": (1,),
+    "prefix_caching_hash_algo": ("builtin", "sha256"),
+    "pt_load_map_location": ("cpu",),
     "quantization": (None,),
     "ray_workers_use_nsight": (False,),
+    "reasoning_parser": (None, ""),
     "revision": (None,),
     "rope_scaling": (None, {}),
     "rope_theta": (None,),
     "runner": ("auto",),
+    "safetensors_load_strategy": ("lazy", None),
+    "scheduler_cls": (None,),
     "scheduling_policy": ("fcfs",),
     "served_model_name": (None,),
+    "show_hidden_metrics_for_version": (None,),
+    "skip_mm_profiling": (False,),
     "skip_tokenizer_init": (False,),
     "speculative_config": (None,),
+    "stream_interval": (1,),
     "structured_outputs_config": (None, {}),
     "swap_space": (4, 0),
     "task": (None, "auto", "generate"),
     "tensor_parallel_size": (1,),
     "tokenizer_mode": ("auto",),
     "tokenizer_revision": (None,),
-    "trust_remote_code": (False,),
+    "trust_remote_code": (False, True),  # none is ever run
     "use_tqdm_on_load": (True,),
     "use_v2_block_manager": (True,),
     "worker_cls": ("auto",),
+    "worker_extension_cls": ("",),
 }
 
 # What to do instead, where there is something.
@@ -96,10 +140,10 @@ _INSTEAD = {
 def refuse_foreign(given: dict[str, Any]) -> None:
     """ValueError for an argument of vLLM's that asks for something; TypeError for a name that nobody knows."""
     for name, value in given.items():
-        if name not in _HARMLESS:
+        if name not in HARMLESS:
             raise TypeError(f"LLM has no argument {name!r}")
-        harmless = _HARMLESS[name]
-        if not any(isinstance(value, bool) is isinstance(default, bool) and value == default for default in harmless):
+        harmless = HARMLESS[name]
+        if not is_neutral(value, harmless):
             instead = _INSTEAD.get(name)
             legal = " or ".join(repr(default) for default in harmless)
             hint = f": {instead}" if instead else ""

@@ -55,7 +55,8 @@ def validated(value: dict[str, Any], schema: type[Model]) -> Model:
         first = error.errors(include_url=False)[0]
         # A union's branch is no place in the body.
         location = tuple(step for step in first["loc"] if isinstance(step, int) or _is_key(step))
-        raise bad_input(explain(first, location), str(location[0]) if location else None) from None
+        what = explain(first, location, getattr(schema, "neutral", {}))
+        raise bad_input(what, str(location[0]) if location else None) from None
 
 
 def _is_key(step: str) -> bool:

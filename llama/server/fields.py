@@ -3,11 +3,14 @@
 Strict: no text for numbers, no bool for integers. A number with a zero fraction is an integer in JSON (2.0 is 2).
 """
 
+import json
 from collections.abc import Sequence
 from typing import Annotated, Any
 
 from pydantic import BeforeValidator, ConfigDict, Field
 from pydantic_core import ErrorDetails, PydanticCustomError
+
+from llama.api.neutral import Neutral
 
 STRICT = ConfigDict(strict=True, extra="ignore", protected_namespaces=(), hide_input_in_errors=True)
 
@@ -50,6 +53,7 @@ def _real(value: Any) -> Any:
 
 
 Integer = Annotated[int, BeforeValidator(_whole), Field(ge=-(2**63), le=2**63 - 1)]
+Seed = Annotated[int, BeforeValidator(_whole), Field(ge=-(2**63), le=2**64 - 1)]
 Number = Annotated[float, BeforeValidator(_real)]
 
 
@@ -74,8 +78,9 @@ def json_types(value: Any) -> str:
     return "'array'" if isinstance(value, list) else "'object'"
 
 
-def explain(error: ErrorDetails, location: Sequence[int | str]) -> str:
-    """One of pydantic's errors in the words of Cloudflare's validator."""
+def explain(error: ErrorDetails, location: Sequence[int | str], neutral: Neutral) -> str:
+    """One of pydantic's errors in the words of Cloudflare's validator. `neutral`: fields that the body may have at
+    these values alone."""
     where, kind, context = pointer(location), error["type"], error.get("ctx", {})
     if kind == "missing":
         return f"required properties at '{pointer(location[:-1])}' are '{location[-1]}'"
@@ -96,7 +101,8 @@ def explain(error: ErrorDetails, location: Sequence[int | str]) -> str:
     if kind == "literal_error":
         return f"enum not in {context['expected'].replace(chr(39), '')} at '{where}'"
     if kind == "extra_forbidden":
-        return f"'{where}' is not a parameter of this server"
+        legal = " or ".join(map(json.dumps, neutral.get(where.removeprefix("/"), ())))
+        return f"'{where}' is not a parameter of this server{f', but for {legal}' if legal else ''}"
     if kind == "said":
         return f"'{where}' {error['msg']}"
     return f"'{where}' is not valid: {error['msg']}"

@@ -138,6 +138,7 @@ class Answer:
         self._metrics = metrics = service.metrics
         self._record = record
         self._began = began
+        self._running = set(range(stream.request.params.n))
         self.num_prompt_tokens = len(stream.request.prompt_token_ids)
         record.prompt_tokens += self.num_prompt_tokens
         metrics.prompt_tokens.observe(self.num_prompt_tokens)
@@ -150,7 +151,13 @@ class Answer:
         self.close()
 
     def close(self) -> None:
-        """End the request if it still runs."""
+        """End the request if it still runs: what its client has left counts as aborted, with the tokens that it has
+        cost."""
+        if self._running:
+            for _ in self._running:
+                self._ended(FinishReason.ABORT)
+            self._spent(self.usage().completion_tokens)
+            self._running.clear()
         self._stream.close()
 
     @property
@@ -188,11 +195,9 @@ class Answer:
         return self.output
 
     def usage(self) -> Usage:
-        """Known once the answer is complete."""
-        output = self.output
-        return Usage(
-            len(output.prompt_token_ids), sum(len(c.token_ids) for c in output.outputs), output.num_cached_tokens
-        )
+        """What the answer has cost so far."""
+        assert self._stream.reply is not None
+        return self._stream.reply.usage()
 
     def _check(self, piece: Piece) -> None:
         if piece.finish_reason is FinishReason.ABORT:
@@ -214,9 +219,16 @@ class Answer:
         if count:
             last[piece.index] = now
         if piece.finish_reason is not None:
-            self._metrics.ended(piece.finish_reason)
-            self._record.finish_reasons.append(str(piece.finish_reason))
+            self._running.discard(piece.index)
+            self._ended(piece.finish_reason)
         if piece.usage is not None:
-            self._record.completion_tokens += piece.usage.completion_tokens
-            self._metrics.generation_tokens.observe(piece.usage.completion_tokens)
+            self._spent(piece.usage.completion_tokens)
             self._metrics.e2e_latency.observe(now - self._began)
+
+    def _ended(self, reason: FinishReason) -> None:
+        self._metrics.ended(reason)
+        self._record.finish_reasons.append(str(reason))
+
+    def _spent(self, num_tokens: int) -> None:
+        self._record.completion_tokens += num_tokens
+        self._metrics.generation_tokens.observe(num_tokens)

@@ -41,6 +41,15 @@ def test_a_pad_token_without_a_row_is_refused_in_a_prompt_alone(padded):
     assert llm.generate("Hello", wanted, use_tqdm=False)[0].outputs[0].text.startswith("ab")
 
 
+def test_arguments_that_change_nothing(folder):
+    """As programs written for vLLM pass them on."""
+    nothing = {"max_num_seqs": None, "block_size": None, "enable_prefix_caching": None, "enforce_eager": None}
+    foreign = {"distributed_executor_backend": "mp", "logits_processors": [], "trust_remote_code": True}
+    config = LLM(folder, num_blocks=8, load_format="safetensors", **nothing, **foreign).engine.config
+    assert (config.max_num_seqs, config.block_size, config.enable_prefix_caching) == (256, 16, True)
+    assert config.enforce_eager is False
+
+
 @pytest.mark.parametrize("role", ["bos_token", "eos_token"])
 def test_a_token_without_a_row_may_neither_begin_nor_end_a_text(padded, role):
     (padded / "tokenizer_config.json").write_text(json.dumps({role: "<pad>"}))

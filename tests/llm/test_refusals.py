@@ -105,7 +105,7 @@ def test_constructor_refuses_by_name(folder, tmp_path):
         ({"seed": 1.0}, "seed must be .* got 1.0"),
         ({"seed": True}, "seed must be .* got True"),
         ({"tensor_parallel_size": 2}, r"tensor_parallel_size=2 is not supported \(only 1\)"),
-        ({"trust_remote_code": True}, "trust_remote_code=True"),
+        ({"trust_remote_code": "yes"}, "trust_remote_code='yes'"),
         ({"quantization": "awq"}, "quantization='awq'"),
         ({"rope_theta": 5.0}, "edit the model's config.json"),
         ({"tensor_parallel_size": True}, "tensor_parallel_size=True"),

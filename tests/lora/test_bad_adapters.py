@@ -73,7 +73,11 @@ def refusal(folder, model, max_rank=64):
         ({"lora_alpha": 0}, "lora_alpha"),
         ({"rank_pattern": {r"layers\.\d+.*q_proj": 4}}, "rank_pattern"),
         ({"alpha_pattern": {"o_proj": 4}}, "alpha_pattern: 'o_proj'"),
-        ({"target_modules": ["q_proj", "c_attn"]}, "c_attn"),
+        (
+            {"target_modules": ["c_attn", "dense"]},
+            "['c_attn', 'dense'] matches no module of the model, which has q_proj",
+        ),
+        ({"model_type": "mistral"}, "model_type must be 'llama', found 'mistral'"),
         ({"target_modules": []}, "target_modules"),
         ({"target_modules": "(q_proj"}, "no regular expression"),
         ({"target_modules": "nothing.*"}, "matches no module"),
@@ -86,6 +90,29 @@ def test_configuration(folder, model, values, told):
     edit_config(folder, **values)
     message = refusal(folder, model)
     assert "adapter_config.json" in message and told in message
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"model_type": "llama"},  # which Workers AI's documentation asks for
+        {"target_modules": ["q_proj", "v_proj", "c_attn", "query_key_value"]},  # PEFT takes what the model lacks
+        {"exclude_modules": ["c_attn"]},
+    ],
+)
+def test_what_changes_nothing_is_taken(folder, model, values):
+    before = read_adapter(folder, model, max_rank=64).digest
+    edit_config(folder, **values)
+    assert read_adapter(folder, model, max_rank=64).digest == before
+
+
+def test_a_tensor_of_a_module_that_the_model_lacks_is_refused(folder, model):
+    edit_config(folder, target_modules=["q_proj", "v_proj", "c_attn"])
+    edit_tensors(
+        folder,
+        lambda tensors: tensors.update({PREFIX.replace("q_proj", "c_attn") + "lora_A.weight": torch.ones(4, 48)}),
+    )
+    assert "c_attn" in refusal(folder, model)
 
 
 def test_an_expression_that_never_ends_is_stopped(folder, model, monkeypatch):

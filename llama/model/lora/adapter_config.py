@@ -24,17 +24,18 @@ ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP = ("gate_proj", "up_proj", "down_proj")
 
 # Keys that say how an adapter was trained or where it comes from, not what it computes.
-_TRAINING_KEYS = frozenset(
+TRAINING_KEYS = frozenset(
     {
         "auto_mapping", "base_model_name_or_path", "inference_mode", "lora_dropout", "peft_version", "revision",
         "task_type", "loftq_config", "eva_config", "corda_config", "lora_ga_config", "megatron_core", "runtime_config",
         "ephemeral_gpu_offload", "qalora_group_size",
     }
 )  # fmt: skip
-_READ_KEYS = frozenset(
+READ_KEYS = frozenset(
     {
         "peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "target_modules",
         "exclude_modules", "layers_to_transform", "layers_pattern", "init_lora_weights", "bias", "fan_in_fan_out",
+        "model_type",
     }
 )  # fmt: skip
 # Starting points that leave the base weight as it is. The others (pissa, olora, corda, loftq, ...) train against a
@@ -74,6 +75,8 @@ def read_adapter_config(folder: Path, config: ModelConfig) -> list[AdaptedModule
 def _refuse_foreign(values: Mapping[str, Any]) -> None:
     if values.get("peft_type", "LORA") != "LORA":
         raise AdapterError(f"peft_type must be 'LORA', found {values['peft_type']!r}")
+    if values.get("model_type") not in (None, "llama"):  # Workers AI's; PEFT has no such key
+        raise AdapterError(f"model_type must be 'llama', found {values['model_type']!r}")
     if values.get("bias", "none") != "none":
         raise AdapterError(f"bias must be 'none', found {values['bias']!r}: an adapter's own biases are not read")
     if values.get("fan_in_fan_out"):
@@ -88,7 +91,7 @@ def _refuse_foreign(values: Mapping[str, Any]) -> None:
     # target_parameters, lora_bias and whatever comes next: each must be off.
     for name, value in values.items():
         is_off = value is None or value is False or value in ({}, [], "")
-        if name not in _READ_KEYS and name not in _TRAINING_KEYS and not is_off:
+        if name not in READ_KEYS and name not in TRAINING_KEYS and not is_off:
             raise AdapterError(f"{name}={value!r} is not supported: only plain LoRA is")
 
 
@@ -131,7 +134,8 @@ def _targets(values: Mapping[str, Any], names: list[str]) -> list[str]:
         dropped = set(_matching("exclude_modules", excluded, names))
         chosen = [name for name in chosen if name not in dropped]
     if not chosen:
-        raise AdapterError(f"target_modules={wanted!r} matches no module of the model")
+        has = f"{', '.join((*ATTENTION, *MLP))}, embed_tokens and lm_head"
+        raise AdapterError(f"target_modules={wanted!r} matches no module of the model, which has {has}")
     return chosen
 
 
@@ -141,10 +145,7 @@ def _matching(key: str, wanted: Any, names: list[str]) -> list[str]:
         return _full_matches(key, wanted, names)
     if not isinstance(wanted, list) or not wanted or not all(isinstance(item, str) for item in wanted):
         raise AdapterError(f"{key} must be a list of names or a string, found {wanted!r}")
-    for item in wanted:
-        if not any(_ends_with(name, item) for name in names):
-            raise AdapterError(f"{key}: {item!r} is no module of the model; it has {', '.join((*ATTENTION, *MLP))}, "
-                               "embed_tokens and lm_head")  # fmt: skip
+    # As in PEFT, a list may name modules of other models too. What must not happen is a tensor without a place.
     return [name for name in names if any(_ends_with(name, item) for item in wanted)]
 
 

@@ -1,11 +1,15 @@
-"""Parts that the answers of chat and completions share: their frame, usage, values of log-probabilities."""
+"""Parts that the answers of chat and completions share: their frame, chunks, usage, values of log-probabilities."""
 
 import secrets
 import time
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
 from typing import Any
 
 import llama
 from llama.api.outputs import Logprob, Usage
+from llama.server.openai.schema import StreamOptions
+from llama.server.streaming import DONE
 
 _FINGERPRINT = f"llama-engine-{llama.__version__}"
 _LEAST = -9999.0  # JSON has no infinity
@@ -32,6 +36,23 @@ def usage_of(usages: list[Usage]) -> dict[str, Any]:
         "total_tokens": prompt + completion,
         "prompt_tokens_details": {"cached_tokens": sum(usage.cached_tokens for usage in usages)},
     }
+
+
+async def chunks(
+    choices: AsyncGenerator[dict[str, Any]],
+    head: dict[str, Any],
+    options: StreamOptions | None,
+    usage: Callable[[], dict[str, Any]],
+) -> AsyncGenerator[Any]:
+    """The events of a stream: a chunk for each choice, the usage where it is asked for, DONE."""
+    wanted = options is not None and options.include_usage
+    always = wanted and options is not None and options.continuous_usage_stats
+    async with aclosing(choices):
+        async for choice in choices:
+            yield {**head, **({"usage": usage() if always else None} if wanted else {}), "choices": [choice]}
+    if wanted:
+        yield {**head, "choices": [], "usage": usage()}
+    yield DONE
 
 
 def value_of(logprob: Logprob) -> float:

@@ -10,11 +10,11 @@ from starlette.responses import Response
 from llama.api.outputs import CompletionOutput, Logprob, RequestOutput
 from llama.server.bodies import json_response, read_body
 from llama.server.errors import Dialect, bad_input
-from llama.server.openai.answers import frame, new_id, now, top_of, usage_of, value_of
+from llama.server.openai.answers import chunks, frame, new_id, now, top_of, usage_of, value_of
 from llama.server.openai.sampling import sampling_params
 from llama.server.openai.schema import ChatRequest
 from llama.server.service import Answer, Record, Service, Submit
-from llama.server.streaming import DONE, EventStream, unless_gone
+from llama.server.streaming import EventStream, unless_gone
 from llama.text.tool_calls import ToolCall
 
 Endpoint = Callable[[Request], Awaitable[Response]]
@@ -42,8 +42,6 @@ async def answer_chat(body: ChatRequest, service: Service, record: Record) -> di
 
 async def _submit(body: ChatRequest, service: Service) -> Submit:
     lora = await service.adapter(body.model, body.lora)
-    if body.stream_options is not None and not body.stream:
-        raise bad_input("stream_options needs stream", "stream_options")
     params = sampling_params(body, service.defaults, max_tokens=_max_tokens(body), logprobs=_num_logprobs(body))
     tool_choice: Any = "auto" if body.tool_choice is None else body.tool_choice
     return partial(service.llm.submit_chat, body.messages, params, body.tools, lora, tool_choice=tool_choice)
@@ -95,14 +93,15 @@ class _Writer:
             "seed": completion.seed,
         }
 
-    async def chunks(self, answer: Answer) -> AsyncGenerator[Any, None]:
-        options = self._body.stream_options
-        usage = {"usage": None} if options is not None and options.include_usage else {}
-        head = {**frame(self._id, "chat.completion.chunk", self._model, self._created), **usage}
+    def chunks(self, answer: Answer) -> AsyncGenerator[Any]:
+        head = frame(self._id, "chat.completion.chunk", self._model, self._created)
+        return chunks(self._choices(answer), head, self._body.stream_options, lambda: usage_of([answer.usage()]))
+
+    async def _choices(self, answer: Answer) -> AsyncGenerator[dict[str, Any]]:
         outputs = answer.output.outputs
         num_calls = [0] * len(outputs)
         for completion in outputs:
-            yield {**head, "choices": [_delta(completion.index, {"role": "assistant", "content": ""})]}
+            yield _delta(completion.index, {"role": "assistant", "content": ""})
         async for piece in answer.pieces():
             delta: dict[str, Any] = {"content": piece.text} if piece.text else {}
             if calls := _calls(piece.tool_calls, self._body, num_calls[piece.index]):
@@ -116,10 +115,7 @@ class _Writer:
                 choice["stop_reason"] = piece.stop_reason
                 choice["seed"] = outputs[piece.index].seed
             if delta or piece.logprobs or piece.finish_reason is not None:
-                yield {**head, "choices": [choice]}
-        if usage:
-            yield {**head, "choices": [], "usage": usage_of([answer.usage()])}
-        yield DONE
+                yield choice
 
     def _logprobs(
         self, token_ids: Sequence[int], logprobs: Sequence[dict[int, Logprob]] | None

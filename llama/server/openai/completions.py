@@ -13,11 +13,11 @@ from llama.api.outputs import CompletionOutput, Logprob, Piece
 from llama.api.params import SamplingParams
 from llama.server.bodies import json_response, read_body
 from llama.server.errors import Dialect, bad_input
-from llama.server.openai.answers import frame, new_id, now, top_of, usage_of, value_of
+from llama.server.openai.answers import chunks, frame, new_id, now, top_of, usage_of, value_of
 from llama.server.openai.sampling import sampling_params
 from llama.server.openai.schema import CompletionRequest
 from llama.server.service import Answer, Record, Service, Submit
-from llama.server.streaming import DONE, EventStream, interleaved, unless_gone
+from llama.server.streaming import EventStream, interleaved, unless_gone
 from llama.text.tokenizer import IncrementalDecoder, Tokenizer
 
 _MAX_TOKENS = 16  # OpenAI's default of this route
@@ -64,8 +64,6 @@ async def _answers(submits: list[Submit], service: Service, record: Record) -> l
 async def _submits(body: CompletionRequest, service: Service) -> list[Submit]:
     lora = await service.adapter(body.model, body.lora)
     params = _params(body, service)
-    if body.stream_options is not None and not body.stream:
-        raise bad_input("stream_options needs stream", "stream_options")
     prompts = [prompt if isinstance(prompt, str) else {"prompt_token_ids": prompt} for prompt in body.prompt]
     return [partial(service.llm.submit, prompt, params, lora) for prompt in prompts]
 
@@ -107,10 +105,12 @@ async def _whole(answers: list[Answer], body: CompletionRequest, service: Servic
     return {**head, "choices": choices, "usage": _usage(answers, body)}
 
 
-async def _chunks(answers: list[Answer], body: CompletionRequest, service: Service) -> AsyncGenerator[Any, None]:
-    options = body.stream_options
-    usage = {"usage": None} if options is not None and options.include_usage else {}
-    head = {**frame(new_id("cmpl"), "text_completion", body.model or service.config.name, now()), **usage}
+def _chunks(answers: list[Answer], body: CompletionRequest, service: Service) -> AsyncGenerator[Any]:
+    head = frame(new_id("cmpl"), "text_completion", body.model or service.config.name, now())
+    return chunks(_choices(answers, body, service), head, body.stream_options, lambda: _usage(answers, body))
+
+
+async def _choices(answers: list[Answer], body: CompletionRequest, service: Service) -> AsyncGenerator[dict[str, Any]]:
     choices: dict[tuple[int, int], _Choice] = {}
     async for i, piece in interleaved([answer.pieces() for answer in answers]):
         choice = choices.get((i, piece.index))
@@ -119,10 +119,7 @@ async def _chunks(answers: list[Answer], body: CompletionRequest, service: Servi
             choice = choices[i, piece.index] = _Choice(i, completion, answers[i], body, service.llm.llm.tokenizer)
         part = choice.part(piece)
         if part["text"] or part["logprobs"] or part["finish_reason"] is not None:
-            yield {**head, "choices": [part]}
-    if usage:
-        yield {**head, "choices": [], "usage": _usage(answers, body)}
-    yield DONE
+            yield part
 
 
 def _usage(answers: list[Answer], body: CompletionRequest) -> dict[str, Any]:

@@ -27,6 +27,8 @@ _SAME = (
 
 def sampling_params(body: CommonRequest, defaults: SamplingParams, **wanted: Any) -> SamplingParams:
     """`wanted`: fields that the endpoint decides. Raises ApiError that names the parameter."""
+    if body.stream_options is not None and not body.stream:
+        raise bad_input("stream_options needs stream", "stream_options")
     given = {name: getattr(body, name) for name in _SAME if getattr(body, name) is not None}
     given |= {"stop": body.stop, "logit_bias": _bias(body), **wanted}
     given["response_format"] = body.response_format

@@ -1,14 +1,15 @@
 """The bodies of OpenAI's routes. A field that is null counts as absent, as OpenAI's clients send it.
 
 Types and sizes are checked here; ranges of sampling parameters where SamplingParams is made. A field that is not here
-is refused by name: what a server silently leaves out, its client believes it got.
+is refused by name, unless its value changes nothing: what a server silently leaves out, its client believes it got.
 """
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, WithJsonSchema, model_validator
 from pydantic_core import PydanticKnownError
 
+from llama.api.neutral import CHAT, COMPLETION, Neutral, is_neutral
 from llama.server.fields import (
     MAX_BIASES,
     MAX_COMPLETIONS,
@@ -21,6 +22,7 @@ from llama.server.fields import (
     STRICT,
     Integer,
     Number,
+    Seed,
     refusal,
 )
 
@@ -71,24 +73,36 @@ Prompts = Annotated[
 ]
 
 
+_NO_OTHERS = ConfigDict(**{**STRICT, "extra": "forbid"})
+
+
 class StreamOptions(BaseModel):
-    model_config = STRICT
+    """`continuous_usage_stats`, vLLM's: with include_usage each chunk tells the usage so far."""
+
+    model_config = _NO_OTHERS
 
     include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
+    include_obfuscation: Literal[False] | None = None
 
 
 class CommonRequest(BaseModel):
     """Fields that chat and completions share."""
 
-    model_config = ConfigDict(**{**STRICT, "extra": "forbid"})
+    model_config = _NO_OTHERS
+    neutral: ClassVar[Neutral]
 
     @model_validator(mode="before")
     @classmethod
-    def _without_nulls(cls, values: Any) -> Any:
-        """Clients write out options that they do not use as null."""
+    def _without_neutral(cls, values: Any) -> Any:
+        """Clients write out options that they do not use, as null or as the default."""
         if not isinstance(values, dict):
             return values
-        return {name: value for name, value in values.items() if value is not None or name in cls.model_fields}
+        return {
+            name: value
+            for name, value in values.items()
+            if name in cls.model_fields or not (value is None or is_neutral(value, cls.neutral.get(name, ())))
+        }
 
     model: str | None = None
     stream: bool | None = None
@@ -97,7 +111,7 @@ class CommonRequest(BaseModel):
     max_tokens: Integer | None = Field(None, ge=0)
     temperature: Number | None = None
     top_p: Number | None = None
-    seed: Integer | None = None
+    seed: Seed | None = None
     stop: Stop = ()
     frequency_penalty: Number | None = None
     presence_penalty: Number | None = None
@@ -119,9 +133,12 @@ class CommonRequest(BaseModel):
     service_tier: str | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
+    prompt_cache_retention: str | None = None
 
 
 class ChatRequest(CommonRequest):
+    neutral = CHAT
+
     messages: list[dict[str, Any]] = Field(min_length=1, max_length=MAX_MESSAGES)
     max_completion_tokens: Integer | None = Field(None, ge=1)
     logprobs: bool | None = None
@@ -133,6 +150,8 @@ class ChatRequest(CommonRequest):
 
 
 class CompletionRequest(CommonRequest):
+    neutral = COMPLETION
+
     prompt: Prompts
     logprobs: Integer | None = Field(None, ge=0, le=MAX_LOGPROBS)
     echo: bool | None = None

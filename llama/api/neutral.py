@@ -1,0 +1,80 @@
+"""Fields of vLLM's and OpenAI's that are not here, with the values that change nothing: clients write defaults out.
+
+At such a value a field is taken everywhere, at any other it is refused by name. Runs without torch.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+Neutral = Mapping[str, tuple[Any, ...]]  # name -> the values
+
+# Of vLLM's SamplingParams.
+SAMPLING: Neutral = {
+    "allowed_token_ids": (None,),
+    "bad_words": (None, []),
+    "best_of": (None, 1),
+    "detokenize": (True,),
+    "early_stopping": (False,),
+    "extra_args": (None, {}),
+    "flat_logprobs": (False,),
+    "guided_decoding": (None,),
+    "length_penalty": (1.0,),
+    "logits_processors": (None, []),
+    "output_kind": (0,),
+    "repetition_detection": (None,),
+    "skip_clone": (False,),
+    "skip_reading_prefix_cache": (None, False),
+    "skip_special_tokens": (True,),
+    "spaces_between_special_tokens": (True,),
+    "structured_outputs": (None,),
+    "thinking_token_budget": (None,),
+    "truncate_prompt_tokens": (None,),
+    "use_beam_search": (False,),
+}
+# Of the bodies of OpenAI's routes, as OpenAI and vLLM have them. Null is absent.
+_BODY: Neutral = {
+    **SAMPLING,
+    "cache_salt": (),
+    "chat_template": (),
+    "guided_choice": (),
+    "guided_decoding_backend": (),
+    "guided_grammar": (),
+    "guided_json": (),
+    "guided_regex": (),
+    "guided_whitespace_pattern": (),
+    "kv_transfer_params": ({},),
+    "logprobs_mode": ("raw_logprobs",),
+    "priority": (0,),
+    "request_id": (),
+    "return_token_ids": (False,),
+    "return_tokens_as_token_ids": (False,),
+    "vllm_xargs": ({},),
+}
+CHAT: Neutral = {
+    **_BODY,
+    "add_generation_prompt": (True,),
+    "add_special_tokens": (False,),
+    "audio": (),
+    "chat_template_kwargs": ({},),
+    "continue_final_message": (False,),
+    "documents": ([],),
+    "echo": (False,),
+    "function_call": ("auto", "none"),
+    "functions": ([],),
+    "include_reasoning": (True,),
+    "media_io_kwargs": ({},),
+    "mm_processor_kwargs": ({},),
+    "moderation": (),
+    "prediction": (),
+    "prompt_cache_options": ({},),
+    "prompt_logprobs": (),
+    "reasoning_effort": (),
+    "verbosity": ("medium",),
+    "web_search_options": (),
+}
+COMPLETION: Neutral = {**_BODY, "add_special_tokens": (True,), "prompt_embeds": (), "prompt_logprobs": ()}
+
+
+def is_neutral(value: Any, values: tuple[Any, ...]) -> bool:
+    """Whether `value` is one of `values`; True is no 1."""
+    return any(isinstance(value, bool) is isinstance(other, bool) and value == other for other in values)

@@ -1,0 +1,129 @@
+"""Defaults that clients write out: taken where nothing depends on them, in one rule for both dialects and the library.
+Whatever else a field asks for is refused by name."""
+
+import json
+import re
+
+import pytest
+
+from llama import SamplingParams
+from llama.api.neutral import CHAT, COMPLETION, SAMPLING
+from tests.server.helpers import RUN, begin, events_of, until, user
+
+BODIES = {"/v1/chat/completions": ({"messages": [user("x")]}, CHAT), "/v1/completions": ({"prompt": "x"}, COMPLETION)}
+CASES = [(path, name, value) for path, (_, neutral) in BODIES.items() for name in neutral for value in neutral[name]]
+REFUSED = [(path, name) for path, (_, neutral) in BODIES.items() for name in neutral if name != "best_of"]
+
+
+def asked(scripted, path, **more):
+    body = BODIES.get(path, ({"prompt": "x"}, None))[0]
+    response = scripted.run({**body, **more}, path=path)
+    return response, scripted.engine.asked[-1]
+
+
+@pytest.mark.parametrize(("path", "name", "value"), CASES, ids=map(str, CASES))
+def test_a_neutral_value_changes_nothing(scripted, path, name, value):
+    _, plain = asked(scripted, path)
+    response, given = asked(scripted, path, **{name: value})
+    assert response.status_code == 200, response.text
+    assert (given.params, given.prompt) == (plain.params, plain.prompt)
+
+
+@pytest.mark.parametrize(("path", "name"), REFUSED, ids=map(str, REFUSED))
+def test_another_value_is_refused_by_name(scripted, path, name):
+    for value in ("x", [5], {"a": 1}, 7):
+        response, _ = asked(scripted, path, **{name: value})
+        error = response.json()["error"]
+        assert response.status_code == 400 and error["param"] == name and f"'/{name}'" in error["message"]
+    assert asked(scripted, path, **{name: None})[0].status_code == 200
+
+
+def test_the_value_that_is_taken_is_told(scripted):
+    response, _ = asked(scripted, "/v1/completions", skip_special_tokens=False)
+    message = response.json()["error"]["message"]
+    assert message == "'/skip_special_tokens' is not a parameter of this server, but for true"
+
+
+@pytest.mark.parametrize("name", SAMPLING)
+def test_the_library_takes_and_refuses_the_same(name):
+    for value in SAMPLING[name]:
+        assert SamplingParams(**{name: value}) == SamplingParams()
+    with pytest.raises(ValueError, match=name):
+        SamplingParams(**{name: "x"})
+
+
+def test_seeds_of_any_sign(scripted):
+    for given, used in ((-1, None), (-2, 2**64 - 2), (2**64 - 1, 2**64 - 1), (0, 0)):
+        response, request = asked(scripted, "/v1/completions", seed=given)
+        assert response.status_code == 200 and request.params.seed == used
+    for wrong in (2**64, -(2**63) - 1):
+        assert asked(scripted, "/v1/completions", seed=wrong)[0].json()["error"]["param"] == "seed"
+    assert asked(scripted, RUN, seed=-1)[0].status_code == 400, "Workers AI publishes 1 to 9999999999"
+
+
+def test_a_seed_that_comes_back_gives_its_completion_again(tiny):
+    def choices(**more):
+        body = {"prompt": "x", "max_tokens": 8, "temperature": 1, "ignore_eos": True, **more}
+        return tiny.run(body, path="/v1/completions").json()["choices"]
+
+    for seed in (None, -7, 2**64 - 1, 5):
+        for choice in choices(n=3, seed=seed):
+            assert choice["seed"] < 2**53, "JavaScript holds it"
+            (again,) = choices(seed=choice["seed"])
+            assert (again["text"], again["seed"]) == (choice["text"], choice["seed"])
+
+
+@pytest.mark.parametrize("path", BODIES)
+def test_stream_options(scripted, path):
+    def refused(**options):
+        response, _ = asked(scripted, path, stream=True, stream_options=options)
+        return response.json()["error"]
+
+    for options in ({"include_usages": True}, {"x": None}, {"include_obfuscation": True}, {"include_usage": 1}):
+        (name,) = options
+        error = refused(**options)
+        assert error["param"] == "stream_options" and f"/stream_options/{name}" in error["message"]
+
+    options = {"include_usage": True, "continuous_usage_stats": True, "include_obfuscation": False}
+    response, request = asked(scripted, path, stream=True, stream_options=options, max_tokens=1, n=2)
+    *chunks, last, done = events_of(response.text)
+    assert done == "[DONE]" and last["choices"] == []
+    counts = [chunk["usage"]["completion_tokens"] for chunk in chunks]
+    assert counts == sorted(counts) and counts[-1] == last["usage"]["completion_tokens"] == 2
+    assert {chunk["usage"]["prompt_tokens"] for chunk in chunks} == {len(request.prompt)}
+
+
+def ends(server):
+    """Completions that ended by their reason, and tokens of answers, as /metrics counts them."""
+    text = server.client.get("/metrics").text
+    counts = {m[1]: float(m[2]) for m in re.finditer(r'request_success_total\{finished_reason="(\w+)".*\} (\S+)', text)}
+    return counts.get("abort", 0.0), float(re.search(r"request_generation_tokens_sum\{.*\} (\S+)", text)[1])
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/chat/completions", {"messages": [user("forever")], "stream": True, "n": 2}),
+        ("/v1/completions", {"prompt": ["forever", "forever"], "max_tokens": 3000, "stream": True}),
+        (RUN, {"prompt": "forever", "stream": True, "max_tokens": 3000}),
+        (RUN, {"prompt": "forever", "max_tokens": 3000}),
+    ],
+)
+def test_who_leaves_is_counted_as_aborted_with_the_tokens_so_far(scripted, caplog, path, body):
+    server, engine = scripted.server, scripted.engine
+    caplog.set_level("INFO", "llama.access")
+    aborts, tokens = ends(server)
+    num_completions = 1 if path == RUN else 2
+    with begin(server, body, path) as connection:
+        until(lambda: len(engine.running) == num_completions and engine.num_steps)
+        if body.get("stream"):
+            connection.recv(1)
+        steps = engine.num_steps
+        until(lambda: engine.num_steps > steps + 3)
+    until(lambda: not engine.running and caplog.messages)
+    until(lambda: ends(server)[0] == aborts + num_completions)
+    line = json.loads(caplog.messages[-1])
+    if line["path"] == "/metrics":
+        line = next(e for e in map(json.loads, caplog.messages) if e["path"] == path)
+    assert line["finish_reasons"] == ["abort"] * num_completions
+    assert line["completion_tokens"] == ends(server)[1] - tokens > 0
