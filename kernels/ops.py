@@ -1,11 +1,13 @@
 """The ops that the model is made of. Each checks its tensors, then calls the function of its name in kernels/gpu or
 kernels/cpu: Triton for CUDA tensors (for all under TRITON_INTERPRET=1), else PyTorch. Triton is imported on first use.
+Tensors that require a gradient go through kernels/differentiable.py.
 
 Nothing here knows a model, a request or a configuration: tensors, integers and floats only.
 """
 
 from torch import Tensor, float32, int64
 
+from llama.kernels import differentiable
 from llama.kernels.checks import INTERPRETED as _INTERPRETED
 from llama.kernels.types import (
     CosSin,
@@ -39,6 +41,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """
     if x.dim() != 2 or x.shape[1:] != weight.shape or x.dtype != weight.dtype:
         raise _refuse("rms_norm", x=x, weight=weight)
+    if x.requires_grad:
+        return differentiable.rms_norm(x, weight, eps)
     if _on_triton(x):
         from llama.kernels.gpu import norm
     else:
@@ -52,6 +56,8 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
     fits = len(shape) == 2 and shape[1:] == weight.shape and shape == residual.shape
     if not fits or not dtype == residual.dtype == weight.dtype:
         raise _refuse("add_rms_norm", x=x, residual=residual, weight=weight)
+    if x.requires_grad:
+        return differentiable.add_rms_norm(x, residual, weight, eps)
     if _on_triton(x):
         from llama.kernels.gpu import norm
     else:
@@ -74,6 +80,8 @@ def rope_and_store(q: Tensor, k: Tensor, v: Tensor, cos_sin: CosSin, kv_layer: K
         raise _refuse("rope_and_store", q=q, cos=cos, sin=sin, slots=slots)
     if not cos.dtype == sin.dtype == float32 or q.dtype != cache.dtype:
         raise _refuse("rope_and_store", q=q, cos=cos, sin=sin, cache=cache)
+    if q.requires_grad:
+        return differentiable.rope_and_store(q, k, v, cos_sin, kv_layer, ragged)
     if _on_triton(q):
         from llama.kernels.gpu import rope
     else:
@@ -91,6 +99,8 @@ def paged_attention(q: Tensor, kv_layer: KVLayer, ragged: Ragged, scale: float) 
     _, block_size, kv_heads, head_dim = cache.shape
     if q_shape[2] != head_dim or q_shape[1] % kv_heads or block_size != ragged.block_size or q.dtype != cache.dtype:
         raise _refuse("paged_attention", q=q, cache=cache)
+    if q.requires_grad:
+        return differentiable.paged_attention(q, kv_layer, ragged, scale)
     if _on_triton(q):
         from llama.kernels.gpu import attention
     else:
@@ -102,6 +112,8 @@ def silu_mul(gate_up: Tensor) -> Tensor:
     """silu(gate) * up for gate_up [tokens, 2 * size], the gate first -> [tokens, size]."""
     if gate_up.dim() != 2 or gate_up.shape[1] % 2:
         raise _refuse("silu_mul", gate_up=gate_up)
+    if gate_up.requires_grad:
+        return differentiable.silu_mul(gate_up)
     if _on_triton(gate_up):
         from llama.kernels.gpu import activation
     else:

@@ -29,12 +29,19 @@ if TYPE_CHECKING:
     from llama.llm.llm import LLM as LLM
     from llama.llm.loras import LoRARequest as LoRARequest
     from llama.model.config import ModelConfig as ModelConfig
+    from llama.model.interventions import Add as Add
+    from llama.model.interventions import Apply as Apply
+    from llama.model.interventions import Project as Project
+    from llama.model.interventions import Replace as Replace
+    from llama.model.interventions import Scale as Scale
     from llama.model.transformer import Transformer as Transformer
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "AdapterError": "llama.api.errors",
+    "Add": "llama.model.interventions",
+    "Apply": "llama.model.interventions",
     "AsyncLLM": "llama.async_llm.async_llm",
     "ChatTemplateError": "llama.api.errors",
     "CheckpointError": "llama.api.errors",
@@ -50,10 +57,13 @@ _HOMES = {
     "ModelConfig": "llama.model.config",
     "ParameterError": "llama.api.errors",
     "Piece": "llama.api.outputs",
+    "Project": "llama.model.interventions",
     "QueueFullError": "llama.api.errors",
+    "Replace": "llama.model.interventions",
     "RequestMetrics": "llama.api.outputs",
     "RequestOutput": "llama.api.outputs",
     "SamplingParams": "llama.api.params",
+    "Scale": "llama.model.interventions",
     "Transformer": "llama.model.transformer",
     "Usage": "llama.api.outputs",
     "WorkerLostError": "llama.api.errors",
@@ -62,6 +72,8 @@ _HOMES = {
 __all__ = [
     "LLM",
     "AdapterError",
+    "Add",
+    "Apply",
     "AsyncLLM",
     "ChatTemplateError",
     "CheckpointError",
@@ -76,10 +88,13 @@ __all__ = [
     "ModelConfig",
     "ParameterError",
     "Piece",
+    "Project",
     "QueueFullError",
+    "Replace",
     "RequestMetrics",
     "RequestOutput",
     "SamplingParams",
+    "Scale",
     "Transformer",
     "Usage",
     "WorkerLostError",

@@ -36,8 +36,11 @@ IMPORT_ORDER = {
         config generation_config module
         rope kv_cache weights
         adapters
-        linear
+        linear interventions
+        taps
         batch
+        session
+        research
         checkpoint
         transformer
         lora""",

@@ -6,10 +6,12 @@ compute a single token at the end of their context (decodes) come first, so that
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from llama.kernels.types import Ragged
 from llama.model.adapters import StepAdapters
+from llama.model.taps import StepTaps
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,3 +23,30 @@ class Batch:
     ragged: Ragged  # whose each token is, and where K and V lie
     logit_rows: Tensor | None = None  # [rows] int64, tokens whose logits are wanted (repeats allowed); None = all
     adapters: StepAdapters | None = None  # which LoRA adapter each token uses; None = no token has one
+    taps: StepTaps | None = None  # what is read and changed on the way; None = nothing
+
+
+def rectangle(
+    token_ids: Tensor,
+    start: int,
+    num_blocks: int,
+    block_size: int,
+    *,
+    adapters: StepAdapters | None = None,
+    taps: StepTaps | None = None,
+) -> Batch:
+    """Tokens [rows, length] of equally long sequences, from position `start` on: sequence r owns the r-th run of
+    `num_blocks` blocks of a cache."""
+    rows, length = token_ids.shape
+    device, stop = token_ids.device, start + length
+    row = torch.arange(rows, device=device)
+    positions = torch.arange(start, stop, device=device)
+    ragged = Ragged(
+        block_tables=torch.arange(rows * num_blocks, dtype=torch.int32, device=device).view(rows, num_blocks),
+        query_starts=torch.arange(0, rows * length + 1, length, dtype=torch.int32, device=device),
+        context_lens=torch.full((rows,), stop, dtype=torch.int32, device=device),
+        slots=(row[:, None] * (num_blocks * block_size) + positions).flatten(),
+        num_decodes=rows if length == 1 else 0,
+        block_size=block_size,
+    )
+    return Batch(token_ids.flatten(), positions.repeat(rows), ragged, adapters=adapters, taps=taps)

@@ -44,8 +44,8 @@ class Linear(Module):
 
     def forward(self, x: Tensor, adapters: StepAdapters | None = None) -> Tensor:
         """x [tokens, in_features] -> [tokens, out_features]; `adapters` says which tokens use an adapter."""
-        if self.form is None:
-            y = F.linear(x, self.weight, self.bias)
+        if self.form is None or x.requires_grad:
+            y = F.linear(x, self.dense_weight(), self.bias)
         else:
             y = self.form(x)
             if self.bias is not None:

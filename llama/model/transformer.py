@@ -14,14 +14,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llama.kernels import ops
-from llama.kernels.types import CosSin, KVLayer, Ragged
-from llama.model.adapters import Stacks, StepAdapters
+from llama.kernels.types import CosSin, KVLayer
+from llama.model.adapters import StepAdapters
 from llama.model.batch import Batch
 from llama.model.checkpoint import Checkpoint, save_pretrained
 from llama.model.config import ModelConfig
 from llama.model.kv_cache import KVCache
 from llama.model.linear import Linear
 from llama.model.module import Module
+from llama.model.research import Research
 from llama.model.rope import attention_factor, cos_sin, frequencies
 from llama.model.weights.huge_pages import move_to_huge_pages
 
@@ -74,8 +75,16 @@ class Attention(Module):
         heads = self.num_heads + 2 * self.num_kv_heads
         qkv = self.qkv_proj(x, batch.adapters).view(x.shape[0], heads, self.head_dim)
         q, k, v = qkv.split_with_sizes((self.num_heads, self.num_kv_heads, self.num_kv_heads), dim=1)
+        taps = batch.taps
+        if taps is not None:
+            q, k, v = taps.at(self, "q_pre", q), taps.at(self, "k_pre", k), taps.at(self, "v", v)
         q = ops.rope_and_store(q, k, v, cos_sin, kv_layer, batch.ragged)
+        if taps is not None:
+            q = taps.at(self, "q", q)
+            taps.stored(self, "k", kv_layer.k, batch.ragged.slots)
         mixed = ops.paged_attention(q, kv_layer, batch.ragged, self.scale)
+        if taps is not None:
+            mixed = taps.at(self, "z", mixed)
         return self.o_proj(mixed.flatten(1), batch.adapters)
 
 
@@ -88,8 +97,11 @@ class MLP(Module):
         self.gate_up_proj = Linear(hidden, 2 * size, bias=bias, device=device, dtype=dtype)
         self.down_proj = Linear(size, hidden, bias=bias, device=device, dtype=dtype)
 
-    def forward(self, x: Tensor, adapters: StepAdapters | None = None) -> Tensor:
-        return self.down_proj(ops.silu_mul(self.gate_up_proj(x, adapters)), adapters)
+    def forward(self, x: Tensor, batch: Batch) -> Tensor:
+        act = ops.silu_mul(self.gate_up_proj(x, batch.adapters))
+        if batch.taps is not None:
+            act = batch.taps.at(self, "mlp_act", act)
+        return self.down_proj(act, batch.adapters)
 
 
 class Block(Module):
@@ -105,14 +117,30 @@ class Block(Module):
 
     def forward(
         self, x: Tensor, residual: Tensor | None, batch: Batch, cos_sin: CosSin, kv_layer: KVLayer
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor | None]:
+        if batch.taps is not None:
+            return self._tapped(x, residual, batch, cos_sin, kv_layer)
         x, residual = self.input_layernorm(x, residual)
         x = self.self_attn(x, batch, cos_sin, kv_layer)
         x, residual = self.post_attention_layernorm(x, residual)
-        return self.mlp(x, batch.adapters), residual
+        return self.mlp(x, batch), residual
+
+    def _tapped(
+        self, x: Tensor, residual: Tensor | None, batch: Batch, cos_sin: CosSin, kv_layer: KVLayer
+    ) -> tuple[Tensor, Tensor | None]:
+        """The same, past the points of the layer."""
+        taps = batch.taps
+        assert taps is not None
+        x, residual = self.input_layernorm(*taps.residual(self, "resid_pre", x, residual))
+        x = taps.at(self, "attn_in", x)
+        x = taps.at(self, "attn_out", self.self_attn(x, batch, cos_sin, kv_layer))
+        x, residual = self.post_attention_layernorm(*taps.residual(self, "resid_mid", x, residual))
+        x = taps.at(self, "mlp_in", x)
+        x = taps.at(self, "mlp_out", self.mlp(x, batch))
+        return taps.residual(self, "resid_post", x, residual)
 
 
-class Transformer(Module):
+class Transformer(Research):
     """A Llama. `Transformer(config, ...)` has random weights (`seed=None` leaves them unset), `from_pretrained` those
     of a checkpoint.
 
@@ -174,15 +202,19 @@ class Transformer(Module):
 
     def forward(self, batch: Batch, kv: KVCache) -> Tensor:
         """-> logits [rows, vocab] in the model's dtype, of the tokens `batch.logit_rows` (None = all)."""
-        return self.head(self.hidden(batch, kv), batch, batch.logit_rows)
+        logits = self.head(self.hidden(batch, kv), batch, batch.logit_rows)
+        return logits if batch.taps is None else batch.taps.at(self, "logits", logits)
 
     def hidden(self, batch: Batch, kv: KVCache) -> Tensor:
         """-> [tokens, hidden] after the last norm, of every token; `head` makes logits of it."""
         rotation = cos_sin(batch.positions, self.frequencies, self.attention_factor)
         x, residual = self.embed_tokens(batch.token_ids, batch.adapters), None
+        if batch.taps is not None:
+            x = batch.taps.at(self, "embed", x)
         for layer, kv_layer in zip(self.layers, kv.layers, strict=True):
             x, residual = layer(x, residual, batch, rotation, kv_layer)
-        return self.norm(x, residual)[0]
+        x = self.norm(x, residual)[0]
+        return x if batch.taps is None else batch.taps.at(self, "norm", x)
 
     def head(self, hidden: Tensor, batch: Batch, rows: Tensor | None = None) -> Tensor:
         """Logits of the tokens `rows` (None = all) of what `hidden` returned for `batch`."""
@@ -191,43 +223,6 @@ class Transformer(Module):
             hidden = hidden.index_select(0, rows)
             adapters = None if adapters is None else adapters.rows(rows)
         return self.lm_head(hidden, adapters)
-
-    def logits(self, token_ids: Tensor, stacks: Stacks | None = None, adapter_indices: Tensor | None = None) -> Tensor:
-        """[batch, seq] token ids -> [batch, seq, vocab] logits, float32 (float64 for a float64 model).
-
-        The research entry: no engine, no sampling; the same forward over a cache made for this one call.
-        adapter_indices [batch] says which adapter of `stacks` each sequence uses (0 = none). seq is at most
-        max_position_embeddings; who tries what lies beyond says so in the config.
-        """
-        if not isinstance(token_ids, Tensor) or token_ids.dim() != 2 or token_ids.dtype != torch.int64:
-            raise ValueError(f"token_ids must be an int64 tensor [batch, seq], got {token_ids!r}")
-        if token_ids.numel() and not 0 <= int(token_ids.min()) <= int(token_ids.max()) < self.config.vocab_size:
-            raise ValueError(f"token ids must be in [0, {self.config.vocab_size})")
-        rows, length = token_ids.shape
-        if length > self.config.max_position_embeddings:
-            most = self.config.max_position_embeddings
-            raise ValueError(f"token_ids has {length} tokens a row, the model's context is {most}")
-        wide = torch.float64 if self.dtype == torch.float64 else torch.float32
-        if not token_ids.numel():
-            return torch.empty(rows, length, self.config.vocab_size, dtype=wide, device=self.device)
-        block_size = 16
-        blocks = -(-length // block_size)
-        kv = KVCache(self.config, rows * blocks, block_size, dtype=self.dtype, device=self.device)
-        row = torch.arange(rows, device=self.device)
-        positions = torch.arange(length, device=self.device)
-        ragged = Ragged(
-            block_tables=torch.arange(rows * blocks, dtype=torch.int32, device=self.device).view(rows, blocks),
-            query_starts=torch.arange(0, rows * length + 1, length, dtype=torch.int32, device=self.device),
-            context_lens=torch.full((rows,), length, dtype=torch.int32, device=self.device),
-            slots=(row[:, None] * (blocks * block_size) + positions).flatten(),
-            num_decodes=rows if length == 1 else 0,
-            block_size=block_size,
-        )
-        adapters = None
-        if stacks is not None and adapter_indices is not None:
-            adapters = StepAdapters.of(stacks, adapter_indices.to(row).int().repeat_interleave(length))
-        batch = Batch(token_ids.to(self.device).flatten(), positions.repeat(rows), ragged, adapters=adapters)
-        return self(batch, kv).view(rows, length, -1).to(wide)
 
     def prepare(self) -> None:
         """Pack the weights for this machine's CPU, in place, where that is faster; nothing on other devices.

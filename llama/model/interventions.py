@@ -1,0 +1,178 @@
+"""Interventions: what may be changed at a point of the network, as values. `llama.model.taps` carries them out.
+
+Each is frozen and compared by its `digest`, which tells the prefix cache what was computed under which change. Those of
+one sequence are applied in the order given; what is captured at a point is read after them.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
+from hashlib import blake2b
+from typing import Any, ClassVar, Literal
+from uuid import uuid4
+
+import torch
+from torch import Tensor
+
+from llama.api.errors import ParameterError
+
+Positions = str | Sequence[int]  # "all", "prompt", "generated", "last" (the prompt's last token) or a list
+Rows = range | tuple[int, ...]  # positions as numbers
+
+
+@dataclass(frozen=True, eq=False)
+class Intervention:
+    """A change at `point` (a name or a pattern of `llama.model.taps.resolve_points`) of the tokens at `positions`."""
+
+    point: str
+    tensor: ClassVar[str] = ""  # the field that holds a tensor
+
+    @property
+    def name(self) -> str:
+        return type(self).__name__
+
+    @property
+    def positions(self) -> Positions:
+        raise NotImplementedError
+
+    def of(self, value: Tensor, places: list[int]) -> Tensor:
+        """The new value for `value` [rows, ...], whose rows are the `places` of the positions that are listed."""
+        raise NotImplementedError
+
+    def shaped(self, shape: tuple[int, ...], positions: Rows) -> bool:
+        """Whether the tensor fits a point whose token has this shape."""
+        raise NotImplementedError
+
+    @cached_property
+    def digest(self) -> bytes:
+        """Of everything that decides what it does."""
+        told = blake2b(digest_size=16)
+        told.update(self.name.encode())
+        for key in fields(self):
+            value = getattr(self, key.name)
+            if isinstance(value, Tensor):
+                whole = value.detach().cpu().contiguous()
+                told.update(f";{key.name}:{whole.dtype}{tuple(whole.shape)}".encode())
+                told.update(whole.view(-1).view(torch.uint8).numpy().tobytes())
+            elif not callable(value):
+                told.update(f";{key.name}={value!r}".encode())
+        return told.digest()
+
+
+@dataclass(frozen=True, eq=False)
+class Add(Intervention):
+    """x + scale * vector; with `norm_match` brought back to the norm of x. vector [*point]."""
+
+    vector: Tensor
+    scale: float = 1.0
+    positions: Positions = "all"
+    norm_match: bool = False
+    tensor = "vector"
+
+    def delta(self) -> Tensor:
+        return self.vector * self.scale
+
+    def of(self, value: Tensor, places: list[int]) -> Tensor:
+        moved = value + self.delta()
+        if not self.norm_match:
+            return moved
+        norms = [torch.linalg.vector_norm(x, dim=-1, keepdim=True) for x in (value, moved)]
+        return moved * (norms[0] / norms[1].clamp_min(torch.finfo(value.dtype).tiny))
+
+    def shaped(self, shape: tuple[int, ...], positions: Rows) -> bool:
+        return tuple(self.vector.shape) in (shape, shape[-1:])
+
+
+@dataclass(frozen=True, eq=False)
+class Replace(Intervention):
+    """values [*point] for every position, or [positions, *point], one for each that is listed."""
+
+    values: Tensor
+    positions: Positions = "prompt"
+    tensor = "values"
+
+    def of(self, value: Tensor, places: list[int]) -> Tensor:
+        whole = self.values.dim() == value.dim() - 1
+        return self.values.expand_as(value) if whole else self.values[places]
+
+    def shaped(self, shape: tuple[int, ...], positions: Rows) -> bool:
+        return tuple(self.values.shape) in (shape, (len(positions), *shape))
+
+
+@dataclass(frozen=True, eq=False)
+class Scale(Intervention):
+    """factor * x, of all or of the listed heads (points q, k, v, z and their like)."""
+
+    factor: float
+    heads: Sequence[int] | None = None
+    positions: Positions = "all"
+
+    def of(self, value: Tensor, places: list[int]) -> Tensor:
+        if self.heads is None:
+            return value * self.factor
+        factors = torch.ones(value.shape[1], 1, dtype=value.dtype, device=value.device)
+        factors[list(self.heads)] = self.factor
+        return value * factors
+
+    def shaped(self, shape: tuple[int, ...], positions: Rows) -> bool:
+        return self.heads is None or (len(shape) == 2 and all(-shape[0] <= head < shape[0] for head in self.heads))
+
+
+@dataclass(frozen=True, eq=False)
+class Project(Intervention):
+    """x without ("remove"), or only ("keep"), what lies in the span of `directions` [n, size] (or [size])."""
+
+    directions: Tensor
+    mode: Literal["remove", "keep"] = "remove"
+    positions: Positions = "all"
+    tensor = "directions"
+
+    def of(self, value: Tensor, places: list[int]) -> Tensor:
+        inside = (value.to(self._basis.dtype) @ self._basis @ self._basis.T).to(value.dtype)
+        return value - inside if self.mode == "remove" else inside
+
+    @cached_property
+    def _basis(self) -> Tensor:
+        """[size, n], orthonormal, in at least float32."""
+        wide = torch.float64 if self.directions.dtype == torch.float64 else torch.float32
+        return torch.linalg.qr(self.directions.reshape(-1, self.directions.shape[-1]).to(wide).T)[0]
+
+    def shaped(self, shape: tuple[int, ...], positions: Rows) -> bool:
+        fits = self.directions.dim() in (1, 2) and self.directions.shape[-1] == shape[-1]
+        return fits and self.mode in ("remove", "keep")
+
+
+@dataclass(frozen=True, eq=False)
+class Apply(Intervention):
+    """function(x [rows, *point]) -> the same shape. It sees the rows of its own sequence that one step computes, a
+    number that depends on the engine: it must treat rows alike. Keys and values computed under it are not shared."""
+
+    function: Callable[[Tensor], Tensor]
+    positions: Positions = "all"
+    identity: str = field(default_factory=lambda: uuid4().hex, repr=False)
+
+    def of(self, value: Tensor, places: list[int]) -> Tensor:
+        return self.function(value)
+
+    def shaped(self, shape: tuple[int, ...], positions: Rows) -> bool:
+        return callable(self.function)
+
+
+def checked(given: Intervention, shape: tuple[int, ...], positions: Rows, like: Tensor) -> Intervention:
+    """The intervention with its tensor on the device and in the dtype of `like`. ParameterError for what does not fit
+    a point of this shape."""
+    changes: dict[str, Any] = {}
+    if given.tensor:
+        tensor = getattr(given, given.tensor)
+        if not isinstance(tensor, Tensor):
+            found = type(tensor).__name__
+            raise ParameterError(f"{given.name}: {given.tensor} must be a tensor, got {found}", "interventions")
+        if not bool(tensor.isfinite().all()):
+            what = f"{given.name} at {given.point}"
+            raise ParameterError(f"{what}: {given.tensor} holds NaN or infinities", "interventions")
+        changes[given.tensor] = tensor.to(like.device, like.dtype)
+    if not given.shaped(shape, positions):
+        got = list(getattr(given, given.tensor).shape) if given.tensor else repr(given)
+        what = f"{given.name} does not fit {given.point}, whose value for one token is {list(shape)}"
+        raise ParameterError(f"{what}: got {got}", "interventions")
+    return replace(given, **changes)

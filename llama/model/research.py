@@ -1,0 +1,149 @@
+"""Research: a network alone, without engine and sampling: whole sequences in, logits and activations out.
+
+What the model offers beside `forward`. Activations are read and changed at the points of `llama.model.taps`; with
+`grad` everything can be differentiated.
+"""
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llama.api.errors import ParameterError
+from llama.kernels.types import KVLayer
+from llama.model.adapters import Stacks, StepAdapters
+from llama.model.batch import Batch, rectangle
+from llama.model.config import ModelConfig
+from llama.model.kv_cache import KVCache
+from llama.model.module import Module
+from llama.model.session import BLOCK_SIZE, ActivationCache, Session, checked_ids, digest
+from llama.model.taps import (
+    Interventions,
+    SequenceTaps,
+    Span,
+    StepTaps,
+    bind,
+    each,
+    resolve_points,
+)
+
+
+class Research(Module):
+    """A base of networks: they have `norm`, `lm_head`, `hidden` and `forward` (see Transformer)."""
+
+    config: ModelConfig
+    norm: Any
+    lm_head: Any
+
+    @property
+    def device(self) -> torch.device:
+        raise NotImplementedError
+
+    @property
+    def dtype(self) -> torch.dtype:
+        raise NotImplementedError
+
+    def hidden(self, batch: Batch, kv: KVCache) -> Tensor:
+        raise NotImplementedError
+
+    def logits(
+        self,
+        token_ids: Tensor,
+        stacks: Stacks | None = None,
+        adapter_indices: Tensor | None = None,
+        *,
+        interventions: Interventions = None,
+        grad: bool = False,
+    ) -> Tensor:
+        """[batch, seq] token ids -> [batch, seq, vocab] logits, float32 (float64 for a float64 model).
+
+        The research entry: no engine, no sampling; the same forward over a cache made for this one call.
+        adapter_indices [batch] says which adapter of `stacks` each sequence uses (0 = none). seq is at most
+        max_position_embeddings; who tries what lies beyond says so in the config. `interventions` are one list for all
+        sequences or a list (or None) for each. With `grad` every op is differentiable: in parameters that require it,
+        in tensors of interventions, in what `run_with_cache` reads.
+        """
+        logits, _ = self.run_with_cache(
+            token_ids, (), stacks, adapter_indices, interventions=interventions, logits=True, grad=grad
+        )
+        assert logits is not None
+        return logits
+
+    def run_with_cache(
+        self,
+        token_ids: Tensor,
+        points: str | Sequence[str] = "layers.*.resid_post",
+        stacks: Stacks | None = None,
+        adapter_indices: Tensor | None = None,
+        *,
+        interventions: Interventions = None,
+        logits: bool = False,
+        grad: bool = False,
+    ) -> tuple[Tensor | None, ActivationCache]:
+        """As `logits`, reading the points that names and patterns mean (see `taps.resolve_points`) after all changes
+        there -> (logits or None, the points' values [batch, seq, ...]). The vocabulary head is computed only where
+        `logits` asks for them or "logits" is among the points."""
+        config = self.config
+        if not isinstance(token_ids, Tensor):
+            raise ParameterError(f"token_ids must be an int64 tensor [batch, seq], got {token_ids!r}", "token_ids")
+        rows, length = checked_ids(token_ids, config.vocab_size).shape
+        if length > config.max_position_embeddings:
+            most = config.max_position_embeddings
+            raise ParameterError(f"token_ids has {length} tokens a row, the model's context is {most}", "token_ids")
+        read = resolve_points(points, config.num_hidden_layers) if points else ()
+        per_row = [bind(i, {}, config, length, like=self.norm.weight) for i in each(interventions, rows)]
+        edited = {point for taps in per_row for point in taps.edits}
+        self._check_grad(per_row, grad)
+        wide = torch.float64 if self.dtype == torch.float64 else torch.float32
+        if not token_ids.numel():
+            empty = torch.empty(rows, length, config.vocab_size, dtype=wide, device=self.device)
+            return empty if logits else None, ActivationCache({}, config.num_hidden_layers)
+        taps = None
+        if read or edited or grad:
+            spans = [Span(one, i * length, 0, length) for i, one in enumerate(per_row)]
+            taps = StepTaps(self, spans, whole=dict.fromkeys(read, (rows, length)), grad=grad)
+        num_blocks = -(-length // BLOCK_SIZE)
+        adapters = None
+        if stacks is not None and adapter_indices is not None:
+            adapters = StepAdapters.of(stacks, adapter_indices.to(self.device).int().repeat_interleave(length))
+        ids = token_ids.to(self.device)
+        batch = rectangle(ids, 0, num_blocks, BLOCK_SIZE, adapters=adapters, taps=taps)
+        kv = KVCache(config, rows * num_blocks, BLOCK_SIZE, dtype=self.dtype, device=self.device)
+        if grad:  # autograd does not follow a write into one of several views
+            kv.layers = [KVLayer(torch.zeros_like(k.k), torch.zeros_like(k.v)) for k in kv.layers]
+        with torch.set_grad_enabled(True) if grad else nullcontext():
+            # Through __call__, so that hooks on the whole model fire.
+            y = self(batch, kv) if logits or "logits" in read else self.hidden(batch, kv)
+            y = y.view(rows, length, -1).to(wide) if logits else None
+        found = {} if taps is None else {point: taps.whole[point] for point in read}
+        return y, ActivationCache(found, config.num_hidden_layers)
+
+    def _check_grad(self, per_row: Sequence[SequenceTaps], grad: bool) -> None:
+        if grad or not torch.is_grad_enabled():
+            return
+        edits = [edit.intervention for taps in per_row for edits in taps.edits.values() for edit in edits]
+        needy = [name for name, parameter in self.named_parameters() if parameter.requires_grad]
+        needy += [edit.name for edit in edits if edit.tensor and getattr(edit, edit.tensor).requires_grad]
+        if needy:
+            raise ParameterError(
+                f"{needy[0]} requires grad, and this forward is not differentiable: "
+                "pass grad=True, or use torch.no_grad()",
+                "grad",
+            )
+
+    def unembed(self, resid: Tensor) -> Tensor:
+        """The final norm and the head over a residual [..., hidden] -> logits [..., vocab], float32 (float64 for a
+        float64 model): the logit lens."""
+        hidden = self.norm(resid.reshape(-1, resid.shape[-1]))[0]
+        wide = torch.float64 if self.dtype == torch.float64 else torch.float32
+        return self.lm_head(hidden).view(*resid.shape[:-1], -1).to(wide)
+
+    def session(self, max_tokens: int) -> Session:
+        """An empty sequence of at most `max_tokens` with a cache of its own."""
+        return Session(self, max_tokens)
+
+    def digest(self) -> str:
+        """Of the config and of a part of every weight. What another model computed has another one."""
+        return digest(self, self.config)

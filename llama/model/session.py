@@ -1,0 +1,152 @@
+"""Session: one sequence and its keys and values, to be computed, taken back, forked and kept by hand.
+
+For speculation, guidance and search of one's own; nothing here schedules or samples. ActivationCache is what
+`Transformer.run_with_cache` reads of a forward.
+"""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from hashlib import blake2b
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from llama.api.errors import ParameterError
+from llama.model.batch import Batch, rectangle
+from llama.model.config import ModelConfig
+from llama.model.kv_cache import KVCache
+from llama.model.linear import Linear
+from llama.model.module import Module
+from llama.model.taps import resolve_points
+
+BLOCK_SIZE = 16
+
+
+class Network(Protocol):
+    """What a session needs of a Transformer."""
+
+    config: ModelConfig
+
+    @property
+    def device(self) -> torch.device: ...
+    @property
+    def dtype(self) -> torch.dtype: ...
+    def digest(self) -> str: ...
+    def forward(self, batch: Batch, kv: KVCache) -> Tensor: ...
+
+
+class Session:
+    """`session(token_ids)` computes more tokens of one sequence -> their logits [tokens, vocab], float32 (float64 for a
+    float64 model). It holds at most `max_tokens`."""
+
+    def __init__(self, model: Network, max_tokens: int) -> None:
+        if not 1 <= max_tokens <= model.config.max_position_embeddings:
+            legal = f"1 to {model.config.max_position_embeddings}, the model's context"
+            raise ParameterError(f"max_tokens must be {legal}, got {max_tokens}", "max_tokens")
+        self.model = model
+        self.max_tokens = max_tokens
+        self.token_ids: list[int] = []
+        num_blocks = -(-max_tokens // BLOCK_SIZE)
+        self._kv = KVCache(model.config, num_blocks, BLOCK_SIZE, dtype=model.dtype, device=model.device)
+
+    def __len__(self) -> int:
+        return len(self.token_ids)
+
+    @torch.no_grad()
+    def __call__(self, token_ids: Sequence[int] | Tensor) -> Tensor:
+        ids = checked_ids(torch.as_tensor(token_ids).view(1, -1), self.model.config.vocab_size)
+        start, stop = len(self), len(self) + ids.shape[1]
+        if stop > self.max_tokens:
+            raise ParameterError(f"{stop} tokens are more than the session's max_tokens={self.max_tokens}", "token_ids")
+        batch = rectangle(ids.to(self.model.device), start, self._kv.num_blocks, BLOCK_SIZE)
+        logits = self.model.forward(batch, self._kv)
+        self.token_ids += ids[0].tolist()
+        return logits.to(torch.float64 if logits.dtype == torch.float64 else torch.float32)
+
+    def rollback(self, num_tokens: int) -> None:
+        """Take back the last tokens."""
+        if not 0 <= num_tokens <= len(self):
+            raise ParameterError(f"num_tokens must be 0 to {len(self)}, got {num_tokens}", "num_tokens")
+        del self.token_ids[len(self) - num_tokens :]
+
+    def fork(self) -> "Session":
+        """A session of its own with the same tokens."""
+        copy = Session(self.model, self.max_tokens)
+        copy.token_ids = list(self.token_ids)
+        copy._kv.data.copy_(self._kv.data)
+        return copy
+
+    def save(self, path: str | Path) -> None:
+        """Write tokens, keys and values to one safetensors file."""
+        content = {"token_ids": torch.tensor(self.token_ids, dtype=torch.int64), "kv": self._used(len(self)).cpu()}
+        told = {"model": self.model.digest(), "config": json.dumps(repr(self.model.config))}
+        save_file({name: tensor.contiguous() for name, tensor in content.items()}, path, told)
+
+    def load(self, path: str | Path) -> None:
+        """Take what `save` wrote in place of what is here. ParameterError where it is another model's, or too long."""
+        with safe_open(path, "pt") as file:
+            if (file.metadata() or {}).get("model") != self.model.digest():
+                raise ParameterError(f"{path} was computed by another model, or holds no session", "path")
+            token_ids = file.get_tensor("token_ids").tolist()
+            if len(token_ids) > self.max_tokens:
+                what = f"{path} holds {len(token_ids)} tokens, more than max_tokens={self.max_tokens}"
+                raise ParameterError(what, "path")
+            self._used(len(token_ids)).copy_(file.get_tensor("kv"))
+        self.token_ids = token_ids
+
+    def _used(self, num_tokens: int) -> Tensor:
+        """[layers, 2, tokens, kv_heads, head_dim], a view."""
+        return self._kv.data.flatten(2, 3)[:, :, :num_tokens]
+
+
+class ActivationCache(Mapping[str, Tensor]):
+    """What a forward left at points of the network: [batch, seq, ...] each. TransformerLens' names find them too."""
+
+    def __init__(self, values: dict[str, Tensor], num_layers: int) -> None:
+        self._values = values
+        self._num_layers = num_layers
+
+    def __getitem__(self, point: str) -> Tensor:
+        if point not in self._values:
+            [*_, point] = [point, *resolve_points(point, self._num_layers)]
+        return self._values[point]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values)
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def __repr__(self) -> str:
+        size = sum(value.nbytes for value in self._values.values())
+        lines = [f"  {name}: {list(v.shape)} {str(v.dtype)[6:]}, {v.nbytes:,} bytes" for name, v in self.items()]
+        return "\n".join([f"ActivationCache of {len(self)} points, {size:,} bytes", *lines])
+
+
+def checked_ids(token_ids: Tensor, vocab_size: int) -> Tensor:
+    """[batch, seq] int64 on their device. ParameterError for what is no token id."""
+    if token_ids.dim() != 2 or token_ids.dtype != torch.int64:
+        raise ParameterError(f"token_ids must be an int64 tensor [batch, seq], got {token_ids!r}", "token_ids")
+    if token_ids.numel() and not 0 <= int(token_ids.min()) <= int(token_ids.max()) < vocab_size:
+        raise ParameterError(f"token ids must be in [0, {vocab_size})", "token_ids")
+    return token_ids
+
+
+def digest(model: Module, config: ModelConfig) -> str:
+    """Of the config and of the first and last bytes of every weight: which model computed something."""
+    told = blake2b(repr(config).encode(), digest_size=16)
+    for name, module in model.named_modules():
+        own = dict(module.named_parameters(recurse=False))
+        if isinstance(module, Linear):
+            own["weight"] = module.dense_weight()
+        for key, weight in own.items():
+            if weight is None:
+                continue
+            ends = [part.contiguous().view(torch.uint8).flatten()[:64] for part in (weight[:1], weight[-1:])]
+            told.update(f"{name}.{key}{tuple(weight.shape)}{weight.dtype}".encode())
+            told.update(torch.cat(ends).cpu().numpy().tobytes())
+    return told.hexdigest()

@@ -1,0 +1,315 @@
+"""Taps: points of the network where a sequence's activations are read (captured) and changed (interventions).
+
+Points carry TransformerLens' words on Hugging Face's tree, such as `layers.14.resid_post`; TransformerLens' own hook
+names are aliases by meaning. What a sequence wants is a `SequenceTaps`; one forward sees all sequences of its batch as
+one `StepTaps`, in which equal kinds of change at a point are one op. A forward without taps runs none of this.
+"""
+
+import math
+import re
+from bisect import bisect_left
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from llama.api.errors import ParameterError
+from llama.model.config import ModelConfig
+from llama.model.interventions import Add, Intervention, Positions, Rows, checked
+
+# The points of a layer in the order in which a forward meets them. q_pre and k_pre are before the rotary embedding,
+# z is the heads' output before o_proj, attn_in and mlp_in are the normed inputs; a residual is the whole sum.
+LAYER_POINTS = (
+    *("resid_pre", "attn_in", "q_pre", "k_pre", "v", "q", "k", "z", "attn_out"),
+    *("resid_mid", "mlp_in", "mlp_act", "mlp_out", "resid_post"),
+)
+ALIASES = {
+    "attn.hook_q": "q_pre",
+    "attn.hook_k": "k_pre",
+    "attn.hook_v": "v",
+    "attn.hook_rot_q": "q",
+    "attn.hook_rot_k": "k",
+    "attn.hook_z": "z",
+    "mlp.hook_post": "mlp_act",
+    **{f"hook_{name}": name for name in ("resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post")},
+}
+_LAYER = re.compile(r"(?:layers|blocks)\.(?P<layers>\*|-?\d+|-?\d*:-?\d*)\.(?P<name>.+)")
+
+
+def resolve_points(points: str | Iterable[str], num_layers: int) -> tuple[str, ...]:
+    """The points that names and patterns mean, each once, in the network's order.
+
+    A layer is a number (from the end where negative), `*`, or a range `4:8` as Python slices; `*` is every point of a
+    layer too. ParameterError lists what there is for a name that is none.
+    """
+    found: set[str] = set()
+    for given in [points] if isinstance(points, str) else points:
+        found |= _resolve(given, num_layers)
+    if not found:
+        raise ParameterError("points must name at least one point", "points")
+    return tuple(name for name in all_points(num_layers) if name in found)
+
+
+def all_points(num_layers: int) -> list[str]:
+    layers = [f"layers.{i}.{name}" for i in range(num_layers) for name in LAYER_POINTS]
+    return ["embed", *layers, "norm", "logits"]
+
+
+def _resolve(given: str, num_layers: int) -> set[str]:
+    legal = (
+        f"embed, norm, logits, or layers.I.NAME with I in [0, {num_layers - 1}] and NAME of {', '.join(LAYER_POINTS)}"
+    )
+    if not isinstance(given, str):
+        raise ParameterError(f"a point must be a string, got {given!r}", "points")
+    if given in ("embed", "norm", "logits"):
+        return {given}
+    if given == "hook_embed":
+        return {"embed"}
+    match = _LAYER.fullmatch(given)
+    name = match and ALIASES.get(match["name"], match["name"])
+    if match is None or name not in ("*", *LAYER_POINTS):
+        raise ParameterError(f"no point is called {given!r}: there are {legal}", "points")
+    wanted, every = match["layers"], range(num_layers)
+    if wanted == "*":
+        layers = every
+    elif ":" in wanted:
+        start, stop = (int(end) if end else None for end in wanted.split(":"))
+        layers = every[start:stop]
+    else:
+        layer = int(wanted)
+        layers = every[layer:][:1] if -num_layers <= layer < num_layers else every[:0]
+    if not layers:
+        raise ParameterError(f"{given!r} names no layer of this model: there are {legal}", "points")
+    return {f"layers.{i}.{one}" for i in layers for one in (LAYER_POINTS if name == "*" else (name,))}
+
+
+def point_shape(point: str, config: ModelConfig) -> tuple[int, ...]:
+    """The shape of one token's value."""
+    name = point.rpartition(".")[2]
+    if name in ("q_pre", "q", "z"):
+        return (config.num_attention_heads, config.head_dim)
+    if name in ("k_pre", "k", "v"):
+        return (config.num_key_value_heads, config.head_dim)
+    return ({"mlp_act": config.intermediate_size, "logits": config.vocab_size}.get(name, config.hidden_size),)
+
+
+ENDLESS = 1 << 60
+Interventions = Sequence[Intervention] | Sequence[Sequence[Intervention] | None] | None
+
+
+class Edit(NamedTuple):
+    """One intervention at one point of one sequence, its tensors on the model's device and in its dtype."""
+
+    intervention: Intervention
+    positions: Rows
+
+
+class SequenceTaps(NamedTuple):
+    """What one sequence wants: which changes at which point, in order, and what is to be read where."""
+
+    edits: Mapping[str, list[Edit]] = {}
+    captures: Mapping[str, Rows] = {}
+
+    @property
+    def first_change(self) -> float:
+        """The first position that an intervention changes; infinity where there is none."""
+        return min(
+            (
+                min(e.positions[:1] if isinstance(e.positions, range) else e.positions)
+                for edits in self.edits.values()
+                for e in edits
+                if e.positions
+            ),
+            default=math.inf,
+        )
+
+
+def bind(
+    interventions: Iterable[Intervention],
+    captures: Mapping[str, Rows],
+    config: ModelConfig,
+    prompt_len: int,
+    *,
+    like: Tensor,
+) -> SequenceTaps:
+    """Interventions checked against the model, for a sequence with a prompt of this length."""
+    edits: dict[str, list[Edit]] = {}
+    for given in interventions:
+        if not isinstance(given, Intervention):
+            raise ParameterError(f"an intervention must be Add, Replace, ..., got {given!r}", "interventions")
+        for point in resolve_points(given.point, config.num_hidden_layers):
+            positions = rows_of(given.positions, prompt_len)
+            one = checked(given, point_shape(point, config), positions, like)
+            edits.setdefault(point, []).append(Edit(one, positions))
+    return SequenceTaps(edits, captures)
+
+
+def each(interventions: Interventions, count: int) -> list[Sequence[Intervention]]:
+    """One list for all, or one (or None) for each of `count` sequences, as one list for each."""
+    given = list(interventions or ())
+    if all(isinstance(one, Intervention) for one in given):
+        return [given] * count  # type: ignore[list-item]
+    if len(given) != count or not all(one is None or isinstance(one, list | tuple) for one in given):
+        what = f"one list, or {count} lists or None, one for each sequence"
+        raise ParameterError(f"interventions must be {what}, got {given!r}", "interventions")
+    return [one or () for one in given]  # type: ignore[misc]
+
+
+def rows_of(positions: Positions, prompt_len: int) -> Rows:
+    """Positions as numbers, rising: a range, or those that were listed."""
+    named = {
+        "all": range(ENDLESS),
+        "prompt": range(prompt_len),
+        "generated": range(prompt_len, ENDLESS),
+        "last": range(prompt_len - 1, prompt_len),
+    }
+    if isinstance(positions, str):
+        if positions not in named:
+            legal = f"{', '.join(named)} or a list of integers"
+            raise ParameterError(f"positions must be {legal}, got {positions!r}", "positions")
+        return named[positions]
+    if any(isinstance(p, bool) or not isinstance(p, int) for p in positions):
+        raise ParameterError(f"positions must be integers, got {list(positions)!r}", "positions")
+    wrong = next((p for p in positions if not -prompt_len <= p < prompt_len), None)
+    if wrong is not None:
+        raise ParameterError(f"positions has {wrong}, and the prompt has {prompt_len} tokens", "positions")
+    return tuple(p % prompt_len for p in positions)
+
+
+class Span(NamedTuple):
+    """A run of one sequence's tokens in a batch."""
+
+    taps: SequenceTaps
+    row: int  # of the batch, of its first token
+    start: int  # the first token's position
+    length: int
+
+    def rows(self, positions: Rows) -> list[tuple[int, int]]:
+        """(row of the batch, place in `positions`) of each of the positions that lie in the run."""
+        stop, shift = self.start + self.length, self.row - self.start
+        if isinstance(positions, range):
+            first = max(self.start, positions.start)
+            return [(p + shift, p - positions.start) for p in range(first, min(stop, positions.stop))]
+        if len(positions) > 1 and list(positions) != sorted(positions):
+            return [(p + shift, i) for i, p in enumerate(positions) if self.start <= p < stop]
+        first = bisect_left(positions, self.start)
+        return [(positions[i] + shift, i) for i in range(first, bisect_left(positions, stop))]
+
+
+class StepTaps:
+    """All that is read and changed in one forward. Made for it alone; afterwards `captured` has what sequences wanted
+    to read, and `whole` the values of its points in the shape (rows, length) that was given for each."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        spans: Sequence[Span],
+        *,
+        whole: Mapping[str, tuple[int, int]] | None = None,
+        grad: bool = False,
+    ) -> None:
+        """With `grad` everything from the embedding on is part of autograd's graph."""
+        self.whole: dict[str, Tensor] = {}
+        self._shapes = whole or {}
+        self._grad = grad
+        self._names = names_of(model)
+        self._spans = [span for span in spans if span.taps.edits or span.taps.captures]
+        self._wanted = {point for span in self._spans for point in (*span.taps.edits, *span.taps.captures)}
+        self._wanted |= {*self._shapes, *(["embed"] if grad else [])}
+        # point -> [(number of the span, first place, values)]: what each span's sequence wanted of it
+        self.captured: dict[str, list[tuple[int, list[int], Tensor]]] = {}
+
+    def at(self, module: nn.Module, name: str, value: Tensor) -> Tensor:
+        """`value` [tokens, ...] of the module's point `name`, changed and read as the sequences want."""
+        point = self._names[module] + name
+        if point not in self._wanted:
+            return value
+        if self._grad and not value.requires_grad:
+            value = value.requires_grad_()
+        value = self._changed(point, value)
+        if point in self._shapes:  # what goes on is made of what is kept: gradients reach it
+            self.whole[point] = value.view(*self._shapes[point], *value.shape[1:])
+            value = self.whole[point].flatten(0, 1)
+        for i, span in enumerate(self._spans):
+            if point in span.taps.captures:
+                found = span.rows(span.taps.captures[point])
+                if found:
+                    rows = torch.tensor([row for row, _ in found], device=value.device)
+                    place = [place for _, place in found]
+                    self.captured.setdefault(point, []).append((i, place, value.index_select(0, rows)))
+        return value
+
+    def wants(self, module: nn.Module, name: str) -> bool:
+        return self._names[module] + name in self._wanted
+
+    def residual(
+        self, module: nn.Module, name: str, x: Tensor, residual: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """The same for a residual stream that is still a pair, whose sum it makes only where somebody wants it."""
+        if not self.wants(module, name):
+            return x, residual
+        return self.at(module, name, x if residual is None else x + residual), None
+
+    def stored(self, module: nn.Module, name: str, cache: Tensor, slots: Tensor) -> None:
+        """The same for what the step's tokens have put into a cache [blocks, block_size, ...] at `slots`."""
+        if self.wants(module, name):
+            places = cache.flatten(0, 1)
+            value = places.index_select(0, slots)
+            changed = self.at(module, name, value)
+            if changed is not value:
+                places.index_copy_(0, slots, changed)
+
+    def _changed(self, point: str, value: Tensor) -> Tensor:
+        rounds: list[list[tuple[Span, Edit]]] = []
+        for span in self._spans:
+            for i, edit in enumerate(span.taps.edits.get(point, ())):
+                if i == len(rounds):
+                    rounds.append([])
+                rounds[i].append((span, edit))
+        for edits in rounds:  # the order of one sequence's changes is kept; those of different ones do not meet
+            sums = [(s, e) for s, e in edits if isinstance(e.intervention, Add) and not e.intervention.norm_match]
+            if sums:
+                value = _add(value, sums)
+            for span, edit in edits:
+                if (span, edit) not in sums:
+                    value = _edit(value, span, edit)
+        return value
+
+
+def _add(value: Tensor, sums: list[tuple[Span, Edit]]) -> Tensor:
+    """All vectors that are added at a point, in one op."""
+    rows, deltas = [], []
+    for span, edit in sums:
+        assert isinstance(edit.intervention, Add)
+        found = [row for row, _ in span.rows(edit.positions)]
+        if found:
+            rows += found
+            deltas.append(edit.intervention.delta().expand(len(found), *value.shape[1:]))
+    if not rows:
+        return value
+    return value.index_add(0, torch.tensor(rows, device=value.device), torch.cat(deltas))
+
+
+def _edit(value: Tensor, span: Span, edit: Edit) -> Tensor:
+    found = span.rows(edit.positions)
+    if not found:
+        return value
+    rows = torch.tensor([row for row, _ in found], device=value.device)
+    old = value.index_select(0, rows)
+    new = edit.intervention.of(old, [place for _, place in found])
+    if new.shape != old.shape or new.dtype != old.dtype:
+        raise ParameterError(
+            f"{edit.intervention.name} at {edit.intervention.point} must give {old.dtype} {list(old.shape)}, "
+            f"got {new.dtype} {list(new.shape)}",
+            "interventions",
+        )
+    return value.index_copy(0, rows, new)
+
+
+def names_of(model: nn.Module) -> dict[nn.Module, str]:
+    """Each module that has points -> what comes before a point's own name."""
+    names: dict[nn.Module, str] = {model: ""}
+    for i, block in enumerate(model.layers):  # type: ignore[arg-type]
+        names |= dict.fromkeys((block, block.self_attn, block.mlp), f"layers.{i}.")
+    return names

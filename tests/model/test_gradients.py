@@ -1,0 +1,128 @@
+"""Gradients through the network equal those of transformers."""
+
+import pytest
+import torch
+from torch.autograd import grad
+from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.models.llama import modeling_llama
+
+from llama.api.errors import ParameterError
+from llama.model.interventions import Add, Replace
+from llama.model.transformer import Transformer
+from tests.model.models import tiny_model
+from tests.model.test_taps import norm_in_float64
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    path = tmp_path_factory.mktemp("gradients")
+    config = LlamaConfig(
+        vocab_size=61,
+        hidden_size=48,
+        intermediate_size=80,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        max_position_embeddings=128,
+        tie_word_embeddings=False,
+        attn_implementation="eager",
+    )
+    torch.manual_seed(4)
+    theirs = LlamaForCausalLM(config).eval().double()
+    for parameter in theirs.parameters():
+        parameter.data.add_(torch.randn_like(parameter) * 0.1)
+    theirs.save_pretrained(path)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(modeling_llama.LlamaRMSNorm, "forward", norm_in_float64)
+        # Its softmax is float32 whatever the dtype.
+        patch.setattr(modeling_llama.nn.functional, "softmax", lambda x, dim, dtype=None: torch.softmax(x, dim))
+        yield theirs, Transformer.from_pretrained(path, dtype=torch.float64)
+
+
+IDS = torch.randint(0, 61, (2, 13), generator=torch.Generator().manual_seed(1))
+WEIGHTS = torch.randn(2, 13, 61, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+
+
+def loss(logits):
+    return (logits.log_softmax(-1) * WEIGHTS).sum()
+
+
+def close(ours, theirs):
+    assert theirs.abs().max() > 1e-3
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-9 * max(1.0, float(theirs.abs().max())))
+
+
+def test_with_respect_to_what_is_read(pair):
+    """Attribution patching: one backward, the gradient at every layer."""
+    theirs, ours = pair
+    states = theirs(IDS, output_hidden_states=True)
+    points = ["embed", "layers.0.resid_post", "layers.1.resid_post"]
+    expected = grad(loss(states.logits), states.hidden_states[:3])
+    logits, cache = ours.run_with_cache(IDS, points, logits=True, grad=True)
+    for ours_, theirs_ in zip(grad(loss(logits), [cache[p] for p in points]), expected, strict=True):
+        close(ours_, theirs_)
+
+
+@pytest.mark.parametrize("name", ["q_pre", "k_pre", "q", "k", "v", "z", "mlp_act", "attn_out", "resid_mid"])
+def test_the_gradient_at_a_point_is_the_slope_along_a_direction(name):
+    """Points that transformers does not give: (f(x + h d) - f(x - h d)) / 2 h against the gradient times d."""
+    ours = tiny_model(vocab_size=61)
+    point, h = f"layers.1.{name}", 1e-5
+    logits, cache = ours.run_with_cache(IDS, point, logits=True, grad=True)
+    [slope] = grad(loss(logits), cache[point])
+    along = torch.randn(slope.shape[2:], dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    moved = [loss(ours.logits(IDS, interventions=[Add(point, along, scale=s)])) for s in (h, -h)]
+    torch.testing.assert_close((slope * along).sum(), (moved[0] - moved[1]) / (2 * h), rtol=1e-5, atol=1e-5)
+
+
+def test_with_respect_to_embeddings_that_are_put_in(pair):
+    """Integrated gradients."""
+    theirs, ours = pair
+    start = theirs.model.embed_tokens(IDS[:1]).detach()
+    steps = torch.linspace(0.1, 1, 4, dtype=torch.float64)
+    for step in steps:
+        x = (step * start).requires_grad_()
+        [expected] = grad(loss(theirs(inputs_embeds=x).logits), x)
+        y = (step * start[0]).requires_grad_()
+        logits = ours.logits(IDS[:1], interventions=[Replace("embed", y)], grad=True)
+        close(grad(loss(logits), y)[0], expected[0])
+
+
+def test_with_respect_to_parameters(pair):
+    theirs, ours = pair
+    [expected] = grad(loss(theirs(IDS).logits), theirs.model.layers[1].mlp.down_proj.weight)
+    weight = ours.layers[1].mlp.down_proj.weight.requires_grad_()
+    try:
+        close(grad(loss(ours.logits(IDS, grad=True)), weight)[0], expected)
+        with pytest.raises(ParameterError, match=r"layers.1.mlp.down_proj.weight requires grad.* pass grad=True"):
+            ours.logits(IDS)
+        with torch.no_grad():
+            assert not ours.logits(IDS).requires_grad
+    finally:
+        weight.requires_grad_(False)
+
+
+def test_a_vector_that_requires_a_gradient_needs_it_asked_for():
+    with pytest.raises(ParameterError, match="Add requires grad"):
+        tiny_model().logits(IDS, interventions=[Add("embed", torch.zeros(48, requires_grad=True))])
+
+
+def test_packed_weights_are_differentiated_through_too():
+    plain, packed = tiny_model(vocab_size=61, dtype=torch.float32), tiny_model(vocab_size=61, dtype=torch.float32)
+    packed.prepare()
+    both = []
+    for model in (plain, packed):
+        logits, cache = model.run_with_cache(IDS, "embed", logits=True, grad=True)
+        both.append(grad(loss(logits), cache["embed"])[0])
+    assert torch.equal(*both)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_the_differentiable_ops_compute_the_same(dtype):
+    ours = tiny_model(vocab_size=61, dtype=dtype)
+    bound = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 0.05}[dtype]
+    expected = ours.logits(IDS)
+    found = ours.logits(IDS, grad=True)
+    assert found.requires_grad
+    torch.testing.assert_close(found.detach(), expected, rtol=0, atol=bound * float(expected.abs().max()))

@@ -1,0 +1,80 @@
+"""A sequence computed by hand: pieces, steps back, forks and files give the logits of the whole."""
+
+import pytest
+import torch
+
+from llama.api.errors import ParameterError
+from tests.model.models import tiny_model
+
+IDS = torch.randint(0, 97, (40,), generator=torch.Generator().manual_seed(1)).tolist()
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model()
+
+
+def whole(model, ids):
+    return model.logits(torch.tensor([ids]))[0]
+
+
+def close(ours, expected):
+    torch.testing.assert_close(ours, expected, rtol=0, atol=1e-12)
+
+
+def test_pieces_are_the_whole(model):
+    session = model.session(40)
+    parts = [session(IDS[:17]), session(IDS[17:18]), session(torch.tensor(IDS[18:]))]
+    close(torch.cat(parts), whole(model, IDS))
+    assert session.token_ids == IDS and len(session) == 40
+
+
+def test_rollback_and_fork(model):
+    session = model.session(64)
+    session(IDS[:20])
+    other = session.fork()
+    session.rollback(5)
+    close(session([7, 8, 9]), whole(model, [*IDS[:15], 7, 8, 9])[15:])
+    close(other([7, 8, 9]), whole(model, [*IDS[:20], 7, 8, 9])[20:])
+    assert session.token_ids == [*IDS[:15], 7, 8, 9] and other.token_ids == [*IDS[:20], 7, 8, 9]
+
+
+def test_a_file_holds_a_session(model, tmp_path):
+    session = model.session(64)
+    session(IDS)
+    session.save(tmp_path / "kept.safetensors")
+    again = model.session(48)
+    again.load(tmp_path / "kept.safetensors")
+    close(again([1, 2]), whole(model, [*IDS, 1, 2])[40:])
+    assert again.token_ids == [*IDS, 1, 2]
+    with pytest.raises(ParameterError, match="40 tokens, more than max_tokens=39"):
+        model.session(39).load(tmp_path / "kept.safetensors")
+
+
+@pytest.mark.parametrize("changes", [{"seed": 1}, {"rope_theta": 500.0}, {"dtype": torch.float32}])
+def test_another_models_file_is_refused(model, tmp_path, changes):
+    session = model.session(8)
+    session([1, 2, 3])
+    session.save(tmp_path / "kept.safetensors")
+    with pytest.raises(ParameterError, match="computed by another model"):
+        tiny_model(**changes).session(8).load(tmp_path / "kept.safetensors")
+
+
+def test_the_digest_does_not_depend_on_the_form_of_the_weights():
+    plain, packed = tiny_model(dtype=torch.float32), tiny_model(dtype=torch.float32)
+    packed.prepare()
+    assert plain.digest() == packed.digest()
+
+
+def test_misuse_is_one_clear_error(model):
+    session = model.session(4)
+    session([1, 2])
+    with pytest.raises(ParameterError, match="5 tokens are more than the session's max_tokens=4"):
+        session([3, 4, 5])
+    with pytest.raises(ParameterError, match=r"token ids must be in \[0, 97\)"):
+        session([97])
+    with pytest.raises(ParameterError, match="num_tokens must be 0 to 2, got 3"):
+        session.rollback(3)
+    with pytest.raises(ParameterError, match="max_tokens must be 1 to 512"):
+        model.session(513)
+    assert session.token_ids == [1, 2]
