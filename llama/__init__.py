@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from llama.api.outputs import RequestOutput as RequestOutput
     from llama.api.outputs import Usage as Usage
     from llama.api.params import SamplingParams as SamplingParams
+    from llama.api.structured import StructuredOutputsParams as StructuredOutputsParams
     from llama.async_llm.async_llm import AsyncLLM as AsyncLLM
     from llama.llm.llm import LLM as LLM
     from llama.llm.loras import LoRARequest as LoRARequest
@@ -64,6 +65,7 @@ _HOMES = {
     "RequestOutput": "llama.api.outputs",
     "SamplingParams": "llama.api.params",
     "Scale": "llama.model.interventions",
+    "StructuredOutputsParams": "llama.api.structured",
     "Transformer": "llama.model.transformer",
     "Usage": "llama.api.outputs",
     "WorkerLostError": "llama.api.errors",
@@ -95,6 +97,7 @@ __all__ = [
     "RequestOutput",
     "SamplingParams",
     "Scale",
+    "StructuredOutputsParams",
     "Transformer",
     "Usage",
     "WorkerLostError",

@@ -11,6 +11,7 @@ from typing import Any, Literal, TypeVar
 
 from llama.api.errors import ParameterError
 from llama.api.neutral import SAMPLING, is_neutral
+from llama.api.structured import StructuredOutputsParams
 
 MAX_SEED = 2**53 - 1  # of the seeds that are used and come back: JavaScript has no larger integers
 MAX_TOKENS = 2**63 - 1
@@ -32,8 +33,7 @@ _INSTEAD = {
     "do_sample": "temperature=0 is greedy decoding, and any higher temperature samples",
     "max_length": "max_tokens counts the new tokens alone",
     "min_length": "min_tokens counts the new tokens alone",
-    "guided_decoding": "response_format constrains the output",
-    "structured_outputs": "response_format constrains the output",
+    "guided_decoding": "structured_outputs constrains the output",
     "bad_words": "logit_bias forbids single tokens",
     "allowed_token_ids": "response_format or logit_bias constrain the output",
 }
@@ -102,6 +102,9 @@ class SamplingParams:
     prompt_logprobs: int | None = _option(None, "the same for the prompt's tokens")
     logprobs_mode: Literal["raw", "processed"] = _option("raw", "processed: after penalties, temperature and filters")
     response_format: Mapping[str, Any] | None = _option(None, 'constrain the answer, such as {"type": "json_object"}')
+    structured_outputs: StructuredOutputsParams | Mapping[str, Any] | None = _option(  # noqa: RUF009
+        None, 'the same as vLLM has it, such as {"choice": ["yes", "no"]}'
+    )
 
     def __post_init__(self) -> None:
         put = functools.partial(object.__setattr__, self)
@@ -132,6 +135,25 @@ class SamplingParams:
         if self.logprobs_mode not in ("raw", "processed"):
             raise _refusal("logprobs_mode", '"raw" or "processed"', self.logprobs_mode)
         put("response_format", _response_format(self.response_format))
+        if self.structured_outputs is not None:
+            put("structured_outputs", StructuredOutputsParams.of(self.structured_outputs))
+            if self.response_format is not None:
+                both = "structured_outputs and response_format both constrain the answer: give one of them"
+                raise ParameterError(both, "structured_outputs")
+
+    @property
+    def constraint(self) -> Mapping[str, Any] | None:
+        """What the answer is held to, whichever field says so."""
+        if isinstance(self.structured_outputs, StructuredOutputsParams):
+            return self.structured_outputs.constraint
+        return self.response_format
+
+    @property
+    def constrained_by(self) -> str | None:
+        """The field that says so."""
+        if self.constraint is None:
+            return None
+        return "response_format" if self.structured_outputs is None else "structured_outputs"
 
 
 def _refusal(name: str, legal: str, value: Any, place: str = "") -> ParameterError:

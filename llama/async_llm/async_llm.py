@@ -124,7 +124,7 @@ class AsyncLLM:
         prepare = partial(self.llm.inputs.request, prompt, sampling_params, lora, request_id=request_id, clip=clip)
         parts = [*prompt.values()] if isinstance(prompt, Mapping) else [prompt]
         size = max((len(part) for part in parts if isinstance(part, str | list | tuple)), default=0)
-        return await self._submit(prepare, size, grammar_key(_response_format(sampling_params)))
+        return await self._submit(prepare, size, grammar_key(_constraint(sampling_params)))
 
     async def submit_chat(
         self,
@@ -148,7 +148,7 @@ class AsyncLLM:
             request_id=request_id,
             clip=clip,
         )
-        grammar = grammar_key(_response_format(sampling_params), tools, tool_choice)
+        grammar = grammar_key(_constraint(sampling_params), tools, tool_choice)
         # A template may be slow however short the messages are.
         return await self._submit(prepare, max(_INLINE_CHARACTERS, size_of(messages, tools)), grammar)
 
@@ -258,8 +258,8 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and not math.isnan(value)
 
 
-def _response_format(params: Any) -> Any:
-    return params.response_format if isinstance(params, SamplingParams) else None
+def _constraint(params: Any) -> Any:
+    return params.constraint if isinstance(params, SamplingParams) else None
 
 
 def _end(reference: "weakref.ref[Stepper]") -> None:

@@ -125,11 +125,11 @@ def size_of(*values: Any) -> int:
     return size
 
 
-def grammar_key(response_format: Any, tools: Any = None, tool_choice: Any = "auto") -> str | None:
+def grammar_key(constraint: Any, tools: Any = None, tool_choice: Any = "auto") -> str | None:
     """What tells one grammar from another; None where no grammar is wanted, "" for one that is never known."""
     wanted = []
-    if response_format and response_format != {"type": "text"}:
-        wanted.append(response_format)
+    if constraint and constraint != {"type": "text"}:
+        wanted.append(constraint)
     if tools and tool_choice not in ("auto", "none"):
         wanted.append([tools, tool_choice])
     if not wanted:

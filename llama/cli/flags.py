@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin
 
 from llama.api.errors import ParameterError
+from llama.api.structured import StructuredOutputsParams
 
 T = TypeVar("T")
 
@@ -153,6 +154,7 @@ _KINDS: dict[Any, dict[str, Any]] = {
     str | Sequence[str]: _SEVERAL | {"metavar": "TEXT"},
     Mapping[int, float]: {"action": _Pairs, "nargs": "+", "type": _bias, "metavar": "ID=NUMBER"},
     Mapping[str, Any]: {"type": _json, "metavar": "JSON"},
+    StructuredOutputsParams | Mapping[str, Any]: {"type": _json, "metavar": "JSON"},
 }
 
 

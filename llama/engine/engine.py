@@ -154,8 +154,8 @@ class Engine:
         if request.request_id in self.scheduler:
             raise ParameterError(f"request_id {request.request_id!r} is in use", "request_id")
         params, prompt = request.params, request.prompt_token_ids
-        if params.response_format is not None and request.new_matcher is None:
-            raise ParameterError("response_format needs a matcher of its grammar", "response_format")
+        if params.constraint is not None and request.new_matcher is None:
+            raise ParameterError(f"{params.constrained_by} needs a matcher of its grammar", params.constrained_by)
         limit = self._limit(len(prompt), params.max_tokens)
         seed = self._seeds.next() if params.seed is None else params.seed
         sequences = [

@@ -186,15 +186,15 @@ class Inputs:
         return self.engine.request(request_id, token_ids, params, **rest)
 
     def _constrained(self, request: Request, tools: Tools) -> Request:
-        """With the grammar that the answer is held to: a call that must be made goes before a response_format."""
-        response_format, grammar = request.params.response_format, None
+        """With the grammar that the answer is held to: a call that must be made goes before any other."""
+        params, grammar = request.params, None
         try:
             if tools.must_call:
                 grammar = self._grammars.compile_tool_choice(tools.shown or (), tools.name)
-            elif response_format is not None:
-                grammar = self._grammars.compile(response_format)
+            elif params.constrained_by is not None:
+                grammar = self._grammars.compile(params.constraint, params.constrained_by)
         except ImportError as error:
-            raise ParameterError(str(error), "response_format" if response_format else "tool_choice") from None
+            raise ParameterError(str(error), params.constrained_by or "tool_choice") from None
         return replace(request, tools=tools.parameters, new_matcher=None if grammar is None else grammar.matcher)
 
     @property

@@ -205,7 +205,7 @@ class Answer:
         if piece.finish_reason is FinishReason.ERROR:
             if piece.stop_reason == BROKEN_GRAMMAR:
                 params = self._stream.request.params
-                raise grammar_failed("tools" if params.response_format is None else "response_format")
+                raise grammar_failed(params.constrained_by or "tools")
             logger.error("request %s ended with an error, as %s", self._record.request_id, self._stream.request_id)
             raise internal(self._record.request_id)
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from llama.api.params import SamplingParams
+from llama.api.structured import StructuredOutputsParams
 
 NAN, INF = math.nan, math.inf
 
@@ -44,8 +45,18 @@ LEGAL = {
         {"type": "json_schema", "json_schema": {"type": "object"}},
         {"type": "regex", "regex": "a+"},
     ],
+    "structured_outputs": [
+        None,
+        {"json": {"type": "object"}},
+        {"json": '{"type": "object"}', "disable_any_whitespace": True},
+        StructuredOutputsParams(choice=["a", ""]),
+        {"regex": "a+", "json": None},
+        {"grammar": 'start: "a"'},
+        {"json_object": True},
+    ],
 }
 
+ONE_OF = "structured_outputs must have exactly one of json, regex, choice, grammar, json_object"
 NOT_NUMBERS = [NAN, INF, -INF, True, None, "1", [1], 1j, 10**400, np.float32("nan")]
 NOT_INTEGERS = [True, False, 1.0, 1.5, NAN, "1", [1], np.float64(1), np.bool_(True)]
 
@@ -70,6 +81,7 @@ ILLEGAL = {
     "prompt_logprobs": ([-1, 21, *NOT_INTEGERS], "an integer from 0 to 20"),
     "logprobs_mode": (["RAW", None, 1, "raw_logprobs"], '"raw" or "processed"'),
     "response_format": (["json", ["json_object"]], 'a mapping with a "type"'),
+    "structured_outputs": (["json", ["json_object"], True], "a StructuredOutputsParams"),
 }
 
 
@@ -120,6 +132,19 @@ def test_illegal(name, value):
         (
             {"response_format": {"type": "json_object", "schema": {}}},
             "response_format of type json_object has no key 'schema'",
+        ),
+        ({"structured_outputs": {}}, f"{ONE_OF}: got none"),
+        ({"structured_outputs": {"regex": "a", "choice": ["a"]}}, f"{ONE_OF}: got regex and choice"),
+        ({"structured_outputs": {"schema": {}}}, "structured_outputs has no key 'schema'; it has json, regex, "),
+        ({"structured_outputs": {"json": ""}}, "structured_outputs.json must be a JSON schema, or the text of one"),
+        ({"structured_outputs": {"json_object": False}}, "structured_outputs.json_object must be True, got False"),
+        ({"structured_outputs": {"choice": []}}, "structured_outputs.choice must be a list of at least one text"),
+        ({"structured_outputs": {"choice": [1]}}, "structured_outputs.choice must be a list of at least one text"),
+        ({"structured_outputs": {"regex": ""}}, "structured_outputs.regex must be a text that is not empty, got ''"),
+        ({"structured_outputs": {"structural_tag": "{}"}}, "structured_outputs.structural_tag is not offered"),
+        (
+            {"structured_outputs": {"regex": "a"}, "response_format": {"type": "json_object"}},
+            "structured_outputs and response_format both constrain the answer: give one of them",
         ),
         ({"max_new_tokens": 5}, "max_new_tokens is called max_tokens here"),
         ({"max_completion_tokens": 5}, "max_completion_tokens is called max_tokens here"),

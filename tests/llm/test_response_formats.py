@@ -7,7 +7,7 @@ import re
 import jsonschema
 import pytest
 
-from llama import LLM, SamplingParams
+from llama import LLM, SamplingParams, StructuredOutputsParams
 
 PERSON = {
     "type": "object",
@@ -50,6 +50,22 @@ def test_alone_it_validates(llm, response_format, fields):
     params = asking(response_format, 5, **fields)
     for output in (llm.generate("Hi", params, use_tqdm=False)[0], llm.chat(TALK, params, use_tqdm=False)[0]):
         check(output.outputs[0], response_format)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "pattern"),
+    [
+        (StructuredOutputsParams(choice=["left", "right turn"]), "left|right turn"),
+        ({"regex": PATTERN}, PATTERN),
+        ({"grammar": 'root ::= "x" [0-9]'}, "x[0-9]"),
+        ({"json": '{"enum": [1, "two"]}'}, '1|"two"'),
+        ({"json_object": True}, r"\{.*"),
+    ],
+    ids=str,
+)
+def test_structured_outputs(llm, wanted, pattern):
+    params = SamplingParams(temperature=5.0, max_tokens=LONGEST, seed=3, structured_outputs=wanted)
+    assert re.fullmatch(pattern, llm.generate("Hi", params, use_tqdm=False)[0].outputs[0].text, re.DOTALL)
 
 
 @FORMATS

@@ -114,6 +114,10 @@ def test_parameters_reach_the_engine(scripted, given, expected):
         ({"image": None}, "'/image' is not supported: this model takes text only"),
         ({"response_format": {"type": "xml"}}, "enum not in json_object or json_schema at '/response_format/type'"),
         ({"response_format": None}, "Type mismatch of '/response_format', 'object' not in 'null'"),
+        (
+            {"response_format": {"type": "json_object"}, "guided_json": {}},
+            "'/guided_json' and '/response_format' both constrain the answer",
+        ),
         ({"response_format": {"type": "json_schema"}}, "required properties at '/response_format' are 'json_schema'"),
         (
             {"response_format": {"type": "json_object"}, "stream": True},

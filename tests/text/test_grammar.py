@@ -10,6 +10,7 @@ import jsonschema
 import numpy as np
 import pytest
 
+from llama.api.errors import ParameterError
 from llama.text.grammar import GrammarCompiler, GrammarError
 from llama.text.tool_calls import ToolCall, parse_tool_calls
 from tests.text.helpers import WEATHER_TOOL, llama_backend, write_checkpoint
@@ -271,6 +272,42 @@ def test_schemas_that_are_refused(compiler, schema, message):
 def test_response_formats_that_are_refused(compiler, response_format, message):
     with pytest.raises(ValueError, match=message):
         compiler.compile(response_format)
+
+
+CHOICES = ["a", "ab", 'say "no"', "two\nlines", "é😀", "<|im_end|>"]
+
+
+def test_a_choice_may_begin_another_and_hold_anything(compiler, demo_tokenizer):
+    grammar = compiler.compile({"type": "choice", "choice": CHOICES}, "structured_outputs")
+    found = {demo_tokenizer.decode(walk(grammar.matcher(), seed), skip_special_tokens=False) for seed in range(60)}
+    assert found == set(CHOICES)
+    assert walk(compiler.compile({"type": "choice", "choice": [""]}, "structured_outputs").matcher(), 0) == []
+
+
+@pytest.mark.parametrize(
+    "text",
+    ['start: word (" " word)*\nword: "yes" | /n[o0]{1,3}/', 'root ::= word (" " word)*\nword ::= "yes" | "n" [o0]+'],
+)
+def test_a_grammar_may_be_lark_or_gbnf(compiler, demo_tokenizer, text):
+    grammar = compiler.compile({"type": "grammar", "grammar": text}, "structured_outputs")
+    for seed in range(10):
+        assert re.fullmatch("(yes|n[o0]+)( (yes|n[o0]+))*", demo_tokenizer.decode(walk(grammar.matcher(), seed)))
+
+
+@pytest.mark.parametrize(
+    ("constraint", "message"),
+    [
+        ({"type": "grammar", "grammar": "nonsense ((("}, r"structured_outputs\.grammar: "),
+        ({"type": "grammar", "grammar": "root ::= missing"}, r"structured_outputs\.grammar: "),
+        ({"type": "grammar", "grammar": "start: " + '"a" ' * 20_000}, "structured_outputs.grammar has more than 65536"),
+        ({"type": "choice", "choice": ["a" * 70_000]}, "structured_outputs.choice has more than 65536 bytes"),
+        ({"type": "json_schema", "json_schema": {"schema": {"not": {}}}}, r"structured_outputs\.json: "),
+    ],
+)
+def test_structured_outputs_that_are_refused(compiler, constraint, message):
+    with pytest.raises(ParameterError, match=message) as caught:
+        compiler.compile(constraint, "structured_outputs")
+    assert caught.value.param == "structured_outputs" and "\n" not in str(caught.value)
 
 
 def test_user_options_for_the_compiler_do_not_count(compiler):

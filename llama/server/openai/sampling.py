@@ -31,11 +31,24 @@ def sampling_params(body: CommonRequest, defaults: SamplingParams, **wanted: Any
         raise bad_input("stream_options needs stream", "stream_options")
     given = {name: getattr(body, name) for name in _SAME if getattr(body, name) is not None}
     given |= {"stop": body.stop, "logit_bias": _bias(body), **wanted}
-    given["response_format"] = body.response_format
+    given |= {"response_format": body.response_format, "structured_outputs": _structured_outputs(body)}
     try:
         return replace(defaults, **given)
     except ParameterError as error:
         raise bad_input(str(error), error.param) from None
+
+
+def _structured_outputs(body: CommonRequest) -> dict[str, Any] | None:
+    """With what the older names ask for. Two constraints are refused, where StructuredOutputsParams is made too."""
+    wanted = dict(body.structured_outputs or {})
+    for kind in ("json", "regex", "choice", "grammar"):
+        older = getattr(body, f"guided_{kind}")
+        if older is not None:
+            if wanted.get(kind) is not None:
+                both = f"guided_{kind} and structured_outputs.{kind} say the same thing: give one of them"
+                raise bad_input(both, f"guided_{kind}")
+            wanted[kind] = older
+    return wanted if wanted or body.structured_outputs is not None else None
 
 
 def _bias(body: CommonRequest) -> dict[int, float] | None:

@@ -124,6 +124,12 @@ class CommonRequest(BaseModel):
     repetition_penalty: Number | None = None
     ignore_eos: bool | None = None
     stop_token_ids: list[Integer] | None = Field(None, max_length=MAX_STOP_IDS)
+    structured_outputs: dict[str, Any] | None = None
+    # What structured_outputs was called before.
+    guided_json: dict[str, Any] | str | None = None
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
+    guided_grammar: str | None = None
     include_stop_str_in_output: bool | None = None
     lora: str | None = None
     # They change nothing about an answer.
@@ -134,6 +140,7 @@ class CommonRequest(BaseModel):
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
     prompt_cache_retention: str | None = None
+    guided_decoding_backend: str | None = None
 
 
 class ChatRequest(CommonRequest):

@@ -56,31 +56,42 @@ class GrammarCompiler:
         self._lock = threading.Lock()
         self._kept: OrderedDict[str, Grammar] = OrderedDict()
 
-    @blamed_on("response_format")
-    def compile(self, response_format: Mapping[str, Any] | None) -> Grammar | None:
-        """The grammar of a `response_format`; None for none and for {"type": "text"}.
+    def compile(self, constraint: Mapping[str, Any] | None, field: str = "response_format") -> Grammar | None:
+        """The grammar of `SamplingParams.constraint`, which this field gave; None for none and for {"type": "text"}.
 
-        Raises ParameterError for what is not a response format, exceeds a limit, does not compile in time or asks for
-        what llguidance does not have; ImportError where that is not installed.
+        Raises ParameterError for what is not a constraint, exceeds a limit, does not compile in time or asks for what
+        llguidance does not have; ImportError where that is not installed.
         """
-        if response_format is None:
-            return None
-        if not isinstance(response_format, Mapping):
-            raise ValueError(f"response_format must be an object, got {response_format!r}")
-        kind = response_format.get("type")
-        if kind == "text":
-            return None
-        matcher_class = _llguidance().LLMatcher
+        with blamed_on(field):
+            if constraint is None:
+                return None
+            if not isinstance(constraint, Mapping):
+                raise ValueError(f"{field} must be an object, got {constraint!r}")
+            kind = constraint.get("type")
+            if kind == "text":
+                return None
+            where = f"{field}.{'json' if (field, kind) == ('structured_outputs', 'json_schema') else kind}"
+            return self._grammar(self._source(constraint, where), field if kind == "json_object" else where)
+
+    def _source(self, constraint: Mapping[str, Any], where: str) -> str:
+        """What llguidance compiles."""
+        kind, matcher = constraint.get("type"), _llguidance().LLMatcher
         if kind == "json_object":
-            schema = prepared_schema({"type": "object"}, "response_format")
-            return self._grammar(matcher_class.grammar_from_json_schema(schema), "response_format")
+            return str(matcher.grammar_from_json_schema(prepared_schema({"type": "object"}, where)))
         if kind == "json_schema":
-            where = "response_format.json_schema"
-            schema = prepared_schema(schema_of_response_format(response_format), where)
-            return self._grammar(matcher_class.grammar_from_json_schema(schema), where)
+            schema = prepared_schema(schema_of_response_format(constraint), where)
+            return str(matcher.grammar_from_json_schema(schema))
         if kind == "regex":
-            regex = _checked_regex(response_format.get("regex"))
-            return self._grammar(matcher_class.grammar_from_regex(regex), "response_format.regex")
+            return str(matcher.grammar_from_regex(_checked_text(constraint.get("regex"), where)))
+        if kind == "choice":
+            choices = " | ".join(json.dumps(text, ensure_ascii=False) for text in constraint["choice"])
+            return str(matcher.grammar_from_lark("start: " + _checked_text(choices, where)))
+        if kind == "grammar":
+            text = _checked_text(constraint["grammar"], where)
+            try:
+                return str(_llguidance().grammar_from("grammar", text))  # Lark, or what it turns into Lark
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f"{where}: {told(str(error))}") from None
         raise ValueError(f"response_format.type must be text, json_object, json_schema or regex, got {kind!r}")
 
     @blamed_on("tools")
@@ -184,10 +195,10 @@ def _llguidance() -> Any:
     return llguidance
 
 
-def _checked_regex(regex: Any) -> str:
-    if not isinstance(regex, str) or not regex:
-        raise ValueError(f"response_format.regex must be a non-empty string, got {regex!r}")
-    check_unicode(regex)
-    if len(regex.encode()) > MAX_BYTES:
-        raise ValueError(f"response_format.regex has more than {MAX_BYTES} bytes")
-    return regex
+def _checked_text(text: Any, where: str) -> str:
+    if not isinstance(text, str) or not text:
+        raise ValueError(f"{where} must be a non-empty string, got {text!r}")
+    check_unicode(text)
+    if len(text.encode()) > MAX_BYTES:
+        raise ValueError(f"{where} has more than {MAX_BYTES} bytes")
+    return text
