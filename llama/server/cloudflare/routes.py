@@ -110,7 +110,7 @@ def _params(body: RunRequest) -> SamplingParams:
 
 def _response_format(body: RunRequest) -> dict[str, Any] | None:
     wanted = body.response_format
-    if body.guided_json is not None:
+    if "guided_json" in body.model_fields_set:
         if wanted is not None:
             raise bad_input("'/guided_json' and '/response_format' both constrain the answer", "guided_json")
         return {"type": "json_schema", "json_schema": {"schema": body.guided_json}}

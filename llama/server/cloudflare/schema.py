@@ -91,4 +91,4 @@ class RunRequest(BaseModel):
     functions: list[Any] = Field(default_factory=list, max_length=MAX_TOOLS)
     image: Any = None
     response_format: ResponseFormat = Field(None)  # type: ignore[assignment]
-    guided_json: dict[str, Any] = Field(None)  # type: ignore[assignment]
+    guided_json: dict[str, Any] = Field(default_factory=dict)
