@@ -2,7 +2,6 @@
 
 import json
 import math
-import re
 
 import openai
 import pytest
@@ -223,24 +222,6 @@ def test_json_schema(tiny_client):
     assert chat(tiny_client, "x", response_format={"type": "text"}, max_tokens=1).choices
 
 
-@pytest.mark.parametrize(
-    ("extra", "pattern"),
-    [
-        ({"structured_outputs": {"choice": ["yes", "no"]}}, "yes|no"),
-        ({"guided_choice": ["yes", "no"], "guided_decoding_backend": "outlines"}, "yes|no"),
-        ({"guided_regex": "[ab]{3}", "guided_json": None}, "[ab]{3}"),
-        ({"guided_json": {"enum": [1, 2]}}, "[12]"),
-        ({"guided_json": '{"const": "x"}', "response_format": {"type": "text"}}, '"x"'),
-        ({"guided_grammar": 'root ::= "a" | "b"'}, "[ab]"),
-    ],
-)
-def test_structured_outputs_and_their_older_names(tiny_client, extra, pattern):
-    answer = chat(tiny_client, "x", extra_body=extra, max_tokens=60, temperature=1, seed=1)
-    assert re.fullmatch(pattern, answer.choices[0].message.content)
-    body = {"model": "tiny", "prompt": "x", "extra_body": extra, "max_tokens": 60}
-    assert re.fullmatch(pattern, tiny_client.completions.create(**body).choices[0].text)
-
-
 def test_a_seeded_neighbour_is_not_touched_by_a_grammar(tiny_client):
     """Greedy text is the same before and after constrained requests have come and gone."""
     plain = chat(tiny_client, "y", temperature=0, max_tokens=12).choices[0].message.content
@@ -306,23 +287,6 @@ def called(parameters) -> dict:
         ({"messages": []}, "messages", "Length of '/messages' must be >= 1 not met"),
         ({"messages": [{"role": "user", "content": 3}]}, "messages", None),
         ({"response_format": {"type": "xml"}}, "response_format", None),
-        (
-            {"extra_body": {"guided_regex": "a", "structured_outputs": {"choice": ["a"]}}},
-            "structured_outputs",
-            None,
-        ),
-        (
-            {"extra_body": {"guided_regex": "a", "structured_outputs": {"regex": "a"}}},
-            "guided_regex",
-            "guided_regex and structured_outputs.regex say the same thing: give one of them",
-        ),
-        (
-            {"extra_body": {"guided_choice": ["a"]}, "response_format": {"type": "json_object"}},
-            "structured_outputs",
-            "structured_outputs and response_format both constrain the answer: give one of them",
-        ),
-        ({"extra_body": {"guided_choice": []}}, "structured_outputs", None),
-        ({"extra_body": {"structured_outputs": {}}}, "structured_outputs", None),
         (
             schema(3),
             "response_format",

@@ -1,0 +1,65 @@
+"""Constraints as vLLM's clients send them, in the body beside OpenAI's fields."""
+
+import re
+
+import openai
+import pytest
+
+from tests.server.helpers import user
+
+
+@pytest.fixture(scope="module")
+def tiny_client(tiny):
+    with openai.OpenAI(base_url=f"{tiny.url}/v1", api_key="unused", max_retries=0) as made:
+        yield made
+
+
+def chat(client, text, **more):
+    return client.chat.completions.create(**{"model": "tiny", "messages": [user(text)], **more})
+
+
+@pytest.mark.parametrize(
+    ("extra", "pattern"),
+    [
+        ({"structured_outputs": {"choice": ["yes", "no"]}}, "yes|no"),
+        ({"guided_choice": ["yes", "no"], "guided_decoding_backend": "outlines"}, "yes|no"),
+        ({"guided_regex": "[ab]{3}", "guided_json": None}, "[ab]{3}"),
+        ({"guided_json": {"enum": [1, 2]}}, "[12]"),
+        ({"guided_json": '{"const": "x"}', "response_format": {"type": "text"}}, '"x"'),
+        ({"guided_grammar": 'root ::= "a" | "b"'}, "[ab]"),
+    ],
+)
+def test_structured_outputs_and_their_older_names(tiny_client, extra, pattern):
+    answer = chat(tiny_client, "x", extra_body=extra, max_tokens=60, temperature=1, seed=1)
+    assert re.fullmatch(pattern, answer.choices[0].message.content)
+    body = {"model": "tiny", "prompt": "x", "extra_body": extra, "max_tokens": 60}
+    assert re.fullmatch(pattern, tiny_client.completions.create(**body).choices[0].text)
+
+
+@pytest.mark.parametrize(
+    ("given", "param", "message"),
+    [
+        (
+            {"extra_body": {"guided_regex": "a", "structured_outputs": {"choice": ["a"]}}},
+            "structured_outputs",
+            None,
+        ),
+        (
+            {"extra_body": {"guided_regex": "a", "structured_outputs": {"regex": "a"}}},
+            "guided_regex",
+            "guided_regex and structured_outputs.regex say the same thing: give one of them",
+        ),
+        (
+            {"extra_body": {"guided_choice": ["a"]}, "response_format": {"type": "json_object"}},
+            "structured_outputs",
+            "structured_outputs and response_format both constrain the answer: give one of them",
+        ),
+        ({"extra_body": {"guided_choice": []}}, "structured_outputs", None),
+        ({"extra_body": {"structured_outputs": {}}}, "structured_outputs", None),
+    ],
+)
+def test_constraints_that_are_refused(tiny_client, given, param, message):
+    with pytest.raises(openai.BadRequestError) as caught:
+        chat(tiny_client, "x", **given)
+    assert caught.value.body["param"] == param
+    assert message is None or caught.value.body["message"] == message
