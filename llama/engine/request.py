@@ -56,13 +56,15 @@ def _is_whole(kind: type) -> bool:
     return issubclass(kind, Integral) and not issubclass(kind, bool)
 
 
-def check_room(prompt_len: int, max_tokens: int | None, context_len: int) -> None:
-    """ContextLengthError if so many new tokens, or with None a single one, do not fit behind the prompt."""
+def check_room(prompt_len: int, max_tokens: int | None, context_len: int, *, at_least: bool = False) -> None:
+    """ContextLengthError if so many new tokens, or with None a single one, do not fit behind the prompt.
+    `at_least`: the prompt may be longer than `prompt_len`."""
     wanted = prompt_len + (max_tokens or 1)
     if wanted > context_len:
         answer = "an answer" if max_tokens is None else f"max_tokens={max_tokens}"
+        count = f"at least {prompt_len}" if at_least else prompt_len
         raise ContextLengthError(
-            f"the prompt has {prompt_len} tokens and the context is {context_len} (max_model_len): "
+            f"the prompt has {count} tokens and the context is {context_len} (max_model_len): "
             f"no room is left for {answer}",
             wanted,
             context_len,

@@ -4,14 +4,14 @@ import reprlib
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from numbers import Integral
 from typing import Any, TypeGuard
 
 from llama.api.errors import ParameterError, blamed_on
 from llama.api.params import SamplingParams
 from llama.engine.engine import Engine
-from llama.engine.request import Request
+from llama.engine.request import Request, check_room
 from llama.text.chat import ChatTemplate
 from llama.text.chat.prepare import prepare_tools, tool_name
 from llama.text.grammar import GrammarCompiler
@@ -118,9 +118,10 @@ class Inputs:
     ) -> Request:
         """A prompt in any form, checked. ParameterError names the field and what is legal. Without `clip`, max_tokens
         that the context has no room for are a ContextLengthError."""
+        params, request_id = self._checked(params, request_id, lora)
         with blamed_on("prompt"):
-            text, token_ids = self._encode(prompt)
-            request = self._checked(token_ids, params, request_id, prompt=text, lora=lora, clip=clip)
+            text, token_ids = self._encode(prompt, None if clip else params.max_tokens)
+            request = self.engine.request(request_id, token_ids, params, prompt=text, lora=lora, clip=clip)
         return self._constrained(request, Tools(None))
 
     def chat_request(
@@ -137,26 +138,35 @@ class Inputs:
         """A conversation, rendered by the checkpoint's template with the assistant's header at its end."""
         if self.template is None:
             raise ParameterError("chat needs a tokenizer: this model takes token ids only", "messages")
+        params, request_id = self._checked(params, request_id, lora)
         chosen = choose(tools, tool_choice)
+        check = partial(self._check_length, max_tokens=None if clip else params.max_tokens)
         with blamed_on("messages"):
-            text, token_ids = self.template.prompt(messages, tools=chosen.shown)
-            request = self._checked(token_ids, params, request_id, prompt=text, lora=lora, clip=clip)
+            text, token_ids = self.template.prompt(messages, tools=chosen.shown, check=check)
+            request = self.engine.request(request_id, token_ids, params, prompt=text, lora=lora, clip=clip)
         return self._constrained(request, chosen)
 
-    def _encode(self, prompt: Prompt) -> tuple[str | None, list[int]]:
+    def _encode(self, prompt: Prompt, max_tokens: int | None) -> tuple[str | None, Sequence[int]]:
+        """`max_tokens`: what must fit behind it; None: anything."""
         if isinstance(prompt, Mapping):
-            return self._encode_mapping(prompt)
+            return self._encode_mapping(prompt, max_tokens)
         if isinstance(prompt, str):
             if self.tokenizer is None:
                 raise ValueError("text prompts need a tokenizer: this model takes token ids only")
             if not prompt:
                 raise ValueError("prompt is empty")
+            self._check_length(prompt, max_tokens)
             return prompt, self.tokenizer.encode(prompt)
         if not isinstance(prompt, list | tuple):
             raise ValueError(f"a prompt must be a string, token ids or a dict, got {type(prompt).__name__}")
-        return None, list(prompt)
+        return None, prompt
 
-    def _encode_mapping(self, prompt: Mapping[str, Any]) -> tuple[str | None, list[int]]:
+    def _check_length(self, text: str, max_tokens: int | None) -> None:
+        """ContextLengthError for a text that is too long however it is encoded: that may take seconds and gigabytes."""
+        if self.tokenizer is not None and len(text) + (max_tokens or 1) > (most := self.engine.config.context_len):
+            check_room(self.tokenizer.min_tokens(text), max_tokens, most, at_least=True)
+
+    def _encode_mapping(self, prompt: Mapping[str, Any], max_tokens: int | None) -> tuple[str | None, Sequence[int]]:
         unknown = set(prompt) - {"prompt", "prompt_token_ids"}
         if unknown or not prompt:
             raise ValueError(f"a prompt dict holds prompt_token_ids or prompt, got {sorted(map(str, prompt))}")
@@ -164,14 +174,15 @@ class Inputs:
         if text is not None and not isinstance(text, str):
             raise ValueError(f"prompt must be a string, got {type(text).__name__}")
         if token_ids is None:
-            return self._encode(text or "")
+            return self._encode(text or "", max_tokens)
         if not isinstance(token_ids, list | tuple):
             raise ValueError(f"prompt_token_ids must be a list of token ids, got {type(token_ids).__name__}")
-        return text, list(token_ids)
+        return text, token_ids
 
     def _checked(
-        self, token_ids: list[int], params: SamplingParams | None, request_id: str | None, **rest: Any
-    ) -> Request:
+        self, params: SamplingParams | None, request_id: str | None, lora: str | None
+    ) -> tuple[SamplingParams, str]:
+        """What costs nothing to check, before there is any work. With the defaults for what is not given."""
         params = self.defaults if params is None else params
         if not isinstance(params, SamplingParams):
             found = type(params).__name__
@@ -183,7 +194,8 @@ class Inputs:
         elif not isinstance(request_id, str) or not 0 < len(request_id) <= MAX_REQUEST_ID:
             legal = f"a string of 1 to {MAX_REQUEST_ID} characters"
             raise ParameterError(f"request_id must be {legal}, got {reprlib.repr(request_id)}", "request_id")
-        return self.engine.request(request_id, token_ids, params, **rest)
+        self.engine.adapters.get(lora)
+        return params, request_id
 
     def _constrained(self, request: Request, tools: Tools) -> Request:
         """With the grammar that the answer is held to: a call that must be made goes before any other."""

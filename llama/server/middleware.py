@@ -19,6 +19,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from llama.server.bodies import json_response
 from llama.server.errors import ApiError, dialect_of, headers_too_large, internal, unauthorized
 from llama.server.service import Record, Service
+from llama.text import heap
 
 logger = logging.getLogger(__name__)
 access = logging.getLogger("llama.access")
@@ -80,6 +81,8 @@ class RequestMiddleware:
         finally:
             self._service.num_in_flight -= counted
             self._service.num_body_bytes -= record.body_bytes
+            if record.body_bytes >= heap.LARGE_TEXT:
+                asyncio.get_running_loop().run_in_executor(None, heap.give_back)
 
     def _refusal(self, scope: Scope, headers: Headers) -> ApiError | None:
         # The HTTP parser bounds what is incomplete alone.

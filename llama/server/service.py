@@ -116,12 +116,16 @@ class Service:
         try:
             stream = await submit()
         except Exception as error:
-            refusal = from_refusal(error)
-            if refusal is None:
-                logger.exception("request %s failed", record.request_id)
-                refusal = internal(record.request_id)
-            raise refusal from None
+            raise _refusal(error, record) from None
         return Answer(stream, self, record, began)
+
+
+def _refusal(error: Exception, record: Record) -> ApiError:
+    """A variable for it where it is raised would be a circle, which keeps the prompt alive."""
+    refusal = from_refusal(error)
+    if refusal is None:
+        logger.error("request %s failed", record.request_id, exc_info=error)
+    return refusal or internal(record.request_id)
 
 
 def _plain(model: str) -> str:
@@ -181,12 +185,8 @@ class Answer:
                 self._check(piece)
         except ApiError:
             raise
-        except Exception as error:
-            refusal = from_refusal(error)  # the engine has died, which is logged where it happened
-            if refusal is None:
-                logger.exception("request %s failed", self._record.request_id)
-                refusal = internal(self._record.request_id)
-            raise refusal from None
+        except Exception as error:  # as where the engine has died, which is logged where it happened
+            raise _refusal(error, self._record) from None
 
     async def whole(self) -> RequestOutput:
         """The complete answer. Raises ApiError if a completion failed."""

@@ -295,3 +295,34 @@ def test_a_folder_whose_tokenizer_has_another_form_is_refused_at_load(folder, tm
     (tmp_path / "model" / "tokenizer.json").rename(tmp_path / "model" / "tokenizer.model")
     with pytest.raises(llama.CheckpointError, match=r"make it of tokenizer\.model with transformers"):
         LLM(tmp_path / "model", num_blocks=8)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"sampling_params": 3},
+        {"lora": "absent"},
+        {"sampling_params": [SamplingParams()] * 3},
+        {"prompts": ["x" * 200_000]},
+        {"prompts": ["fits", {"prompt": "x" * 200_000}]},
+        {"messages": [{"role": "user", "content": "x" * 200_000}]},
+        {"messages": [{"role": "user", "content": "x"}], "tools": [{"name": "f", "description": "x" * 200_000}]},
+        {"messages": [{"role": "user", "content": "x"}], "tool_choice": "absent"},
+        {"messages": [{"role": "user", "content": "x"}], "lora": "absent"},
+    ],
+)
+def test_what_is_cheap_to_check_is_checked_before_a_long_text_is_encoded(llm, monkeypatch, arguments):
+    encoded = []
+    really = Tokenizer._encode
+
+    def encode(instance, text):
+        encoded.append(text)
+        return really(instance, text)
+
+    monkeypatch.setattr(Tokenizer, "_encode", staticmethod(encode))
+    with pytest.raises(ParameterError):
+        if "messages" in arguments:
+            llm.chat(**arguments)
+        else:
+            llm.generate(**{"prompts": ["y" * 100] * 2, **arguments}, use_tqdm=False)
+    assert encoded in ([], ["fits"])

@@ -1,12 +1,14 @@
 """Keys, limits, disconnects, the queue, draining, the watchdog, logs: what a server owes to those who run it."""
 
 import asyncio
+import gc
 import json
 import logging
 import re
 import socket
 import threading
 import time
+from types import TracebackType
 
 import pytest
 
@@ -251,3 +253,33 @@ def test_worker_processes_that_the_system_ends_are_nobodys_fault(scripted):
     lost = re.search(r'llama_workers_lost_total{model_name="tiny"} (.*)', scripted.server.client.get("/metrics").text)
     assert float(lost[1]) >= 2
     assert scripted.run(body, "/v1/chat/completions").status_code == 200
+
+
+def test_a_prompt_that_is_certain_to_be_too_long_is_not_encoded(tiny, monkeypatch):
+    """Neither is it kept: the garbage collector may take minutes to come by."""
+
+    def refuse(*arguments):
+        raise AssertionError("it was encoded")
+
+    text = "x" * 3_000_000
+    bodies = [
+        ({"prompt": text}, "/v1/completions"),
+        ({"prompt": ["short", text]}, "/v1/completions"),
+        ({"messages": [user("hi"), user(text)]}, "/v1/chat/completions"),
+        ({"messages": [user("hi")], "tools": [{"name": "f", "description": text}]}, "/v1/chat/completions"),
+    ]
+    monkeypatch.setattr(tiny.llm.llm.tokenizer._parsing.__class__, "encode_batch_fast", refuse)
+    gc.collect()
+    gc.disable()
+    try:
+        for body, path in bodies:
+            error = tiny.run(body, path).json()["error"]
+            assert error["code"] == "context_length_exceeded" and "at least" in error["message"]
+        until(lambda: not frames_of_the_package())
+    finally:
+        gc.enable()
+
+
+def frames_of_the_package() -> list[str]:
+    alive = (each.tb_frame.f_code for each in gc.get_objects() if type(each) is TracebackType)
+    return [code.co_qualname for code in alive if "/llama/" in code.co_filename]

@@ -5,7 +5,7 @@ hidden (safe_text.py), the template runs in a process of its own (renderer.py), 
 text. The template writes BOS itself.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -86,11 +86,16 @@ class ChatTemplate:
         messages: Sequence[Mapping[str, Any]],
         tools: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = True,
+        *,
+        check: Callable[[str], None] = lambda text: None,
         **template_arguments: Any,
     ) -> tuple[str, list[int]]:
-        """(what `render` gives, what `encode` gives), from one rendering."""
+        """(what `render` gives, what `encode` gives), from one rendering. `check` may refuse the text before it is
+        encoded."""
         safe, rendered = self._rendered(messages, tools, add_generation_prompt, template_arguments)
-        return safe.show(rendered), safe.encode(rendered)
+        text = safe.show(rendered)
+        check(text)
+        return text, safe.encode(rendered)
 
     @property
     def num_lost_workers(self) -> int:

@@ -25,7 +25,7 @@ class PieceDecoder:
     strip_spaces: int = 0
 
 
-def _byte_level_alphabet() -> dict[str, int]:
+def byte_level_alphabet() -> dict[str, int]:
     """GPT-2's alphabet: visible Latin-1 characters stand for themselves, the other bytes for 256, 257, ..."""
     visible = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     hidden = [byte for byte in range(256) if byte not in visible]
@@ -33,7 +33,7 @@ def _byte_level_alphabet() -> dict[str, int]:
 
 
 def _byte_level() -> PieceDecoder:
-    alphabet = _byte_level_alphabet()
+    alphabet = byte_level_alphabet()
 
     def to_bytes(piece: str) -> bytes:
         try:

@@ -5,7 +5,6 @@ ever toggled, so any number of threads may encode. What the `decoder` of tokeniz
 pieces.py; `clean_up_tokenization_spaces` is not applied, for it changes text that byte-level models mean literally.
 """
 
-import json
 import re
 from collections.abc import Collection, Iterable, Mapping
 from functools import cached_property
@@ -16,6 +15,8 @@ import tokenizers
 
 from llama.api.errors import CheckpointError, ParameterError
 from llama.files import named, read_json_if_there, read_text, token_ids
+from llama.text import heap
+from llama.text.tokenizer.bounds import TokenBound, state_of, token_bound
 from llama.text.tokenizer.incremental import IncrementalDecoder
 from llama.text.tokenizer.pieces import PieceDecoder, piece_decoder
 
@@ -51,7 +52,7 @@ class Tokenizer:
         self.added_tokens = frozenset(token.content for token in added.values())
         self.special_tokens: dict[str, int] = {t.content: i for i, t in added.items() if t.special}
         self.special_ids = frozenset(self.special_tokens.values())
-        self.piece_decoder: PieceDecoder = piece_decoder(_state(self._parsing.decoder))
+        self.piece_decoder: PieceDecoder = piece_decoder(state_of(self._parsing.decoder))
         self.bos_token_id = self._id_of("bos_token", bos_token_id)
         eos = self._id_of("eos_token", None)
         self.eos_token_ids = frozenset(eos_token_ids) | ({eos} if eos is not None else set())
@@ -103,7 +104,14 @@ class Tokenizer:
         check_unicode(text)
         if len(text) <= _SHORT_TEXT:
             return list(instance.encode(text, add_special_tokens=False).ids)
-        return list(instance.encode_batch_fast([text], add_special_tokens=False)[0].ids)
+        ids: list[int] = instance.encode_batch_fast([text], add_special_tokens=False)[0].ids
+        if len(text) >= heap.LARGE_TEXT:
+            heap.give_back()  # a hundred bytes and more for each token
+        return ids
+
+    def min_tokens(self, text: str) -> int:
+        """No encoding of this text has fewer tokens: known at once, and far below the true number."""
+        return 0 if self._token_bound is None else self._token_bound.min_tokens(text)
 
     # Ids to text
 
@@ -188,6 +196,10 @@ class Tokenizer:
     def _normalized_controls(self) -> frozenset[str]:
         forms = map(self._parsing.normalizer.normalize_str, self.control_tokens)
         return self.control_tokens | {form.strip("▁ ") for form in forms} - {""}
+
+    @cached_property
+    def _token_bound(self) -> TokenBound | None:
+        return token_bound(self._parsing)
 
     @cached_property
     def control_affixes(self) -> tuple[frozenset[str], frozenset[str], int]:
@@ -318,10 +330,6 @@ def _rebuilt(backend: tokenizers.Tokenizer, added: list[tokenizers.AddedToken]) 
             setattr(other, part, getattr(backend, part))
     other.add_tokens(added)
     return other
-
-
-def _state(part: Any) -> dict[str, Any] | None:
-    return None if part is None else json.loads(part.__getstate__())
 
 
 def _named_tokens(config: Mapping[str, Any]) -> dict[str, str]:
