@@ -41,7 +41,7 @@ def decode_with(problem, num_programs):
 
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
 def test_decode_across_edges_of_tiles_and_chunks(dtype):
-    tile = config.decode_tiles(32, dtype.itemsize, 2).keys
+    tile = config.decode_options(32, dtype.itemsize, 2)[1]["BLOCK_KEYS"]
     check(decodes([1, 15, 16, 17, tile, tile + 1, split.MIN_CHUNK, split.MIN_CHUNK + 1], dtype=dtype))
 
 
@@ -101,7 +101,7 @@ def test_prefill_of_ragged_sequences(dtype):
 
 
 def test_prefill_that_needs_several_query_tiles():
-    rows = config.prefill_tiles(16, 4, 1).rows
+    rows = config.prefill_options(16, 4, 1)["ROWS"]
     check(make_problem([rows + 1, 2 * rows], [rows + 1, 2 * rows + 30], heads=(1, 1), head_dim=16))
 
 

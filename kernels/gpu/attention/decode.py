@@ -1,10 +1,10 @@
-"""Decode: one query per sequence against its whole paged context (split-KV, exact to the bit whoever does the work).
+"""Decode: one query per sequence against its whole paged context (split-KV; the split changes no bit).
 
     out = softmax(scale q K^T) V      reads 2 context kv_heads D elements per sequence: K and V once per group of heads
 
 A context is cut into chunks whose size follows from that context alone: at most MAX_CHUNKS of at least MIN_CHUNK keys.
 A fixed number of programs takes equal, contiguous shares of all tiles of all (sequence, KV head) pairs. So the grid
-depends on the device alone, any contexts up to any capacity fit one CUDA graph, and nothing is launched in vain.
+depends on the device alone, any contexts up to any capacity fit one CUDA graph, and no program is without work.
 
 Why the shares cannot change a result: each chunk starts from nothing, and a pair's chunks are added in order. Maxima
 are rounded up to integers in the base-2 domain, so every rescaling is by a power of two, which commutes with rounding
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from llama.kernels.checks import multiprocessor_count
 from llama.kernels.gpu.attention import split
-from llama.kernels.gpu.attention.config import LOG2_E, decode_tiles, padded
+from llama.kernels.gpu.attention.config import LOG2_E, decode_options, padded
 from llama.kernels.gpu.attention.split import NOTHING, chunking, power_of_two
 from llama.kernels.gpu.attention.tiles import key_rows, load_blocks, row_mask
 from llama.kernels.types import KVLayer, Ragged
@@ -98,7 +98,7 @@ def _attend_chunk(
 )
 def _decode_kernel(
     out,
-    partial_values,  # see split.Partials
+    partial_values,  # see split.allocate
     partial_stats,
     covered,
     q,
@@ -237,16 +237,15 @@ def decode_attention(
     heads, head_dim = q.shape[1:]
     block_size, kv_heads = k_cache.shape[1:3]
     group = heads // kv_heads
-    tiles = decode_tiles(head_dim, q.element_size(), group)
+    programs, options = decode_options(head_dim, q.element_size(), group)
     if num_programs is None:
-        num_programs = tiles.programs * multiprocessor_count(q.device)
+        num_programs = programs * multiprocessor_count(q.device)
     partials = split.allocate(out, sequences * kv_heads, num_programs, kv_heads)
     sizes = {
         "KV_HEADS": kv_heads,
         "GROUP": group,
         "HEAD_DIM": head_dim,
         "DIMS": padded(head_dim),
-        "BLOCK_KEYS": tiles.keys,
         "MIN_CHUNK": split.MIN_CHUNK,
         "MAX_CHUNKS": split.max_chunks(kv_heads),
     }
@@ -268,12 +267,9 @@ def decode_attention(
         BLOCK_STRIDE=k_cache.stride(0),
         SLOT_STRIDE=k_cache.stride(1),
         HEAD_STRIDE=k_cache.stride(2),
-        ROWS=tiles.rows,
         PRECISION="ieee",
-        num_warps=tiles.warps,
-        num_stages=tiles.stages,
-        maxnreg=tiles.registers,
+        **options,
     )
-    # A context within one chunk is never split, whoever owns it.
+    # A context within one chunk is never split.
     if block_tables.shape[1] * block_size > split.MIN_CHUNK:
-        split.merge(out, partials, ragged.context_lens, sizes)
+        split.merge(out, partials, ragged.context_lens, sizes | {"BLOCK_KEYS": options["BLOCK_KEYS"]})

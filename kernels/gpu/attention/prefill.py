@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from llama.kernels.gpu.attention.config import LOG2_E, padded, prefill_tiles
+from llama.kernels.gpu.attention.config import LOG2_E, padded, prefill_options
 from llama.kernels.gpu.attention.tiles import key_rows, load_blocks, row_mask
 from llama.kernels.types import KVLayer, Ragged
 
@@ -164,21 +164,15 @@ def _prefill_kernel(
     tl.store(out + ((token * KV_HEADS * GROUP + member) * HEAD_DIM)[:, None] + dims, result, mask=mask)
 
 
-def prefill_attention(
-    out: Tensor,
-    q: Tensor,
-    kv_layer: KVLayer,
-    ragged: Ragged,
-    scale: float,
-) -> None:
+def prefill_attention(out: Tensor, q: Tensor, kv_layer: KVLayer, ragged: Ragged, scale: float) -> None:
     """Write the rows of all sequences behind the decodes to `out`."""
     k_cache, block_tables, num_decodes = kv_layer.k, ragged.block_tables, ragged.num_decodes
     sequences = block_tables.shape[0]
     heads, head_dim = q.shape[1:]
     block_size, kv_heads = k_cache.shape[1:3]
     group = heads // kv_heads
-    tiles = prefill_tiles(head_dim, q.element_size(), group)
-    programs = (q.shape[0] - num_decodes) // (tiles.rows // group) + sequences - num_decodes
+    options = prefill_options(head_dim, q.element_size(), group)
+    programs = (q.shape[0] - num_decodes) // (options["ROWS"] // group) + sequences - num_decodes
     _prefill_kernel[(programs, kv_heads)](
         out,
         q,
@@ -199,10 +193,7 @@ def prefill_attention(
         BLOCK_STRIDE=k_cache.stride(0),
         SLOT_STRIDE=k_cache.stride(1),
         HEAD_STRIDE=k_cache.stride(2),
-        ROWS=tiles.rows,
         DIMS=padded(head_dim),
-        BLOCK_KEYS=tiles.keys,
         PRECISION="ieee",
-        num_warps=tiles.warps,
-        num_stages=tiles.stages,
+        **options,
     )

@@ -1,7 +1,5 @@
 """The chunks of a context, and how those that several programs computed add up. See `decode` for why this is exact."""
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
@@ -80,18 +78,18 @@ def _merge_kernel(
     tl.store(target, tl.div_rn(values, total).to(out.dtype.element_ty), mask=dims < HEAD_DIM)
 
 
-class Partials(NamedTuple):
-    """What the programs of one launch leave for the merge."""
-
-    values: Tensor  # [rows, chunks, group, head_dim] float32; a row per pair, or per program where there are more pairs
-    stats: Tensor  # [rows, chunks, 2, group] float32: maximum, sum
-    covered: Tensor  # [pairs, 2] int32: chunks folded into the prefix; row of the partials
+Partials = tuple[Tensor, Tensor, Tensor]
 
 
 def allocate(out: Tensor, pairs: int, num_programs: int, kv_heads: int) -> Partials:
+    """What the programs of one launch leave for the merge, a row per pair, or per program where there are more pairs:
+
+    values [rows, chunks, group, head_dim] float32; maxima and sums [rows, chunks, 2, group] float32; and [pairs, 2]
+    int32: how many chunks are folded into the prefix, and in which row.
+    """
     heads, head_dim = out.shape[1:]
     rows, chunks, group = min(pairs, num_programs), max_chunks(kv_heads), heads // kv_heads
-    return Partials(
+    return (
         torch.empty((rows, chunks, group, head_dim), dtype=torch.float32, device=out.device),
         torch.empty((rows, chunks, 2, group), dtype=torch.float32, device=out.device),
         torch.empty((pairs, 2), dtype=torch.int32, device=out.device),
@@ -102,5 +100,5 @@ def merge(out: Tensor, partials: Partials, context_lens: Tensor, sizes: dict[str
     """Write the rows of `out` whose chunks several programs computed; `sizes` are the kernel's constants."""
     # Four dimensions per lane: registers for all the loads of an unrolled step at once.
     warps = max(1, sizes["DIMS"] // 128)
-    grid = (partials.covered.shape[0] // sizes["KV_HEADS"], out.shape[1])
+    grid = (partials[2].shape[0] // sizes["KV_HEADS"], out.shape[1])
     _merge_kernel[grid](out, *partials, context_lens, **sizes, num_warps=warps, maxnreg=255)

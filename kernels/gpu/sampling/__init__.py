@@ -16,7 +16,7 @@ from llama.kernels.gpu.sampling.draw import choose_kernel, finish_kernel, scan_k
 from llama.kernels.gpu.sampling.few_groups import few_groups_kernel
 from llama.kernels.gpu.sampling.filters import count_kernel
 from llama.kernels.gpu.sampling.logprobs import Draw, compute_logprobs
-from llama.kernels.gpu.sampling.rules import Rules, Tiling, gather_rules
+from llama.kernels.gpu.sampling.rules import TILE, Rules, gather_rules, id_bits, max_splits, split_rows
 from llama.kernels.gpu.sampling.work import Work
 from llama.kernels.types import Logprobs, Sampled, SamplerRows, SamplerState
 
@@ -54,33 +54,33 @@ def sample(logits: Tensor, rows: SamplerRows, state: SamplerState | None = None)
     rules, flags = gather_rules(logits, rows, state)
     keeps = any(flags.values()) and not (rows.all_greedy and not rows.any_processed)
     filters = rows.any_filter and not rows.all_greedy
-    tiling = Tiling.of(max(num_rows, 1), vocab)
-    work = Work.allocate(logits, tiling, keeps, filters)
+    splits, tiles = split_rows(num_rows, vocab)
+    num_groups = splits * tiles * TILE // 32
+    work = Work.allocate(logits, splits, num_groups, keeps=keeps, filters=filters)
     source = (work.changed, vocab) if keeps else (logits, logits.stride(0))
 
     if num_rows > 0:
-        per_split, per_row = (num_rows, tiling.splits), (num_rows,)
-        walk = {"splits": tiling.splits, "tiles": tiling.tiles_per_split, "VOCAB": vocab, "TILE": tiling.tile}
-        walk |= {"num_warps": 4, "enable_fp_fusion": False}
-        whole = {"splits": tiling.splits, "VOCAB": vocab, "ID_BITS": tiling.id_bits}
-        whole |= {"num_warps": 8, "enable_fp_fusion": False}
-        most = {"MAX_SPLITS": tiling.max_splits}
+        per_split, per_row = (num_rows, splits), (num_rows,)
+        sizes = {"splits": splits, "VOCAB": vocab, "enable_fp_fusion": False}
+        most, bits = {"MAX_SPLITS": max_splits(vocab)}, {"ID_BITS": id_bits(vocab)}
+        walk = sizes | {"tiles": tiles, "TILE": TILE, "num_warps": 4}
+        whole = sizes | most | bits | {"num_warps": 8}
         scan_kernel[per_split](rules, work, keeps=int(keeps), **flags, **walk)
         if filters:
-            groups = {"num_groups": tiling.num_groups, "MAX_GROUPS": tiling.max_splits * tiling.tile // 32}
-            few_groups_kernel[per_row](rules, work, *source, **groups, **most, **whole)
+            groups = {"num_groups": num_groups, "MAX_GROUPS": max_splits(vocab) * TILE // 32}
+            few_groups_kernel[per_row](rules, work, *source, **groups, **whole)
             count_kernel[per_split](rules, work, *source, **most, **walk)
         if not rows.all_greedy:
-            choose_kernel[per_split](rules, work, *source, ID_BITS=tiling.id_bits, **most, **walk)
+            choose_kernel[per_split](rules, work, *source, **most, **bits, **walk)
         # Where log-probabilities are wanted, they are taken before the token is counted.
         counts_here = flags["has_state"] and rows.num_logprobs < 0
-        finish_kernel[per_row](rules, work, has_state=int(counts_here), **most, **whole)
+        finish_kernel[per_row](rules, work, has_state=int(counts_here), **whole)
 
     logprobs = None
     if rows.num_logprobs >= 0:
         draw = Draw(*source, work.is_bad, rows.logprobs_modes, work.maxima, work.cuts)
         logprobs = compute_logprobs(
-            rules, work.token_ids, rows.num_logprobs, draw, tiling.splits, counts=bool(flags["has_state"])
+            rules, work.token_ids, rows.num_logprobs, draw, splits, counts=bool(flags["has_state"])
         )
     return Sampled(work.token_ids, work.is_bad, logprobs)
 

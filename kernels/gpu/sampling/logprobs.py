@@ -14,7 +14,7 @@ from torch import Tensor
 
 from llama.kernels.gpu.sampling.draw import count_token
 from llama.kernels.gpu.sampling.filters import NO_CUT, is_alive, pack
-from llama.kernels.gpu.sampling.rules import Rules, Tiling, depths, load_tile, row_maximum
+from llama.kernels.gpu.sampling.rules import TILE, Rules, depths, id_bits, load_tile, max_splits, row_maximum
 from llama.kernels.types import LOGPROBS_OFF, LOGPROBS_PROCESSED, LOGPROBS_RAW, Logprobs
 
 _OFF = tl.constexpr(LOGPROBS_OFF)
@@ -210,21 +210,13 @@ def compute_logprobs(
     )
     if rows == 0:
         return logprobs
-    tiling = Tiling.of(rows, vocab)
-    parts = Parts.allocate(rows, tiling.num_tiles, num_top, device)
+    num_splits = triton.cdiv(vocab, TILE)
+    parts = Parts.allocate(rows, num_splits, num_top, device)
     drawn = draw or Draw(rules.logits, 0, token_ids, token_ids, parts.maxima, token_ids)
-    sizes = {"num_splits": tiling.num_tiles, "num_top": num_top, "MAX_SPLITS": tiling.max_splits}
-    constants = {"DRAWN": draw is not None, "VOCAB": vocab, "ID_BITS": tiling.id_bits, "num_warps": 4}
-    logprob_parts_kernel[(rows, tiling.num_tiles)](
-        rules,
-        drawn,
-        token_ids,
-        parts,
-        splits=draw_splits,
-        TILE=tiling.tile,
-        enable_fp_fusion=False,
-        **sizes,
-        **constants,
+    sizes = {"num_splits": num_splits, "num_top": num_top, "DRAWN": draw is not None, "num_warps": 4}
+    sizes |= {"VOCAB": vocab, "MAX_SPLITS": max_splits(vocab), "ID_BITS": id_bits(vocab)}
+    logprob_parts_kernel[(rows, num_splits)](
+        rules, drawn, token_ids, parts, splits=draw_splits, TILE=TILE, enable_fp_fusion=False, **sizes
     )
     logprob_merge_kernel[(rows,)](
         rules,
@@ -237,6 +229,5 @@ def compute_logprobs(
         logprobs.top_logprobs,
         has_state=int(counts),
         **sizes,
-        **constants,
     )
     return logprobs

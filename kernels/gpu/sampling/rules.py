@@ -19,28 +19,21 @@ TILE = 1024
 PROGRAMS = 2048
 
 
-class Tiling(NamedTuple):
-    """How rows are cut: `splits` programs per row, each walks `tiles_per_split` of the row's `num_tiles` tiles."""
+def split_rows(rows: int, vocab: int) -> tuple[int, int]:
+    """-> splits, which are the programs of each row, and how many of the row's tiles each of them walks."""
+    num_tiles = triton.cdiv(vocab, TILE)
+    tiles = triton.cdiv(num_tiles, max(1, PROGRAMS // max(rows, 1)))
+    return triton.cdiv(num_tiles, tiles), tiles
 
-    tile: int
-    num_tiles: int
-    splits: int
-    tiles_per_split: int
-    max_splits: int  # a power of two, the same for any number of rows
-    id_bits: int  # hold any id of any tile
 
-    @classmethod
-    def of(cls, rows: int, vocab: int) -> "Tiling":
-        num_tiles = triton.cdiv(vocab, TILE)
-        tiles_per_split = triton.cdiv(num_tiles, max(1, PROGRAMS // rows))
-        splits = triton.cdiv(num_tiles, tiles_per_split)
-        id_bits = (num_tiles * TILE - 1).bit_length()
-        return cls(TILE, num_tiles, splits, tiles_per_split, triton.next_power_of_2(num_tiles), id_bits)
+def max_splits(vocab: int) -> int:
+    """A power of two, the same for any number of rows."""
+    return triton.next_power_of_2(triton.cdiv(vocab, TILE))
 
-    @property
-    def num_groups(self) -> int:
-        """Of 32 tokens, in all tiles of all splits."""
-        return self.splits * self.tiles_per_split * self.tile // 32
+
+def id_bits(vocab: int) -> int:
+    """They hold any id of any tile."""
+    return (triton.cdiv(vocab, TILE) * TILE - 1).bit_length()
 
 
 class Rules(NamedTuple):
@@ -65,32 +58,19 @@ class Rules(NamedTuple):
     counts: Tensor
 
 
+_TENSORS = Rules._fields[2:]  # under the names that SamplerRows and SamplerState have for them
+
+
 def gather_rules(logits: Tensor, rows: SamplerRows, state: SamplerState | None) -> tuple[Rules, dict[str, int]]:
     """-> rules, and which of the optional ones exist. These flags are arguments, not constants: a first request with a
     bias must not wait for a compiler."""
-    integers, floats = rows.penalty_rows, rows.temperature
-    has_bias, has_mask = rows.bias_starts is not None, rows.mask is not None
     penalties = state if rows.any_penalty else None
-    rules = Rules(
-        logits,
-        logits.stride(0),
-        rows.penalty_rows,
-        rows.keys,
-        rows.temperature,
-        rows.top_p,
-        rows.top_k,
-        rows.min_p,
-        rows.repetition_penalty,
-        rows.frequency_penalty,
-        rows.presence_penalty,
-        integers if rows.bias_starts is None else rows.bias_starts,
-        integers if rows.bias_ids is None else rows.bias_ids,
-        floats if rows.bias_values is None else rows.bias_values,
-        integers if rows.mask is None else rows.mask,
-        integers if penalties is None else penalties.prompt_mask,
-        integers if penalties is None else penalties.counts,
-    )
-    return rules, {"has_bias": int(has_bias), "has_state": int(penalties is not None), "has_mask": int(has_mask)}
+    tensors = {name: getattr(penalties if name in ("prompt_mask", "counts") else rows, name, None) for name in _TENSORS}
+    for name, tensor in tensors.items():
+        if tensor is None:
+            tensors[name] = rows.temperature if name == "bias_values" else rows.penalty_rows
+    has = {"has_bias": rows.bias_ids, "has_state": penalties, "has_mask": rows.mask}
+    return Rules(logits, logits.stride(0), **tensors), {name: int(value is not None) for name, value in has.items()}
 
 
 @triton.jit

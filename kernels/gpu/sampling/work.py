@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from llama.kernels.gpu.sampling.filters import BINS
-from llama.kernels.gpu.sampling.rules import Tiling
 
 
 class Work(NamedTuple):
@@ -29,10 +28,10 @@ class Work(NamedTuple):
     is_bad: Tensor  # [rows] bool, the result
 
     @classmethod
-    def allocate(cls, logits: Tensor, tiling: Tiling, keeps: bool, filters: bool) -> "Work":
+    def allocate(cls, logits: Tensor, splits: int, groups: int, *, keeps: bool, filters: bool) -> "Work":
         """For `logits` [rows, vocab]. `keeps`: rules change them; `filters`: rows are cut by min_p, top_k or top_p."""
         rows, vocab = logits.shape
-        split, group = (rows, tiling.splits), (rows, tiling.num_groups)
+        split, group = (rows, splits), (rows, groups)
 
         def empty(*shape: int, dtype: torch.dtype) -> Tensor:
             return torch.empty(shape, dtype=dtype, device=logits.device)

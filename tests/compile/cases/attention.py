@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import torch
 
 from llama.kernels.gpu.attention import paged_attention
-from llama.kernels.gpu.attention.config import decode_tiles
+from llama.kernels.gpu.attention.config import decode_options
 from llama.kernels.types import KVLayer, Ragged
 from tests.compile.harness import Case
 
@@ -52,7 +52,7 @@ def cases() -> Iterator[Case]:
             lambda configuration=configuration: _call(configuration, 64, 64, 64),
             wide_loads=("_decode_kernel",),
             tensor_cores=("_decode_kernel",) if sixteen_bits else (),
-            resident=(("_decode_kernel", decode_tiles(head_dim, dtype.itemsize, heads // kv_heads).programs),),
+            resident=(("_decode_kernel", decode_options(head_dim, dtype.itemsize, heads // kv_heads)[0]),),
         )
         yield Case(
             f"prefill {name}",
