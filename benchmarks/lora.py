@@ -33,10 +33,10 @@ def random_adapter(model: Transformer, targets: tuple[str, ...], rank: int, seed
         drawn = torch.randn(rows, columns, generator=generator, device=model.device)
         return (drawn * 0.01).to("cpu", model.dtype)
 
-    pairs = {}
+    pairs, sizes = {}, module_sizes(model.config)
     for name in module_places(model):
         if name.endswith(targets):
-            in_features, out_features = module_sizes(model.config, name)
+            in_features, out_features = sizes[name]
             pairs[name] = Pair(values(rank, in_features), values(out_features, rank))
     nbytes = sum(tensor.nbytes for pair in pairs.values() for tensor in pair)
     return AdapterWeights("", pairs, rank, targets, nbytes, seed.to_bytes(16))

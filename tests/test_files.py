@@ -21,7 +21,7 @@ from llama.text.tokenizer import Tokenizer
 READERS = {
     "config.json": (ModelConfig.from_pretrained, ConfigError),
     "generation_config.json": (GenerationConfig.from_pretrained, ConfigError),
-    "adapter_config.json": (lambda folder: read_adapter_config(folder, TINY), AdapterError),
+    "adapter_config.json": (lambda folder: read_adapter_config(folder, []), AdapterError),
     "tokenizer.json": (Tokenizer.from_pretrained, CheckpointError),
     "tokenizer_config.json": (Tokenizer.from_pretrained, CheckpointError),
     "special_tokens_map.json": (Tokenizer.from_pretrained, CheckpointError),

@@ -37,7 +37,7 @@ def make_adapter(index):
     pairs = {}
     for name in module_places(make_model()):
         if name.endswith(TARGETS[index]):
-            in_features, out_features = module_sizes(config, name)
+            in_features, out_features = module_sizes(config)[name]
             a = torch.randn(RANKS[index], in_features, generator=generator) * in_features**-0.5
             pairs[name] = Pair(a, torch.randn(out_features, RANKS[index], generator=generator) * 0.2)
     digest = bytes([index]) * 16

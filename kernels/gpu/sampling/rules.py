@@ -65,10 +65,9 @@ def gather_rules(logits: Tensor, rows: SamplerRows, state: SamplerState | None) 
     """-> rules, and which of the optional ones exist. These flags are arguments, not constants: a first request with a
     bias must not wait for a compiler."""
     penalties = state if rows.any_penalty else None
-    tensors = {name: getattr(penalties if name in ("prompt_mask", "counts") else rows, name, None) for name in _TENSORS}
-    for name, tensor in tensors.items():
-        if tensor is None:
-            tensors[name] = rows.temperature if name == "bias_values" else rows.penalty_rows
+    unused = {name: rows.temperature if name == "bias_values" else rows.penalty_rows for name in _TENSORS}
+    found = {name: getattr(rows if hasattr(rows, name) else penalties, name, None) for name in _TENSORS}
+    tensors = unused | {name: tensor for name, tensor in found.items() if tensor is not None}
     has = {"has_bias": rows.bias_ids, "has_state": penalties, "has_mask": rows.mask}
     return Rules(logits, logits.stride(0), **tensors), {name: int(value is not None) for name, value in has.items()}
 

@@ -1,6 +1,6 @@
 """A PEFT adapter read from its folder: for each adapted module the pair A, B with y += B (A x), the scale inside B.
 
-Nothing of an adapter is left out in silence: each adapted module has its two tensors, and each tensor of the file
+Nothing of an adapter is left out: each adapted module has its two tensors, and each tensor of the file
 belongs to an adapted module, or is an exact copy of one of the base model's, which PEFT stores beside some adapters.
 """
 
@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from llama.api.errors import AdapterError, CheckpointError
+from llama.model.checkpoint.layout import layout
 from llama.model.checkpoint.shards import StoredTensor, read_header, read_into
 from llama.model.config import ModelConfig
-from llama.model.lora.adapter_config import AdaptedModule, module_names, read_adapter_config
+from llama.model.lora.adapter_config import AdaptedModule, read_adapter_config
 from llama.model.transformer import Transformer
 
 _PREFIX = "base_model.model."
@@ -51,13 +52,14 @@ def read_adapter(path: str | Path, model: Transformer, *, max_rank: int) -> Adap
     folder = Path(path)
     if not folder.is_dir():
         raise AdapterError(f"{folder}: is no folder; a PEFT adapter is one")
-    modules = read_adapter_config(folder, model.config)
+    sizes = module_sizes(model.config)
+    modules = read_adapter_config(folder, list(sizes))
     for module in modules:
         if module.rank > max_rank:
             raise AdapterError(f"{folder}: {module.name} has rank {module.rank}, max_lora_rank is {max_rank}")
     try:
         stored = {tensor.name: tensor for tensor in read_header(_weights_file(folder))}
-        wanted = _wanted(modules, model.config)
+        wanted = _wanted(modules, sizes)
         _match(folder, wanted, stored, model)
         return _read(folder, modules, wanted, stored, model)
     except CheckpointError as error:
@@ -73,21 +75,12 @@ def _weights_file(folder: Path) -> Path:
     return path
 
 
-def module_sizes(config: ModelConfig, name: str) -> tuple[int, int]:
-    """(in_features, out_features) of a module by its Hugging Face name."""
-    hidden, size = config.hidden_size, config.intermediate_size
-    q, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
-    return {
-        "q_proj": (hidden, q),
-        "k_proj": (hidden, kv),
-        "v_proj": (hidden, kv),
-        "o_proj": (q, hidden),
-        "gate_proj": (hidden, size),
-        "up_proj": (hidden, size),
-        "down_proj": (size, hidden),
-        "embed_tokens": (config.vocab_size, hidden),
-        "lm_head": (hidden, config.vocab_size),
-    }[name.rpartition(".")[2]]
+def module_sizes(config: ModelConfig) -> dict[str, tuple[int, int]]:
+    """(in_features, out_features) of every module that an adapter can have, by its Hugging Face name."""
+    matrices = [entry for entry in layout(config) if len(entry.shape) == 2]
+    sizes = {entry.name.removesuffix(".weight"): (entry.shape[1], entry.shape[0]) for entry in matrices}
+    hidden, vocab = config.hidden_size, config.vocab_size
+    return sizes | {"model.embed_tokens": (vocab, hidden), "lm_head": (hidden, vocab)}
 
 
 def _tensor_names(module: str) -> tuple[str, str]:
@@ -96,11 +89,11 @@ def _tensor_names(module: str) -> tuple[str, str]:
     return f"{_PREFIX}{module}.lora_A.weight", f"{_PREFIX}{module}.lora_B.weight"
 
 
-def _wanted(modules: list[AdaptedModule], config: ModelConfig) -> dict[str, tuple[int, int]]:
+def _wanted(modules: list[AdaptedModule], sizes: dict[str, tuple[int, int]]) -> dict[str, tuple[int, int]]:
     """Tensor name -> shape."""
     shapes = {}
     for module in modules:
-        in_features, out_features = module_sizes(config, module.name)
+        in_features, out_features = sizes[module.name]
         a, b = _tensor_names(module.name)
         shapes[a], shapes[b] = (module.rank, in_features), (out_features, module.rank)
     return shapes
@@ -111,7 +104,7 @@ def _match(
 ) -> None:
     extra = [name for name in stored if name not in wanted and not _is_base_copy(stored[name], model)]
     if extra:
-        candidates = [*wanted, *(_tensor_names(name)[0] for name in module_names(model.config))]
+        candidates = [*wanted, *(_tensor_names(name)[0] for name in module_sizes(model.config))]
         nearest = difflib.get_close_matches(extra[0], candidates, n=1, cutoff=0.0)
         raise AdapterError(
             f"{folder}: {len(extra)} of {len(stored)} tensors belong to no adapted module: {_some(extra)}; "

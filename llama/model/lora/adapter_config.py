@@ -1,7 +1,7 @@
 """What an adapter_config.json says: which modules are adapted, with which rank and which scale. Runs without torch.
 
-Every key is read or refused: one that we do not know may change the maths, and then the adapter would answer wrongly
-without a word. Formulas are those of PEFT (peft/tuners/lora/layer.py): scale = alpha / r, or alpha / sqrt(r) (rslora).
+Every key is read or refused: one that we do not know may change what is computed, and answers would be wrong with no
+sign of it. Formulas are those of PEFT (peft/tuners/lora/layer.py): scale = alpha / r, or alpha / sqrt(r) (rslora).
 """
 
 import json
@@ -16,12 +16,10 @@ from typing import Any
 
 from llama.api.errors import AdapterError
 from llama.files import named, read_json
-from llama.model.config import ModelConfig
 
 PATTERN_SECONDS = 10.0
 
-ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
-MLP = ("gate_proj", "up_proj", "down_proj")
+_MODULES = "q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj, embed_tokens and lm_head"
 
 # Keys that say how an adapter was trained or where it comes from, not what it computes.
 TRAINING_KEYS = frozenset(
@@ -52,24 +50,14 @@ class AdaptedModule:
     scale: float
 
 
-def module_names(config: ModelConfig) -> list[str]:
-    """Every module that an adapter can target, as Hugging Face's LlamaForCausalLM names them."""
-    layers = [
-        f"model.layers.{layer}.{part}.{name}"
-        for layer in range(config.num_hidden_layers)
-        for part, names in (("self_attn", ATTENTION), ("mlp", MLP))
-        for name in names
-    ]
-    return ["model.embed_tokens", *layers, "lm_head"]
-
-
-def read_adapter_config(folder: Path, config: ModelConfig) -> list[AdaptedModule]:
-    """The modules that `folder`'s adapter_config.json adapts. AdapterError for what is malformed or not plain LoRA."""
+def read_adapter_config(folder: Path, names: list[str]) -> list[AdaptedModule]:
+    """Which of the modules `names` are adapted by `folder`'s adapter_config.json. AdapterError for what is malformed or
+    not plain LoRA."""
     path = folder / "adapter_config.json"
     values = read_json(path, error=AdapterError, hint="a PEFT adapter has one")
     with named(path, AdapterError):
         _refuse_foreign(values)
-        return _modules(values, module_names(config))
+        return _modules(values, names)
 
 
 def _refuse_foreign(values: Mapping[str, Any]) -> None:
@@ -134,8 +122,7 @@ def _targets(values: Mapping[str, Any], names: list[str]) -> list[str]:
         dropped = set(_matching("exclude_modules", excluded, names))
         chosen = [name for name in chosen if name not in dropped]
     if not chosen:
-        has = f"{', '.join((*ATTENTION, *MLP))}, embed_tokens and lm_head"
-        raise AdapterError(f"target_modules={wanted!r} matches no module of the model, which has {has}")
+        raise AdapterError(f"target_modules={wanted!r} matches no module of the model, which has {_MODULES}")
     return chosen
 
 
@@ -154,7 +141,7 @@ def _ends_with(name: str, suffix: str) -> bool:
 
 
 def _full_matches(key: str, pattern: str, names: list[str]) -> list[str]:
-    """In a process of its own: a regular expression from a file may take without end, and then only a kill stops it."""
+    """In a process of its own, which can be killed: a regular expression from a file may run without end."""
     try:
         re.compile(pattern)
     except (re.error, RecursionError, OverflowError) as error:
@@ -192,7 +179,7 @@ def _in_layers(values: Mapping[str, Any], wanted: Any, chosen: list[str]) -> lis
 
 def _pattern(key: str, pattern: Any, targets: Iterable[str], check: Any) -> dict[str, float]:
     """Module -> its value. PEFT takes a key as a regular expression; here it must be a module's name, whole or its end,
-    because an expression that matches less than its author thought changes the scale and nobody sees it."""
+    because an expression that matches less than its author thought would change the scale unnoticed."""
     if not pattern:
         return {}
     if not isinstance(pattern, dict):
