@@ -175,5 +175,11 @@ class SamplerState:
         self.counts[row] = 0
         self.counts[row].index_add_(0, ids, torch.ones_like(ids, dtype=torch.int32))
 
+    def copy_of(self, rows: torch.Tensor) -> "SamplerState":
+        """A state of its own whose row i is row rows[i] of this one."""
+        copy = SamplerState(0, self.counts.shape[1], self.counts.device)
+        copy.prompt_mask, copy.counts = self.prompt_mask[rows], self.counts[rows]
+        return copy
+
     def _ids(self, token_ids: Sequence[int] | torch.Tensor) -> torch.Tensor:
         return torch.as_tensor(token_ids, dtype=torch.int64).to(self.counts.device, non_blocking=True)

@@ -18,11 +18,12 @@ from llama.api.params import SamplingParams
 from llama.engine.config import EngineConfig
 from llama.engine.engine import Engine
 from llama.engine.sequence import TokenOutput
-from tests import naive, naive_sampling
+from tests import drafters, naive, naive_sampling
 from tests.engine.fakes import add
 from tests.model.models import hugging_face_weights, tiny_model
 
 EOS = 11
+SPECULATIVE_CONFIG = {"method": "ngram", "num_speculative_tokens": 5, "disable_by_batch_size": 1000}
 TOLERANCE = 1e-9
 SYSTEM = [random.Random(1).randrange(97) for _ in range(48)]
 
@@ -142,6 +143,7 @@ class Case:
     strangers: bool = False  # neighbours come, and are aborted in the middle
     lag: int = 0
     poison: bool = False  # all that is not in use holds NaN
+    drafts: str = "none"  # ngram, or of a kind of tests/drafters.py
     seed: int = 0
 
 
@@ -153,11 +155,20 @@ def make_engine(case: Case) -> Engine:
         block_size=case.block_size,
         num_blocks=max(case.num_tokens // case.block_size, 1),
         enable_prefix_caching=case.cache != "off",
+        speculative_config=None if case.drafts == "none" else SPECULATIVE_CONFIG,
     )
     engine = Engine(model(), config, eos_token_ids={EOS})
     engine.runner.lag = case.lag
     engine.runner._scored_rows = 7  # prompts are scored in several pieces
+    if case.drafts not in ("none", "ngram"):
+        drafters.use(engine, lambda request_id, index: drafters.KINDS[case.drafts](answer_to(request_id, index)))
     return engine
+
+
+def answer_to(request_id: str, index: int) -> list[int]:
+    """Of request "ask N"; of strangers nothing is known."""
+    kind, number = request_id.split()
+    return oracle(ASKS[int(number)], index).token_ids if kind == "ask" else []
 
 
 class Run:
@@ -271,7 +282,24 @@ def combined(seed: int) -> Case:
         lag=pick.randint(0, 1),
         poison=pick.random() < 0.5,
         seed=seed,
+        drafts=pick.choice(["none", "ngram", *drafters.KINDS]),
     )
+
+
+DRAFTED = {
+    "ngram": {"drafts": "ngram"},
+    "right": {"drafts": "right", "poison": True},
+    "wrong, preempted, poisoned": {"drafts": "wrong", "preempt": True, "poison": True},
+    "mixed, few blocks of one": {"drafts": "mixed", "num_tokens": 96, "block_size": 1},
+    "mixed, update lags": {"drafts": "mixed", "lag": 1, "strangers": True},
+}
+
+
+@pytest.mark.parametrize("changes", DRAFTED.values(), ids=DRAFTED)
+def test_drafts(changes):
+    counts = check(replace(Case(), **changes)).scheduler.speculation
+    assert counts is not None and counts.num_draft_tokens > 40
+    assert (counts.num_accepted_tokens > 5) == (changes["drafts"] != "wrong")
 
 
 @pytest.mark.parametrize("seed", range(8))

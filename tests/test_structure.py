@@ -45,21 +45,30 @@ IMPORT_ORDER = {
         transformer
         lora""",
     "llama.engine": """
+        speculative_config ngrams
         config adapters blocks device graphs
         request
         sequence
         plan
         sampler
-        memory
+        memory verification
         runner
         graph_runner
         running
         step
+        speculation
         scheduler
         engine""",
 }
 FOLDERS = ("llama", "kernels", "tests", "tools", "benchmarks", "docs")
-DOCUMENTS = ["README.md", "CONTRIBUTING.md", "tests/README.md", "docs/architecture.md", "docs/http.md"]
+DOCUMENTS = [
+    "README.md",
+    "CONTRIBUTING.md",
+    "tests/README.md",
+    "docs/architecture.md",
+    "docs/http.md",
+    "docs/speculation.md",
+]
 # Modules under these run with torch absent. A folder stands for all that is in it.
 WITHOUT_TORCH = (
     "llama/__init__.py",
@@ -69,6 +78,9 @@ WITHOUT_TORCH = (
     "llama/model/config.py",
     "llama/model/rope_scaling.py",
     "llama/engine/config.py",
+    "llama/engine/speculative_config.py",
+    "llama/engine/ngrams.py",
+    "llama/engine/speculation.py",
     "llama/engine/request.py",
     "llama/engine/sequence.py",
     "llama/engine/blocks.py",

@@ -105,6 +105,7 @@ class SamplingParams:
     structured_outputs: StructuredOutputsParams | Mapping[str, Any] | None = _option(  # noqa: RUF009
         None, 'the same as vLLM has it, such as {"choice": ["yes", "no"]}'
     )
+    speculative: bool = _option(True, "verify drafts of the next tokens, if the engine has a speculative_config")
 
     def __post_init__(self) -> None:
         put = functools.partial(object.__setattr__, self)
@@ -126,7 +127,7 @@ class SamplingParams:
         ids = _listed("stop_token_ids", self.stop_token_ids, "token ids")
         checked = [_integer("stop_token_ids", each, 0, place=": each id") for each in ids]
         put("stop_token_ids", tuple(dict.fromkeys(checked)))
-        for name in ("include_stop_str_in_output", "ignore_eos"):
+        for name in ("include_stop_str_in_output", "ignore_eos", "speculative"):
             if not isinstance(getattr(self, name), bool):
                 raise _refusal(name, "True or False", getattr(self, name))
         for name in ("logprobs", "prompt_logprobs"):

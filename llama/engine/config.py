@@ -4,10 +4,12 @@ Whatever needs one of them is handed the whole value. LLM's keyword arguments an
 fields: a new option is one field here, with its line of help.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from llama.api.errors import ParameterError
+from llama.engine.speculative_config import BATCH_SIZES, SpeculativeConfig
 from llama.model.config import ModelConfig
 
 # max_num_batched_tokens by the type of the device, which are also the devices that there are.
@@ -38,6 +40,9 @@ class EngineConfig:
     enforce_eager: bool = _option(False, "run without CUDA graphs")
     max_loras: int = _option(8, "adapters that may work in one step, 0 = none are taken", least=0)
     max_lora_rank: int = _option(64, "the largest rank of an adapter", least=1)
+    speculative_config: Mapping[str, Any] | None = _option(
+        None, 'verify drafts of the next tokens, such as {"method": "ngram", "num_speculative_tokens": 4}'
+    )
     seed: int | None = _option(None, "makes the whole run repeatable (fresh entropy for requests without a seed)")
 
     def __post_init__(self) -> None:
@@ -57,6 +62,8 @@ class EngineConfig:
             raise _refusal("gpu_memory_utilization", "in (0, 1]", share)
         if self.seed is not None and (not _is_integer(self.seed) or not 0 <= self.seed < 1 << 64):
             raise _refusal("seed", "an integer from 0 to 2**64 - 1, or None", self.seed)
+        if self.speculative_config is not None:
+            SpeculativeConfig.of(self.speculative_config)
 
     def resolved(self, model: ModelConfig, device: str) -> "EngineConfig":
         """With the context of this model and the budget of this type of device where none is given."""
@@ -65,7 +72,25 @@ class EngineConfig:
         if asked > most:
             raise _refusal("max_model_len", f"an integer in [2, {most}] (max_position_embeddings)", asked)
         budget = self.max_num_batched_tokens or BATCHED_TOKENS[device]
-        return replace(self, max_model_len=asked, max_num_batched_tokens=budget)
+        speculative = self.speculative_config
+        if speculative is not None:
+            most_sequences = speculative.get("disable_by_batch_size") or BATCH_SIZES[device]
+            speculative = {**speculative, "disable_by_batch_size": most_sequences}
+        return replace(self, max_model_len=asked, max_num_batched_tokens=budget, speculative_config=speculative)
+
+    @property
+    def speculation(self) -> SpeculativeConfig | None:
+        """What speculative_config says; None = there are no drafts."""
+        return None if self.speculative_config is None else SpeculativeConfig.of(self.speculative_config)
+
+    @property
+    def most_samples(self) -> int:
+        """The most tokens drawn in one step."""
+        speculation = self.speculation
+        if speculation is None:
+            return self.max_num_seqs
+        most_runs = min(self.max_num_seqs, speculation.disable_by_batch_size or self.max_num_seqs)
+        return self.max_num_seqs + most_runs * speculation.num_speculative_tokens
 
     @property
     def context_len(self) -> int:

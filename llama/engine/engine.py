@@ -21,12 +21,14 @@ from llama.engine.blocks import BlockPool
 from llama.engine.config import EngineConfig
 from llama.engine.graph_runner import GraphRunner
 from llama.engine.memory import fitting_blocks
+from llama.engine.ngrams import Ngrams, Text
 from llama.engine.plan import Plan, StepResult
 from llama.engine.request import Request, check_params, check_room, checked_ids
 from llama.engine.runner import Runner
 from llama.engine.sampler import Seeds, child_seed
 from llama.engine.scheduler import Scheduler
 from llama.engine.sequence import Sequence, TokenOutput
+from llama.engine.speculative_config import SpeculativeConfig
 from llama.model.kv_cache import KVCache
 from llama.model.transformer import Transformer
 
@@ -166,6 +168,8 @@ class Engine:
         ]
         if params.prompt_logprobs is not None:
             sequences[0].prompt_logprobs = [None]
+        if self.config.speculation is not None and params.speculative:
+            self._let_speculate(sequences, self.config.speculation)
         if request.new_matcher is not None:
             first = sequences[0].matcher = request.new_matcher()
             for sequence in sequences[1:]:
@@ -174,6 +178,13 @@ class Engine:
         self._num_requests += 1
         self._num_prompt_tokens += len(prompt)
         return [sequence.seed for sequence in sequences]
+
+    @staticmethod
+    def _let_speculate(sequences: list[Sequence], config: SpeculativeConfig) -> None:
+        """Give each sequence of a request its source of drafts."""
+        prompt = Text(sequences[0].prompt.tolist(), range(config.prompt_lookup_min, config.prompt_lookup_max + 1))
+        for sequence in sequences:
+            sequence.ngrams = Ngrams(prompt, sequence.output_token_ids, config.num_speculative_tokens)
 
     @property
     def adapters(self) -> Adapters:

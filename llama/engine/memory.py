@@ -78,17 +78,17 @@ def _rows_with_everything(count: int, vocab_size: int, device: torch.device, dty
 
 @torch.inference_mode()
 def worst_step(model: Transformer, config: EngineConfig, *, is_decode: bool) -> None:
-    """A step as large as any: one prompt of the whole budget, or max_num_seqs decodes, and every row sampled by every
-    rule.
+    """A step as large as any: one prompt of the whole budget, or max_num_seqs decodes, and as many tokens drawn as
+    there may be, each by every rule.
 
     How much memory attention takes depends on the number of tokens and not on what they see: all K and V are those of
     a single block, which nothing is stored to.
     """
-    num_samples, block_size = config.max_num_seqs, config.block_size
+    num_samples, block_size = config.max_num_seqs if is_decode else config.most_samples, config.block_size
     device, vocab_size = model.device, model.config.vocab_size
     kv = KVCache(model.config, 1, block_size, dtype=model.dtype, device=device)
     kv.data.zero_()
-    seqs, tokens = (num_samples, num_samples) if is_decode else (1, config.token_budget)
+    seqs, tokens = (config.max_num_seqs, config.max_num_seqs) if is_decode else (1, config.token_budget)
     query_len = tokens // seqs
     ragged = Ragged(
         block_tables=torch.zeros(seqs, -(-query_len // block_size), dtype=torch.int32, device=device),
@@ -105,8 +105,11 @@ def worst_step(model: Transformer, config: EngineConfig, *, is_decode: bool) -> 
     )
     hidden = model.hidden(batch, kv)
     logits = model.head(hidden, batch, torch.zeros(num_samples, dtype=torch.int64, device=device))
-    state = SamplerState(num_samples, vocab_size, device)
-    ops.sample(logits, _rows_with_everything(num_samples, vocab_size, device, model.dtype), state)
+    state = SamplerState(config.max_num_seqs, vocab_size, device)
+    apart = state  # behind drafts each sample has one of its own
+    if num_samples > config.max_num_seqs:
+        apart = state.copy_of(torch.zeros(num_samples, dtype=torch.int64, device=device))
+    ops.sample(logits, _rows_with_everything(num_samples, vocab_size, device, model.dtype), apart)
     if not is_decode:
         scored = torch.zeros(num_scored_rows(vocab_size), dtype=torch.int64, device=device)
         ops.token_logprobs(model.head(hidden, batch, scored), scored, min(MAX_LOGPROBS, vocab_size))

@@ -50,6 +50,9 @@ class Plan:
     joins: tuple[Join, ...] = ()
     adapters: tuple[Adapter, ...] = ()  # those that some sequence uses; each is to be loaded at its index
     adapter_indices: Ints | None = None  # [seqs], None if no sequence has an adapter
+    # [samples] what a draft expects to be drawn, -1 = no draft does; None if there is none. Sample i + 1 stands behind
+    # the draft that sample i has, and means nothing where sample i is another token.
+    drafts: Ints | None = None
     masks: Ints | None = None  # [samples, words] grammar bit masks, None if no sample has one
     prompt_sources: Ints | None = None  # [scored] tokens whose successor in the prompt is to be scored
     prompt_targets: Ints | None = None  # [scored] those successors

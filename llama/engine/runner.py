@@ -18,8 +18,9 @@ from torch import Tensor
 from llama.engine.config import EngineConfig
 from llama.engine.device import fetch, pack, to_device
 from llama.engine.memory import num_scored_rows
-from llama.engine.plan import LogprobArrays, Plan, StepResult
+from llama.engine.plan import Ints, LogprobArrays, Plan, StepResult
 from llama.engine.sampler import SamplerTable
+from llama.engine.verification import sample_behind_drafts
 from llama.kernels import ops
 from llama.kernels.types import Ragged, SamplerRows
 from llama.model.adapters import StepAdapters
@@ -165,12 +166,19 @@ class Runner:
             return lambda: StepResult(np.zeros(0, np.int64), np.zeros(0, np.bool_))
         logits = self.model.head(hidden, batch, batch.logit_rows)
         rows = self.sampler.rows(plan.sample_rows, plan.sample_positions, plan.masks)
-        return fetch_result(*self._draw(logits, rows, self._on_device(plan.sample_rows)), len(plan.sample_rows))
+        draws = self._draw(logits, rows, self._on_device(plan.sample_rows), plan.drafts)
+        return fetch_result(*draws, len(plan.sample_rows))
 
-    def _draw(self, logits: Tensor, rows: SamplerRows, row_ids: Tensor) -> tuple[Tensor, list[Tensor]]:
+    def _draw(
+        self, logits: Tensor, rows: SamplerRows, row_ids: Tensor, drafts: Ints | None = None
+    ) -> tuple[Tensor, list[Tensor]]:
         """A token for each row of logits, kept as the last one of its row -> what the host wants to know of it, packed
         and as it was."""
-        sampled = ops.sample(logits, rows, self.sampler.state)
+        if drafts is None:
+            sampled = ops.sample(logits, rows, self.sampler.state)
+        else:
+            sampled, is_last = sample_behind_drafts(logits, rows, self.sampler.state, drafts)
+            row_ids = torch.where(is_last, row_ids, self.padding_row)
         self.last_tokens.index_copy_(0, row_ids, sampled.token_ids)
         found = sampled.logprobs
         wide = [] if found is None else [found.rank, found.top_ids, found.logprob, found.top_logprobs]

@@ -30,10 +30,13 @@ class Running:
         self.last = np.zeros(num_rows, np.int32)  # position of the last token that the sequence may have
         self.adapter_indices = np.zeros(num_rows, np.int32)
         self.watched: NDArray[np.bool_] = np.zeros(num_rows, np.bool_)  # it has stop ids or a matcher
-        self.masked_step = np.full(num_rows, -1, np.int64)  # the last step that drew from its matcher's mask
+        # The last step whose result must be known before the sequence runs on: it drew from its matcher's mask, or
+        # drafts may stand behind its token.
+        self.awaited_step = np.full(num_rows, -1, np.int64)
         self.table = np.zeros((num_rows, config.blocks_per_sequence), np.int32)
         self.num_adapters = 0
         self.num_watched = 0
+        self.num_speculating = 0  # sequences that may have drafts
         self.num_departures = 0
         self._paths = [PrefixPath(b"")] * num_rows
         self._free_rows = list(range(num_rows - 1, -1, -1))
@@ -52,11 +55,12 @@ class Running:
         self.last[row] = sequence.limit - 1
         self.adapter_indices[row] = sequence.adapter.index
         self.watched[row] = bool(sequence.params.stop_token_ids) or sequence.matcher is not None
-        self.masked_step[row] = -1
+        self.awaited_step[row] = -1
         self.num_adapters += sequence.adapter.index > 0
         if sequence.adapter.index:
             sequence.adapter.num_users += 1
         self.num_watched += bool(self.watched[row])
+        self.num_speculating += sequence.ngrams is not None
         self._paths[row] = path
         self._extend(row, blocks)
         self.prefilling[sequence] = None
@@ -74,6 +78,7 @@ class Running:
         if sequence.adapter.index:
             sequence.adapter.num_users -= 1
         self.num_watched -= bool(self.watched[row])
+        self.num_speculating -= sequence.ngrams is not None
         self.num_departures += 1
         self._updates = [update[:, update[0] != row] for update in self._updates]
         self._free_rows.append(row)
@@ -105,11 +110,11 @@ class Running:
 
     def decodes_beside(self, oldest_step: int) -> tuple[Ints, list[Sequence]]:
         """The same without those that must not run while steps from `oldest_step` on are in flight: one may bring the
-        last token that a sequence can have, or the one that its matcher must know to make the next mask."""
+        last token that a sequence can have, or the one that its matcher or its drafts must know."""
         rows, sequences = self.decodes()
         ready = self.computed[rows] < self.last[rows]
-        if self.num_watched:
-            ready &= self.masked_step[rows] < oldest_step
+        if self.num_watched or self.num_speculating:
+            ready &= self.awaited_step[rows] < oldest_step
         if ready.all():
             return rows, sequences
         return rows[ready], [sequences[i] for i in np.flatnonzero(ready)]
@@ -145,6 +150,22 @@ class Running:
             preempt(newest)
         self._extend(row, self.pool.allocate(max(0, missing)))
         return min(count, int(self.capacity[row]) - computed)
+
+    def reserve_drafts(self, sequence: Sequence, count: int) -> int:
+        """Places for up to `count` tokens behind the next one, in blocks that no prompt needs -> how many there are."""
+        row, block_size = sequence.row, self.pool.block_size
+        taken = int(self.computed[row]) + 1
+        missing = -(-(taken + count - int(self.capacity[row])) // block_size)
+        spare = self.pool.num_available - self.num_promised_blocks(self.prefilling)
+        self._extend(row, self.pool.allocate(max(0, min(missing, spare))))
+        return min(count, int(self.capacity[row]) - taken)
+
+    def shrink(self, sequence: Sequence) -> None:
+        """Give back the blocks behind what is computed: refused drafts had them. No step in flight may know the row."""
+        row, block_size = sequence.row, self.pool.block_size
+        kept = -(-int(self.computed[row]) // block_size)
+        self.pool.free(self.blocks(row)[kept:])
+        self.capacity[row] = kept * block_size
 
     def num_promised_blocks(self, sequences: Iterable[Sequence]) -> int:
         """Blocks that the known tokens of these sequences still need."""

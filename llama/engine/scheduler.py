@@ -9,7 +9,6 @@ can always go on, so that every scheduled step makes progress.
 between; its token is dropped, and the block that it wrote to was never published.
 """
 
-import logging
 from bisect import insort
 from collections import deque
 from collections.abc import Iterable
@@ -24,21 +23,8 @@ from llama.engine.config import EngineConfig
 from llama.engine.plan import Ints, LogprobArrays, Plan, StepResult
 from llama.engine.running import Running, by_order
 from llama.engine.sequence import BROKEN_GRAMMAR, Sequence, TokenOutput
-from llama.engine.step import Chunk, StepRecord, decode_constants
-
-logger = logging.getLogger(__name__)
-
-
-def _advance(sequence: Sequence, token: int) -> bool:
-    """Tell the sequence's matcher -> False if it cannot go on, which is the end of this sequence and of no other."""
-    if sequence.matcher is None:
-        return True
-    try:
-        sequence.matcher.advance(token)
-    except Exception:  # a matcher is the caller's: whatever it raises is its own sequence's end, and logged
-        logger.exception("a grammar broke off")
-        return False
-    return True
+from llama.engine.speculation import Speculation
+from llama.engine.step import Chunk, Run, StepRecord, decode_constants
 
 
 class Scheduler:
@@ -66,6 +52,9 @@ class Scheduler:
         self._is_eos = np.zeros(vocab_size, np.bool_)
         self._is_eos[[token for token in self.eos_token_ids if token < vocab_size]] = True
         self._mask_words = -(-vocab_size // 32)
+        self.speculation: Speculation | None = None
+        if config.speculation is not None:
+            self.speculation = Speculation(config.speculation, self.running, self.eos_token_ids, self._mask_words)
         self._model = model
         self._requests: dict[str, list[Sequence]] = {}
         self._in_flight: deque[StepRecord] = deque()
@@ -149,6 +138,8 @@ class Scheduler:
             rows, step.decodes = self._ready(budget)  # chunks may have taken blocks from some
         if not step.decodes and not step.chunks:
             return None
+        if self.speculation is not None and self.running.num_speculating:
+            rows = self.speculation.add_runs(step, rows, budget - step.num_tokens)
         if len(self._constants[0]) != len(rows):
             self._constants = decode_constants(len(rows))
         adapters = self.adapters.running() if self.running.num_adapters else ()
@@ -248,8 +239,10 @@ class Scheduler:
         running = self.running
         decodes = slice(plan.num_decodes)
         running.computed[plan.rows[decodes]] = plan.context_lens[decodes]
+        for run in step.runs:
+            running.computed[run.row] = run.start + len(run.token_ids)
         if plan.masks is not None:
-            running.masked_step[[s.row for s in step.samples if s.matcher is not None]] = step.number
+            running.awaited_step[[s.row for s in step.samples if s.matcher is not None]] = step.number
         for chunk in step.chunks:
             for sequence in chunk.samples:
                 running.start_decoding(sequence)
@@ -268,8 +261,10 @@ class Scheduler:
         self._publish_decoded(step, plan)
         outputs = []
         num_failed = 0
+        num_plain = step.num_samples_before_runs
         needs_care = self._needs_care(step, plan, result).tolist()
-        for i, (sequence, token) in enumerate(zip(step.samples, result.token_ids.tolist(), strict=True)):
+        token_ids = result.token_ids.tolist()
+        for i, (sequence, token) in enumerate(zip(step.samples[:num_plain], token_ids[:num_plain], strict=True)):
             if not needs_care[i]:
                 sequence.output_token_ids.append(token)
                 cached = sequence.num_cached_tokens
@@ -281,7 +276,35 @@ class Scheduler:
                 num_failed += not output.token_ids
                 outputs.append(output)
         self.num_generated_tokens += len(outputs) - num_failed
+        for run in step.runs:
+            if not run.sequence.finished:
+                outputs.append(self._take_run(step, result, run, num_plain))
+                self.num_generated_tokens += len(outputs[-1].token_ids)
+            num_plain += len(run.token_ids)
         return outputs
+
+    def _take_run(self, step: StepRecord, result: StepResult, run: Run, first: int) -> TokenOutput:
+        """The tokens drawn behind a run's tokens, from sample `first` on, as far as the drafts are right. What each of
+        them does to the sequence is what it would have done in a step of its own."""
+        sequence, running = run.sequence, self.running
+        taken: TokenOutput | None = None
+        for place in range(len(run.token_ids)):
+            if sequence.row >= 0:
+                context = running.computed[run.row] = run.start + place + 1
+                if context % self.pool.block_size == 0:
+                    running.publish(sequence, context)
+            token = int(result.token_ids[first + place])
+            output = self._take(step, result, first + place, token)
+            taken = output if taken is None else taken.followed_by(output)
+            if sequence.finished or place + 1 == len(run.token_ids) or token != run.token_ids[place + 1]:
+                break
+        assert taken is not None and self.speculation is not None
+        self.speculation.learn(run, len(taken.token_ids))
+        taken.num_draft_tokens = len(run.token_ids) - 1
+        taken.num_prediction_tokens = 0 if run.match.text is None else taken.num_draft_tokens
+        if sequence.row >= 0:
+            running.shrink(sequence)
+        return taken
 
     def _needs_care(self, step: StepRecord, plan: Plan, result: StepResult) -> NDArray[np.bool_]:
         """Which samples may do more than add a token to a sequence that goes on."""
@@ -321,7 +344,7 @@ class Scheduler:
         output = TokenOutput(sequence.request_id, sequence.index, [token], num_cached_tokens=sequence.num_cached_tokens)
         if result.is_bad[i]:
             return self._fail(sequence)
-        if i in step.without_mask or not _advance(sequence, token):
+        if i in step.without_mask or not sequence.advance(token):
             return self._fail(sequence, BROKEN_GRAMMAR)
         sequence.output_token_ids.append(token)
         num_top = sequence.params.logprobs

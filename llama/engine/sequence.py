@@ -3,6 +3,7 @@
 Sequence is the only mutable state of a request, and the scheduler owns it. Everything else here is a value.
 """
 
+import logging
 from collections.abc import Collection
 from dataclasses import dataclass, field
 
@@ -12,14 +13,18 @@ from numpy.typing import NDArray
 from llama.api.outputs import FinishReason, Logprob
 from llama.api.params import SamplingParams
 from llama.engine.adapters import NO_ADAPTER, Adapter
+from llama.engine.ngrams import Ngrams
 from llama.engine.request import TokenMatcher
+
+logger = logging.getLogger(__name__)
 
 BROKEN_GRAMMAR = "grammar"  # the stop_reason of an error: the grammar exceeded a limit while it ran
 
 
 @dataclass(slots=True)
 class TokenOutput:
-    """What one step adds to one completion; the token that ended it (end of text, stop id) is in `token_ids`.
+    """What one step adds to one completion; the token that ended it (end of text, stop id) is in `token_ids`. Behind
+    drafts there may be several: all but the last are drafts that were right.
 
     Not frozen: hundreds are made in every step, and a frozen dataclass costs four times as much to make.
     """
@@ -33,6 +38,15 @@ class TokenOutput:
     stop_reason: int | str | None = None
     prompt_logprobs: list[dict[int, Logprob] | None] | None = None  # with the first output of index 0 only
     num_cached_tokens: int = 0
+    num_draft_tokens: int = 0  # that were verified for it
+    num_prediction_tokens: int = 0  # those of them that come from the prediction
+
+    def followed_by(self, next: "TokenOutput") -> "TokenOutput":
+        """This one, which ended nothing, and the next one in one."""
+        self.token_ids += next.token_ids
+        self.logprobs = None if self.logprobs is None else self.logprobs + (next.logprobs or [])
+        self.finish_reason, self.stop_reason = next.finish_reason, next.stop_reason
+        return self
 
 
 @dataclass(slots=True, eq=False)
@@ -54,6 +68,7 @@ class Sequence:
     followers: "list[Sequence]" = field(default_factory=list)  # they fork from this one once its prompt is computed
 
     output_token_ids: list[int] = field(default_factory=list)
+    ngrams: Ngrams | None = None  # where its drafts come from; None = it has none
     prompt_logprobs: list[dict[int, Logprob] | None] | None = None  # gathered so far; None once handed out or not asked
     num_cached_tokens: int = -1  # -1 = it has never run
     row: int = -1
@@ -76,6 +91,17 @@ class Sequence:
             return self.prompt[start:stop]
         outputs = np.array(self.output_token_ids[max(0, start - split) : stop - split], np.int32)
         return np.concatenate([self.prompt[start:split], outputs]) if start < split else outputs
+
+    def advance(self, token: int) -> bool:
+        """Tell the matcher -> False if it cannot go on, which is the end of this sequence and of no other."""
+        if self.matcher is None:
+            return True
+        try:
+            self.matcher.advance(token)
+        except Exception:  # a matcher is the caller's: whatever it raises is its own sequence's end, and logged
+            logger.exception("a grammar broke off")
+            return False
+        return True
 
     def ending(self, eos_token_ids: Collection[int]) -> tuple[FinishReason | None, int | None]:
         """Whether the last token ended the sequence, and the id of `stop_token_ids` that did it."""

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from llama.engine.adapters import Adapter
+from llama.engine.ngrams import Match
 from llama.engine.plan import LAST_SAMPLED, NO_COPIES, Ints, Join, Plan
 from llama.engine.running import Running
 from llama.engine.sequence import Sequence
@@ -30,15 +31,28 @@ class Chunk(NamedTuple):
         return self.start + len(self.token_ids)
 
 
+class Run(NamedTuple):
+    """The last token of a sequence that decodes, and drafts of what follows: computed together, and a token drawn
+    behind each. Those up to the first that is not the next draft are what the sequence gets."""
+
+    sequence: Sequence
+    row: int
+    start: int  # position of the last token
+    token_ids: Ints  # [1 + drafts]
+    masks: list[Ints]  # of its grammar, for each token drawn; none without a grammar
+    match: Match
+
+
 @dataclass(slots=True)
 class StepRecord:
     number: int
     decodes: list[Sequence] = field(default_factory=list)
     chunks: list[Chunk] = field(default_factory=list)
+    runs: list[Run] = field(default_factory=list)
     published: list[int] = field(default_factory=list)  # blocks that enter the prefix cache before they are computed
     joins: list[Join] = field(default_factory=list)
     copies: list[tuple[int, int]] = field(default_factory=list)
-    samples: list[Sequence] = field(default_factory=list)  # one per drawn token
+    samples: list[Sequence] = field(default_factory=list)  # one per drawn token; those of `runs` come last
     without_mask: set[int] = field(default_factory=set)  # samples whose matcher failed: nothing drawn for them counts
     num_departures: int = 0  # when it was scheduled; later ones mean that rows may have changed hands
 
@@ -46,6 +60,15 @@ class StepRecord:
     def members(self) -> list[Sequence]:
         """Every sequence of the step, once."""
         return list(dict.fromkeys([*self.samples, *(chunk.sequence for chunk in self.chunks)]))
+
+    @property
+    def num_samples_before_runs(self) -> int:
+        return len(self.samples) - sum(len(run.token_ids) for run in self.runs)
+
+    @property
+    def num_tokens(self) -> int:
+        parts: list[Chunk | Run] = [*self.chunks, *self.runs]
+        return len(self.decodes) + sum(len(part.token_ids) for part in parts)
 
     def join(self, sequence: Sequence) -> None:
         """The sequence has just been given its row."""
@@ -65,15 +88,16 @@ class StepRecord:
         contexts = running.computed[rows] + 1
         self.samples = self.decodes
         num_scored = -1
-        if not self.chunks:
+        if not self.chunks and not self.runs:
             query_lens, token_ids, sources = constants
             arrays = {"rows": rows, "query_lens": query_lens, "context_lens": contexts, "token_ids": token_ids}
             arrays |= {"sample_rows": rows, "sample_sources": sources, "sample_positions": contexts}
         else:
             self.samples = [*self.decodes, *(sequence for chunk in self.chunks for sequence in chunk.samples)]
-            arrays = _flatten(rows, contexts, self.chunks)
+            self.samples += [run.sequence for run in self.runs for _ in run.token_ids]
+            arrays = _flatten(rows, contexts, self.chunks, self.runs)
             if scored := [chunk for chunk in self.chunks if chunk.score_to > chunk.score_from]:
-                arrays |= _scored(self.chunks, arrays["query_lens"][len(rows) :], len(rows))
+                arrays |= _scored(self.chunks, arrays["query_lens"][len(rows) :][: len(self.chunks)], len(rows))
                 num_scored = max(chunk.sequence.params.prompt_logprobs or 0 for chunk in scored)
         if adapters:
             arrays["adapter_indices"] = running.adapter_indices[arrays["rows"]]
@@ -91,16 +115,21 @@ class StepRecord:
         )
 
     def _masks(self, mask_words: int) -> Ints | None:
-        masks = None
-        for i, sequence in enumerate(self.samples):
+        if all(sequence.matcher is None for sequence in self.samples):
+            return None
+        masks = np.full((len(self.samples), mask_words), -1, np.int32)
+        for i, sequence in enumerate(self.samples[: self.num_samples_before_runs]):
             if sequence.matcher is not None:
-                if masks is None:
-                    masks = np.full((len(self.samples), mask_words), -1, np.int32)
                 try:
                     sequence.matcher.fill_mask(masks[i])
                 except Exception:  # a matcher is the caller's: see the scheduler, which ends its sequence alone
                     logger.exception("a grammar broke off")
                     self.without_mask.add(i)
+        start = self.num_samples_before_runs
+        for run in self.runs:
+            if run.masks:
+                masks[start : start + len(run.token_ids)] = run.masks
+            start += len(run.token_ids)
         return masks
 
 
@@ -109,23 +138,43 @@ def decode_constants(count: int) -> tuple[Ints, Ints, Ints]:
     return np.ones(count, np.int32), np.full(count, LAST_SAMPLED, np.int32), np.arange(count, dtype=np.int32)
 
 
-def _flatten(rows: Ints, contexts: Ints, chunks: list[Chunk]) -> dict[str, Ints]:
+def _flatten(rows: Ints, contexts: Ints, chunks: list[Chunk], runs: list[Run]) -> dict[str, Ints]:
     count = len(rows)
-    lens = np.ones(count + len(chunks), np.int32)
-    lens[count:] = [len(chunk.token_ids) for chunk in chunks]
-    contexts = np.concatenate([contexts, np.array([chunk.stop for chunk in chunks], np.int32)])
+    known: list[Chunk | Run] = [*chunks, *runs]
+    lens = np.ones(count + len(known), np.int32)
+    lens[count:] = [len(part.token_ids) for part in known]
+    stops = np.array([part.start + len(part.token_ids) for part in known], np.int32)
+    contexts = np.concatenate([contexts, stops])
     last_tokens = np.cumsum(lens, dtype=np.int32) - 1
     drawn = [(sequence.row, count + i) for i, chunk in enumerate(chunks) for sequence in chunk.samples]
     drawn_rows, drawn_seqs = np.array(drawn, np.int32).reshape(-1, 2).T
     sample_seqs = np.concatenate([np.arange(count, dtype=np.int32), drawn_seqs])
-    return {
-        "rows": np.concatenate([rows, np.array([chunk.row for chunk in chunks], np.int32)]),
+    arrays = {
+        "rows": np.concatenate([rows, np.array([part.row for part in known], np.int32)]),
         "query_lens": lens,
         "context_lens": contexts,
-        "token_ids": np.concatenate([np.full(count, LAST_SAMPLED, np.int32), *(chunk.token_ids for chunk in chunks)]),
+        "token_ids": np.concatenate([np.full(count, LAST_SAMPLED, np.int32), *(part.token_ids for part in known)]),
         "sample_rows": np.concatenate([rows, drawn_rows]),
         "sample_sources": last_tokens[sample_seqs],
         "sample_positions": contexts[sample_seqs],
+    }
+    if runs:
+        arrays["drafts"] = np.full(len(arrays["sample_rows"]), -1, np.int32)
+        for name, drawn_behind in _drawn_behind(runs, int(lens.sum())).items():
+            arrays[name] = np.concatenate([arrays[name], drawn_behind])
+    return arrays
+
+
+def _drawn_behind(runs: list[Run], num_tokens: int) -> dict[str, Ints]:
+    """The samples of runs whose tokens are the last ones of `num_tokens`."""
+    lens = [len(run.token_ids) for run in runs]
+    drafts = np.concatenate([np.append(run.token_ids[1:], -1) for run in runs])
+    positions = np.concatenate([run.start + 1 + np.arange(len(run.token_ids)) for run in runs])
+    return {
+        "sample_rows": np.repeat([run.row for run in runs], lens).astype(np.int32),
+        "sample_sources": np.arange(num_tokens - sum(lens), num_tokens, dtype=np.int32),
+        "sample_positions": positions.astype(np.int32),
+        "drafts": drafts.astype(np.int32),
     }
 
 

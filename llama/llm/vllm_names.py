@@ -109,7 +109,6 @@ HARMLESS: dict[str, tuple[Any, ...]] = {
     "show_hidden_metrics_for_version": (None,),
     "skip_mm_profiling": (False,),
     "skip_tokenizer_init": (False,),
-    "speculative_config": (None,),
     "stream_interval": (1,),
     "structured_outputs_config": (None, {}),
     "swap_space": (4, 0),

@@ -18,6 +18,7 @@ from llama.engine.engine import Engine
 from llama.engine.plan import LAST_SAMPLED, LogprobArrays, Plan, StepResult
 from llama.engine.scheduler import Scheduler
 from llama.engine.sequence import Sequence, TokenOutput
+from tests import drafters
 
 UNWRITTEN = -9
 VOCAB = 97  # of a FakeDevice, and of the tiny models
@@ -78,7 +79,12 @@ class FakeRunner:
         for row, position, context in zip(plan.sample_rows, plan.sample_positions, contexts, strict=True):
             assert position == len(context)
             sampled.append(next_token(context, int(self.seeds[row]), self.vocab_size))
-        self.last_tokens[plan.sample_rows] = sampled
+        drafts = [-1] * len(sampled) if plan.drafts is None else plan.drafts.tolist()
+        counts = True  # a token behind a draft that was not drawn does not
+        for row, token, draft in zip(plan.sample_rows, sampled, drafts, strict=True):
+            if counts:
+                self.last_tokens[row] = token
+            counts = draft < 0 or (counts and draft == token)
         for source, target in plan.copies:
             self.cache[target] = self.cache[source]
         scores = None
@@ -124,6 +130,7 @@ class Driver:
         eos_token_ids=(),
         enable_prefix_caching: bool = True,
         lag: int = 0,
+        drafts: str = "none",
     ) -> None:
         self.pool = BlockPool(num_blocks, block_size, enable_prefix_caching=enable_prefix_caching)
         config = EngineConfig(
@@ -132,12 +139,13 @@ class Driver:
             max_model_len=max_model_len,
             block_size=block_size,
             max_loras=2,
+            speculative_config=None if drafts == "none" else {"method": "ngram", "num_speculative_tokens": 6},
         )
         self.scheduler = Scheduler(config, self.pool, eos_token_ids=eos_token_ids, vocab_size=vocab_size)
         sizes = {"vocab_size": vocab_size, "max_model_len": max_model_len}
         self.runner = FakeRunner(num_rows=max_num_seqs, num_blocks=num_blocks, block_size=block_size, **sizes)
         self.vocab_size, self.max_model_len = vocab_size, max_model_len
-        self.lag = lag
+        self.lag, self.drafts = lag, drafts
         self.in_flight: deque[tuple[Plan, StepResult]] = deque()
         self.prompts: dict[str, list[int]] = {}
         self.expected: dict[tuple[str, int], list[int]] = {}
@@ -156,6 +164,9 @@ class Driver:
             tokens = expected(prompt, s.seed, s.limit - len(prompt), self.vocab_size, ends)
             self.expected[request_id, s.index] = tokens
             self.got[request_id, s.index] = []
+            if self.drafts != "none":
+                s.ngrams = drafters.KINDS[self.drafts](tokens)
+                s.ngrams.outputs = s.output_token_ids
         self.scheduler.add(sequences)
         return request_id
 

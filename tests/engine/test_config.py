@@ -9,6 +9,7 @@ from llama import LLM
 from llama.api.errors import ParameterError
 from llama.engine.adapters import Adapter
 from llama.engine.config import EngineConfig
+from llama.engine.speculative_config import SpeculativeConfig
 from tests.engine.fakes import add, make
 from tests.llm.helpers import GREEDY
 from tests.model.models import tiny_config, tiny_model
@@ -58,3 +59,45 @@ def test_a_request_keeps_its_adapter_when_the_name_goes():
     engine.add(request)
     engine.step()
     assert adapter.num_users == 1
+
+
+def test_drafts_of_the_device_and_of_what_was_asked():
+    model = tiny_config()
+    speculation = EngineConfig(speculative_config={"method": "ngram"}).resolved(model, "cpu").speculation
+    assert speculation == SpeculativeConfig(method="ngram", disable_by_batch_size=8)
+    assert (speculation.num_speculative_tokens, speculation.prompt_lookup_min, speculation.prompt_lookup_max) == (
+        4,
+        1,
+        4,
+    )
+    given = {"method": "ngram", "prompt_lookup_min": 5, "num_speculative_tokens": 7, "disable_by_batch_size": 3}
+    config = EngineConfig(speculative_config=given, max_num_seqs=2)
+    speculation = config.resolved(model, "cuda").speculation
+    assert (speculation.prompt_lookup_min, speculation.prompt_lookup_max) == (5, 5)
+    assert speculation.disable_by_batch_size == 3 and config.most_samples == 2 + 2 * 7
+    assert EngineConfig().speculation is None and EngineConfig().most_samples == 256
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ("ngram", 'speculative_config must be a mapping such as {"method": "ngram", "num_speculative_tokens": 4}'),
+        ({}, 'speculative_config["method"] must be "ngram", got None'),
+        ({"method": "eagle3", "model": "x"}, "got 'eagle3'"),
+        (
+            {"method": "ngram", "num_speculative_tokens": 0},
+            '_tokens"] must be an integer from 1 to 32',
+        ),
+        ({"method": "ngram", "num_speculative_tokens": True}, "got True"),
+        ({"method": "ngram", "prompt_lookup_max": 17}, '_max"] must be an integer from 1 to 16, got 17'),
+        ({"method": "ngram", "prompt_lookup_min": 4, "prompt_lookup_max": 3}, "at most prompt_lookup_max (3), got 4"),
+        (
+            {"method": "ngram", "draft_tensor_parallel_size": 2},
+            "no key 'draft_tensor_parallel_size'; it has method",
+        ),
+    ],
+)
+def test_a_speculative_config_that_cannot_be_meant_is_refused(given, told):
+    with pytest.raises(ParameterError, match="speculative_config") as caught:
+        EngineConfig(speculative_config=given)
+    assert told in str(caught.value) and caught.value.param == "speculative_config" and "\n" not in str(caught.value)

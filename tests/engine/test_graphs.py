@@ -313,5 +313,8 @@ def test_a_tensor_sees_nothing_of_what_becomes_of_its_array():
 @pytest.mark.parametrize("is_decode", [False, True])
 @pytest.mark.parametrize("num_samples", [1, 5])
 def test_the_worst_step_runs(is_decode, num_samples):
-    config = EngineConfig(max_num_batched_tokens=33, max_num_seqs=num_samples, block_size=4)
+    speculative = {"method": "ngram"} if num_samples > 1 else None
+    config = EngineConfig(
+        max_num_batched_tokens=33, max_num_seqs=num_samples, block_size=4, speculative_config=speculative
+    )
     worst_step(tiny_model(), config, is_decode=is_decode)

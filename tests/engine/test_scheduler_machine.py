@@ -27,8 +27,9 @@ class SchedulerMachine(RuleBasedStateMachine):
         lag=st.integers(0, 1),
         caching=st.booleans(),
         vocab_size=st.sampled_from([10, 50]),
+        drafts=st.sampled_from(["none", "right", "wrong", "mixed"]),
     )
-    def start(self, block_size, room, max_num_seqs, budget, lag, caching, vocab_size):
+    def start(self, block_size, room, max_num_seqs, budget, lag, caching, vocab_size, drafts):
         self.driver = Driver(
             num_blocks=int(-(-MAX_MODEL_LEN // block_size) * room),
             block_size=block_size,
@@ -39,6 +40,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             eos_token_ids={EOS},
             enable_prefix_caching=caching,
             lag=lag,
+            drafts=drafts,
         )
         self.ended_outside: set[tuple[str, int]] = set()
 

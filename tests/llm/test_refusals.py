@@ -259,6 +259,7 @@ FIELDS = [
             "stop_token_ids": [-1],
             "include_stop_str_in_output": 1,
             "ignore_eos": None,
+            "speculative": 1,
             "logprobs": 10**6,
             "prompt_logprobs": "x",
             "logprobs_mode": "x",

@@ -72,6 +72,7 @@ def alone(model, paths):
         {"max_loras": 1, "max_num_batched_tokens": 16},
         {"num_blocks": 24},
         {"num_blocks": 11, "max_loras": 3, "max_num_batched_tokens": 9, "enable_prefix_caching": False},
+        {"max_loras": 2, "speculative_config": {"method": "ngram", "disable_by_batch_size": 100}},
     ],
     ids=str,
 )

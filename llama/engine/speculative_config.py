@@ -1,0 +1,59 @@
+"""SpeculativeConfig: where drafts of the next tokens come from, and how many a step verifies. Runs without torch.
+
+The keys are vLLM's. What a method does not use is refused, as is a method that this engine does not have.
+"""
+
+import reprlib
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from llama.api.errors import ParameterError
+
+MOST_DRAFTS = 32
+LONGEST_NGRAM = 16  # each size up to prompt_lookup_max is looked up and kept apart
+# disable_by_batch_size by the type of the device. A CPU computes a few rows in little more time than one, a GPU many.
+BATCH_SIZES = {"cpu": 8, "cuda": 64}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SpeculativeConfig:
+    method: str
+    num_speculative_tokens: int = 4  # the most drafts of one sequence in one step
+    prompt_lookup_min: int = 1  # an n-gram that short is looked up, if none that is longer has been seen before
+    prompt_lookup_max: int = 4
+    disable_by_batch_size: int | None = None  # no drafts where more sequences decode; None = BATCH_SIZES
+
+    @classmethod
+    def of(cls, given: Mapping[str, Any]) -> "SpeculativeConfig":
+        """Raises ParameterError for what is not legal."""
+        if not isinstance(given, Mapping):
+            raise _refusal("", 'a mapping such as {"method": "ngram", "num_speculative_tokens": 4}', given)
+        method = given.get("method")
+        if method != "ngram":
+            raise _refusal('["method"]', '"ngram"', method)
+        values = {name: value for name, value in given.items() if value is not None}
+        legal = [field.name for field in fields(cls)]
+        for name in values.keys() - set(legal):
+            raise ParameterError(f"speculative_config has no key {name!r}; it has {', '.join(legal)}", _NAME)
+        for name, least, most in (
+            ("num_speculative_tokens", 1, MOST_DRAFTS),
+            ("prompt_lookup_min", 1, LONGEST_NGRAM),
+            ("prompt_lookup_max", 1, LONGEST_NGRAM),
+            ("disable_by_batch_size", 1, 65536),
+        ):
+            value = values.get(name, least)
+            if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+                raise _refusal(f'["{name}"]', f"an integer from {least} to {most}", value)
+        shortest = values.setdefault("prompt_lookup_min", min(1, values.get("prompt_lookup_max", 1)))
+        longest = values.setdefault("prompt_lookup_max", max(4, shortest))
+        if shortest > longest:
+            raise _refusal('["prompt_lookup_min"]', f"at most prompt_lookup_max ({longest})", shortest)
+        return cls(**values)
+
+
+_NAME = "speculative_config"
+
+
+def _refusal(place: str, legal: str, value: Any) -> ParameterError:
+    return ParameterError(f"{_NAME}{place} must be {legal}, got {reprlib.repr(value)}", _NAME)
