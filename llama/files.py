@@ -1,6 +1,6 @@
 """The small files of a checkpoint or an adapter: text and JSON, with a limit, and errors that name the file.
 
-Anything may lie under a file's name: a Git LFS pointer, a web page, a pipe that nobody writes to, an endless device.
+Anything may lie under a file's name: a Git LFS pointer, a web page, a pipe without a writer, an endless device.
 One line says what was found and what to do. Runs without torch.
 """
 
@@ -60,7 +60,7 @@ def read_json_if_there(
 
 
 def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """For json.loads, which would take the last of several values without a word. Raises ValueError."""
+    """For json.loads, which would silently take the last of several values. Raises ValueError."""
     found = dict(pairs)
     if len(found) != len(pairs):
         twice = Counter(key for key, _ in pairs).most_common(1)[0][0]

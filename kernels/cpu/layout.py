@@ -106,8 +106,8 @@ class LoraLayout:
     """Tokens brought together by adapter.
 
     Adapters with neighbouring indices and about as many tokens share one batched matmul, for which shorter ones are
-    filled up with rows that nobody reads: decoding, where an adapter has a token or two, would otherwise spend its time
-    on the number of calls.
+    filled up with rows whose results are not read. Without it decoding, where an adapter has a token or two, would
+    spend its time on the number of calls.
     """
 
     rows: Tensor  # [rows] int64, the token of each row, by adapter; any token where a row only fills up

@@ -7,9 +7,9 @@ Two launches per module, whatever adapters the batch mixes; fused modules (q, k,
 
 16 tokens in a row are a tile: what a matrix instruction multiplies at least. The first token of a tile with an adapter
 leads: its program does the work of all tokens of the tile that share the adapter, so an adapter is read once per tile.
-Programs without a leader end at once. The grid follows from the number of tokens alone and no index is
-read on the host: one CUDA graph holds for every mix. Rows of a matrix product do not see one another, `in` is split
-the same way whoever is in the batch, and the parts are added in order: a token's bits do not depend on its neighbours.
+Programs without a leader end at once. The grid follows from the number of tokens alone and no index is read on the
+host: one CUDA graph holds for every mix. Rows of a matrix product do not see one another, `in` is always split the same
+way, and the parts are added in order: a token's bits do not depend on its neighbours.
 
 float32 accumulation; h is rounded to the model's dtype when it is complete, y + B h once. Rows of y without an adapter
 are neither read nor written.

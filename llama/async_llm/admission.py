@@ -25,7 +25,7 @@ class Permit:
 
 class Admission:
     """`max_requests` may be alive (running or waiting); `max_tokens` prompt tokens may wait for their first answer. A
-    longer prompt is still admitted when no other waits, so that a limit never shuts out a legal prompt."""
+    longer prompt is still admitted when no other waits, so that the limit never refuses a legal prompt for ever."""
 
     def __init__(self, max_requests: int, max_tokens: int) -> None:
         self.max_requests = max_requests

@@ -39,7 +39,7 @@ _INLINE_CHARACTERS = 2_000  # longer prompts are encoded off the event loop: abo
 
 
 class AsyncLLM:
-    """`model` and `llm_arguments` as LLM takes them, or an LLM that nobody else uses from then on.
+    """`model` and `llm_arguments` as LLM takes them, or an LLM that nothing else uses from then on.
 
     max_waiting_requests: how many requests may wait beyond the max_num_seqs that run; max_waiting_tokens: how many
     prompt tokens may wait for their first answer; above either, QueueFullError. slow_reader_timeout: seconds that news

@@ -1,8 +1,8 @@
 """Rendering, encoding and compiling grammars off the event loop, before the engine has a request.
 
-Quick work, long prompts and grammars have threads of their own: what a stranger sends may delay its own kind, never the
-others. Whoever waits may leave at any time and leaves nothing behind; work that a thread has begun goes on, and its
-result is dropped.
+Quick work, long prompts and grammars have threads of their own: a slow request delays requests of its kind, never the
+others. A caller that waits may be cancelled at any time; work that a thread has begun then goes on, and its result is
+dropped.
 """
 
 import contextlib
@@ -79,7 +79,7 @@ class Preparation:
             result = work()
             self._remember(grammar)
             _settle(future, result)
-        except BaseException as error:  # whatever it was, the one who waits must hear of it
+        except BaseException as error:  # whatever it was, the caller that waits must get it
             _settle(future, error=error)
             del future  # or the error's traceback would keep it, and all that the work held, alive
 
@@ -99,7 +99,7 @@ class Preparation:
         return len(self._pending)
 
     def stop(self) -> None:
-        """Whoever waits for a result gets EngineClosedError now; the threads end after what they do. Does not wait."""
+        """Callers that wait get EngineClosedError now; the threads end after what they do. Does not wait."""
         with self._lock:
             self._is_stopped = True
             pending = list(self._pending)

@@ -182,7 +182,7 @@ class Stepper:
             while self._run_commands():
                 self._step()
             self.end_all()
-        except BaseException as error:  # whatever it was, those who wait must hear of it
+        except BaseException as error:  # whatever it was, the callers that wait must get it
             self._die(error)
 
     def _run_commands(self) -> bool:
@@ -215,7 +215,7 @@ class Stepper:
             if reply.finished:
                 self._ended(stream)
             elif stream.loop.is_closed() or stream.unread_for(now) > self._slow_reader_timeout:
-                self.abort(stream)  # nobody reads it any more
+                self.abort(stream)  # its reader has gone
 
     def _deliver(self, news: Iterable[tuple[Stream, Piece]]) -> None:
         _wake(stream for stream, piece in news if stream.put(piece))

@@ -1,4 +1,4 @@
-"""A batch file's way from its input to its output, whoever answers the lines.
+"""A batch file's way from its input to its output; a function given answers the lines.
 
 Reads as far as it answers: memory does not grow with the files. Each output line is written as soon as it is known, so
 a run can be killed at any time and started again: it goes on with what has no answer yet.

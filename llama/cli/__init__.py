@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command = f"{words[0]} " if words[0] in _COMMANDS else ""
         return _fail(2, f"{error}; llama {command}--help says more")
     except BrokenPipeError:
-        # Whoever read us has enough; Python must not find the closed pipe again when it exits.
+        # The reader has closed the pipe; Python must not find it closed again when it exits.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (ValueError, OSError, MemoryError, RuntimeError, ImportError) as error:

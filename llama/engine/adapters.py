@@ -1,8 +1,8 @@
 """Adapters: which there are by name, and which of them the device holds under which index. Bookkeeping only; no torch.
 
 An adapter gets an index when a sequence that needs it starts to run. The index goes to another adapter, least recently
-used first, once nobody who runs needs it. What is unloaded loses its name at once and lives on in the requests that
-have it.
+used first, once no running sequence needs it. An unloaded adapter loses its name at once; the requests that have it
+keep it to their end.
 """
 
 import re

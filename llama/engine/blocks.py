@@ -1,6 +1,6 @@
 """BlockPool: who owns which block of the paged KV cache, and which full blocks can be used again. Ids only, no tensors.
 
-A block is used (owners counted), cached (nobody's, but its content is published) or free; used + cached + free = total.
+A block is used (owners counted), cached (no owner, but its content is published) or free. used + cached + free = total.
 Free and cached blocks are one queue in two parts: free ones go first, then cached ones, least recently used first.
 
 The prefix cache is a trie of published blocks, compared by their tokens. A block's key is a BLAKE2 chain over (model,
@@ -69,7 +69,7 @@ class BlockPool:
 
     @property
     def num_cached(self) -> int:
-        """Blocks that nobody owns and whose content can be used again."""
+        """Blocks without an owner whose content can be used again."""
         return len(self._cached)
 
     def allocate(self, count: int) -> list[int]:
@@ -91,7 +91,7 @@ class BlockPool:
             self._refs[block] += 1
 
     def count_idle(self, blocks: Iterable[int]) -> int:
-        """How many of the blocks nobody owns: sharing them lowers num_available by as many."""
+        """How many of the blocks have no owner: sharing them lowers num_available by as many."""
         return sum(self._refs[block] == 0 for block in blocks)
 
     def free(self, blocks: Sequence[int]) -> None:

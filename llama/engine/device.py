@@ -1,7 +1,7 @@
 """Between host and device without waiting: each of these puts one copy into the device's queue and returns.
 
-A copy runs beside the host only from and to pinned memory. PyTorch's allocator of such memory gives a block away again
-no earlier than the copies that use it have ended, so nothing here keeps account of them.
+A copy runs beside the host only from and to pinned memory. PyTorch's allocator of such memory reuses a block
+only when the copies that use it have ended, so nothing here keeps track of them.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -17,7 +17,7 @@ ALIGNMENT = 256
 
 
 def to_device(array: NDArray[Any], device: torch.device, dtype: type | None = None) -> Tensor:
-    """A tensor of its own, which does not see what becomes of `array`."""
+    """A copy: later changes of `array` do not reach it."""
     copied = torch.from_numpy(array.astype(array.dtype if dtype is None else dtype))
     return copied if device.type == "cpu" else copied.pin_memory().to(device, non_blocking=True)
 

@@ -1,7 +1,7 @@
 """Engine: requests over token ids in, their tokens out, step by step. It knows nothing of text.
 
 One thread at a time may use an engine. `abort` and `finish` are legal in every state of a request, free its blocks at
-once and tell nothing: whoever ends a request knows it. Ends that the engine finds itself come with `step`.
+once and give no output: the caller knows what it ended. Ends that the engine itself finds come with `step`.
 """
 
 import logging
@@ -47,7 +47,7 @@ class EngineMetrics:
     num_running: int
     num_blocks: int
     num_used_blocks: int
-    num_cached_blocks: int  # nobody's, but their content can be used again
+    num_cached_blocks: int  # without an owner, but their content can be used again
     num_steps: int
     num_preemptions: int
     num_prompt_tokens: int

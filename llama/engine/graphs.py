@@ -1,4 +1,4 @@
-"""Graphs: functions that are recorded once and replayed, by key. What is recorded is fixed for good: addresses, shapes,
+"""Graphs: functions that are recorded once and replayed, by key. What is recorded never changes: addresses, shapes,
 Python values. What changes from call to call must lie in tensors that do not move.
 
 A key's function runs as it is the first time: that makes its kernels ready, which a recording may not do, and a shape
@@ -19,7 +19,7 @@ T = TypeVar("T")
 
 
 class Record(Protocol):
-    """Takes down what a function would do, without doing it -> what does it, on whatever the tensors hold by then."""
+    """Records what a function would do, without doing it -> what does it, on what the tensors hold by then."""
 
     def __call__(self, function: Callable[[], T]) -> Callable[[], T]: ...
 
@@ -67,7 +67,7 @@ class Graphs:
         """Do what `function` does. It must be the same for the same key, but for what tensors hold."""
         replay = self._replays.get(key)
         if replay is None and key in self._ready and not self._is_full:
-            replay = self._take_down(key, function)
+            replay = self._try_record(key, function)
         if replay is not None:
             replayed: T = replay()
             return replayed
@@ -82,7 +82,7 @@ class Graphs:
         self._ready = {key for key in self._ready if not is_stale(key)}
         self._replays = {key: replay for key, replay in self._replays.items() if not is_stale(key)}
 
-    def _take_down(self, key: Hashable, function: Callable[[], T]) -> Callable[[], T] | None:
+    def _try_record(self, key: Hashable, function: Callable[[], T]) -> Callable[[], T] | None:
         """None if there is no memory for one more graph: those that exist are kept, all else runs as it is."""
         started = time.monotonic()
         try:

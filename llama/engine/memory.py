@@ -17,7 +17,7 @@ from llama.model.transformer import Transformer
 
 logger = logging.getLogger(__name__)
 
-# Of the free RAM when the engine starts. The rest is for activations, the page cache and everybody else; pages of the
+# Of the free RAM when the engine starts. The rest is for activations, the page cache and other processes; pages of the
 # cache that were never written cost nothing.
 CPU_FRACTION = 0.4
 # Logits of a prompt are scored in pieces: a full [tokens, vocab] tensor of a long prompt would take gigabytes.
@@ -25,7 +25,7 @@ SCORED_LOGITS_BYTES = 32 << 20
 
 
 def free_cpu_bytes() -> int:
-    """Memory that can be had without swapping, within the limit of the control group."""
+    """Memory that is available without swapping, within the limit of the control group."""
     values = {}
     for line in Path("/proc/meminfo").read_text().splitlines():
         name, _, rest = line.partition(":")
@@ -81,8 +81,8 @@ def worst_step(model: Transformer, config: EngineConfig, *, is_decode: bool) -> 
     """A step as large as any: one prompt of the whole budget, or max_num_seqs decodes, and as many tokens drawn as
     there may be, each by every rule.
 
-    How much memory attention takes depends on the number of tokens and not on what they see: all K and V are those of
-    a single block, which nothing is stored to.
+    How much memory attention takes depends on the number of tokens and not on what they see: all K and V are
+    read from a single block, and nothing is stored.
     """
     num_samples, block_size = config.max_num_seqs if is_decode else config.most_samples, config.block_size
     device, vocab_size = model.device, model.config.vocab_size

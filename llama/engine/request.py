@@ -26,7 +26,7 @@ class TokenMatcher(Protocol):
         """Take back the last tokens."""
 
     def fork(self) -> "TokenMatcher":
-        """A matcher of its own in the same state."""
+        """An independent matcher in the same state."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)

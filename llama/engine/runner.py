@@ -77,7 +77,7 @@ class Runner:
             torch.cuda.empty_cache()
 
     def check_device(self) -> None:
-        """Raise if the device computes no more: some errors poison a CUDA context for good."""
+        """Raise if the device no longer computes: after some errors a CUDA context never works again."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 

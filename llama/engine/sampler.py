@@ -77,7 +77,7 @@ def _splitmix64(z: NDArray[np.uint64]) -> None:
     z ^= z >> np.uint64(31)
 
 
-# What a row that is drawn for nobody is to hold: greedy, every rule off.
+# What a padding row holds: greedy, every rule off.
 _PADDING = {
     "temperature": 0,
     "top_p": 1,

@@ -128,7 +128,7 @@ class Scheduler:
     # A step is made.
 
     def schedule(self, max_tokens: int | None = None) -> Plan | None:
-        """Hand out at most `max_tokens` tokens (None = the whole budget); None if nobody can use one now."""
+        """Hand out at most `max_tokens` tokens (None = the whole budget); None if no sequence can use one now."""
         budget = self.token_budget if max_tokens is None else min(max_tokens, self.token_budget)
         step = StepRecord(self._num_steps)
         self.running.reserve_decodes(*self._ready(budget), self.preempt)
@@ -358,7 +358,7 @@ class Scheduler:
         return output
 
     def _fail(self, sequence: Sequence, reason: str | None = None) -> TokenOutput:
-        """End a sequence whose numbers cannot be trusted; nobody may find what it computed."""
+        """End a sequence whose numbers cannot be trusted; the prefix cache forgets what it computed."""
         if sequence.row >= 0:
             self.pool.unpublish(self.running.blocks(sequence.row))
         self._end(sequence)

@@ -154,7 +154,7 @@ class Reply:
     def __init__(self, request: Request, seeds: list[int], tokenizer: Tokenizer | None, queued: float) -> None:
         self.request = request
         self.tokenizer = tokenizer
-        self.streams = False  # whoever streams sets it; then pieces wait in `pending` until they are taken
+        self.streams = False  # set by a stream: then pieces wait in `pending` until they are taken
         self.pending: deque[Piece] = deque()
         prompt_token_ids: list[int] = request.prompt_token_ids.tolist()
         self._completions = [_Completion(i, seed, request, prompt_token_ids, tokenizer) for i, seed in enumerate(seeds)]

@@ -190,7 +190,7 @@ class Inputs:
         if params.stop and self.tokenizer is None:
             raise ParameterError("stop needs a tokenizer: this model takes token ids only", "stop")
         if request_id is None:
-            request_id = uuid.uuid4().hex  # nobody's own id can be the same
+            request_id = uuid.uuid4().hex  # equals no id that a caller has chosen
         elif not isinstance(request_id, str) or not 0 < len(request_id) <= MAX_REQUEST_ID:
             legal = f"a string of 1 to {MAX_REQUEST_ID} characters"
             raise ParameterError(f"request_id must be {legal}, got {reprlib.repr(request_id)}", "request_id")

@@ -137,7 +137,7 @@ _INSTEAD = {
 
 
 def refuse_foreign(given: dict[str, Any]) -> None:
-    """ValueError for an argument of vLLM's that asks for something; TypeError for a name that nobody knows."""
+    """ValueError for an argument of vLLM's that asks for something; TypeError for an unknown name."""
     for name, value in given.items():
         if name not in HARMLESS:
             raise TypeError(f"LLM has no argument {name!r}")

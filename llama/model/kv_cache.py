@@ -25,7 +25,7 @@ class KVCache:
         self.num_blocks = num_blocks
         self.block_size = block_size
         shape = (num_blocks, block_size, config.num_key_value_heads, config.head_dim)
-        # Not cleared: that would touch gigabytes before the first answer, and nobody reads what was never stored.
+        # Not cleared: that would touch gigabytes before the first answer, and what was never stored is never read.
         try:
             self.data = torch.empty(config.num_hidden_layers, 2, *shape, dtype=dtype, device=device)
         except RuntimeError:  # torch.OutOfMemoryError is one too

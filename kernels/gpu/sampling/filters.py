@@ -18,7 +18,7 @@ _FINE = tl.constexpr(16.0)
 _COARSE = tl.constexpr(4.0)
 _FINE_DEPTH = tl.constexpr(12.0)
 
-# A row with at most this many tokens above the lowest cut leaves them all to `finish`, which spares the noise of a row.
+# A row with at most this many tokens above the lowest cut leaves them all to `finish`: `choose` computes no noise.
 _FEW = tl.constexpr(1024)
 
 ONE = tl.constexpr(1099511627776.0)  # 2^40, the mass of the best token

@@ -12,7 +12,7 @@ _MADV_HUGEPAGE, _MADV_COLLAPSE = 14, 25  # <linux/mman.h>
 def move_to_huge_pages(seconds: float) -> None:
     """Ask Linux to keep this process's anonymous memory on pages of 2 MB, and move it there for at most `seconds`.
 
-    What is left the kernel moves by and by. Nothing happens on other systems, or where huge pages are switched off.
+    The kernel moves the rest later. Nothing happens on other systems, or where huge pages are switched off.
     """
     if sys.platform != "linux":
         return
