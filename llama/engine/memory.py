@@ -10,7 +10,7 @@ import torch
 from llama.api.params import MAX_LOGPROBS
 from llama.engine.config import EngineConfig
 from llama.kernels import ops
-from llama.kernels.types import LOGPROBS_PROCESSED, Ragged, SamplerRows, SamplerState
+from llama.kernels.types import LOGPROBS_PROCESSED, SamplerRows, SamplerState
 from llama.model.batch import Batch
 from llama.model.kv_cache import KVCache
 from llama.model.transformer import Transformer
@@ -90,18 +90,15 @@ def worst_step(model: Transformer, config: EngineConfig, *, is_decode: bool) -> 
     kv.data.zero_()
     seqs, tokens = (config.max_num_seqs, config.max_num_seqs) if is_decode else (1, config.token_budget)
     query_len = tokens // seqs
-    ragged = Ragged(
+    batch = Batch(
+        token_ids=torch.zeros(tokens, dtype=torch.int64, device=device),
+        positions=torch.zeros(tokens, dtype=torch.int64, device=device),
         block_tables=torch.zeros(seqs, -(-query_len // block_size), dtype=torch.int32, device=device),
         query_starts=torch.arange(0, tokens + 1, query_len, dtype=torch.int32, device=device),
         context_lens=torch.full((seqs,), query_len, dtype=torch.int32, device=device),
         slots=torch.full((tokens,), -1, dtype=torch.int64, device=device),
         num_decodes=seqs if query_len == 1 else 0,
         block_size=block_size,
-    )
-    batch = Batch(
-        token_ids=torch.zeros(tokens, dtype=torch.int64, device=device),
-        positions=torch.zeros(tokens, dtype=torch.int64, device=device),
-        ragged=ragged,
     )
     hidden = model.hidden(batch, kv)
     logits = model.head(hidden, batch, torch.zeros(num_samples, dtype=torch.int64, device=device))

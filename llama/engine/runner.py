@@ -22,7 +22,7 @@ from llama.engine.plan import Ints, LogprobArrays, Plan, StepResult
 from llama.engine.sampler import SamplerTable
 from llama.engine.verification import sample_behind_drafts
 from llama.kernels import ops
-from llama.kernels.types import Ragged, SamplerRows
+from llama.kernels.types import SamplerRows
 from llama.model.adapters import StepAdapters
 from llama.model.batch import Batch
 from llama.model.kv_cache import KVCache
@@ -149,17 +149,19 @@ class Runner:
         token_ids = self.last_tokens.index_select(0, row_ids[:num_decodes])
         if "token_ids" in tensors:
             token_ids = torch.cat([token_ids, tensors["token_ids"]])
-        ragged = Ragged(
+        indices = tensors.get("adapter_indices")
+        return Batch(
+            token_ids=token_ids,
+            positions=tensors["positions"],
             block_tables=self._device_table[:, :num_blocks].index_select(0, row_ids),
             query_starts=tensors.get("query_starts", self._decode_starts[: num_decodes + 1]),
             context_lens=tensors["context_lens"],
             slots=tensors["kv_slots"],
             num_decodes=num_decodes,
             block_size=self.kv.block_size,
+            logit_rows=logit_rows,
+            adapters=None if indices is None else StepAdapters.of(self.adapters.stacks, indices),
         )
-        indices = tensors.get("adapter_indices")
-        adapters = None if indices is None else StepAdapters.of(self.adapters.stacks, indices)
-        return Batch(token_ids, tensors["positions"], ragged, logit_rows, adapters)
 
     def _sample(self, plan: Plan, batch: Batch, hidden: Tensor) -> Callable[[], StepResult]:
         if not len(plan.sample_rows):

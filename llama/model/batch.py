@@ -14,13 +14,12 @@ from llama.model.adapters import StepAdapters
 from llama.model.taps import StepTaps
 
 
-@dataclass(frozen=True, slots=True)
-class Batch:
-    """One step's input."""
+@dataclass(frozen=True, kw_only=True)
+class Batch(Ragged):
+    """One step's input: Ragged says which tokens belong to which sequence and where their K and V lie."""
 
     token_ids: Tensor  # [tokens] int64
     positions: Tensor  # [tokens] int64, absolute position of each token in its sequence
-    ragged: Ragged  # whose each token is, and where K and V lie
     logit_rows: Tensor | None = None  # [rows] int64, tokens whose logits are wanted (repeats allowed); None = all
     adapters: StepAdapters | None = None  # which LoRA adapter each token uses; None = no token has one
     taps: StepTaps | None = None  # what is read and changed on the way; None = nothing
@@ -41,12 +40,15 @@ def rectangle(
     device, stop = token_ids.device, start + length
     row = torch.arange(rows, device=device)
     positions = torch.arange(start, stop, device=device)
-    ragged = Ragged(
+    return Batch(
+        token_ids=token_ids.flatten(),
+        positions=positions.repeat(rows),
         block_tables=torch.arange(rows * num_blocks, dtype=torch.int32, device=device).view(rows, num_blocks),
         query_starts=torch.arange(0, rows * length + 1, length, dtype=torch.int32, device=device),
         context_lens=torch.full((rows,), stop, dtype=torch.int32, device=device),
         slots=(row[:, None] * (num_blocks * block_size) + positions).flatten(),
         num_decodes=rows if length == 1 else 0,
         block_size=block_size,
+        adapters=adapters,
+        taps=taps,
     )
-    return Batch(token_ids.flatten(), positions.repeat(rows), ragged, adapters=adapters, taps=taps)

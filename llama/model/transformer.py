@@ -78,11 +78,11 @@ class Attention(Module):
         taps = batch.taps
         if taps is not None:
             q, k, v = taps.at(self, "q_pre", q), taps.at(self, "k_pre", k), taps.at(self, "v", v)
-        q = ops.rope_and_store(q, k, v, cos_sin, kv_layer, batch.ragged)
+        q = ops.rope_and_store(q, k, v, cos_sin, kv_layer, batch)
         if taps is not None:
             q = taps.at(self, "q", q)
-            taps.stored(self, "k", kv_layer.k, batch.ragged.slots)
-        mixed = ops.paged_attention(q, kv_layer, batch.ragged, self.scale)
+            taps.stored(self, "k", kv_layer.k, batch.slots)
+        mixed = ops.paged_attention(q, kv_layer, batch, self.scale)
         if taps is not None:
             mixed = taps.at(self, "z", mixed)
         return self.o_proj(mixed.flatten(1), batch.adapters)

@@ -5,7 +5,6 @@ import random
 import torch
 from torch import Tensor
 
-from llama.kernels.types import Ragged
 from llama.model.batch import Batch
 from llama.model.kv_cache import KVCache
 from llama.model.transformer import Transformer
@@ -44,18 +43,15 @@ class Pages:
                 self.computed[sequence] += 1
             starts.append(len(ids))
             context.append(self.computed[sequence])
-        ragged = Ragged(
+        batch = Batch(
+            token_ids=torch.tensor(ids, dtype=torch.int64),
+            positions=torch.tensor(positions, dtype=torch.int64),
             block_tables=torch.tensor(self.tables, dtype=torch.int32)[[sequence for sequence, _ in chunks]],
             query_starts=torch.tensor(starts, dtype=torch.int32),
             context_lens=torch.tensor(context, dtype=torch.int32),
             slots=torch.tensor(slots, dtype=torch.int64),
             num_decodes=sum(len(tokens) == 1 for _, tokens in chunks),
             block_size=self.block_size,
-        )
-        batch = Batch(
-            token_ids=torch.tensor(ids, dtype=torch.int64),
-            positions=torch.tensor(positions, dtype=torch.int64),
-            ragged=ragged,
             logit_rows=None if logit_rows is None else torch.tensor(logit_rows, dtype=torch.int64),
         )
         return self.model(batch, self.kv)
