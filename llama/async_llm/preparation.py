@@ -130,7 +130,7 @@ def grammar_key(constraint: Any, tools: Any = None, tool_choice: Any = "auto") -
     wanted = []
     if constraint and constraint != {"type": "text"}:
         wanted.append(constraint)
-    if tools and tool_choice not in ("auto", "none"):
+    if tools and tool_choice != "none" and (wanted or tool_choice != "auto" or _any_strict(tools)):
         wanted.append([tools, tool_choice])
     if not wanted:
         return None
@@ -138,6 +138,13 @@ def grammar_key(constraint: Any, tools: Any = None, tool_choice: Any = "auto") -
         return json.dumps(wanted) if size_of(wanted) < _LONG_CHARACTERS else ""
     except (TypeError, ValueError, RecursionError):
         return ""
+
+
+def _any_strict(tools: Any) -> bool:
+    """Whether calls of some tool are held to its schema by a grammar, as `llama.text.grammar.is_strict` says."""
+    listed = [tool for tool in tools if isinstance(tool, Mapping)] if isinstance(tools, list | tuple) else []
+    functions = [tool.get("function", tool) for tool in listed]
+    return any(isinstance(function, Mapping) and function.get("strict") is True for function in functions)
 
 
 def _closed() -> EngineClosedError:

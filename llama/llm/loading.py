@@ -1,6 +1,7 @@
 """From the arguments of LLM to its parts: model, tokenizer and chat template, engine configuration, defaults."""
 
 import logging
+import reprlib
 import time
 from importlib.util import find_spec
 from pathlib import Path
@@ -147,6 +148,9 @@ def load_defaults(model: Any) -> tuple[SamplingParams, frozenset[int]]:
     if not isinstance(model, str | Path):
         return SamplingParams(), frozenset()
     generation = GenerationConfig.from_pretrained(model)
+    if generation.ignored:
+        told = ", ".join(f"{name}={reprlib.repr(value)}" for name, value in generation.ignored.items())
+        logger.warning("%s asks for what has no effect here: %s", Path(model) / "generation_config.json", told)
     try:
         return SamplingParams(**generation.sampling), frozenset(generation.eos_token_ids)
     except ValueError as error:

@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 from llama.api.errors import is_failure
 from llama.api.outputs import CompletionOutput, FinishReason, Logprob, Piece, RequestMetrics, RequestOutput, Usage
@@ -32,6 +33,12 @@ def named(entries: dict[int, Logprob], tokenizer: Tokenizer | None) -> dict[int,
     return {token: entry._replace(decoded_token=tokenizer.token_text(token)) for token, entry in entries.items()}
 
 
+def tokens_of_stops(stop: Iterable[str], tokenizer: Tokenizer) -> dict[Any, str]:
+    """The stop strings that are control tokens, whose text no answer holds: their ids end it."""
+    known = tokenizer.special_tokens
+    return {known[text]: text for text in stop if text in known}
+
+
 class _Completion:
     """One completion on its way: decodes, watches for stop strings, finds tool calls, gathers."""
 
@@ -49,6 +56,7 @@ class _Completion:
         if params.logprobs is not None:
             self.output.logprobs, self.output.cumulative_logprob = [], 0.0
         self.text_parts: list[str] = []
+        self.stop_tokens = {} if tokenizer is None else tokens_of_stops(params.stop, tokenizer)
         self.parser = ToolCallParser(request.tools) if request.tools else None
         self.decoder = self._new_decoder(prompt_token_ids)
         self.matcher = self._new_matcher()
@@ -62,7 +70,8 @@ class _Completion:
         if self.tokenizer is None:
             return None
         tag = self.tokenizer.special_tokens.get(PYTHON_TAG) if self.parser else None  # it announces a call
-        return IncrementalDecoder(self.tokenizer, prompt_token_ids, keep=() if tag is None else (tag,))
+        keep = {*self.stop_tokens, *(() if tag is None else (tag,))}
+        return IncrementalDecoder(self.tokenizer, prompt_token_ids, keep=keep)
 
     @property
     def ended(self) -> bool:
@@ -121,7 +130,9 @@ class _Completion:
         return text, stopped_by
 
     def _end(self, reason: FinishReason, stop_reason: int | str | None) -> None:
-        self.output.finish_reason, self.output.stop_reason = reason, stop_reason
+        last = self.output.token_ids[-1:] if reason is FinishReason.STOP and stop_reason is None else [stop_reason]
+        self.output.finish_reason = reason
+        self.output.stop_reason = self.stop_tokens.get(last[0], stop_reason) if last else stop_reason
 
     def _gather(self, text: str, token_ids: list[int], logprobs: list[dict[int, Logprob]] | None) -> Piece:
         output = self.output

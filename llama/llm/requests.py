@@ -12,9 +12,10 @@ from llama.api.errors import ParameterError, blamed_on
 from llama.api.params import SamplingParams
 from llama.engine.engine import Engine
 from llama.engine.request import Request, check_room
+from llama.llm.replies import tokens_of_stops
 from llama.text.chat import ChatTemplate
 from llama.text.chat.prepare import prepare_tools, tool_name
-from llama.text.grammar import GrammarCompiler
+from llama.text.grammar import GrammarCompiler, is_strict
 from llama.text.tokenizer import Tokenizer
 
 Message = Mapping[str, Any]
@@ -73,7 +74,10 @@ class Tools:
     @property
     def parameters(self) -> dict[str, Any]:
         """The schema of each tool's arguments by its name; None for none. A grammar needs no second look."""
-        return {tool_name(t): None if self.must_call else t["function"].get("parameters") for t in self.shown or ()}
+        return {
+            tool_name(tool): None if self.must_call or is_strict(tool) else tool["function"].get("parameters")
+            for tool in self.shown or ()
+        }
 
 
 def choose(tools: Sequence[Mapping[str, Any]] | None, choice: ToolChoice) -> Tools:
@@ -187,8 +191,8 @@ class Inputs:
         if not isinstance(params, SamplingParams):
             found = type(params).__name__
             raise ParameterError(f"sampling_params must be a SamplingParams, got {found}", "sampling_params")
-        if params.stop and self.tokenizer is None:
-            raise ParameterError("stop needs a tokenizer: this model takes token ids only", "stop")
+        if params.stop:
+            params = self._with_stop_tokens(params)
         if request_id is None:
             request_id = uuid.uuid4().hex  # equals no id that a caller has chosen
         elif not isinstance(request_id, str) or not 0 < len(request_id) <= MAX_REQUEST_ID:
@@ -197,12 +201,29 @@ class Inputs:
         self.engine.adapters.get(lora)
         return params, request_id
 
+    def _with_stop_tokens(self, params: SamplingParams) -> SamplingParams:
+        """A stop string that is a control token ends the answer as its id: the text of an answer holds none."""
+        if self.tokenizer is None:
+            raise ParameterError("stop needs a tokenizer: this model takes token ids only", "stop")
+        hidden = self.tokenizer.special_tokens
+        for text in params.stop:
+            inside = next((token for token in hidden if token in text and token != text), None)
+            if inside is not None and text not in hidden:
+                why = f"{reprlib.repr(text)} holds the control token {inside}, of which no answer has the text"
+                raise ParameterError(f"stop: {why}: give it alone", "stop")
+        ids = tokens_of_stops(params.stop, self.tokenizer)
+        return replace(params, stop_token_ids=[*params.stop_token_ids, *ids]) if ids else params
+
     def _constrained(self, request: Request, tools: Tools) -> Request:
-        """With the grammar that the answer is held to: a call that must be made goes before any other."""
+        """With the grammar that the answer is held to: a call that must be made goes before any other, and beside any
+        other a call may be made."""
         params, grammar = request.params, None
         try:
             if tools.must_call:
                 grammar = self._grammars.compile_tool_choice(tools.shown or (), tools.name)
+            elif tools.shown and (params.constrained_by or any(map(is_strict, tools.shown))):
+                field = params.constrained_by or "response_format"
+                grammar = self._grammars.compile_answer(tools.shown, params.constraint, field)
             elif params.constrained_by is not None:
                 grammar = self._grammars.compile(params.constraint, params.constrained_by)
         except ImportError as error:

@@ -1,6 +1,7 @@
 """LLM: prompts in all forms, parameters, and what an output holds."""
 
 import dataclasses
+import json
 
 import numpy as np
 import pytest
@@ -99,6 +100,19 @@ def test_a_bad_generation_config_is_named(folder, tmp_path):
         (model / "generation_config.json").write_text(text)
         with pytest.raises(ConfigError, match=rf"generation_config.json: .*{words}"):
             LLM(model, load_format="dummy", num_blocks=8)
+
+
+def test_generation_config_is_used_or_told(folder, tmp_path, caplog):
+    model = tmp_path / "model"
+    model.mkdir()
+    for name in ("config.json", "tokenizer.json"):
+        (model / name).write_text((folder / name).read_text())
+    said = {"stop_strings": ["END"], "min_new_tokens": 2, "no_repeat_ngram_size": 3, "num_beams": 1, "max_length": 99}
+    (model / "generation_config.json").write_text(json.dumps(said))
+    llm = LLM(model, load_format="dummy", num_blocks=8)
+    assert llm.inputs.defaults == SamplingParams(stop="END", min_tokens=2)
+    (warning,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert warning.endswith("generation_config.json asks for what has no effect here: no_repeat_ngram_size=3")
 
 
 def test_n_completions_differ_and_the_first_is_that_of_n_1(llm):

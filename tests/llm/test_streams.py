@@ -1,11 +1,12 @@
 """LLM: chat, streams, interruption, the progress bar."""
 
+import dataclasses
 import signal
 import sys
 
 import pytest
 
-from llama import LLM, SamplingParams
+from llama import LLM, ParameterError, SamplingParams
 from llama.api.errors import EngineDeadError
 from tests.llm.helpers import GREEDY
 
@@ -161,3 +162,29 @@ def test_no_progress_bar_where_stderr_is_no_terminal(llm, capsys, monkeypatch):
     assert "2/2" in capsys.readouterr().err
     llm.generate(["a", "b"], GREEDY, use_tqdm=False)
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("ignore_eos", [True, False])
+def test_a_stop_string_that_is_a_control_token_stops_at_its_id(llm, ignore_eos):
+    special = llm.tokenizer.special_tokens
+    for text, ends in (("<|eot_id|>", True), ("<|python_tag|>", True), ("<|eom_id|>", False)):
+        token = special[text]
+        bias = {token: 100} if ends else {special["<|eot_id|>"]: 100}
+        params = SamplingParams(logit_bias=bias, stop=["zq", text], ignore_eos=ignore_eos, max_tokens=6, temperature=0)
+        for include in (False, True):
+            params = dataclasses.replace(params, include_stop_str_in_output=include, min_tokens=2)
+            output = llm.generate("Hi", params, use_tqdm=False)[0].outputs[0]
+            pieces = list(llm.stream("Hi", params))
+            assert "".join(piece.text for piece in pieces) == output.text
+            if ends:
+                assert (output.finish_reason, output.stop_reason) == ("stop", text)
+                assert output.token_ids.index(token) == len(output.token_ids) - 1 == 2
+                assert output.text.endswith(text) is include
+            else:
+                assert output.stop_reason is None
+
+
+def test_a_stop_string_with_a_control_token_inside_is_refused(llm):
+    with pytest.raises(ParameterError, match=r"'a<.eot_id.>' holds the control token .*give it alone") as caught:
+        llm.generate("Hi", SamplingParams(stop=["ok", "a<|eot_id|>"]), use_tqdm=False)
+    assert caught.value.param == "stop"

@@ -2,6 +2,7 @@
 
 import asyncio
 import inspect
+import json
 import shutil
 
 import jsonschema
@@ -147,3 +148,27 @@ def test_a_call_goes_back_with_its_result_whatever_the_template(folder, tmp_path
     second = llm.chat(history, GREEDY, TOOLS, use_tqdm=False)[0]
     told = second.prompt[second.prompt.rindex("Hi") :]
     assert all(call.name in told for call in calls) and told.index("result 0") < told.index("result 1")
+
+
+def test_a_response_format_leaves_the_model_its_calls(roomy):
+    """Each answer is a call or in the format, and among some answers both occur."""
+    size = {"type": "object", "properties": {"size": {"enum": [1, 2]}}, "required": ["size"]}
+    wanted = {"type": "json_schema", "json_schema": {"name": "size", "schema": size}}
+    ask = [sampled(i, response_format=wanted) for i in range(16)]
+    completions = [o.outputs[0] for o in roomy.chat([TALK] * 16, ask, TOOLS, use_tqdm=False)]
+    made = [completion for completion in completions if completion.tool_calls]
+    for completion in completions:
+        if completion.tool_calls:
+            for call in completion.tool_calls:
+                jsonschema.validate(call.arguments, SCHEMAS[call.name])
+        else:
+            jsonschema.validate(json.loads(completion.text), size)
+    assert 0 < len(made) < len(completions)
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_a_strict_tool_is_held_to_its_schema_where_the_model_is_free_to_call(roomy, strict):
+    tool = {"type": "function", "function": {**WEATHER["function"], "strict": strict}}
+    request = roomy.inputs.chat_request(TALK, GREEDY, None, tools=[tool])
+    assert (request.new_matcher is not None) is strict
+    assert roomy.chat(TALK, GREEDY, [tool], use_tqdm=False)[0].outputs[0].token_ids

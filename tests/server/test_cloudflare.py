@@ -322,3 +322,53 @@ def test_the_widest_schema_that_is_let_in_can_be_followed(tiny):
     wanted = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
     body = {"messages": [user("x")], "response_format": wanted, "max_tokens": 8}
     assert tiny.run(body, path="/v1/chat/completions").status_code == 200
+
+
+NAMED = {"type": "function", "function": {"name": "get_time"}}
+CHOICES = [
+    {"name": "get_weather", "parameters": {"type": "object", "properties": {"at": {"enum": ["Paris", "Rome"]}}}},
+    {"type": "function", "function": {"name": "get_time", "parameters": {"type": "object", "properties": {}}}},
+]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(("choice", "names"), [("required", 2), ("get_time", 1), (NAMED, 1)])
+def test_a_call_that_is_asked_for_is_made(tiny, choice, names, stream):
+    """By a model of random weights, which can say nothing else."""
+    called = set()
+    for seed in range(1, 7):
+        body = {"prompt": "x", "tools": CHOICES, "tool_choice": choice, "seed": seed, "stream": stream}
+        response = tiny.run({**body, "max_tokens": 100, "temperature": 1})
+        if stream:
+            calls = [call for event in events_of(response.text)[:-1] for call in event.get("tool_calls", ())]
+        else:
+            calls = response.json()["result"]["tool_calls"]
+        (call,) = calls
+        called.add(call["name"])
+    assert called == ({"get_weather", "get_time"} if names == 2 else {"get_time"})
+
+
+def test_none_hides_the_tools_and_auto_does_not(scripted):
+    body = {"messages": [user("x"), user(CALL)], "tools": TOOLS}
+    result = scripted.run({**body, "tool_choice": "none"}).json()["result"]
+    assert (result["response"], result["tool_calls"]) == (CALL, [])
+    assert (
+        "Weather" not in scripted.engine.asked[-1].text and '"description": "d"' not in scripted.engine.asked[-1].text
+    )
+    for choice in ({}, {"tool_choice": "auto"}):
+        assert scripted.run({**body, **choice}).json()["result"]["tool_calls"]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"tool_choice": "required"}, "tool_choice needs tools"),
+        ({"tool_choice": "other", "tools": TOOLS}, None),
+        ({"tool_choice": {"type": "tool"}, "tools": TOOLS}, None),
+        ({"tool_choice": 5, "tools": TOOLS}, "'/tool_choice' must be a string or an object, not 'number','integer'"),
+        ({"tool_choice": "required", "raw": True}, NO_TEMPLATE),
+    ],
+)
+def test_choices_that_are_none(scripted, given, message):
+    legal = '"auto", "none", "required" or {"type": "function", "function": {"name": ...}} with the name of a tool'
+    assert bad_input(scripted, **{"messages": MESSAGES} | given) == (message or f"tool_choice must be {legal}")

@@ -80,6 +80,29 @@ def test_tokens_that_only_the_config_lists_are_added(tmp_path):
         Tokenizer.from_pretrained(path)
 
 
+@pytest.mark.parametrize(
+    "listed",
+    [
+        {"additional_special_tokens": ["<|call|>", EOT, "there"]},
+        {"extra_special_tokens": {"image_token": "<image>"}},
+        {"extra_special_tokens": ["<x>"]},
+    ],
+)
+def test_tokens_that_the_config_only_names_are_added(tmp_path, listed):
+    from transformers import PreTrainedTokenizerFast
+
+    path = write_checkpoint(tmp_path, llama_backend(), tokenizer_config={"bos_token": BOS, **listed})
+    tokenizer = Tokenizer.from_pretrained(path)
+    text = "hello there<|call|>a<image>b<x><y>" + EOT
+    assert tokenizer.encode(text) == PreTrainedTokenizerFast.from_pretrained(path)(text)["input_ids"]
+
+
+def test_a_tokenizer_that_splits_its_control_tokens_is_refused(tmp_path):
+    path = write_checkpoint(tmp_path, llama_backend(), tokenizer_config={"split_special_tokens": True})
+    with pytest.raises(CheckpointError, match=r"tokenizer_config\.json: split_special_tokens is not supported"):
+        Tokenizer.from_pretrained(path)
+
+
 @pytest.mark.parametrize("name", ["tokenizer.model", "vocab.json"])
 def test_another_form_of_tokenizer_is_refused_with_its_conversion(tmp_path, name):
     (tmp_path / name).write_bytes(b"x")

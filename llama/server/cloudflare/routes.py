@@ -72,8 +72,9 @@ async def _submit(body: RunRequest, model: str, service: Service) -> Submit:
     lora = await service.adapter(model, body.lora if "lora" in named else None)
     messages, params, llm = _messages(body), _params(body), service.llm
     if not body.raw:
-        return partial(llm.submit_chat, messages, params, body.tools or None, lora, clip=False)
-    if body.tools:
+        choice = body.tool_choice
+        return partial(llm.submit_chat, messages, params, body.tools or None, lora, tool_choice=choice, clip=False)
+    if body.tools or body.tool_choice not in ("auto", "none"):
         raise bad_input("'/tools' is not supported with raw: there is no template that could show them", "tools")
     prompt = "".join(_text(message["content"]) for message in messages)
     return partial(llm.submit, prompt, params, lora, clip=False)

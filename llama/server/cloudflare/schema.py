@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, PlainValidator, WithJsonSchema
 
-from llama.server.fields import MAX_MESSAGES, MAX_TOOLS, STRICT, Integer, Number, refusal
+from llama.server.fields import MAX_MESSAGES, MAX_TOOLS, STRICT, Integer, Number, json_types, refusal
 
 MAX_CONTENT = 131_072  # characters
 
@@ -53,6 +53,22 @@ Content = Annotated[
 ]
 
 
+def _tool_choice(value: Any) -> Any:
+    """As the library takes it. A tool may be named by its name alone."""
+    if isinstance(value, str) and value not in ("auto", "none", "required"):
+        return {"type": "function", "function": {"name": value}}
+    if not isinstance(value, str | dict):
+        raise refusal(f"must be a string or an object, not {json_types(value)}")
+    return value
+
+
+ToolChoice = Annotated[
+    Any,
+    PlainValidator(_tool_choice),
+    WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "object"}], "default": "auto"}),
+]
+
+
 class Message(BaseModel):
     """Further fields (tool_calls, name, tool_call_id) go to the chat template, which checks those that it reads."""
 
@@ -88,6 +104,7 @@ class RunRequest(BaseModel):
     presence_penalty: Number = Field(0.0, ge=-2, le=2)
     lora: str = ""
     tools: list[dict[str, Any]] = Field(default_factory=list, max_length=MAX_TOOLS)
+    tool_choice: ToolChoice = "auto"
     functions: list[Any] = Field(default_factory=list, max_length=MAX_TOOLS)
     image: Any = None
     response_format: ResponseFormat = Field(None)  # type: ignore[assignment]

@@ -3,7 +3,7 @@
 Needs the extra `structured` (llguidance), which is imported when the first grammar is compiled.
 """
 
-from llama.text.grammar.compiler import Grammar, GrammarCompiler
+from llama.text.grammar.compiler import Grammar, GrammarCompiler, is_strict
 from llama.text.grammar.matcher import GrammarError, Matcher
 
-__all__ = ["Grammar", "GrammarCompiler", "GrammarError", "Matcher"]
+__all__ = ["Grammar", "GrammarCompiler", "GrammarError", "Matcher", "is_strict"]

@@ -6,6 +6,7 @@ reads the vocabulary, which takes a second or more.
 """
 
 import json
+import re
 import threading
 import time
 from collections import OrderedDict
@@ -21,6 +22,8 @@ from llama.text.sandbox import LOW_PRIORITY, Worker, WorkerError
 from llama.text.sandbox.grammars import parser_limits
 from llama.text.tokenizer import Tokenizer
 from llama.text.tokenizer.tokenizer import check_unicode
+from llama.text.tool_calls.forms import CALL_KEYS
+from llama.text.tool_calls.parser import MARKERS
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
@@ -76,16 +79,14 @@ class GrammarCompiler:
     def _source(self, constraint: Mapping[str, Any], where: str) -> str:
         """What llguidance compiles."""
         kind, matcher = constraint.get("type"), _llguidance().LLMatcher
-        if kind == "json_object":
-            return str(matcher.grammar_from_json_schema(prepared_schema({"type": "object"}, where)))
-        if kind == "json_schema":
+        if kind in ("json_object", "json_schema"):
             schema = prepared_schema(schema_of_response_format(constraint), where)
             return str(matcher.grammar_from_json_schema(schema))
         if kind == "regex":
             return str(matcher.grammar_from_regex(_checked_text(constraint.get("regex"), where)))
         if kind == "choice":
-            choices = " | ".join(json.dumps(text, ensure_ascii=False) for text in constraint["choice"])
-            return str(matcher.grammar_from_lark("start: " + _checked_text(choices, where)))
+            choices = _checked_text(_lark_choice(constraint["choice"]), where)
+            return str(matcher.grammar_from_lark(f"start: {choices}"))
         if kind == "grammar":
             text = _checked_text(constraint["grammar"], where)
             try:
@@ -106,30 +107,60 @@ class GrammarCompiler:
             known = [tool_name(tool) for tool in prepared]
             wanted = f"tool_choice asks for a call of {name or 'any tool'!r}"
             raise ParameterError(f"{wanted}, the tools are {known}", "tool_choice")
-        rules = [f"start: {' | '.join(f'call_{i}' for i in range(len(chosen)))}"]
-        for i, tool in enumerate(chosen):
-            schema = prepared_schema(schema_of_tool(tool), f"the parameters of tool {tool_name(tool)!r}")
+        return self._calls("call", chosen, [schema_of_tool(tool) for tool in chosen])
+
+    @blamed_on("tools")
+    def compile_answer(
+        self,
+        tools: Sequence[Mapping[str, Any]],
+        constraint: Mapping[str, Any] | None = None,
+        field: str = "response_format",
+    ) -> Grammar:
+        """The grammar of calls, as in `compile_tool_choice`, or an answer: as the constraint says, else any text that
+        is no call. Without a constraint the arguments of a tool that is not `strict` are any object.
+
+        Raises what `compile` raises.
+        """
+        prepared = prepare_tools(tools) or []
+        held = [constraint is not None or is_strict(tool) for tool in prepared]
+        schemas = [
+            schema_of_tool(t) if is_held else {"type": "object"} for t, is_held in zip(prepared, held, strict=True)
+        ]
+        answer = _text_rule(prepared)
+        if constraint is not None:
+            self.compile(constraint, field)  # what is wrong with it is told as if there were no tools
+            answer = _answer_rule(constraint, field)
+        return self._calls('call ("; " call)* | answer', prepared, schemas, answer)
+
+    def _calls(
+        self, start: str, tools: Sequence[Mapping[str, Any]], schemas: Sequence[Mapping[str, Any]], answer: str = ""
+    ) -> Grammar:
+        rules = [f"start: {start}", f"call: {' | '.join(f'call_{i}' for i in range(len(tools)))}", answer]
+        for i, (tool, schema) in enumerate(zip(tools, schemas, strict=True)):
             check_unicode(tool_name(tool))
-            head = f'{{"name": {json.dumps(tool_name(tool), ensure_ascii=False)}, "parameters": '
-            rules.append(f"call_{i}: {json.dumps(head, ensure_ascii=False)} arguments_{i} {json.dumps('}')}")
-            rules.append(f"arguments_{i}: %json {schema}")
+            name = json.dumps(tool_name(tool), ensure_ascii=False)
+            head = ["{", '"name"', ": ", name, ", ", '"parameters"', ": "]
+            # Beside JSON the parts must be JSON's own, beside text one: what begins alike must be one token of both.
+            parts = head if "%json" in answer else ["".join(head)]
+            spelled = " ".join(json.dumps(part, ensure_ascii=False) for part in parts)
+            rules.append(f'call_{i}: {spelled} arguments_{i} "}}"')
+            rules.append(f"arguments_{i}: %json {prepared_schema(schema, _arguments_of(tool))}")
         began = time.monotonic()
         try:
             return self._grammar(_llguidance().LLMatcher.grammar_from_lark("\n".join(rules)), "tools")
         except ValueError:
             if time.monotonic() - began < self._deadline_seconds / 2:
-                self._name_the_culprit(chosen)
+                self._name_the_culprit(tools, schemas)
             raise
 
-    def _name_the_culprit(self, tools: Sequence[Mapping[str, Any]]) -> None:
+    def _name_the_culprit(self, tools: Sequence[Mapping[str, Any]], schemas: Sequence[Mapping[str, Any]]) -> None:
         """Raises ValueError for the first tool whose schema does not compile by itself."""
         latest = time.monotonic() + self._deadline_seconds / 2
-        for tool in tools:
+        for tool, schema in zip(tools, schemas, strict=True):
             if time.monotonic() > latest:
                 return
-            where = f"the parameters of tool {tool_name(tool)!r}"
-            schema = prepared_schema(schema_of_tool(tool), where)
-            self._grammar(_llguidance().LLMatcher.grammar_from_json_schema(schema), where)
+            where = _arguments_of(tool)
+            self._grammar(_llguidance().LLMatcher.grammar_from_json_schema(prepared_schema(schema, where)), where)
 
     @property
     def num_lost_workers(self) -> int:
@@ -183,6 +214,44 @@ class GrammarCompiler:
         state = json.loads(text)
         state["added_tokens"] = [token for token in state["added_tokens"] if token["id"] < self._vocab_size]
         return json.dumps(state)
+
+
+def is_strict(tool: Mapping[str, Any]) -> bool:
+    """Whether a prepared tool asks that every call keeps to its schema."""
+    return tool["function"].get("strict") is True
+
+
+def _arguments_of(tool: Mapping[str, Any]) -> str:
+    return f"the parameters of tool {tool_name(tool)!r}"
+
+
+def _answer_rule(constraint: Mapping[str, Any], field: str) -> str:
+    kind = constraint["type"]
+    if kind == "regex":
+        return f"answer: {_lark_regex(constraint['regex'])}"
+    if kind == "choice":
+        return f"answer: {_lark_choice(constraint['choice'])}"
+    if kind == "grammar":
+        raise ParameterError("a grammar cannot stand beside tools: there would be no room for a call", field)
+    return f"answer: %json {prepared_schema(schema_of_response_format(constraint), field)}"
+
+
+def _lark_choice(choices: Sequence[str]) -> str:
+    return " | ".join(json.dumps(text, ensure_ascii=False) for text in choices)
+
+
+def _text_rule(tools: Sequence[Mapping[str, Any]]) -> str:
+    """Text in which ToolCallParser finds no call."""
+    names = "|".join(re.escape(tool_name(tool)) for tool in tools)
+    begins = rf'\s*((\[\s*)?\{{\s*"({"|".join(sorted(CALL_KEYS))})"|({names})\.call\()(?s:.*)'
+    holds = rf"(?s:.*)({'|'.join(map(re.escape, MARKERS))})(?s:.*)"
+    return f"answer: TEXT\nTEXT: /(?s:.*)/ & ~{_lark_regex(begins)} & ~{_lark_regex(holds)}"
+
+
+def _lark_regex(regex: str) -> str:
+    """In Lark's slashes, where neither a slash nor a line break may stand as it is."""
+    spelled = {"/": r"\/", "\n": r"\n", "\\\n": r"\n"}
+    return "/" + re.sub(r"\\.|[/\n]", lambda found: spelled.get(found[0], found[0]), regex, flags=re.DOTALL) + "/"
 
 
 def _llguidance() -> Any:

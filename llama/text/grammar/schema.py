@@ -31,9 +31,13 @@ _SPELLING = {"item_separator": ", ", "key_separator": ": ", "whitespace_flexible
 
 
 def schema_of_response_format(response_format: Mapping[str, Any]) -> Any:
-    """The schema of {"type": "json_schema", "json_schema": ...}, bare or wrapped as OpenAI does."""
+    """The schema of {"type": "json_schema", "json_schema": ...}, bare or wrapped as OpenAI does; of "json_object"."""
+    if response_format["type"] == "json_object":
+        return {"type": "object"}
     value = response_format.get("json_schema")
     if isinstance(value, Mapping) and "schema" in value and "type" not in value:
+        if unknown := value.keys() - _WRAPPING - {"schema"}:
+            raise ValueError(f"response_format.json_schema has no key {sorted(unknown, key=str)[0]!r}")
         value = value["schema"]
     elif isinstance(value, Mapping) and value.keys() & {"name", "strict"} and value.keys() <= _WRAPPING:
         raise ValueError("response_format.json_schema has no schema beside its name")

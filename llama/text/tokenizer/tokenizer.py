@@ -76,6 +76,7 @@ class Tokenizer:
         eos, bos = _model_ids(folder)
         with named(folder / "tokenizer_config.json"):
             _add_tokens(backend, config.get("added_tokens_decoder"))
+            _add_special_tokens(backend, config)
         with named(file):
             return cls(backend, config=config, eos_token_ids=eos, bos_token_id=bos)
 
@@ -271,6 +272,21 @@ def _add_tokens(backend: tokenizers.Tokenizer, listed: Any) -> None:
         if str(backend.token_to_id(content)) != key:
             got = backend.token_to_id(content)
             raise ValueError(f"added_tokens_decoder: {content!r} cannot have the id {key}, the next one is {got}")
+
+
+def _add_special_tokens(backend: tokenizers.Tokenizer, config: Mapping[str, Any]) -> None:
+    """Tokens that only `additional_special_tokens` or `extra_special_tokens` name. Refuses what splits all of them."""
+    if config.get("split_special_tokens"):
+        raise ValueError("split_special_tokens is not supported: no chat template would work")
+    known = {token.content for token in backend.get_added_tokens_decoder().values()}
+    for name in ("additional_special_tokens", "extra_special_tokens"):
+        listed = config.get(name) or []
+        for entry in listed.values() if isinstance(listed, dict) else listed if isinstance(listed, list) else [None]:
+            content = entry.get("content") if isinstance(entry, dict) else entry
+            if not isinstance(content, str) or not content:
+                raise ValueError(f"{name} must list tokens, got {entry!r}")
+            if content not in known:
+                backend.add_special_tokens([content])
 
 
 def check_unicode(text: str, field: str | None = None) -> None:

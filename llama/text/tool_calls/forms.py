@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 _CLOSERS = {"{": "}", "[": "]", "(": ")"}
-_CALL_KEYS = frozenset({"name", "parameters", "arguments", "type", "function", "id"})
+CALL_KEYS = frozenset({"name", "parameters", "arguments", "type", "function", "id"})
 _KEY = re.compile(r"\s*([A-Za-z_]\w*)\s*=\s*")
 _SINGLE_QUOTED = re.compile(r"'((?:[^'\\]|\\.)*)'", re.DOTALL)
 _CONSTANT = re.compile(r"(?:True|False|None|true|false|null)\b")
@@ -79,7 +79,7 @@ class BracketScan:
             self._is_escaped = True
         elif character == self._quote:
             self._quote = None
-            if self._first_key_is_due and text[self._quote_start + 1 : position] not in _CALL_KEYS:
+            if self._first_key_is_due and text[self._quote_start + 1 : position] not in CALL_KEYS:
                 raise NotACall
             self._first_key_is_due = False
 

@@ -23,8 +23,8 @@ from llama.text.tool_calls.forms import BracketScan, NotACall, ToolCall, calls_o
 PYTHON_TAG = "<|python_tag|>"
 CODE_INTERPRETER = "code_interpreter"
 _FUNCTION, _FUNCTION_END = "<function=", "</function>"
-_MARKERS = (PYTHON_TAG, _FUNCTION)
-_MARKER = re.compile("|".join(map(re.escape, _MARKERS)))
+MARKERS = (PYTHON_TAG, _FUNCTION)
+_MARKER = re.compile("|".join(map(re.escape, MARKERS)))
 _SPACE = re.compile(r"\s*")
 _SEPARATORS = re.compile(r"[\s;,]*")
 
@@ -102,7 +102,7 @@ class ToolCallParser:
             text_end = marker.start()
         else:
             text_end = self._buffer.rfind("<")  # both markers begin with it and hold it once
-            may_be_marker = text_end >= 0 and any(m.startswith(self._buffer[text_end:]) for m in _MARKERS)
+            may_be_marker = text_end >= 0 and any(m.startswith(self._buffer[text_end:]) for m in MARKERS)
             if is_end or not may_be_marker:
                 text_end = len(self._buffer)
         self._emit_text(self._buffer[:text_end])

@@ -1,0 +1,265 @@
+"""docs/fields.md against the code: every field that clients, vLLM and published files know is used, has no effect, or
+is refused by name, as the tables say."""
+
+import ast
+import dataclasses
+import json
+import re
+from pathlib import Path
+from types import SimpleNamespace
+
+import peft
+import pytest
+import transformers
+from openai.types import completion_create_params
+from openai.types.chat import chat_completion_stream_options_param
+from openai.types.chat import completion_create_params as chat_create_params
+
+from llama import AdapterError, CheckpointError, SamplingParams
+from llama.engine.config import EngineConfig
+from llama.llm.vllm_names import HARMLESS, refuse_foreign
+from llama.model.generation_config import GenerationConfig
+from llama.model.lora.adapter_config import read_adapter_config
+from llama.server.cloudflare.schema import RunRequest
+from llama.server.openai.schema import ChatRequest, CompletionRequest, StreamOptions
+from llama.text.tokenizer import Tokenizer
+from tests.server.helpers import RUN, TOKENIZER, user
+
+DOCS = Path(__file__).parents[2] / "docs" / "fields.md"
+USED, NO_EFFECT, ALONE, REFUSED = "used", "no effect", "at this value alone", "refused"
+WARNED = "no effect, with a warning"
+CHAT, COMPLETION = "/v1/chat/completions", "/v1/completions"
+
+
+def read_tables() -> dict[str, dict[str, dict[str, str]]]:
+    """Section -> status -> field -> the values at which it is taken."""
+    tables: dict[str, dict[str, dict[str, str]]] = {}
+    for section in DOCS.read_text().split("\n## ")[1:]:
+        title = section.split("\n")[0]
+        statuses = tables[title] = {}
+        for status, fields in re.findall(r"^\| ([a-z][a-z ,]+) \| (.+) \|$", section, re.MULTILINE):
+            for name, _, values in (text.partition(": ") for text in re.findall(r"`([^`]+)`", fields)):
+                assert not any(name in known for known in statuses.values()), f"{title}: {name} stands twice"
+                statuses.setdefault(status, {})[name] = values
+    return tables
+
+
+TABLES = read_tables()
+
+
+def fields(section: str, *statuses: str) -> set[str]:
+    return {name for status in statuses or TABLES[section] for name in TABLES[section].get(status, ())}
+
+
+def cases(status: str, *sections: str) -> list[tuple[str, str]]:
+    return [(section, name) for section in sections for name in TABLES[section].get(status, ())]
+
+
+# HTTP: what a field changes about a plain request.
+
+TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
+BODIES = {
+    CHAT: {"messages": [user("I say:"), user("Hello world")], "max_tokens": 9},
+    COMPLETION: {"prompt": "Hello world", "max_tokens": 9},
+    "/ai/run": {"messages": [user("I say:"), user("Hello world")], "max_tokens": 9},
+}
+SHARED = {
+    "frequency_penalty": 1,
+    "ignore_eos": True,
+    "guided_choice": ["a"],
+    "guided_grammar": 'start: "a"',
+    "guided_json": {"type": "object"},
+    "guided_regex": "a",
+    "include_stop_str_in_output": True,
+    "logit_bias": {"65": 1},
+    "lora": "none-such",
+    "max_completion_tokens": 9,
+    "max_tokens": 3,
+    "messages": [user("Bye")],
+    "min_p": 0.5,
+    "min_tokens": 1,
+    "model": "none-such",
+    "n": 2,
+    "presence_penalty": 1,
+    "repetition_penalty": 1.5,
+    "response_format": {"type": "json_object"},
+    "seed": 5,
+    "stop": ["wor"],
+    "stop_token_ids": [65],
+    "structured_outputs": {"regex": "a"},
+    "stream": True,
+    "stream_options": {"include_usage": True},
+    "temperature": 0.5,
+    "tool_choice": "required",
+    "tools": [TOOL],
+    "top_k": 5,
+    "top_p": 0.5,
+    "prompt": "Bye",
+}
+CHAT_PROBES = {
+    "logprobs": True,
+    "top_logprobs": 3,
+    "modalities": ["audio"],
+    "parallel_tool_calls": [],
+    "max_completion_tokens": 3,
+}
+COMPLETION_PROBES = {"best_of": 2, "echo": True, "logprobs": 2}
+RUN_PROBES = {"raw": True}
+PROBES = {CHAT: SHARED | CHAT_PROBES, COMPLETION: SHARED | COMPLETION_PROBES, "/ai/run": SHARED | RUN_PROBES}
+MEANINGLESS = ("id", "created", "seed", "usage")
+
+
+def outcome(scripted, section: str, **more) -> tuple:
+    """What the engine was asked, and the answer without what differs each time."""
+    scripted.engine.asked.clear()
+    response = scripted.run({**BODIES[section], **more}, path=RUN if section == "/ai/run" else section)
+    asked = [(request.params, request.prompt, request.lora) for request in scripted.engine.asked]
+    return asked, re.sub(rf'"({"|".join(MEANINGLESS)})":("[^"]*"|\d+|{{[^}}]*}})', "", response.text)
+
+
+@pytest.mark.parametrize(("section", "name"), cases(USED, CHAT, COMPLETION, "/ai/run"))
+def test_what_is_used_changes_something(scripted, section, name):
+    assert outcome(scripted, section, **{name: PROBES[section][name]}) != outcome(scripted, section)
+
+
+ANY = {"metadata": {"a": "b"}, "store": True, "functions": [{"name": "f", "code": ""}]}
+
+
+@pytest.mark.parametrize(("section", "name"), cases(NO_EFFECT, CHAT, COMPLETION, "/ai/run"))
+def test_what_has_no_effect_has_none(scripted, section, name):
+    asked, answer = outcome(scripted, section, **{name: ANY.get(name, "x")})
+    assert asked == outcome(scripted, section)[0] != [] and '"error"' not in answer
+
+
+@pytest.mark.parametrize(("section", "name"), cases(ALONE, CHAT, COMPLETION))
+def test_what_is_taken_at_a_value_alone(scripted, section, name):
+    for value in TABLES[section][ALONE][name].split(" or "):
+        assert outcome(scripted, section, **{name: json.loads(value)}) == outcome(scripted, section)
+    check_refused(scripted, section, name)
+
+
+@pytest.mark.parametrize(("section", "name"), cases(REFUSED, CHAT, COMPLETION, "/ai/run"))
+def test_what_is_refused_is_named(scripted, section, name):
+    check_refused(scripted, section, name)
+
+
+def check_refused(scripted, section, name):
+    for value in (["x"], {"x": 1}, 7):
+        response = scripted.run({**BODIES[section], name: value}, path=RUN if section == "/ai/run" else section)
+        assert response.status_code == 400 and f"/{name}" in response.text
+
+
+def test_every_field_of_the_bodies_is_listed():
+    common = set(completion_create_params.CompletionCreateParamsBase.__annotations__)
+    assert fields(COMPLETION) >= common and fields(COMPLETION) >= CompletionRequest.model_fields.keys()
+    assert fields(CHAT) >= chat_create_params.CompletionCreateParamsBase.__annotations__.keys()
+    assert fields(CHAT) >= ChatRequest.model_fields.keys()
+    assert fields("/ai/run") == RunRequest.model_fields.keys()
+    known = chat_completion_stream_options_param.ChatCompletionStreamOptionsParam.__annotations__
+    assert fields("stream_options") >= known.keys() and fields("stream_options") == StreamOptions.model_fields.keys()
+
+
+# The library
+
+
+def test_sampling_params():
+    section = "SamplingParams"
+    assert fields(section, USED) == {field.name for field in dataclasses.fields(SamplingParams)}
+    for name, values in TABLES[section][ALONE].items():
+        for value in values.split(" or "):
+            assert SamplingParams(**{name: ast.literal_eval(value)}) == SamplingParams()
+    for name in fields(section, ALONE, REFUSED):
+        with pytest.raises(ValueError, match=name):
+            SamplingParams(**{name: "x"})
+
+
+def test_arguments_of_llm():
+    own = {"model", "tokenizer", "device", "dtype", "load_format", "check_weights"}
+    assert fields("LLM", USED) == own | {field.name for field in dataclasses.fields(EngineConfig)}
+    assert fields("LLM", ALONE) == HARMLESS.keys()
+    for name, values in TABLES["LLM"][ALONE].items():
+        for value in values.split(" or "):
+            refuse_foreign({name: ast.literal_eval(value)})
+        with pytest.raises(ValueError, match=name):
+            refuse_foreign({name: "x"})
+
+
+# Files
+
+
+def test_generation_config(tmp_path):
+    section, values = "generation_config.json", {"temperature": 0.5, "do_sample": False, "eos_token_id": 3}
+    known = transformers.GenerationConfig().to_dict().keys() - {"_from_model_config"}
+    assert fields(section) >= known
+
+    def read(**more):
+        (tmp_path / "generation_config.json").write_text(json.dumps(more))
+        return GenerationConfig.from_pretrained(tmp_path)
+
+    plain = read()
+    for name in fields(section, USED) - {"bos_token_id"}:  # that is the tokenizer's
+        assert read(**{name: values.get(name, 3)}) != plain
+    for name in fields(section, NO_EFFECT):
+        assert read(**{name: 3}) == plain
+    for name in fields(section, WARNED):
+        assert read(**{name: 3}) == GenerationConfig(ignored={name: 3}) and read(**{name: None}) == plain
+
+
+def test_tokenizer_config(tmp_path):
+    section, text = "tokenizer_config.json", "Hello <|eot_id|> there"
+    (tmp_path / "tokenizer.json").write_text(TOKENIZER.backend_json)
+
+    def read(**more):
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(more))
+        tokenizer = Tokenizer.from_pretrained(tmp_path)
+        named = (tokenizer.template_tokens, tokenizer.special_tokens, tokenizer.eos_token_ids)
+        return SimpleNamespace(ids=tokenizer.encode(text), named=named)
+
+    plain = read()
+    used = {"additional_special_tokens": ["<new>"], "extra_special_tokens": {"x": "<new>"}}
+    used |= {"added_tokens_decoder": {str(TOKENIZER.vocab_size): {"content": "<new>", "special": True}}}
+    for name in fields(section, USED) - {"chat_template"}:
+        assert read(**{name: used.get(name, "<|eot_id|>")}) != plain
+    for name in fields(section, NO_EFFECT):
+        for value in (True, 3):
+            assert read(**{name: value}) == plain
+    for name in fields(section, REFUSED):
+        with pytest.raises(CheckpointError, match=name):
+            read(**{name: True})
+
+
+def test_adapter_config(tmp_path):
+    section = "adapter_config.json"
+    names = [f"model.layers.{i}.self_attn.{part}_proj" for i in range(2) for part in "qkvo"]
+    assert fields(section) >= {field.name for field in dataclasses.fields(peft.LoraConfig)}
+    base = {"target_modules": ["q_proj", "v_proj"], "r": 4, "lora_alpha": 8}
+
+    def read(**more):
+        (tmp_path / "adapter_config.json").write_text(json.dumps(base | more))
+        return read_adapter_config(tmp_path, names)
+
+    plain = read()
+    used = {
+        "alpha_pattern": {"q_proj": 3},
+        "rank_pattern": {"q_proj": 3},
+        "exclude_modules": ["v_proj"],
+        "layers_to_transform": [0],
+        "target_modules": ["o_proj"],
+        "use_rslora": True,
+        "r": 2,
+        "lora_alpha": 3,
+    }
+    only_plain = {"bias": "all", "fan_in_fan_out": True, "init_lora_weights": "pissa", "peft_type": "X"}
+    only_plain |= {"model_type": "mistral", "layers_pattern": "h"}
+    for name in fields(section, USED):
+        if name in used:
+            assert read(**{name: used[name]}) != plain
+        else:
+            with pytest.raises(AdapterError, match=name):
+                read(**{name: only_plain[name], "layers_to_transform": [0]})
+    for name in fields(section, NO_EFFECT):
+        assert read(**{name: {"a": 3}}) == plain
+    for name in fields(section, REFUSED):
+        assert read(**{name: None}) == read(**{name: []}) == read(**{name: False}) == plain
+        with pytest.raises(AdapterError, match=name):
+            read(**{name: [3]})
