@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from llama.async_llm.async_llm import AsyncLLM as AsyncLLM
     from llama.llm.llm import LLM as LLM
     from llama.llm.loras import LoRARequest as LoRARequest
+    from llama.model.capture import Capture as Capture
     from llama.model.config import ModelConfig as ModelConfig
     from llama.model.interventions import Add as Add
     from llama.model.interventions import Apply as Apply
@@ -45,6 +46,7 @@ _HOMES = {
     "Apply": "llama.model.interventions",
     "AsyncLLM": "llama.async_llm.async_llm",
     "ChatTemplateError": "llama.api.errors",
+    "Capture": "llama.model.capture",
     "CheckpointError": "llama.api.errors",
     "CompletionOutput": "llama.api.outputs",
     "ConfigError": "llama.api.errors",
@@ -77,6 +79,7 @@ __all__ = [
     "Add",
     "Apply",
     "AsyncLLM",
+    "Capture",
     "ChatTemplateError",
     "CheckpointError",
     "CompletionOutput",

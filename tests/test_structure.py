@@ -38,7 +38,7 @@ IMPORT_ORDER = {
         adapters
         linear interventions
         taps
-        batch
+        batch capture
         session
         research
         checkpoint

@@ -62,6 +62,7 @@ class CompletionOutput:
     cumulative_logprob: float | None = None
     tool_calls: list[Any] = field(default_factory=list)
     seed: int | None = None  # the one used, also where none was asked for
+    captured: dict[str, Any] = field(default_factory=dict)  # point -> tensor [positions, ...], of generated tokens
 
 
 @dataclass(slots=True)
@@ -75,6 +76,7 @@ class RequestOutput:
     metrics: RequestMetrics
     prompt_logprobs: list[dict[int, Logprob] | None] | None = None
     num_cached_tokens: int = 0
+    captured: dict[str, Any] = field(default_factory=dict)  # point -> tensor [positions, ...], of the prompt
     finished: bool = False
 
 

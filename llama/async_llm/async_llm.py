@@ -30,6 +30,9 @@ from llama.engine.request import Request
 from llama.llm.llm import LLM
 from llama.llm.loras import LoraInfo, describe, read_lora
 from llama.llm.requests import Message, Prompt, ToolChoice
+from llama.llm.taps import tapped
+from llama.model.capture import Capture
+from llama.model.taps import Interventions
 from llama.model.transformer import Transformer
 
 __all__ = ["AsyncLLM", "EngineClosedError", "EngineDeadError", "QueueFullError", "Stream"]
@@ -116,6 +119,8 @@ class AsyncLLM:
         *,
         request_id: str | None = None,
         clip: bool = True,
+        capture: Capture | None = None,
+        interventions: Interventions = None,
     ) -> Stream:
         """The stream that generate() reads. The engine has accepted the request when the call returns, so every refusal
         (ValueError, QueueFullError, WorkerLostError, EngineClosedError, EngineDeadError) comes before the first piece.
@@ -124,7 +129,8 @@ class AsyncLLM:
         prepare = partial(self.llm.inputs.request, prompt, sampling_params, lora, request_id=request_id, clip=clip)
         parts = [*prompt.values()] if isinstance(prompt, Mapping) else [prompt]
         size = max((len(part) for part in parts if isinstance(part, str | list | tuple)), default=0)
-        return await self._submit(prepare, size, grammar_key(_constraint(sampling_params)))
+        ask = self._tapped(prepare, capture, interventions)
+        return await self._submit(ask, size, grammar_key(_constraint(sampling_params)))
 
     async def submit_chat(
         self,
@@ -136,6 +142,8 @@ class AsyncLLM:
         tool_choice: ToolChoice = "auto",
         request_id: str | None = None,
         clip: bool = True,
+        capture: Capture | None = None,
+        interventions: Interventions = None,
     ) -> Stream:
         """submit() for a conversation."""
         prepare = partial(
@@ -150,7 +158,8 @@ class AsyncLLM:
         )
         grammar = grammar_key(_constraint(sampling_params), tools, tool_choice)
         # A template may be slow however short the messages are.
-        return await self._submit(prepare, max(_INLINE_CHARACTERS, size_of(messages, tools)), grammar)
+        ask = self._tapped(prepare, capture, interventions)
+        return await self._submit(ask, max(_INLINE_CHARACTERS, size_of(messages, tools)), grammar)
 
     def check_accepts(self, num_coming: int = 0) -> None:
         """Raises what any request would be refused with now: EngineDeadError, EngineClosedError, QueueFullError. A
@@ -161,6 +170,13 @@ class AsyncLLM:
         if self._draining:
             raise EngineClosedError("the engine is draining or closed: it takes no new requests")
         self._admission.check(num_coming)
+
+    def _tapped(
+        self, prepare: Callable[[], Request], capture: Capture | None, interventions: Interventions
+    ) -> Callable[[], Request]:
+        if capture is None and not interventions:
+            return prepare
+        return lambda: tapped(self.llm.engine, [prepare()], capture, interventions)[0]
 
     async def _submit(self, prepare: Callable[[], Request], size: int, grammar: str | None) -> Stream:
         queued = time.monotonic()

@@ -12,8 +12,22 @@ from collections import Counter, OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
+from typing import NamedTuple
 
 NONE = -1  # in place of a block id
+
+
+class Salt(NamedTuple):
+    """What makes content differ from what the same tokens give otherwise, from a sequence's `block` (a number) on."""
+
+    block: int
+    content: bytes
+
+    def of(self, block: int, tokens: bytes) -> bytes:
+        return tokens + self.content if block == self.block else tokens
+
+
+NO_SALT = Salt(-1, b"")
 
 
 def prefix_root(model: bytes, adapter: bytes) -> bytes:
@@ -34,6 +48,8 @@ class PrefixPath:
     length: int = 0  # blocks
     tip: int = NONE
     stamp: int = 0  # of the tip when it was the tip
+    salt: Salt = NO_SALT
+    is_private: bool = False  # nothing of it is published any more
 
     def restart(self) -> None:
         self.length, self.tip = 0, NONE
@@ -46,6 +62,7 @@ class BlockPool:
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.enable_prefix_caching = enable_prefix_caching
+        self.is_closed = False  # for now: nothing is found, and new paths are private
         self._width = 4 * block_size  # bytes of a block's tokens (int32)
         self._refs = [0] * num_blocks
         self._free = list(range(num_blocks - 1, -1, -1))  # a stack
@@ -107,24 +124,25 @@ class BlockPool:
             else:
                 self._cached[block] = None
 
-    def match(self, root: bytes, tokens: bytes, max_blocks: int) -> list[int]:
+    def match(self, root: bytes, tokens: bytes, max_blocks: int, salt: Salt = NO_SALT) -> list[int]:
         """The published blocks, at most `max_blocks`, that hold the beginning of `tokens` (int32 each). Takes none."""
         found: list[int] = []
-        if not self.enable_prefix_caching:
+        if not self.enable_prefix_caching or self.is_closed:
             return found
         parent = NONE
-        for start in range(0, max_blocks * self._width, self._width):
-            parent = self._child(root, parent, tokens[start : start + self._width])[0]
+        for index in range(max_blocks):
+            piece = tokens[index * self._width : (index + 1) * self._width]
+            parent = self._child(root, parent, salt.of(index, piece))[0]
             if parent == NONE:
                 break
             found.append(parent)
         return found
 
-    def path(self, root: bytes, blocks: Sequence[int]) -> PrefixPath:
+    def path(self, root: bytes, blocks: Sequence[int], salt: Salt = NO_SALT) -> PrefixPath:
         """The path of a sequence that begins with matched blocks."""
         if not blocks:
-            return PrefixPath(root)
-        return PrefixPath(root, len(blocks), blocks[-1], self._stamps[blocks[-1]])
+            return PrefixPath(root, salt=salt, is_private=self.is_closed)
+        return PrefixPath(root, len(blocks), blocks[-1], self._stamps[blocks[-1]], salt)
 
     def is_current(self, path: PrefixPath) -> bool:
         """False: the tip's content is published no more; restart the path and publish from its beginning."""
@@ -133,7 +151,7 @@ class BlockPool:
     def publish(self, path: PrefixPath, blocks: Sequence[int], tokens: bytes) -> None:
         """Extend a current path by full blocks and their tokens; content that is published already stays as it is."""
         assert len(tokens) == len(blocks) * self._width and self.is_current(path)
-        if not self.enable_prefix_caching:
+        if not self.enable_prefix_caching or path.is_private:
             return
         published, heirs, parents, width = self._tokens, self._heirs, self._parents, self._width
         tip, start = path.tip, -width
@@ -142,7 +160,7 @@ class BlockPool:
             if published[block] is not None:  # since before the path was restarted
                 tip = block
                 continue
-            piece = tokens[start : start + width]
+            piece = path.salt.of(path.length + start // width, tokens[start : start + width])
             if tip != NONE and heirs[tip] == NONE:
                 heirs[tip], parents[block], published[block] = block, tip, piece
                 tip = block
@@ -232,7 +250,7 @@ class BlockPool:
         if tokens is None:
             assert parent == heir == NONE and self._keys[block] is None, f"block {block} has remains of a publication"
             return
-        assert len(tokens) == self._width
+        assert len(tokens) >= self._width
         assert heir == NONE or self._parents[heir] == block, f"the heir of block {block} has another parent"
         if parent == NONE:
             key = self._keys[block]

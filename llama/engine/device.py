@@ -48,6 +48,22 @@ def fetch(packed: Tensor, tensors: Sequence[Tensor]) -> Callable[[], list[NDArra
     return wait
 
 
+def fetch_tensor(tensor: Tensor) -> Callable[[], Tensor]:
+    """Start the copy of a tensor of its own -> what waits for it and gives it on the host."""
+    if tensor.device.type == "cpu":
+        return lambda: tensor
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    host.copy_(tensor, non_blocking=True)
+    copied = torch.cuda.Event()
+    copied.record(torch.cuda.current_stream(tensor.device))
+
+    def wait() -> Tensor:
+        copied.synchronize()
+        return host
+
+    return wait
+
+
 class Mirror:
     """Named arrays of fixed sizes: `host` is written by the host, `send` brings all of them to `device` in one copy.
 

@@ -5,6 +5,7 @@ once and give no output: the caller knows what it ended. Ends that the engine it
 """
 
 import logging
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as SequenceOf
@@ -30,6 +31,7 @@ from llama.engine.scheduler import Scheduler
 from llama.engine.sequence import Sequence, TokenOutput
 from llama.engine.speculative_config import SpeculativeConfig
 from llama.model.kv_cache import KVCache
+from llama.model.module import hooks_of
 from llama.model.transformer import Transformer
 
 logger = logging.getLogger(__name__)
@@ -105,6 +107,9 @@ class Engine:
             vocab_size=runner.vocab_size,
             model=repr(model.config).encode() if model is not None else b"",
         )
+        self.model = model
+        self._hooks = [] if model is None else hooks_of(model)
+        self._has_warned = False
         self._seeds = Seeds(config.seed)
         self._in_flight: deque[tuple[Plan, Callable[[], StepResult]]] = deque()
         self._num_requests = self._num_steps = self._num_prompt_tokens = 0
@@ -133,7 +138,7 @@ class Engine:
         check_room(len(prompt_token_ids), None if clip else params.max_tokens, self.config.context_len)
         prompt = checked_ids(prompt_token_ids, self.vocab_size)
         check_params(params, self.vocab_size)
-        limit, capacity = self._limit(len(prompt), params.max_tokens), self._capacity
+        limit, capacity = self.limit(len(prompt), params.max_tokens), self._capacity
         if max(limit, len(prompt) + 1) > capacity:
             raise ParameterError(
                 f"a prompt of {len(prompt)} tokens and up to {max(1, limit - len(prompt))} new ones can never run: "
@@ -146,7 +151,7 @@ class Engine:
         """The most tokens that one request may have. The last one is never computed and needs no place."""
         return self.pool.num_blocks * self.pool.block_size + 1
 
-    def _limit(self, prompt_len: int, max_tokens: int | None) -> int:
+    def limit(self, prompt_len: int, max_tokens: int | None) -> int:
         """The most tokens that this request may have."""
         return min(self.config.context_len, self._capacity if max_tokens is None else prompt_len + max_tokens)
 
@@ -158,7 +163,7 @@ class Engine:
         params, prompt = request.params, request.prompt_token_ids
         if params.constraint is not None and request.new_matcher is None:
             raise ParameterError(f"{params.constrained_by} needs a matcher of its grammar", params.constrained_by)
-        limit = self._limit(len(prompt), params.max_tokens)
+        limit = self.limit(len(prompt), params.max_tokens)
         seed = self._seeds.next() if params.seed is None else params.seed
         sequences = [
             Sequence(
@@ -166,6 +171,8 @@ class Engine:
             )
             for i in range(params.n)
         ]
+        for sequence in sequences:
+            sequence.taps = request.taps
         if params.prompt_logprobs is not None:
             sequences[0].prompt_logprobs = [None]
         if self.config.speculation is not None and params.speculative:
@@ -217,6 +224,7 @@ class Engine:
         """Schedule a step and set the device to it. Out of memory, it tries again with fewer tokens."""
         max_tokens = None
         for attempts_left in reversed(range(STEP_ATTEMPTS)):
+            self.scheduler.running.close_cache(self._is_hooked())
             plan = self._keep_books(self.scheduler.schedule, max_tokens)
             if plan is None:
                 return False
@@ -236,6 +244,17 @@ class Engine:
                 self._fail(members, error, outputs)
                 return False
         return False
+
+    def _is_hooked(self) -> bool:
+        is_hooked = any(self._hooks)
+        if is_hooked and not self._has_warned:
+            self._has_warned = True
+            warnings.warn(
+                "the model of an engine has forward hooks: while they are there its steps run eagerly and without the "
+                "prefix cache; capture= and interventions= of generate() read and change activations per request",
+                stacklevel=2,
+            )
+        return is_hooked
 
     def _collect(self, outputs: list[TokenOutput]) -> None:
         """Wait for the oldest step in flight and take its result."""

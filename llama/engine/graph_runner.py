@@ -22,6 +22,7 @@ from llama.engine.plan import Plan, StepResult
 from llama.engine.runner import DTYPES, Runner, fetch_result
 from llama.kernels.types import SamplerRows
 from llama.model.kv_cache import KVCache
+from llama.model.module import hooks_of
 from llama.model.transformer import Transformer
 
 
@@ -37,6 +38,7 @@ class GraphRunner(Runner):
     ) -> None:
         """`record` makes the graphs; None = CUDA's."""
         super().__init__(model, kv, config, eos_token_ids=eos_token_ids)
+        self._hooks = hooks_of(model)
         self._graphs = Graphs(record or CudaRecord(self.device))
         self._generation = self.adapters.generation
         per_row = {name: ((), dtype) for name, dtype in DTYPES.items()} | self.sampler.fields
@@ -63,7 +65,8 @@ class GraphRunner(Runner):
             self._run_sampler(len(self._logits), flags)
 
     def _compute(self, plan: Plan) -> Callable[[], StepResult]:
-        if not plan.only_decodes or plan.prompt_sources is not None or len(plan.copies):
+        is_plain = plan.only_decodes and plan.prompt_sources is None and not len(plan.copies)
+        if not is_plain or plan.taps or any(self._hooks):  # a recording would keep hooks, or their absence
             return super()._compute(plan)
         has_adapters = plan.adapter_indices is not None and bool(plan.adapter_indices.any())
         if has_adapters and self._generation != self.adapters.generation:

@@ -5,6 +5,7 @@ by consecutive plans. It does not hold the value of the token that a row sampled
 be made before that value is known.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -57,6 +58,7 @@ class Plan:
     prompt_sources: Ints | None = None  # [scored] tokens whose successor in the prompt is to be scored
     prompt_targets: Ints | None = None  # [scored] those successors
     num_prompt_logprobs: int = -1  # the most top entries that any of them wants
+    taps: tuple[tuple[int, Any], ...] = ()  # (sequence of the plan, `Taps.sequence`) where activations are touched
 
     @property
     def only_decodes(self) -> bool:
@@ -93,3 +95,4 @@ class StepResult(NamedTuple):
     is_bad: NDArray[np.bool_]  # [samples] NaN, or no finite logit: the token means nothing
     logprobs: LogprobArrays | None = None  # [samples]
     prompt_logprobs: LogprobArrays | None = None  # [scored]
+    captured: Mapping[int, Mapping[str, Any]] = {}  # by place in Plan.taps: what `Taps.take` gets

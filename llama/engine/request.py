@@ -29,6 +29,24 @@ class TokenMatcher(Protocol):
         """An independent matcher in the same state."""
 
 
+class Taps(Protocol):
+    """What a request reads and changes inside the network; `llama.model.capture.RequestTaps` is one."""
+
+    salt: bytes  # of the changes, in the keys of the prefix cache; empty where there are none
+    first_change: float  # the first position that they change
+    sequence: Any  # what the model needs of it
+
+    def first_missing(self, index: int) -> int:
+        """The first position that completion `index` must compute even where the prefix cache has it."""
+
+    def take(self, index: int, values: Mapping[str, Any], stop: int | None = None) -> None:
+        """What a step computed for completion `index`: point -> (positions, values). Positions from `stop` on hold
+        drafts that were refused."""
+
+    def finish(self, request_id: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        """What was captured of the prompt and of each completion."""
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Request:
     """`Engine.request` makes it; each is added once. The engine reads neither `prompt` nor `tools`."""
@@ -38,6 +56,7 @@ class Request:
     params: SamplingParams
     adapter: Adapter = NO_ADAPTER
     new_matcher: Callable[[], TokenMatcher] | None = None  # of the grammar that holds the answer
+    taps: Taps | None = None
     prompt: str | None = None
     tools: Mapping[str, Any] = field(default_factory=dict)  # whose calls are to be found: name -> schema of arguments
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from llama.engine.config import EngineConfig
-from llama.engine.device import fetch, pack, to_device
+from llama.engine.device import fetch, fetch_tensor, pack, to_device
 from llama.engine.memory import num_scored_rows
 from llama.engine.plan import Ints, LogprobArrays, Plan, StepResult
 from llama.engine.sampler import SamplerTable
@@ -27,6 +27,7 @@ from llama.model.adapters import StepAdapters
 from llama.model.batch import Batch
 from llama.model.kv_cache import KVCache
 from llama.model.lora import LoadedAdapters
+from llama.model.taps import Span, StepTaps, names_of
 from llama.model.transformer import Transformer
 
 # What the device is told of a step of decodes: one number per sequence, which is one per token.
@@ -62,6 +63,7 @@ class Runner:
         self._table = np.zeros((count + 1, config.blocks_per_sequence), np.int32)
         self._device_table = torch.from_numpy(self._table).to(device)
         self._decode_starts = torch.arange(count + 1, dtype=torch.int32, device=device)
+        self._names = names_of(model)
         self._scored_rows = num_scored_rows(self.vocab_size)
 
     @torch.inference_mode()
@@ -97,19 +99,24 @@ class Runner:
     def _compute(self, plan: Plan) -> Callable[[], StepResult]:
         tensors = {name: self._on_device(array, DTYPES.get(name)) for name, array in self._numbers(plan).items()}
         samples_all = len(plan.sample_sources) == plan.num_tokens and plan.only_decodes
+        taps = self._taps(plan) if plan.taps else None
         batch = self._batch(
             tensors,
             plan.num_decodes,
             num_blocks=-(-int(plan.context_lens.max()) // self.kv.block_size),
             logit_rows=None if samples_all else self._on_device(plan.sample_sources),
+            taps=taps,
         )
         hidden = self.model.hidden(batch, self.kv)
         result_of = self._sample(plan, batch, hidden)
         self.kv.copy_blocks([(source, target) for source, target in plan.copies.tolist()])
         scores_of = [] if plan.prompt_sources is None else self._score(plan, batch, hidden)
+        captured_of = None if taps is None else fetch_values(taps.captured)
 
         def result() -> StepResult:
             drawn = result_of()
+            if captured_of is not None:
+                drawn = drawn._replace(captured=captured_of())
             if not scores_of:
                 return drawn
             parts = [wait() for wait in scores_of]
@@ -143,6 +150,7 @@ class Runner:
         *,
         num_blocks: int | None = None,
         logit_rows: Tensor | None = None,
+        taps: StepTaps | None = None,
     ) -> Batch:
         """Of the numbers on the device. No context has more than `num_blocks` blocks, None = any that there may be."""
         row_ids = tensors["row_ids"]
@@ -161,12 +169,24 @@ class Runner:
             block_size=self.kv.block_size,
             logit_rows=logit_rows,
             adapters=None if indices is None else StepAdapters.of(self.adapters.stacks, indices),
+            taps=taps,
         )
+
+    def _taps(self, plan: Plan) -> StepTaps:
+        firsts = np.cumsum(plan.query_lens) - plan.query_lens
+        starts = plan.context_lens - plan.query_lens
+        spans = [
+            Span(taps, int(firsts[seq]), int(starts[seq]), int(plan.query_lens[seq]), key)
+            for key, (seq, taps) in enumerate(plan.taps)
+        ]
+        return StepTaps(self._names, spans)
 
     def _sample(self, plan: Plan, batch: Batch, hidden: Tensor) -> Callable[[], StepResult]:
         if not len(plan.sample_rows):
             return lambda: StepResult(np.zeros(0, np.int64), np.zeros(0, np.bool_))
         logits = self.model.head(hidden, batch, batch.logit_rows)
+        if batch.taps is not None:
+            logits = batch.taps.logits(self.model, logits, plan.sample_sources.tolist())
         rows = self.sampler.rows(plan.sample_rows, plan.sample_positions, plan.masks)
         draws = self._draw(logits, rows, self._on_device(plan.sample_rows), plan.drafts)
         return fetch_result(*draws, len(plan.sample_rows))
@@ -202,6 +222,18 @@ class Runner:
     def _on_device(self, array: np.ndarray, dtype: type | None = np.int64) -> Tensor:
         """Plans share arrays, and a tensor that aliased one could change it: this one does not."""
         return to_device(array, self.device, dtype)
+
+
+def fetch_values(captured: Mapping[int, Mapping[str, tuple[list[int], Tensor]]]) -> Callable[[], dict[int, Any]]:
+    """Start the copies of what a step captured -> what waits for them."""
+    waits = {
+        key: {point: (positions, fetch_tensor(rows)) for point, (positions, rows) in values.items()}
+        for key, values in captured.items()
+    }
+    return lambda: {
+        key: {point: (positions, wait()) for point, (positions, wait) in values.items()}
+        for key, values in waits.items()
+    }
 
 
 def fetch_result(packed: Tensor, told: Sequence[Tensor], count: int) -> Callable[[], StepResult]:

@@ -5,6 +5,7 @@ counts tokens as soon as a step that computes them is scheduled.
 """
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from operator import attrgetter
 
 import numpy as np
@@ -37,6 +38,7 @@ class Running:
         self.num_adapters = 0
         self.num_watched = 0
         self.num_speculating = 0  # sequences that may have drafts
+        self.num_tapped = 0  # rows whose sequence reads or changes activations
         self.num_departures = 0
         self._paths = [PrefixPath(b"")] * num_rows
         self._free_rows = list(range(num_rows - 1, -1, -1))
@@ -61,6 +63,7 @@ class Running:
             sequence.adapter.num_users += 1
         self.num_watched += bool(self.watched[row])
         self.num_speculating += sequence.ngrams is not None
+        self.num_tapped += sequence.taps is not None
         self._paths[row] = path
         self._extend(row, blocks)
         self.prefilling[sequence] = None
@@ -79,6 +82,7 @@ class Running:
             sequence.adapter.num_users -= 1
         self.num_watched -= bool(self.watched[row])
         self.num_speculating -= sequence.ngrams is not None
+        self.num_tapped -= sequence.taps is not None
         self.num_departures += 1
         self._updates = [update[:, update[0] != row] for update in self._updates]
         self._free_rows.append(row)
@@ -183,13 +187,13 @@ class Running:
             copy = partial, self.pool.allocate(1)[0]
         self.pool.share(blocks)
         own = blocks if copy is None else [*blocks, copy[1]]
-        self.enter(sequence, own, len(sequence.prompt), PrefixPath(path.root, path.length, path.tip, path.stamp))
+        self.enter(sequence, own, len(sequence.prompt), replace(path))
         return copy
 
     def publish(self, sequence: Sequence, num_tokens: int) -> list[int]:
         """Put the sequence's full blocks among its first `num_tokens` tokens into the prefix cache -> the new ones."""
         pool, path = self.pool, self._paths[sequence.row]
-        if not pool.enable_prefix_caching:
+        if not pool.enable_prefix_caching or path.is_private:
             return []
         if not pool.is_current(path):
             path.restart()
@@ -200,6 +204,14 @@ class Running:
         tokens = sequence.tokens_between(start * pool.block_size, stop * pool.block_size)
         pool.publish(path, blocks, tokens.tobytes())
         return blocks
+
+    def close_cache(self, is_closed: bool) -> None:
+        """While it is closed the prefix cache neither gives nor takes; what runs then stays private to its end."""
+        self.pool.is_closed = is_closed
+        if not is_closed:
+            return
+        for sequence in (*self.prefilling, *self.decoding):
+            self._paths[sequence.row].is_private = True
 
     def _extend(self, row: int, blocks: list[int]) -> None:
         if not blocks:

@@ -176,11 +176,13 @@ class Scheduler:
         if self._refused is not None and self._refused[0] is sequence and available <= self._refused[1]:
             return False
         known = sequence.num_tokens
-        root = prefix_root(self._model, sequence.adapter.digest)
+        root, salt = prefix_root(self._model, sequence.adapter.digest), sequence.salt(block_size)
         # The last token is computed in any case, since its logits are wanted. Where every block of a prompt is a hit,
         # the last one is therefore computed again, into a block of its own.
         max_hits = 0 if sequence.wants_prompt_logprobs else (known - 1) // block_size
-        hits = self.pool.match(root, sequence.tokens_between(0, max_hits * block_size).tobytes(), max_hits)
+        if sequence.taps is not None:
+            max_hits = min(max_hits, sequence.taps.first_missing(sequence.index) // block_size)
+        hits = self.pool.match(root, sequence.tokens_between(0, max_hits * block_size).tobytes(), max_hits, salt)
         needed = -(-known // block_size) - len(hits) + self.pool.count_idle(hits)
         if needed + promised > available:
             self._refused = sequence, available
@@ -190,7 +192,7 @@ class Scheduler:
         self._refused = None
         del self.waiting[0]
         self.pool.share(hits)
-        self.running.enter(sequence, hits, len(hits) * block_size, self.pool.path(root, hits))
+        self.running.enter(sequence, hits, len(hits) * block_size, self.pool.path(root, hits, salt))
         step.join(sequence)
         if sequence.num_cached_tokens < 0:
             sequence.num_cached_tokens = len(hits) * block_size
@@ -259,6 +261,7 @@ class Scheduler:
         if result.prompt_logprobs is not None:
             self._take_scores(step, result.prompt_logprobs)
         self._publish_decoded(step, plan)
+        step.hand_out(plan, result.captured)
         outputs = []
         num_failed = 0
         num_plain = step.num_samples_before_runs
@@ -280,6 +283,7 @@ class Scheduler:
             if not run.sequence.finished:
                 outputs.append(self._take_run(step, result, run, num_plain))
                 self.num_generated_tokens += len(outputs[-1].token_ids)
+                step.hand_out_run(run, len(outputs[-1].token_ids))
             num_plain += len(run.token_ids)
         return outputs
 

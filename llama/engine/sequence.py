@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 from llama.api.outputs import FinishReason, Logprob
 from llama.api.params import SamplingParams
 from llama.engine.adapters import NO_ADAPTER, Adapter
+from llama.engine.blocks import NO_SALT, Salt
 from llama.engine.ngrams import Ngrams
-from llama.engine.request import TokenMatcher
+from llama.engine.request import Taps, TokenMatcher
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +66,7 @@ class Sequence:
     limit: int  # the most tokens, prompt included
     adapter: Adapter = NO_ADAPTER
     matcher: TokenMatcher | None = None
+    taps: Taps | None = None  # shared by all completions of the request
     followers: "list[Sequence]" = field(default_factory=list)  # they fork from this one once its prompt is computed
 
     output_token_ids: list[int] = field(default_factory=list)
@@ -78,6 +80,12 @@ class Sequence:
     @property
     def order(self) -> tuple[int, int]:
         return (self.arrival, self.index)
+
+    def salt(self, block_size: int) -> Salt:
+        """What its changes of activations mean for the prefix cache."""
+        if self.taps is None or not self.taps.salt:
+            return NO_SALT
+        return Salt(int(self.taps.first_change) // block_size, self.taps.salt)
 
     @property
     def num_tokens(self) -> int:

@@ -1,8 +1,9 @@
 """StepRecord: a step while it is put together, and what is remembered of it until its result is there."""
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -54,6 +55,7 @@ class StepRecord:
     copies: list[tuple[int, int]] = field(default_factory=list)
     samples: list[Sequence] = field(default_factory=list)  # one per drawn token; those of `runs` come last
     without_mask: set[int] = field(default_factory=set)  # samples whose matcher failed: nothing drawn for them counts
+    captured: dict[Sequence, Mapping[str, Any]] = field(default_factory=dict)  # of runs, until it is handed out
     num_departures: int = 0  # when it was scheduled; later ones mean that rows may have changed hands
 
     @property
@@ -111,8 +113,34 @@ class StepRecord:
             joins=tuple(self.joins),
             adapters=adapters,
             num_prompt_logprobs=num_scored,
+            taps=self._taps() if running.num_tapped else (),
             **arrays,
         )
+
+    def hand_out(self, plan: Plan, captured: Mapping[int, Mapping[str, Any]]) -> None:
+        """Give the sequences what was captured for them; those of `runs` get theirs by `hand_out_run`."""
+        computed = self.computed if captured else []
+        for i, values in captured.items():
+            number = plan.taps[i][0]
+            sequence = computed[number]
+            if number >= len(computed) - len(self.runs):
+                self.captured[sequence] = values
+            elif sequence.taps is not None and not sequence.finished:
+                sequence.taps.take(sequence.index, values)
+
+    def hand_out_run(self, run: Run, num_tokens: int) -> None:
+        """As far as the drafts of a run were right: it has given `num_tokens`."""
+        sequence = run.sequence
+        if sequence.taps is not None and sequence in self.captured:
+            sequence.taps.take(sequence.index, self.captured[sequence], run.start + num_tokens)
+
+    @property
+    def computed(self) -> list[Sequence]:
+        """The sequence of each of the plan's."""
+        return [*self.decodes, *(chunk.sequence for chunk in self.chunks), *(run.sequence for run in self.runs)]
+
+    def _taps(self) -> tuple[tuple[int, Any], ...]:
+        return tuple((i, s.taps.sequence) for i, s in enumerate(self.computed) if s.taps is not None)
 
     def _masks(self, mask_words: int) -> Ints | None:
         if all(sequence.matcher is None for sequence in self.samples):

@@ -38,7 +38,10 @@ from llama.llm.requests import (
     is_conversation,
     one_per_prompt,
 )
+from llama.llm.taps import tapped
 from llama.llm.vllm_names import refuse_foreign
+from llama.model.capture import Capture
+from llama.model.taps import Interventions
 from llama.model.transformer import Transformer
 from llama.text.tokenizer import Tokenizer
 
@@ -134,14 +137,24 @@ class LLM:
         lora: str | Sequence[str | None] | None = None,
         use_tqdm: bool = True,
         lora_request: LoRARequest | Sequence[LoRARequest | None] | None = None,
+        *,
+        request_ids: Sequence[str] | None = None,
+        capture: Capture | Sequence[Capture | None] | None = None,
+        interventions: Interventions = None,
     ) -> list[RequestOutput]:
         """Write on from each prompt; the outputs come in the order asked. Prompts are a string (encoded as the
         checkpoint's tokenizer does it, special-token text parsed), token ids, {"prompt_token_ids": [...]}, or a list of
-        these. One mistake in any of them is a ValueError before anything runs."""
+        these. One mistake in any of them is a ValueError before anything runs.
+
+        capture and interventions (see `llama.model.capture`, `llama.model.interventions`) are one for all prompts or a
+        list with one (or None) for each; what is captured comes as `captured` of the outputs and their completions."""
         listed = as_prompts(prompts)
         each_params = one_per_prompt("sampling_params", sampling_params, len(listed))
         each_lora = self._loras(lora, lora_request, len(listed))
-        return self._run([self.inputs.request(*r) for r in zip(listed, each_params, each_lora, strict=True)], use_tqdm)
+        ids = [None] * len(listed) if request_ids is None else one_per_prompt("request_ids", request_ids, len(listed))
+        asked = zip(listed, each_params, each_lora, ids, strict=True)
+        requests = [self.inputs.request(*rest, request_id=request_id) for *rest, request_id in asked]
+        return self._run(tapped(self.engine, requests, capture, interventions), use_tqdm)
 
     def chat(
         self,
@@ -153,6 +166,9 @@ class LLM:
         lora_request: LoRARequest | Sequence[LoRARequest | None] | None = None,
         *,
         tool_choice: ToolChoice = "auto",
+        request_ids: Sequence[str] | None = None,
+        capture: Capture | Sequence[Capture | None] | None = None,
+        interventions: Interventions = None,
     ) -> list[RequestOutput]:
         """Answer one conversation, or each of several. What a message holds is text, never a control token.
 
@@ -163,7 +179,10 @@ class LLM:
         each_params = one_per_prompt("sampling_params", sampling_params, len(listed))
         each_lora = self._loras(lora, lora_request, len(listed))
         ask = partial(self.inputs.chat_request, tools=tools, tool_choice=tool_choice)
-        return self._run([ask(*r) for r in zip(listed, each_params, each_lora, strict=True)], use_tqdm)
+        ids = [None] * len(listed) if request_ids is None else one_per_prompt("request_ids", request_ids, len(listed))
+        asked = zip(listed, each_params, each_lora, ids, strict=True)
+        requests = [ask(*rest, request_id=request_id) for *rest, request_id in asked]
+        return self._run(tapped(self.engine, requests, capture, interventions), use_tqdm)
 
     def stream(
         self,
@@ -174,6 +193,8 @@ class LLM:
         lora_request: LoRARequest | None = None,
         *,
         tool_choice: ToolChoice = "auto",
+        capture: Capture | None = None,
+        interventions: Interventions = None,
     ) -> Pieces:
         """The answer to one prompt or conversation as it is written, for a loop to read. The engine takes the request
         here, so every refusal comes from this call. Closing or dropping what it returns aborts the request; the pieces
@@ -187,6 +208,7 @@ class LLM:
             raise ParameterError("tools and tool_choice need a conversation: give a list of messages", "tools")
         else:
             request = self.inputs.request(cast(Prompt, prompt_or_messages), sampling_params, lora)
+        [request] = tapped(self.engine, [request], capture, interventions)
         with _interrupts_held():
             return Pieces(self.replies, self.replies.add(request), self._step)
 

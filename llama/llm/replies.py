@@ -213,6 +213,10 @@ class Reply:
     def _closed(self, piece: Piece) -> Piece:
         if piece.finish_reason is None or not all(c.ended for c in self._completions):
             return piece
+        if self.request.taps is not None:
+            self._output.captured, each = self.request.taps.finish(self.request.request_id)
+            for completion, values in zip(self._completions, each, strict=True):
+                completion.output.captured = values
         self._output.finished = True
         self._output.metrics.finished = time.monotonic()
         return replace(piece, usage=self.usage())

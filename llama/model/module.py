@@ -1,5 +1,6 @@
 """The base of our modules: nn.Module, quick to look into and quick to call."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
@@ -21,3 +22,8 @@ class Module(nn.Module):
         if self._forward_hooks or self._forward_pre_hooks or _global_forward_hooks or _global_forward_pre_hooks:
             return super().__call__(*args, **kwargs)
         return self.forward(*args, **kwargs)
+
+
+def hooks_of(model: nn.Module) -> list[Mapping[int, Any]]:
+    """The forward hooks of every module, live: `any` of them tells whether there is one."""
+    return [hooks for module in model.modules() for hooks in (module._forward_hooks, module._forward_pre_hooks)]

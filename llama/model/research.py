@@ -26,6 +26,7 @@ from llama.model.taps import (
     StepTaps,
     bind,
     each,
+    names_of,
     resolve_points,
 )
 
@@ -103,7 +104,7 @@ class Research(Module):
         taps = None
         if read or edited or grad:
             spans = [Span(one, i * length, 0, length) for i, one in enumerate(per_row)]
-            taps = StepTaps(self, spans, whole=dict.fromkeys(read, (rows, length)), grad=grad)
+            taps = StepTaps(names_of(self), spans, whole=dict.fromkeys(read, (rows, length)), grad=grad)
         num_blocks = -(-length // BLOCK_SIZE)
         adapters = None
         if stacks is not None and adapter_indices is not None:

@@ -184,6 +184,7 @@ class Span(NamedTuple):
     row: int  # of the batch, of its first token
     start: int  # the first token's position
     length: int
+    key: int = 0  # under which `StepTaps.captured` has what it captures
 
     def rows(self, positions: Rows) -> list[tuple[int, int]]:
         """(row of the batch, place in `positions`) of each of the positions that lie in the run."""
@@ -203,22 +204,22 @@ class StepTaps:
 
     def __init__(
         self,
-        model: nn.Module,
+        names: Mapping[nn.Module, str],
         spans: Sequence[Span],
         *,
         whole: Mapping[str, tuple[int, int]] | None = None,
         grad: bool = False,
     ) -> None:
-        """With `grad` everything from the embedding on is part of autograd's graph."""
+        """`names`: see `names_of`. With `grad` everything from the embedding on is part of autograd's graph."""
         self.whole: dict[str, Tensor] = {}
         self._shapes = whole or {}
         self._grad = grad
-        self._names = names_of(model)
+        self._names = names
         self._spans = [span for span in spans if span.taps.edits or span.taps.captures]
         self._wanted = {point for span in self._spans for point in (*span.taps.edits, *span.taps.captures)}
         self._wanted |= {*self._shapes, *(["embed"] if grad else [])}
-        # point -> [(number of the span, first place, values)]: what each span's sequence wanted of it
-        self.captured: dict[str, list[tuple[int, list[int], Tensor]]] = {}
+        # Of each span that captures: point -> (positions, values), what its sequence wanted of the step.
+        self.captured: dict[int, dict[str, tuple[list[int], Tensor]]] = {}
 
     def at(self, module: nn.Module, name: str, value: Tensor) -> Tensor:
         """`value` [tokens, ...] of the module's point `name`, changed and read as the sequences want."""
@@ -227,18 +228,37 @@ class StepTaps:
             return value
         if self._grad and not value.requires_grad:
             value = value.requires_grad_()
-        value = self._changed(point, value)
+        value = self._changed(point, value, self._spans)
         if point in self._shapes:  # what goes on is made of what is kept: gradients reach it
             self.whole[point] = value.view(*self._shapes[point], *value.shape[1:])
             value = self.whole[point].flatten(0, 1)
-        for i, span in enumerate(self._spans):
-            if point in span.taps.captures:
-                found = span.rows(span.taps.captures[point])
-                if found:
-                    rows = torch.tensor([row for row, _ in found], device=value.device)
-                    place = [place for _, place in found]
-                    self.captured.setdefault(point, []).append((i, place, value.index_select(0, rows)))
+        self._capture(point, value, self._spans)
         return value
+
+    def logits(self, module: nn.Module, logits: Tensor, sources: Sequence[int]) -> Tensor:
+        """The same for logits that only some tokens of the batch have, row i those of the token `sources[i]`."""
+        if "logits" not in self._wanted:
+            return logits
+        rows: dict[int, list[int]] = {}
+        for row, source in enumerate(sources):
+            rows.setdefault(source, []).append(row)
+        spans = [
+            Span(span.taps, row, span.start + source - span.row, 1, span.key)
+            for span in self._spans
+            for source in range(span.row, span.row + span.length)
+            for row in rows.get(source, ())
+        ]
+        logits = self._changed("logits", logits, spans)
+        self._capture("logits", logits, spans)
+        return logits
+
+    def _capture(self, point: str, value: Tensor, spans: Sequence[Span]) -> None:
+        for span in spans:
+            found = span.rows(span.taps.captures.get(point, ()))
+            if found:
+                rows = torch.tensor([row for row, _ in found], device=value.device)
+                positions = [row - span.row + span.start for row, _ in found]
+                self.captured.setdefault(span.key, {})[point] = positions, value.index_select(0, rows)
 
     def wants(self, module: nn.Module, name: str) -> bool:
         return self._names[module] + name in self._wanted
@@ -260,9 +280,9 @@ class StepTaps:
             if changed is not value:
                 places.index_copy_(0, slots, changed)
 
-    def _changed(self, point: str, value: Tensor) -> Tensor:
+    def _changed(self, point: str, value: Tensor, spans: Sequence[Span]) -> Tensor:
         rounds: list[list[tuple[Span, Edit]]] = []
-        for span in self._spans:
+        for span in spans:
             for i, edit in enumerate(span.taps.edits.get(point, ())):
                 if i == len(rounds):
                     rounds.append([])

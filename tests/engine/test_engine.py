@@ -144,6 +144,7 @@ def test_text_level_ends():
     assert set(run(engine)) == {("a", 0)}
 
 
+@pytest.mark.filterwarnings("ignore:the model of an engine has forward hooks")
 def test_a_prompt_is_scored_in_pieces():
     model = tiny_model()
     engine = Engine(model, config(max_num_batched_tokens=64, max_model_len=64))

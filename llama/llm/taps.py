@@ -1,0 +1,57 @@
+"""Captures and interventions of a call, checked and handed to its requests."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from llama.api.errors import ParameterError
+from llama.engine.engine import Engine
+from llama.engine.memory import free_cpu_bytes
+from llama.engine.request import Request
+from llama.llm.requests import one_per_prompt
+from llama.model.capture import Capture, RequestTaps
+from llama.model.taps import Interventions, each
+
+MOST_OF_FREE = 0.5  # of the memory that is free now, for what is captured
+
+
+def tapped(
+    engine: Engine,
+    requests: Sequence[Request],
+    capture: Capture | Sequence[Capture | None] | None,
+    interventions: Interventions,
+) -> list[Request]:
+    """The requests with what each reads and changes. ParameterError for what does not fit the model or a prompt, and
+    where all that is to be captured may not fit into memory."""
+    captures = one_per_prompt("capture", capture, len(requests))
+    if not any(captures) and not interventions:
+        return list(requests)
+    if engine.model is None:
+        raise ParameterError("capture and interventions need a model", "capture")
+    needed: list[int] = []
+    asked = []
+    for request, own, changes in zip(requests, captures, each(interventions, len(requests)), strict=True):
+        if own is not None and not isinstance(own, Capture):
+            raise ParameterError(f"capture must be a Capture, got {type(own).__name__}", "capture")
+        if own is None and not changes:
+            asked.append(request)
+            continue
+        taps = RequestTaps(
+            own,
+            changes,
+            engine.model.config,
+            len(request.prompt_token_ids),
+            num_completions=request.params.n,
+            like=engine.model.norm.weight,
+        )
+        needed.append(taps.num_bytes(engine.limit(len(request.prompt_token_ids), request.params.max_tokens)))
+        asked.append(replace(request, taps=taps))
+    is_kept = any(own is not None and own.save_to is None for own in captures)
+    total = sum(needed) if is_kept else sum(sorted(needed)[-(engine.config.max_num_seqs or 1) :])
+    free = int(MOST_OF_FREE * free_cpu_bytes())
+    if total > free:
+        raise ParameterError(
+            f"capture may need {total:,} bytes, and there is room for {free:,}: take fewer points or positions, "
+            'reduce="mean", or save_to=FOLDER',
+            "capture",
+        )
+    return asked

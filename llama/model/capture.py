@@ -1,0 +1,183 @@
+"""Capture: which activations of a request are kept. RequestTaps: what one request reads and changes on its way through
+an engine, whatever becomes of it there: each row is kept once, at its position, also where it is computed twice."""
+
+import math
+import os
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+from pathlib import Path
+from typing import Literal
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from llama.api.errors import ParameterError
+from llama.model.config import ModelConfig
+from llama.model.interventions import Intervention, Positions, Rows
+from llama.model.taps import ENDLESS, SequenceTaps, bind, point_shape, resolve_points, rows_of
+
+
+@dataclass(frozen=True)
+class Capture:
+    """Keep the values of `points` (names and patterns of `taps.resolve_points`) at `positions`, in `dtype` (None = the
+    model's): "last" is the prompt's last token, "generated" the generated ones but the last, which is never computed.
+
+    reduce="mean" keeps their mean over the positions, in float64 until the end. `save_to` takes what one request has
+    captured when it ends, and nothing stays in memory: a folder, for a safetensors file with the request's id as its
+    name, or a function of (request_id, {point: tensor}). Values of completion i > 0 are named "i.point" there.
+    """
+
+    points: str | Sequence[str]
+    positions: Positions = "last"
+    dtype: torch.dtype | None = None
+    reduce: Literal["mean"] | None = None
+    save_to: str | Path | Callable[[str, dict[str, Tensor]], object] | None = None
+
+
+class _Rows:
+    """What is captured of the prompt, or of one completion."""
+
+    def __init__(self, mean: bool) -> None:
+        self.mean = mean
+        self.have: set[int] = set()
+        self.parts: dict[str, list[tuple[list[int], Tensor]]] = {}
+        self.sums: dict[str, Tensor] = {}
+
+    def take(self, values: Mapping[str, tuple[list[int], Tensor]], dtype: torch.dtype | None) -> None:
+        fresh: set[int] = set()
+        for point, (positions, rows) in values.items():
+            new = [i for i, position in enumerate(positions) if position not in self.have]
+            if not new:
+                continue
+            rows = rows if len(new) == len(rows) else rows[new]
+            positions = [positions[i] for i in new]
+            fresh.update(positions)
+            if self.mean:
+                self.sums[point] = self.sums.get(point, 0) + rows.double().sum(0)
+            else:
+                self.parts.setdefault(point, []).append((positions, rows if dtype is None else rows.to(dtype)))
+        self.have |= fresh
+
+    def values(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        """[positions, ...] in rising order of their positions, or the mean."""
+        if self.mean:
+            return {point: (total / len(self.have)).to(dtype) for point, total in self.sums.items()}
+        found = {}
+        for point, parts in self.parts.items():
+            positions = torch.tensor([p for places, _ in parts for p in places])
+            rows = torch.cat([rows for _, rows in parts])
+            found[point] = rows if bool((positions.diff() > 0).all()) else rows[positions.argsort()]
+        return found
+
+
+class RequestTaps:
+    """`sequence` says what its tokens' forwards read and change. `salt` stands for the changes in the keys of the
+    prefix cache, from the block of `first_change` on; empty where there is none."""
+
+    def __init__(
+        self,
+        capture: Capture | None,
+        interventions: Sequence[Intervention],
+        config: ModelConfig,
+        prompt_len: int,
+        *,
+        num_completions: int,
+        like: Tensor,
+    ) -> None:
+        self.capture = capture
+        self.prompt_len = prompt_len
+        self._dtype = like.dtype if capture is None or capture.dtype is None else capture.dtype
+        self._wanted: Rows = range(0)
+        captures: dict[str, Rows] = {}
+        if capture is not None:
+            captures = self._captures(capture, config)
+        self.sequence: SequenceTaps = bind(interventions, captures, config, prompt_len, like=like)
+        self.first_change = self.sequence.first_change
+        self.salt = self._salt(interventions) if self.first_change < math.inf else b""
+        mean = capture is not None and capture.reduce == "mean"
+        self._prompt = _Rows(mean)
+        self._completions = [_Rows(mean) for _ in range(num_completions)]
+        self._config = config
+
+    def _captures(self, capture: Capture, config: ModelConfig) -> dict[str, Rows]:
+        if capture.reduce not in (None, "mean"):
+            raise ParameterError(f'capture: reduce must be None or "mean", got {capture.reduce!r}', "capture")
+        points = resolve_points(capture.points, config.num_hidden_layers)
+        self._wanted = rows_of(capture.positions, self.prompt_len)
+        if isinstance(self._wanted, tuple):
+            self._wanted = tuple(sorted(set(self._wanted)))
+        if "logits" in points and self._wanted and min(self._wanted[:1]) < self.prompt_len - 1:
+            raise ParameterError(
+                'capture: logits are computed from the prompt\'s last token on: positions must be "last" or '
+                '"generated" (see prompt_logprobs, and Transformer.run_with_cache)',
+                "capture",
+            )
+        return dict.fromkeys(points, self._wanted)
+
+    def _salt(self, interventions: Iterable[Intervention]) -> bytes:
+        told = blake2b(digest_size=32)
+        for given in interventions:
+            told.update(given.digest + repr(rows_of(given.positions, self.prompt_len)).encode())
+        return told.digest()
+
+    def num_bytes(self, limit: int) -> int:
+        """What is captured needs at most, of a request that may have `limit` tokens."""
+        if self.capture is None:
+            return 0
+        per_row = sum(math.prod(point_shape(point, self._config)) for point in self.sequence.captures)
+        if self.capture.reduce == "mean":
+            return per_row * 8 * (1 + len(self._completions))
+        wanted = self._wanted
+        stop = wanted.stop if isinstance(wanted, range) else ENDLESS
+        prompt = len([p for p in wanted if p < self.prompt_len]) if isinstance(wanted, tuple) else 0
+        if isinstance(wanted, range):
+            prompt = max(0, min(stop, self.prompt_len) - wanted.start)
+        generated = max(0, min(stop, limit) - max(wanted.start, self.prompt_len)) if isinstance(wanted, range) else 0
+        return per_row * self._dtype.itemsize * (prompt + generated * len(self._completions))
+
+    def first_missing(self, index: int) -> int:
+        """The first position that is to be captured for completion `index` and is not yet; those before it may be found
+        in the prefix cache."""
+        have = self._prompt.have | self._completions[index].have
+        return next((p for p in self._wanted if p not in have), ENDLESS)
+
+    def take(self, index: int, values: Mapping[str, tuple[list[int], Tensor]], stop: int | None = None) -> None:
+        """See `llama.engine.request.Taps`."""
+        of_prompt, of_completion = {}, {}
+        for point, (positions, rows) in values.items():
+            end = len(positions) if stop is None else bisect_left(positions, stop)
+            split = min(end, bisect_left(positions, self.prompt_len))
+            of_prompt[point] = positions[:split], rows[:split]
+            of_completion[point] = positions[split:end], rows[split:end]
+        dtype = self.capture.dtype if self.capture is not None else None
+        self._prompt.take(of_prompt, dtype)
+        self._completions[index].take(of_completion, dtype)
+
+    def finish(self, request_id: str) -> tuple[dict[str, Tensor], list[dict[str, Tensor]]]:
+        """-> the prompt's values and each completion's; both empty where `save_to` took them."""
+        prompt = self._prompt.values(self._dtype)
+        each = [completion.values(self._dtype) for completion in self._completions]
+        target = None if self.capture is None else self.capture.save_to
+        if target is None:
+            return prompt, each
+        whole = dict(prompt)
+        for i, values in enumerate(each):
+            for point, rows in values.items():
+                name = point if i == 0 else f"{i}.{point}"
+                whole[name] = torch.cat([whole[name], rows]) if name in whole else rows
+        if callable(target):
+            target(request_id, whole)
+        else:
+            save(Path(target), request_id, whole)
+        return {}, [{} for _ in each]
+
+
+def save(folder: Path, name: str, values: Mapping[str, Tensor]) -> None:
+    """Whole or not at all, under `name`.safetensors."""
+    folder.mkdir(parents=True, exist_ok=True)
+    building = folder / f".{name}.{os.getpid()}"
+    save_file({point: rows.contiguous() for point, rows in values.items()}, building)
+    os.replace(building, folder / f"{name}.safetensors")

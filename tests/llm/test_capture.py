@@ -1,0 +1,330 @@
+"""Activations read and changed per request, in a crowd: what a request gets is what it gets alone, its neighbours see
+nothing of it, and blocks computed under a change serve requests with the same change only."""
+
+import asyncio
+import random
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from llama import LLM, Add, Apply, AsyncLLM, Capture, ParameterError, Project, Replace, SamplingParams, Scale
+from llama.model.taps import all_points, point_shape
+from tests.model.models import tiny_model
+
+POINTS = ["embed", "layers.*.resid_post", "layers.1.q", "layers.0.k", "layers.1.z", "norm"]
+SYSTEM = [random.Random(1).randrange(97) for _ in range(40)]
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model()
+
+
+def engine(model, **options):
+    return LLM(model, **{"block_size": 4, "num_blocks": 300, "max_num_seqs": 16, **options})
+
+
+def prompt(shared, own, seed):
+    rng = random.Random(seed)
+    return [*SYSTEM[:shared], *(rng.randrange(97) for _ in range(own))]
+
+
+def vector(seed, size=48):
+    return torch.randn(size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def sampled(seed, **fields):
+    return SamplingParams(**{"max_tokens": 9, "seed": seed, "temperature": 0.8, "ignore_eos": True, **fields})
+
+
+def expected(model, output, points, positions, interventions=()):
+    """What one forward over all of the request's tokens leaves at the points."""
+    ids = output.prompt_token_ids + output.outputs[0].token_ids[:-1]
+    _, cache = model.run_with_cache(torch.tensor([ids]), points, interventions=interventions)
+    return {point: value[0, positions] for point, value in cache.items()}
+
+
+def close(found, wanted):
+    assert found.keys() == wanted.keys()
+    for point, value in wanted.items():
+        torch.testing.assert_close(found[point], value, rtol=0, atol=1e-10)
+
+
+CROWD = [  # prompt, sampling, capture, interventions
+    (prompt(40, 3, 1), sampled(1), Capture(POINTS), None),
+    (
+        prompt(40, 3, 1),
+        sampled(1),
+        Capture(POINTS, positions="all"),
+        [Add("layers.0.resid_post", vector(1), scale=2)],
+    ),
+    (prompt(40, 9, 2), sampled(2), None, None),
+    (prompt(40, 9, 2), sampled(2), Capture("layers.1.resid_post", positions="generated"), None),
+    (prompt(40, 9, 2), sampled(2), None, [Scale("layers.1.z", 0.0, heads=[3]), Add("layers.0.attn_out", vector(2))]),
+    (prompt(21, 1, 3), sampled(3, n=3), Capture(POINTS, positions="all"), None),
+    (
+        prompt(0, 30, 4),
+        sampled(4),
+        Capture(POINTS, positions=[0, 7, -1]),
+        [Add("embed", vector(4), positions="generated")],
+    ),
+    (prompt(30, 30, 5), sampled(5, logprobs=2), None, [Project("layers.0.mlp_out", vector(5))]),
+    (prompt(30, 30, 5), sampled(5, prompt_logprobs=1), Capture("layers.0.resid_mid", positions="prompt"), None),
+    (prompt(30, 2, 6), sampled(6), None, [Replace("layers.0.resid_post", vector(6), positions=[29, 31])]),
+    (prompt(30, 2, 6), sampled(6, frequency_penalty=0.5), None, [Apply("layers.1.mlp_act", torch.neg)]),
+]
+
+
+def run(llm, asks):
+    prompts, params, captures, interventions = map(list, zip(*asks, strict=True))
+    return llm.generate(prompts, params, capture=captures, interventions=interventions, use_tqdm=False)
+
+
+@pytest.fixture(scope="module")
+def alone(model):
+    """Each of the crowd by itself in an engine without a prefix cache."""
+    return [run(engine(model, enable_prefix_caching=False), [one])[0] for one in CROWD]
+
+
+SETTINGS = {
+    "whole": {},
+    "chunked": {"max_num_batched_tokens": 19},
+    "pressed": {"num_blocks": 40, "max_num_batched_tokens": 31},
+    "few": {"max_num_seqs": 3},
+    "uncached": {"enable_prefix_caching": False},
+    "drafts": {"speculative_config": {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_min": 1}},
+}
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_in_a_crowd_each_request_gets_what_it_gets_alone(model, alone, setting):
+    llm = engine(model, **SETTINGS[setting])
+    order = list(range(len(CROWD))) * 2
+    random.Random(setting).shuffle(order)
+    for i, found in zip(order, run(llm, [CROWD[i] for i in order]), strict=True):
+        assert [o.token_ids for o in found.outputs] == [o.token_ids for o in alone[i].outputs], CROWD[i]
+        close(found.captured, alone[i].captured)
+        for one, other in zip(found.outputs, alone[i].outputs, strict=True):
+            close(one.captured, other.captured)
+    llm.engine.check()
+    if setting == "pressed":
+        assert llm.engine.metrics().num_preemptions > 0
+    if setting == "whole":
+        assert llm.engine.metrics().num_prefix_hits > 0
+
+
+def test_what_is_captured_is_what_one_forward_over_all_tokens_leaves(model, alone):
+    close(alone[0].captured, expected(model, alone[0], POINTS, slice(42, 43)))
+    changes = CROWD[1][3]
+    close(alone[1].captured, expected(model, alone[1], POINTS, slice(43), changes))
+    close(alone[1].outputs[0].captured, expected(model, alone[1], POINTS, slice(43, None), changes))
+    assert alone[3].captured == {}
+    close(alone[3].outputs[0].captured, expected(model, alone[3], "layers.1.resid_post", slice(49, None)))
+    close(alone[6].captured, expected(model, alone[6], POINTS, [0, 7, 29]))
+    close(alone[8].captured, expected(model, alone[8], "layers.0.resid_mid", slice(60)))
+    assert {k: list(v.shape) for k, v in alone[5].outputs[2].captured.items()} == {
+        p: [8, *point_shape(p, model.config)] for p in alone[5].captured
+    }
+
+
+@pytest.mark.parametrize("i", [i for i, ask in enumerate(CROWD) if ask[3]])
+def test_a_changed_request_writes_what_the_changed_network_would_write(model, alone, i):
+    """Greedily over the same tokens: the network with its changes, without any cache."""
+    asked, _, _, changes = CROWD[i]
+    [output] = run(engine(model), [(asked, sampled(0, temperature=0, frequency_penalty=0), None, changes)])
+    ids = output.prompt_token_ids + output.outputs[0].token_ids
+    resolved = [
+        c if c.positions != "generated" else type(c)(c.point, c.vector, positions=range(30, 38)) for c in changes
+    ]
+    logits = model.logits(torch.tensor([ids]), interventions=resolved)[0]
+    assert logits[len(asked) - 1 : -1].argmax(-1).tolist() == output.outputs[0].token_ids
+
+
+def test_equal_changes_share_blocks_and_unequal_ones_do_not(model):
+    llm = engine(model)
+    long = prompt(40, 0, 0)
+    steer = Add("layers.0.resid_post", vector(1))
+
+    def hits(interventions):
+        return llm.generate(long, sampled(1), interventions=interventions, use_tqdm=False)[0].num_cached_tokens
+
+    assert hits(None) == 0 and hits(None) == 36
+    assert hits([steer]) == 0 and hits([Add("layers.0.resid_post", vector(1).clone())]) == 36
+    assert hits([Add("layers.0.resid_post", vector(1), scale=2.0)]) == 0
+    # What lies before the first change is everybody's.
+    assert hits([Add("embed", vector(1), positions=[21])]) == 20
+    assert hits([Add("embed", vector(1), positions=[21])]) == 36
+    assert hits([Add("embed", vector(1), positions="generated")]) == 36
+    assert hits([Apply("embed", torch.neg)]) == 0 and hits([Apply("embed", torch.neg)]) == 0
+    assert hits(None) == 36
+    llm.engine.check()
+
+
+def test_captured_positions_are_computed_although_the_cache_has_them(model):
+    llm = engine(model)
+    long = prompt(40, 0, 0)
+    for _ in range(2):
+        [output] = llm.generate(long, sampled(1), capture=Capture("layers.1.z", positions="prompt"), use_tqdm=False)
+        assert output.num_cached_tokens == 0 and len(output.captured["layers.1.z"]) == 40
+        [output] = llm.generate(long, sampled(1), capture=Capture("layers.1.z", positions=[10, 30]), use_tqdm=False)
+        assert output.num_cached_tokens == 8 and len(output.captured["layers.1.z"]) == 2
+        [output] = llm.generate(long, sampled(1), capture=Capture("layers.1.z"), use_tqdm=False)
+        assert output.num_cached_tokens == 36
+
+
+def test_logits_are_read_and_changed(model):
+    llm = engine(model)
+    asked = prompt(5, 5, 9)
+    push = torch.zeros(97, dtype=torch.float64)
+    push[33] = 100.0
+    params = sampled(0, temperature=0, n=1)
+    [output] = llm.generate(
+        asked, params, capture=Capture("logits"), interventions=[Add("logits", push)], use_tqdm=False
+    )
+    assert output.outputs[0].token_ids == [33] * 9
+    expected = model.logits(torch.tensor([asked]))[0, -1:] + push
+    torch.testing.assert_close(output.captured["logits"], expected, rtol=0, atol=1e-10)
+    with pytest.raises(ParameterError, match="logits are computed from the prompt's last token on"):
+        llm.generate(asked, capture=Capture("logits", positions="prompt"))
+
+
+def test_means_dtypes_and_files(model, tmp_path):
+    llm = engine(model)
+    asks = [prompt(30, 7, 1), prompt(30, 8, 2)]
+    [whole, _] = llm.generate(
+        asks, sampled(1), capture=Capture("layers.1.resid_post", positions="prompt"), use_tqdm=False
+    )
+    [mean, _] = llm.generate(
+        asks,
+        sampled(1),
+        capture=Capture("layers.1.resid_post", positions="prompt", reduce="mean", dtype=torch.float32),
+        use_tqdm=False,
+    )
+    found = mean.captured["layers.1.resid_post"]
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, whole.captured["layers.1.resid_post"].mean(0).float())
+    kept = Capture("layers.1.resid_post", positions="all", save_to=tmp_path)
+    outputs = llm.generate(asks, sampled(1, n=2), capture=kept, request_ids=["a", "b"], use_tqdm=False)
+    assert [o.request_id for o in outputs] == ["a", "b"] and not outputs[0].captured
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.safetensors", "b.safetensors"]
+    file = load_file(tmp_path / "a.safetensors")
+    torch.testing.assert_close(file["layers.1.resid_post"][:37], whole.captured["layers.1.resid_post"])
+    assert len(file["layers.1.resid_post"]) == 37 + 8 and len(file["1.layers.1.resid_post"]) == 8
+    seen = {}
+    llm.generate(asks[0], capture=Capture("embed", save_to=seen.__setitem__), request_ids=["c"], use_tqdm=False)
+    assert list(seen) == ["c"] and list(seen["c"]) == ["embed"]
+
+
+def test_too_much_memory_is_refused_before_anything_runs(model, monkeypatch):
+    llm = engine(model)
+    monkeypatch.setattr("llama.llm.taps.free_cpu_bytes", lambda: 100_000)
+    # 40 positions of 2 layers, each 7 x 48 (hidden) + 3 x 64 (q_pre, q, z) + 3 x 32 (k_pre, k, v) + 80, of 8 bytes
+    with pytest.raises(ParameterError, match=r"capture may need 450,560 bytes, and there is room for 50,000"):
+        llm.generate(prompt(40, 0, 0), sampled(1), capture=Capture("layers.*.*", positions="prompt"))
+    llm.generate(prompt(40, 0, 0), sampled(1), capture=Capture("layers.*.*"), use_tqdm=False)
+    assert llm.engine.metrics().num_running == 0
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"capture": Capture("layers.7.z")}, "names no layer"),
+        ({"capture": Capture("embed", positions=[10])}, "positions has 10, and the prompt has 10 tokens"),
+        ({"capture": Capture("embed", reduce="max")}, "reduce must be"),
+        ({"capture": "embed"}, "capture must be a Capture"),
+        ({"interventions": [Add("embed", vector(0, 47))]}, "Add does not fit embed"),
+        ({"interventions": [None, None]}, "interventions must be one list"),
+        ({"capture": [Capture("embed")] * 2}, "capture has 2 entries for 1 prompts"),
+    ],
+)
+def test_misuse_is_one_clear_error(model, asked, message):
+    llm = engine(model)
+    with pytest.raises(ParameterError, match=message):
+        llm.generate([prompt(5, 5, 0)], **asked)
+    assert not llm.engine.has_unfinished
+
+
+def test_a_function_that_fails_ends_its_step_with_an_error_and_the_engine_goes_on(model):
+    llm = engine(model)
+
+    def fails(x):
+        raise RuntimeError("a bug")
+
+    [output] = llm.generate(prompt(5, 5, 0), interventions=[Apply("embed", fails)], use_tqdm=False)
+    assert output.outputs[0].finish_reason == "error"
+    assert llm.generate(prompt(5, 5, 0), sampled(1), use_tqdm=False)[0].outputs[0].finish_reason == "length"
+
+
+def test_the_async_engine_captures_too(model):
+    async def ask():
+        async with AsyncLLM(engine(model)) as llm:
+            stream = await llm.submit(prompt(40, 3, 1), sampled(1), capture=Capture(POINTS))
+            async with stream:
+                async for _ in stream:
+                    pass
+            return stream.reply.output
+
+    close(asyncio.run(ask()).captured, run(engine(model), [CROWD[0]])[0].captured)
+
+
+def test_a_hook_on_the_model_poisons_no_cache(model):
+    """The property, over interleavings: whatever ran while hooks were there, a clean request gets the clean tokens, and
+    one that runs under hooks has all of its positions computed."""
+    asked = prompt(40, 5, 1)
+    [clean] = engine(model).generate(asked, sampled(1), use_tqdm=False)
+    for seed in range(6):
+        rng, seen = random.Random(seed), []
+        llm = engine(model, max_num_batched_tokens=rng.choice([7, 64]))
+
+        def change(module, args, output, seen=seen):
+            seen.append(len(output[0]))
+            return output[0] * 0.5, output[1]
+
+        streams = [llm.stream(asked, sampled(1))] if rng.random() < 0.5 else []
+        for stream in streams:
+            next(stream)
+        handle = model.layers[0].register_forward_hook(change)
+        with pytest.warns(UserWarning, match="forward hooks") if seed == 0 else pytest.warns(UserWarning):
+            [hooked] = llm.generate(asked, sampled(2), use_tqdm=False)
+        assert sum(seen) >= len(asked) and hooked.num_cached_tokens == 0
+        handle.remove()
+        for stream in streams:
+            list(stream)
+        for _ in range(2):
+            [after] = llm.generate(asked, sampled(1), use_tqdm=False)
+            assert after.outputs[0].token_ids == clean.outputs[0].token_ids
+        assert after.num_cached_tokens == 44
+        llm.engine.check()
+
+
+def test_without_taps_the_ops_are_those_of_an_engine_without_the_feature(model):
+    """No op more: counted by torch's own dispatcher."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Ops(TorchDispatchMode):
+        def __init__(self):
+            super().__init__()
+            self.names = []
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.names.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    def ops(before):
+        llm = engine(model, enable_prefix_caching=False)
+        before(llm)
+        with Ops() as counted:
+            llm.generate(prompt(9, 9, 1), sampled(1), use_tqdm=False)
+        return counted.names
+
+    plain = ops(lambda llm: None)
+    assert ops(lambda llm: run(llm, CROWD[:3])) == plain and len(plain) > 100
+
+
+def test_every_point_can_be_captured(model):
+    [output] = engine(model).generate(prompt(9, 9, 1), sampled(1), capture=Capture(all_points(2)), use_tqdm=False)
+    assert list(output.captured) == sorted(all_points(2), key=list(output.captured).index)
+    assert {p: list(v.shape[1:]) for p, v in output.captured.items()} == {
+        p: list(point_shape(p, model.config)) for p in all_points(2)
+    }
