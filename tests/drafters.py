@@ -69,7 +69,7 @@ KINDS: dict[str, Callable[[list[int]], Drafter]] = {
 def use(engine: Engine, drafter_of: Callable[[str, int], Drafter]) -> None:
     """Let each sequence of requests to come draft with drafter_of(request_id, index)."""
 
-    def let_speculate(sequences, config) -> None:
+    def let_speculate(sequences, config, prediction_token_ids) -> None:
         for sequence in sequences:
             drafter = sequence.ngrams = drafter_of(sequence.request_id, sequence.index)
             drafter.outputs = sequence.output_token_ids

@@ -42,7 +42,7 @@ class ScriptedEngine:
     def __init__(self, script: Callable[[Sequence[int], int], Sequence[int]], *, lag: int = 0) -> None:
         self.script = script
         self.lag = lag
-        self.config = SimpleNamespace(max_num_seqs=4, max_model_len=4096, context_len=4096)
+        self.config = SimpleNamespace(max_num_seqs=4, max_model_len=4096, context_len=4096, speculative_config=None)
         self.running: dict[tuple[str, int], SimpleNamespace] = {}
         self.finished: list[tuple[str, int, FinishReason, int | str | None]] = []
         self.aborted: list[str] = []

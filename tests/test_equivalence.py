@@ -297,8 +297,8 @@ DRAFTED = {
 
 @pytest.mark.parametrize("changes", DRAFTED.values(), ids=DRAFTED)
 def test_drafts(changes):
-    counts = check(replace(Case(), **changes)).scheduler.speculation
-    assert counts is not None and counts.num_draft_tokens > 40
+    counts = check(replace(Case(), **changes)).metrics()
+    assert counts.num_draft_tokens > 40
     assert (counts.num_accepted_tokens > 5) == (changes["drafts"] != "wrong")
 
 

@@ -59,7 +59,6 @@ CHAT: Neutral = {
     "media_io_kwargs": ({},),
     "mm_processor_kwargs": ({},),
     "moderation": (),
-    "prediction": (),
     "prompt_cache_options": ({},),
     "prompt_logprobs": (),
     "reasoning_effort": (),

@@ -24,16 +24,26 @@ class Logprob(NamedTuple):
 
 @dataclass(slots=True)
 class RequestMetrics:
-    """When things happened to one request, in seconds of `time.monotonic()`."""
+    """When things happened to one request, in seconds of `time.monotonic()`, and what became of drafts for it."""
 
     queued: float
     first_token: float | None = None
     finished: float | None = None
+    num_drafts: int = 0  # times that some were verified for one of its completions
+    num_draft_tokens: int = 0  # tokens of these
+    num_accepted_tokens: int = 0  # those of them that were right
+    num_prediction_tokens: int = 0  # the same two of drafts from `SamplingParams.prediction` alone
+    num_accepted_prediction_tokens: int = 0
 
     @property
     def time_to_first_token(self) -> float | None:
         """Seconds from being queued to the first token."""
         return None if self.first_token is None else self.first_token - self.queued
+
+    @property
+    def mean_acceptance_length(self) -> float | None:
+        """Tokens that a step gave where drafts were verified: 1 is the least, and None stands for no such step."""
+        return 1 + self.num_accepted_tokens / self.num_drafts if self.num_drafts else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +53,10 @@ class Usage:
     prompt_tokens: int
     completion_tokens: int
     cached_tokens: int = 0
+    mean_acceptance_length: float | None = None  # as in RequestMetrics
+    # Tokens of `SamplingParams.prediction` that were verified as drafts, and were right or not.
+    accepted_prediction_tokens: int = 0
+    rejected_prediction_tokens: int = 0
 
     @property
     def total_tokens(self) -> int:

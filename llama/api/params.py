@@ -105,6 +105,7 @@ class SamplingParams:
     structured_outputs: StructuredOutputsParams | Mapping[str, Any] | None = _option(  # noqa: RUF009
         None, 'the same as vLLM has it, such as {"choice": ["yes", "no"]}'
     )
+    prediction: str | SequenceOf[int] | None = _option(None, "what the answer may be like: a text to draft from")
     speculative: bool = _option(True, "verify drafts of the next tokens, if the engine has a speculative_config")
 
     def __post_init__(self) -> None:
@@ -127,6 +128,9 @@ class SamplingParams:
         ids = _listed("stop_token_ids", self.stop_token_ids, "token ids")
         checked = [_integer("stop_token_ids", each, 0, place=": each id") for each in ids]
         put("stop_token_ids", tuple(dict.fromkeys(checked)))
+        if self.prediction is not None and not isinstance(self.prediction, str):
+            ids = _listed("prediction", self.prediction, "token ids, or a text")
+            put("prediction", tuple(_integer("prediction", each, 0, place=": each id") for each in ids))
         for name in ("include_stop_str_in_output", "ignore_eos", "speculative"):
             if not isinstance(getattr(self, name), bool):
                 raise _refusal(name, "True or False", getattr(self, name))

@@ -114,11 +114,14 @@ class Timed:
 
     def summary(self) -> str:
         """ "12 prompt tokens, 34.5 tokens/s, time to first token 0.08 s", as far as it is known: an answer that was
-        stopped has no count of its prompt. The rate is that of the tokens after the first."""
+        stopped has no count of its prompt. The rate is that of the tokens after the first. Where drafts were verified,
+        how many tokens such a step gave."""
         parts = [] if self._usage is None else [f"{self._usage.prompt_tokens} prompt tokens"]
         if self._first is not None:
             later, seconds = self._tokens - self._tokens_of_first, self._last - self._first
             if later and seconds > 0:
                 parts.append(f"{later / seconds:.1f} tokens/s")
             parts.append(f"time to first token {self._first - self._began:.2f} s")
+        if self._usage is not None and self._usage.mean_acceptance_length is not None:
+            parts.append(f"{self._usage.mean_acceptance_length:.2f} tokens per step with drafts")
         return ", ".join(parts)

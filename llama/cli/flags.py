@@ -150,6 +150,7 @@ _KINDS: dict[Any, dict[str, Any]] = {
     float: {"type": _float, "metavar": "NUMBER"},
     str: {"metavar": "TEXT"},
     Path: {"type": Path, "metavar": "PATH"},
+    str | Sequence[int]: {"metavar": "TEXT"},
     Sequence[int]: _SEVERAL | {"type": _integer, "metavar": "INT"},
     str | Sequence[str]: _SEVERAL | {"metavar": "TEXT"},
     Mapping[int, float]: {"action": _Pairs, "nargs": "+", "type": _bias, "metavar": "ID=NUMBER"},

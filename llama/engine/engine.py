@@ -56,6 +56,10 @@ class EngineMetrics:
     num_generated_tokens: int
     num_prefix_queries: int  # tokens looked up in the prefix cache
     num_prefix_hits: int  # tokens found there
+    num_drafts: int = 0  # times that drafts of a sequence were verified
+    num_draft_tokens: int = 0
+    num_accepted_tokens: int = 0  # of these, those that were right
+    num_accepted_tokens_per_pos: tuple[int, ...] = ()  # the same by place behind the last token; () = no drafts at all
 
     @property
     def kv_usage(self) -> float:
@@ -176,7 +180,7 @@ class Engine:
         if params.prompt_logprobs is not None:
             sequences[0].prompt_logprobs = [None]
         if self.config.speculation is not None and params.speculative:
-            self._let_speculate(sequences, self.config.speculation)
+            self._let_speculate(sequences, self.config.speculation, request.prediction_token_ids)
         if request.new_matcher is not None:
             first = sequences[0].matcher = request.new_matcher()
             for sequence in sequences[1:]:
@@ -187,11 +191,18 @@ class Engine:
         return [sequence.seed for sequence in sequences]
 
     @staticmethod
-    def _let_speculate(sequences: list[Sequence], config: SpeculativeConfig) -> None:
+    def _let_speculate(
+        sequences: list[Sequence], config: SpeculativeConfig, prediction_token_ids: SequenceOf[int]
+    ) -> None:
         """Give each sequence of a request its source of drafts."""
-        prompt = Text(sequences[0].prompt.tolist(), range(config.prompt_lookup_min, config.prompt_lookup_max + 1))
+        sizes = range(config.prompt_lookup_min, config.prompt_lookup_max + 1)
+        prompt, expected = Text(sequences[0].prompt.tolist(), sizes), None
+        if prediction_token_ids:
+            context = prompt.token_ids[-config.prompt_lookup_max :]
+            expected = Text([*context, *prediction_token_ids], sizes, skip=len(context))
         for sequence in sequences:
-            sequence.ngrams = Ngrams(prompt, sequence.output_token_ids, config.num_speculative_tokens)
+            most = config.num_speculative_tokens
+            sequence.ngrams = Ngrams(prompt, sequence.output_token_ids, most, expected)
 
     @property
     def adapters(self) -> Adapters:
@@ -306,6 +317,7 @@ class Engine:
 
     def metrics(self) -> EngineMetrics:
         scheduler = self.scheduler
+        drafts = {} if scheduler.speculation is None else scheduler.speculation.counts()
         return EngineMetrics(
             num_waiting=len(scheduler.waiting),
             num_running=len(scheduler.running),
@@ -318,4 +330,5 @@ class Engine:
             num_generated_tokens=scheduler.num_generated_tokens,
             num_prefix_queries=scheduler.num_queried_tokens,
             num_prefix_hits=scheduler.num_hit_tokens,
+            **drafts,
         )

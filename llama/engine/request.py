@@ -59,6 +59,7 @@ class Request:
     taps: Taps | None = None
     prompt: str | None = None
     tools: Mapping[str, Any] = field(default_factory=dict)  # whose calls are to be found: name -> schema of arguments
+    prediction_token_ids: Sequence[int] = ()  # what the answer may be like
 
 
 def checked_ids(token_ids: Sequence[int], vocab_size: int) -> NDArray[np.int32]:
@@ -92,7 +93,12 @@ def check_room(prompt_len: int, max_tokens: int | None, context_len: int, *, at_
 
 def check_params(params: SamplingParams, vocab_size: int) -> None:
     """ParameterError for a token id that the vocabulary does not have."""
-    for name, ids in (("stop_token_ids", params.stop_token_ids), ("logit_bias", params.logit_bias or ())):
+    prediction = () if isinstance(params.prediction, str) else params.prediction or ()
+    for name, ids in (
+        ("stop_token_ids", params.stop_token_ids),
+        ("logit_bias", params.logit_bias or ()),
+        ("prediction", prediction),
+    ):
         for token in ids:
             if token >= vocab_size:
                 raise ParameterError(f"{name} must hold token ids in [0, {vocab_size - 1}], got {token}", name)

@@ -6,6 +6,7 @@ it. So all that is decided here, rightly or wrongly, costs time and nothing else
 
 import logging
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 
@@ -21,10 +22,9 @@ logger = logging.getLogger(__name__)
 
 class Speculation:
     def __init__(self, config: SpeculativeConfig, running: Running, eos_token_ids: Iterable[int], mask_words: int):
-        self.num_runs = 0
-        self.num_draft_tokens = 0
-        self.num_accepted_tokens = 0
-        self.num_accepted_at = [0] * config.num_speculative_tokens  # by the draft's place in its run
+        self._num_drafts = 0
+        self._num_draft_tokens = 0
+        self._num_accepted_at = [0] * config.num_speculative_tokens  # by the draft's place in its run
         self._running = running
         self._eos_token_ids = frozenset(eos_token_ids)
         self._mask_words = mask_words
@@ -110,8 +110,16 @@ class Speculation:
         drafted, accepted = len(run.token_ids) - 1, max(0, num_tokens - 1)
         assert run.sequence.ngrams is not None
         run.sequence.ngrams.lengths[run.match.size].learn(run.sequence.num_tokens, drafted, accepted)
-        self.num_runs += 1
-        self.num_draft_tokens += drafted
-        self.num_accepted_tokens += accepted
+        self._num_drafts += 1
+        self._num_draft_tokens += drafted
         for place in range(accepted):
-            self.num_accepted_at[place] += 1
+            self._num_accepted_at[place] += 1
+
+    def counts(self) -> dict[str, Any]:
+        """These fields of EngineMetrics."""
+        return {
+            "num_drafts": self._num_drafts,
+            "num_draft_tokens": self._num_draft_tokens,
+            "num_accepted_tokens": sum(self._num_accepted_at),
+            "num_accepted_tokens_per_pos": tuple(self._num_accepted_at),
+        }

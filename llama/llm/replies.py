@@ -200,7 +200,18 @@ class Reply:
             output.num_cached_tokens = new.num_cached_tokens
         if output.metrics.first_token is None and new.token_ids:
             output.metrics.first_token = time.monotonic()
+        if new.num_draft_tokens:
+            self._count_drafts(new)
         return self._closed(completion.push(new))
+
+    def _count_drafts(self, new: TokenOutput) -> None:
+        metrics, num_accepted = self._output.metrics, max(0, len(new.token_ids) - 1)
+        metrics.num_drafts += 1
+        metrics.num_draft_tokens += new.num_draft_tokens
+        metrics.num_accepted_tokens += num_accepted
+        if new.num_prediction_tokens:
+            metrics.num_prediction_tokens += new.num_prediction_tokens
+            metrics.num_accepted_prediction_tokens += num_accepted
 
     def abort(self, reason: FinishReason = FinishReason.ABORT) -> list[Piece]:
         """End every completion that still runs."""
@@ -223,7 +234,16 @@ class Reply:
 
     def usage(self) -> Usage:
         completion_tokens = sum(len(c.output.token_ids) for c in self._completions)
-        return Usage(len(self.request.prompt_token_ids), completion_tokens, self._output.num_cached_tokens)
+        metrics = self._output.metrics
+        accepted = metrics.num_accepted_prediction_tokens
+        return Usage(
+            len(self.request.prompt_token_ids),
+            completion_tokens,
+            self._output.num_cached_tokens,
+            metrics.mean_acceptance_length,
+            accepted,
+            metrics.num_prediction_tokens - accepted,
+        )
 
 
 class Replies:

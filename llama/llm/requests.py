@@ -193,6 +193,8 @@ class Inputs:
             raise ParameterError(f"sampling_params must be a SamplingParams, got {found}", "sampling_params")
         if params.stop:
             params = self._with_stop_tokens(params)
+        if isinstance(params.prediction, str) and self.tokenizer is None:
+            raise ParameterError("prediction as text needs a tokenizer: this model takes token ids only", "prediction")
         if request_id is None:
             request_id = uuid.uuid4().hex  # equals no id that a caller has chosen
         elif not isinstance(request_id, str) or not 0 < len(request_id) <= MAX_REQUEST_ID:
@@ -228,7 +230,22 @@ class Inputs:
                 grammar = self._grammars.compile(params.constraint, params.constrained_by)
         except ImportError as error:
             raise ParameterError(str(error), params.constrained_by or "tool_choice") from None
-        return replace(request, tools=tools.parameters, new_matcher=None if grammar is None else grammar.matcher)
+        return replace(
+            request,
+            tools=tools.parameters,
+            new_matcher=None if grammar is None else grammar.matcher,
+            prediction_token_ids=self._prediction(params),
+        )
+
+    def _prediction(self, params: SamplingParams) -> Sequence[int]:
+        """What the answer may be like, in tokens; none where no drafts are made of it."""
+        if params.prediction is None or self.engine.config.speculative_config is None or not params.speculative:
+            return ()
+        if not isinstance(params.prediction, str):
+            return params.prediction
+        assert self.tokenizer is not None
+        with blamed_on("prediction"):
+            return self.tokenizer.encode_plain(params.prediction)
 
     @property
     def num_lost_workers(self) -> int:

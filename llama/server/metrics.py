@@ -87,6 +87,7 @@ class _Collector:
             "prefix_cache_queries": ("Tokens looked up in the prefix cache.", now.num_prefix_queries),
             "prefix_cache_hits": ("Tokens found in the prefix cache.", now.num_prefix_hits),
             "engine_steps": ("Steps of the engine.", now.num_steps),
+            **_of_drafts(now),
             **{name: (documentation, count()) for name, (documentation, count) in self._counters.items()},
         }
         for kind, table in ((GaugeMetricFamily, gauges), (CounterMetricFamily, counters)):
@@ -94,6 +95,24 @@ class _Collector:
                 family = kind(f"llama_{name}", documentation, labels=["model_name"])
                 family.add_metric([self._model_name], value)
                 yield family
+        if now.num_accepted_tokens_per_pos:
+            text = "Drafts that were right, by their place behind the last token."
+            name, labels = "llama_spec_decode_num_accepted_tokens_per_pos", ["model_name", "position"]
+            family = CounterMetricFamily(name, text, labels=labels)
+            for position, count in enumerate(now.num_accepted_tokens_per_pos):
+                family.add_metric([self._model_name, str(position)], count)
+            yield family
+
+
+def _of_drafts(now: EngineMetrics) -> dict[str, tuple[str, int]]:
+    """Nothing where the engine makes none."""
+    if not now.num_accepted_tokens_per_pos:
+        return {}
+    return {
+        "spec_decode_num_drafts": ("Times that drafts of a completion were verified.", now.num_drafts),
+        "spec_decode_num_draft_tokens": ("Tokens of drafts.", now.num_draft_tokens),
+        "spec_decode_num_accepted_tokens": ("Tokens of drafts that were right.", now.num_accepted_tokens),
+    }
 
 
 __all__ = ["CONTENT_TYPE", "Metrics"]

@@ -40,6 +40,13 @@ def talk(monkeypatch, capsys, llm, *lines, arguments=()):
     return run(capsys, "chat", "folder", *arguments)
 
 
+def test_chat_tells_how_many_tokens_a_step_with_drafts_gave(monkeypatch, capsys):
+    llm = FakeLLM()
+    monkeypatch.setattr(llm, "_pieces", lambda count: iter([Piece(0, "a", [1], usage=Usage(9, 1, 0, 2.5))]))
+    _, _, err = talk(monkeypatch, capsys, llm, "one")
+    assert "2.50 tokens per step with drafts]" in err
+
+
 def test_chat_keeps_the_conversation(monkeypatch, capsys, tmp_path):
     llm = FakeLLM()
     saved = tmp_path / "talk.json"

@@ -87,11 +87,6 @@ def compared(asks: list[Ask], most: int, draft, matcher=None, **options) -> tupl
     return plain, engine, answers
 
 
-def count_of(engine: Engine) -> Speculation:
-    assert engine.scheduler.speculation is not None
-    return engine.scheduler.speculation
-
-
 @pytest.fixture
 def ends_are_drafted(monkeypatch):
     """Drafts of tokens that end the answer are not cut off, so that verification meets them."""
@@ -107,15 +102,15 @@ SEEDED = ask(9, 4, temperature=1.0, ignore_eos=True, max_tokens=19)
 def test_right_drafts_are_all_accepted_and_save_steps(asked, most):
     _, engine, _ = compared([asked], most, right)
     assert engine.metrics().num_steps == 1 + math.ceil((19 - 1) / (most + 1))
-    counts = count_of(engine)
-    assert counts.num_accepted_tokens == counts.num_draft_tokens == sum(counts.num_accepted_at)
+    counts = engine.metrics()
+    assert counts.num_accepted_tokens == counts.num_draft_tokens == sum(counts.num_accepted_tokens_per_pos)
 
 
 @pytest.mark.parametrize("asked", [GREEDY, SEEDED], ids=["greedy", "seeded"])
 def test_wrong_drafts_cost_no_step(asked):
     plain, engine, _ = compared([asked], 4, wrong)
     assert engine.metrics().num_steps == plain.metrics().num_steps == 19
-    assert count_of(engine).num_accepted_tokens == 0 < count_of(engine).num_draft_tokens
+    assert engine.metrics().num_accepted_tokens == 0 < engine.metrics().num_draft_tokens
 
 
 @pytest.mark.parametrize("count", [1, 2, 5, 9])
@@ -208,7 +203,7 @@ def test_the_limits_of_answer_and_context_are_kept_exactly(most):
     for max_tokens in range(1, most + 3):
         _, engine, [answer] = compared([ask(4, 9, temperature=0, ignore_eos=True, max_tokens=max_tokens)], most, right)
         assert len(answer.token_ids) == max_tokens
-        assert count_of(engine).num_draft_tokens == max(0, min(most, max_tokens - 2))
+        assert engine.metrics().num_draft_tokens == max(0, min(most, max_tokens - 2))
     for room in range(1, most + 2):
         asked = ask(0, 32 - room, temperature=0, ignore_eos=True, max_tokens=None)
         _, _, [answer] = compared([asked], most, wrong, max_model_len=32, num_blocks=8)
@@ -361,17 +356,17 @@ def test_numbers_that_mean_nothing_behind_a_wrong_draft_end_nobody():
 def test_counts_add_up():
     asks = [ask(i, 5 + i, temperature=i % 2, max_tokens=6 + 2 * i) for i in range(6)]
     _, engine, answers = compared(asks, 6, Mixed(6))
-    counts, metrics = count_of(engine), engine.metrics()
-    assert counts.num_accepted_tokens == sum(counts.num_accepted_at) <= counts.num_draft_tokens
-    assert counts.num_accepted_at == sorted(counts.num_accepted_at, reverse=True)
-    assert metrics.num_generated_tokens == sum(len(answer.token_ids) for answer in answers)
+    counts = engine.metrics()
+    assert counts.num_accepted_tokens == sum(counts.num_accepted_tokens_per_pos) <= counts.num_draft_tokens
+    assert counts.num_accepted_tokens_per_pos == tuple(sorted(counts.num_accepted_tokens_per_pos, reverse=True))
+    assert counts.num_generated_tokens == sum(len(answer.token_ids) for answer in answers)
 
 
 def test_a_request_may_do_without_and_a_large_batch_does():
     asks = [ask(4, 9, temperature=0, ignore_eos=True, speculative=False)]
     engine = make_engine(4)
     run(engine, asks)
-    assert count_of(engine).num_draft_tokens == 0 == engine.scheduler.running.num_speculating
+    assert engine.metrics().num_draft_tokens == 0 == engine.scheduler.running.num_speculating
     config = EngineConfig(
         max_model_len=64, max_num_batched_tokens=64, block_size=4, num_blocks=99, max_num_seqs=9,
         speculative_config={"method": "ngram", "disable_by_batch_size": 2},
@@ -379,9 +374,9 @@ def test_a_request_may_do_without_and_a_large_batch_does():
     engine = Engine(model(), config, eos_token_ids={EOS})
     drafters.use(engine, lambda request_id, index: Drafter([], wrong))
     run(engine, [ask(4, 9 + i, temperature=0, ignore_eos=True) for i in range(3)])
-    assert count_of(engine).num_draft_tokens == 0
+    assert engine.metrics().num_draft_tokens == 0
     run(engine, [ask(4, 9 + i, temperature=0, ignore_eos=True) for i in range(2)])
-    assert count_of(engine).num_draft_tokens > 0
+    assert engine.metrics().num_draft_tokens > 0
 
 
 def test_a_repeating_answer_takes_fewer_steps_with_ngrams():

@@ -260,6 +260,7 @@ FIELDS = [
             "include_stop_str_in_output": 1,
             "ignore_eos": None,
             "speculative": 1,
+            "prediction": [-1],
             "logprobs": 10**6,
             "prompt_logprobs": "x",
             "logprobs_mode": "x",

@@ -102,6 +102,7 @@ CHAT_PROBES = {
     "modalities": ["audio"],
     "parallel_tool_calls": [],
     "max_completion_tokens": 3,
+    "prediction": {"type": "content", "content": "x"},
 }
 COMPLETION_PROBES = {"best_of": 2, "echo": True, "logprobs": 2}
 RUN_PROBES = {"raw": True}

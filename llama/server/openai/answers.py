@@ -27,15 +27,19 @@ def now() -> int:
     return int(time.time())
 
 
-def usage_of(usages: list[Usage]) -> dict[str, Any]:
+def usage_of(usages: list[Usage], *, has_prediction: bool = False) -> dict[str, Any]:
     prompt = sum(usage.prompt_tokens for usage in usages)
     completion = sum(usage.completion_tokens for usage in usages)
-    return {
+    told = {
         "prompt_tokens": prompt,
         "completion_tokens": completion,
         "total_tokens": prompt + completion,
         "prompt_tokens_details": {"cached_tokens": sum(usage.cached_tokens for usage in usages)},
     }
+    if has_prediction:
+        names = ("accepted_prediction_tokens", "rejected_prediction_tokens")
+        told["completion_tokens_details"] = {name: sum(getattr(usage, name) for usage in usages) for name in names}
+    return told
 
 
 async def chunks(

@@ -42,7 +42,8 @@ async def answer_chat(body: ChatRequest, service: Service, record: Record) -> di
 
 async def _submit(body: ChatRequest, service: Service) -> Submit:
     lora = await service.adapter(body.model, body.lora)
-    params = sampling_params(body, service.defaults, max_tokens=_max_tokens(body), logprobs=_num_logprobs(body))
+    wanted = {"max_tokens": _max_tokens(body), "logprobs": _num_logprobs(body), "prediction": _prediction(body)}
+    params = sampling_params(body, service.defaults, **wanted)
     tool_choice: Any = "auto" if body.tool_choice is None else body.tool_choice
     return partial(service.llm.submit_chat, body.messages, params, body.tools, lora, tool_choice=tool_choice)
 
@@ -53,6 +54,19 @@ def _max_tokens(body: ChatRequest) -> int | None:
     if old is not None and new is not None and old != new:
         raise bad_input(f"max_tokens={old} and max_completion_tokens={new} contradict each other", "max_tokens")
     return new if old is None else old
+
+
+def _prediction(body: ChatRequest) -> str | None:
+    if body.prediction is None:
+        return None
+    content = body.prediction.get("content")
+    if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in content):
+        texts = [part.get("text") for part in content]
+    else:
+        texts = [content]
+    if body.prediction.get("type") != "content" or not all(isinstance(text, str) for text in texts):
+        raise bad_input('prediction must be {"type": "content", "content": a text or parts of text}', "prediction")
+    return "".join(texts)
 
 
 def _num_logprobs(body: ChatRequest) -> int | None:
@@ -76,8 +90,11 @@ class _Writer:
         return {
             **frame(self._id, "chat.completion", self._model, self._created),
             "choices": [self._choice(completion) for completion in output.outputs],
-            "usage": usage_of([answer.usage()]),
+            "usage": self._usage(answer),
         }
+
+    def _usage(self, answer: Answer) -> dict[str, Any]:
+        return usage_of([answer.usage()], has_prediction=self._body.prediction is not None)
 
     def _choice(self, completion: CompletionOutput) -> dict[str, Any]:
         message: dict[str, Any] = {"role": "assistant", "content": completion.text, "refusal": None}
@@ -95,7 +112,7 @@ class _Writer:
 
     def chunks(self, answer: Answer) -> AsyncGenerator[Any]:
         head = frame(self._id, "chat.completion.chunk", self._model, self._created)
-        return chunks(self._choices(answer), head, self._body.stream_options, lambda: usage_of([answer.usage()]))
+        return chunks(self._choices(answer), head, self._body.stream_options, lambda: self._usage(answer))
 
     async def _choices(self, answer: Answer) -> AsyncGenerator[dict[str, Any]]:
         outputs = answer.output.outputs

@@ -153,6 +153,7 @@ class ChatRequest(CommonRequest):
     tools: list[dict[str, Any]] | None = Field(None, max_length=MAX_TOOLS)
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
+    prediction: dict[str, Any] | None = None
     modalities: list[Literal["text"]] | None = Field(None, max_length=1)
 
 
