@@ -199,10 +199,10 @@ class AsyncLLM:
             raise
         return stream
 
-    async def load_lora(self, name: str, path: str | Path) -> LoraInfo:
+    async def load_lora(self, name: str, path: str | Path, replace: bool = False) -> LoraInfo:
         """LLM.load_lora while requests run; the files are read off the event loop."""
-        adapter = await asyncio.to_thread(read_lora, self.llm.engine, self.llm.model, name, path)
-        await asyncio.wrap_future(self._stepper.call(partial(self.llm.engine.adapters.add, adapter)))
+        adapter = await asyncio.to_thread(read_lora, self.llm.engine, self.llm.model, name, path, replace)
+        await asyncio.wrap_future(self._stepper.call(partial(self.llm.engine.adapters.add, adapter, replace)))
         return describe(adapter)
 
     async def unload_lora(self, name: str) -> None:

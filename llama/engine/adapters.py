@@ -36,18 +36,22 @@ class Adapters:
         self._free_indices = list(range(max_loras, 0, -1))
         self._resident: OrderedDict[Adapter, None] = OrderedDict()  # least recently used first
 
-    def check_new(self, name: str) -> None:
-        """Raise ValueError if an adapter cannot be loaded under this name."""
+    def check_new(self, name: str, replace: bool = False) -> None:
+        """Raise ValueError if an adapter cannot be loaded under this name. `replace`: one of that name may be there."""
         if not isinstance(name, str) or not _NAME.fullmatch(name):
             raise ValueError(f"an adapter's name must match {_NAME.pattern}, got {name!r}")
-        if name in self.by_name:
+        if name in self.by_name and not replace:
             raise ValueError(f"an adapter named {name!r} is loaded already: unload it first")
         if self._max_loras == 0:
             raise ValueError("max_loras is 0: this engine takes no adapters")
 
-    def add(self, adapter: Adapter) -> None:
-        self.check_new(adapter.name)
-        self.by_name[adapter.name] = adapter
+    def add(self, adapter: Adapter, replace: bool = False) -> None:
+        """With `replace` one of that name makes way, unless it has the same content."""
+        self.check_new(adapter.name, replace)
+        known = self.by_name.get(adapter.name)
+        if known is not None and known.digest != adapter.digest:
+            self.remove(adapter.name)
+        self.by_name.setdefault(adapter.name, adapter)
 
     def remove(self, name: str) -> None:
         """Requests that use it go on; new ones cannot name it."""

@@ -26,7 +26,7 @@ from llama.engine.config import EngineConfig
 from llama.engine.engine import Engine
 from llama.engine.request import Request
 from llama.llm.loading import check_model, load_defaults, load_model, load_text
-from llama.llm.loras import LoraInfo, LoRARequest, describe, read_lora
+from llama.llm.loras import LoraInfo, LoRARequest, RequestedLoras, describe, read_lora
 from llama.llm.replies import Replies, Reply
 from llama.llm.requests import (
     Inputs,
@@ -129,6 +129,7 @@ class LLM:
         self.engine = Engine(self.model, config, eos_token_ids=eos_token_ids)
         self.inputs = Inputs(self.engine, self.tokenizer, template, defaults)
         self.replies = Replies(self.engine, self.tokenizer)
+        self._requested = RequestedLoras(self.load_lora)
 
     def generate(
         self,
@@ -212,11 +213,12 @@ class LLM:
         with _interrupts_held():
             return Pieces(self.replies, self.replies.add(request), self._step)
 
-    def load_lora(self, name: str, path: str | Path) -> LoraInfo:
+    def load_lora(self, name: str, path: str | Path, replace: bool = False) -> LoraInfo:
         """Load a PEFT adapter's folder; requests ask for it with lora=name. AdapterError (a ValueError) says what is
-        wrong with it. Legal while requests run."""
-        adapter = read_lora(self.engine, self.model, name, path)
-        self.engine.adapters.add(adapter)
+        wrong with it. With `replace` one of that name makes way; requests that run with it keep it to their end. Legal
+        while requests run."""
+        adapter = read_lora(self.engine, self.model, name, path, replace)
+        self.engine.adapters.add(adapter, replace)
         return describe(adapter)
 
     def unload_lora(self, name: str) -> None:
@@ -239,18 +241,11 @@ class LLM:
             raise ParameterError("lora and lora_request name the same thing: give one of them", "lora")
         names: list[str | None] = []
         for request in one_per_prompt("lora_request", lora_request, count):
-            if request is not None:
-                if not isinstance(request, LoRARequest):
-                    raise ValueError(f"lora_request must be a LoRARequest, got {type(request).__name__}")
-                known = self.engine.adapters.by_name.get(request.lora_name)
-                if known is None:
-                    self.load_lora(request.lora_name, request.lora_path)
-                elif known.content.path != str(Path(request.lora_path)):
-                    raise ValueError(
-                        f"an adapter named {request.lora_name!r} is loaded from {known.content.path}, "
-                        f"lora_request says {request.lora_path}"
-                    )
-            names.append(None if request is None else request.lora_name)
+            if not isinstance(request, LoRARequest | None):
+                raise ValueError(f"lora_request must be a LoRARequest, got {type(request).__name__}")
+            known = None if request is None else self.engine.adapters.by_name.get(request.lora_name)
+            path = None if known is None else known.content.path
+            names.append(None if request is None else self._requested.name(request, path))
         return names
 
     def _run(self, requests: Sequence[Request], use_tqdm: bool) -> list[RequestOutput]:

@@ -1,6 +1,7 @@
 """Adapters mixed in one batch: each request gets exactly what it gets alone, however the batch is run."""
 
 import asyncio
+import shutil
 
 import pytest
 import torch
@@ -163,6 +164,39 @@ def test_vllms_way_of_asking(model, paths, alone):
         llm.generate([PROMPTS[at]], PARAMS[at], lora="r3", lora_request=request)
     with pytest.raises(ValueError, match="unload it first"):
         llm.load_lora("r3", paths["r8"])
+
+
+def test_a_new_id_says_that_the_files_are_new(model, paths, alone, tmp_path):
+    """A training loop writes over its adapter and asks again; those that run keep what they began with."""
+    llm, at, other = engine(model, paths, []), NAMES.index("r3"), NAMES.index("r8")
+    folder = tmp_path / "policy"
+
+    def ask(at, number, path=folder):
+        output = llm.generate([PROMPTS[at]], PARAMS[at], lora_request=LoRARequest("policy", number, str(path)))[0]
+        return told(output)
+
+    shutil.copytree(paths["r3"], folder)
+    assert ask(at, 1) == alone[at]
+    running = llm.stream(PROMPTS[at], PARAMS[at], lora_request=LoRARequest("policy", 1, str(folder)))
+    pieces = [next(running)]
+    shutil.rmtree(folder)
+    shutil.copytree(paths["r8"], folder)
+    assert ask(at, 1) == alone[at], "the same id is the same adapter"
+    assert ask(other, 2) == alone[other], "a new id is read again"
+    pieces += running
+    assert [token for piece in pieces for token in piece.token_ids] == alone[at][0]
+    assert ask(at, 3, paths["r3"]) == alone[at], "a new id may have another place"
+    assert [info.name for info in llm.list_loras()] == ["policy"]
+    (folder / "adapter_config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"adapter_config\.json"):
+        ask(at, 4)
+    assert ask(at, 3, paths["r3"]) == alone[at], "what cannot be read changes nothing"
+
+
+def test_loading_in_place_of_another(model, paths, alone):
+    llm, at = engine(model, paths, ["r3"]), NAMES.index("r8")
+    llm.load_lora("r3", paths["r8"], replace=True)
+    assert told(llm.generate([PROMPTS[at]], PARAMS[at], lora="r3")[0]) == alone[at]
 
 
 def test_an_engine_without_slots_refuses(model, paths):

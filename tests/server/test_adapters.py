@@ -1,6 +1,8 @@
 """Adapters over HTTP: by `lora`, as `model`, from a folder on first use, and never from a path."""
 
+import shutil
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
@@ -106,3 +108,18 @@ def test_cloudflare_s_field_and_model(server):
     for body, path in (({"prompt": "x", "lora": "first"}, RUN), ({"prompt": "x"}, "/ai/run/second")):
         message = server.run(body, path=path).json()["errors"][0]["message"]
         assert message == "AiError: Bad input: Error: chat needs a tokenizer: this model takes token ids only"
+
+
+def test_an_adapter_that_was_written_anew_is_read_anew(server, folders, expected):
+    folder = folders / "shelf" / "changing"
+    try:
+        for source in ("first", "outside", "shelf/second"):
+            shutil.copytree(folders / source, folder, dirs_exist_ok=True)
+            answers = [tokens_of(complete(server, lora="changing")) for _ in range(2)]
+            assert answers[0] == answers[1] == expected.get(Path(source).name, answers[0])
+        (folder / "adapter_config.json").write_text("{")
+        assert tokens_of(complete(server, lora="changing")) == expected["second"], (
+            "half written: what was loaded serves"
+        )
+    finally:
+        shutil.rmtree(folder)
