@@ -89,7 +89,7 @@ class Pieces(Iterator[Piece]):
         self._reply.pending.clear()
 
     def __del__(self) -> None:
-        self.close()
+        self._replies.abandon(self._reply)
 
 
 @_names_options

@@ -273,6 +273,18 @@ class Replies:
                     self._abort(self._late_aborts.popleft(), FinishReason.ABORT)
             finally:
                 self._is_in_use = False
+        self._settle()
+
+    def _settle(self) -> None:
+        """Carry out the late aborts, unless somebody's turn will: it looks for them at its end."""
+        while self._late_aborts and self._lock.acquire(blocking=False):
+            try:
+                if self._is_in_use:  # by this very thread
+                    return
+                with self._turn():
+                    pass
+            finally:
+                self._lock.release()
 
     def add(self, request: Request, queued: float | None = None) -> Reply:
         """Hand a request to the engine. ValueError where the engine refuses it, and nothing is left behind."""
@@ -325,6 +337,13 @@ class Replies:
                 return []
             with self._turn():
                 return self._abort(reply, reason)
+
+    def abandon(self, reply: Reply) -> None:
+        """`abort` for a destructor. The garbage collector may run it inside anything, in a thread that holds what the
+        present turn needs: so it never waits."""
+        if not reply.finished:
+            self._late_aborts.append(reply)
+            self._settle()
 
     def _abort(self, reply: Reply, reason: FinishReason) -> list[Piece]:
         request_id = reply.request.request_id

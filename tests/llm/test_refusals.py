@@ -265,6 +265,7 @@ FIELDS = [
             "prompt_logprobs": "x",
             "logprobs_mode": "x",
             "response_format": {"type": "regex"},
+            "structured_outputs": {"regex": ""},
             "max_new_tokens": 5,
             "best_of": 2,
         }.items()

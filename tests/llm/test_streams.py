@@ -1,8 +1,10 @@
 """LLM: chat, streams, interruption, the progress bar."""
 
 import dataclasses
+import gc
 import signal
 import sys
+import threading
 
 import pytest
 
@@ -188,3 +190,73 @@ def test_a_stop_string_with_a_control_token_inside_is_refused(llm):
     with pytest.raises(ParameterError, match=r"'a<.eot_id.>' holds the control token .*give it alone") as caught:
         llm.generate("Hi", SamplingParams(stop=["ok", "a<|eot_id|>"]), use_tqdm=False)
     assert caught.value.param == "stop"
+
+
+class Cycle:
+    """Only the garbage collector finds it."""
+
+    def __init__(self, stream):
+        self.itself, self.stream = self, stream
+
+
+def test_a_stream_that_the_garbage_collector_ends_inside_a_step_touches_no_other(llm, monkeypatch):
+    params = SamplingParams(seed=3, max_tokens=12, ignore_eos=True)
+    alone = llm.generate("neighbour", params, use_tqdm=False)[0].outputs[0]
+    launch, update, dropped = llm.engine.runner.launch, llm.engine.scheduler.update, []
+    gc.disable()
+    try:
+
+        def collecting(inner):
+            def call(*arguments):
+                if dropped:
+                    dropped.pop()
+                    assert gc.collect()
+                return inner(*arguments)
+
+            return call
+
+        monkeypatch.setattr(llm.engine.runner, "launch", collecting(launch))
+        monkeypatch.setattr(llm.engine.scheduler, "update", collecting(update))
+        for at in range(1, 9):
+            mine = llm.stream("neighbour", params)
+            others = [Cycle(llm.stream(f"other {i}", params)) for i in range(3)]
+            for each in others:
+                next(each.stream)
+            pieces = []
+            for i, piece in enumerate(mine):
+                pieces.append(piece)
+                if i == at:
+                    others = dropped.append(None)
+            assert [token for piece in pieces for token in piece.token_ids] == alone.token_ids
+            assert not llm.engine.has_unfinished and not len(llm.replies)
+    finally:
+        gc.enable()
+
+
+def test_a_stream_that_is_dropped_while_another_thread_steps_does_not_wait(llm, monkeypatch):
+    """The collector may run in a thread that holds a lock for which that step waits: a log's, say."""
+    step, is_in, may_end = llm.engine.step, threading.Event(), threading.Event()
+
+    def slow_step():
+        is_in.set()
+        assert may_end.wait(60)
+        return step()
+
+    left, kept = llm.stream("left", GREEDY), llm.stream("kept", GREEDY)
+    monkeypatch.setattr(llm.engine, "step", slow_step)
+    reader = threading.Thread(target=lambda: pieces.extend(kept))
+    pieces = []
+    reader.start()
+    assert is_in.wait(60)
+    dropper = threading.Thread(target=left.__del__)
+    dropper.start()
+    dropper.join(5)
+    waits = dropper.is_alive()
+    may_end.set()
+    reader.join(60)
+    dropper.join(60)
+    assert not waits
+    monkeypatch.undo()
+    expected = llm.generate("kept", GREEDY, use_tqdm=False)[0].outputs[0]
+    assert [token for piece in pieces for token in piece.token_ids] == expected.token_ids
+    assert not llm.engine.has_unfinished and not len(llm.replies)
