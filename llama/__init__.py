@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from llama.api.params import SamplingParams as SamplingParams
     from llama.api.structured import StructuredOutputsParams as StructuredOutputsParams
     from llama.async_llm.async_llm import AsyncLLM as AsyncLLM
+    from llama.llm.beam_search import BeamSearchParams as BeamSearchParams
     from llama.llm.llm import LLM as LLM
     from llama.llm.loras import LoRARequest as LoRARequest
     from llama.model.capture import Capture as Capture
@@ -46,6 +47,7 @@ _HOMES = {
     "Apply": "llama.model.interventions",
     "AsyncLLM": "llama.async_llm.async_llm",
     "ChatTemplateError": "llama.api.errors",
+    "BeamSearchParams": "llama.llm.beam_search",
     "Capture": "llama.model.capture",
     "CheckpointError": "llama.api.errors",
     "CompletionOutput": "llama.api.outputs",
@@ -79,6 +81,7 @@ __all__ = [
     "Add",
     "Apply",
     "AsyncLLM",
+    "BeamSearchParams",
     "Capture",
     "ChatTemplateError",
     "CheckpointError",

@@ -178,7 +178,7 @@ class Engine:
         for sequence in sequences:
             sequence.taps = request.taps
         if params.prompt_logprobs is not None:
-            sequences[0].prompt_logprobs = [None]
+            sequences[0].prompt_logprobs = [None] * request.score_from
         if self.config.speculation is not None and params.speculative:
             self._let_speculate(sequences, self.config.speculation, request.prediction_token_ids)
         if request.new_matcher is not None:

@@ -57,6 +57,7 @@ class Request:
     adapter: Adapter = NO_ADAPTER
     new_matcher: Callable[[], TokenMatcher] | None = None  # of the grammar that holds the answer
     taps: Taps | None = None
+    score_from: int = 1  # prompt_logprobs begin with the token at this position
     prompt: str | None = None
     tools: Mapping[str, Any] = field(default_factory=dict)  # whose calls are to be found: name -> schema of arguments
     prediction_token_ids: Sequence[int] = ()  # what the answer may be like

@@ -179,7 +179,7 @@ class Scheduler:
         root, salt = prefix_root(self._model, sequence.adapter.digest), sequence.salt(block_size)
         # The last token is computed in any case, since its logits are wanted. Where every block of a prompt is a hit,
         # the last one is therefore computed again, into a block of its own.
-        max_hits = 0 if sequence.wants_prompt_logprobs else (known - 1) // block_size
+        max_hits = (min(known, sequence.next_to_score) - 1) // block_size
         if sequence.taps is not None:
             max_hits = min(max_hits, sequence.taps.first_missing(sequence.index) // block_size)
         hits = self.pool.match(root, sequence.tokens_between(0, max_hits * block_size).tobytes(), max_hits, salt)

@@ -123,6 +123,7 @@ class Sequence:
         return FinishReason.LENGTH if self.num_tokens >= self.limit else None, None
 
     @property
-    def wants_prompt_logprobs(self) -> bool:
-        """Some of the prompt's log-probabilities are still to be computed."""
-        return self.prompt_logprobs is not None and len(self.prompt_logprobs) < len(self.prompt)
+    def next_to_score(self) -> int:
+        """The first position of the prompt whose log-probability is still to be computed; past its end if none is."""
+        done = self.prompt_logprobs is None or len(self.prompt_logprobs) >= len(self.prompt)
+        return self.limit + 1 if done or self.prompt_logprobs is None else len(self.prompt_logprobs)

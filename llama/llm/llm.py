@@ -38,6 +38,7 @@ from llama.llm.requests import (
     is_conversation,
     one_per_prompt,
 )
+from llama.llm.scoring import Scoring
 from llama.llm.taps import tapped
 from llama.llm.vllm_names import refuse_foreign
 from llama.model.capture import Capture
@@ -93,7 +94,7 @@ class Pieces(Iterator[Piece]):
 
 
 @_names_options
-class LLM:
+class LLM(Scoring):
     """A model with its engine. `model` is a Hugging Face folder or a Transformer; without a tokenizer (a Transformer
     alone, or a folder that has none) prompts and answers are token ids only.
 

@@ -1,0 +1,198 @@
+"""Scoring: what LLM offers beside writing: log-likelihoods, perplexity, embeddings. All of it is ordinary requests."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from llama.api.errors import ParameterError
+from llama.api.outputs import RequestOutput
+from llama.api.params import SamplingParams
+from llama.engine.request import Request, check_room
+from llama.llm.beam_search import BeamSearchOutput, BeamSearchParams, search
+from llama.llm.requests import Inputs, one_per_prompt
+from llama.llm.taps import tapped
+from llama.model.capture import Capture
+
+Text = str | Sequence[int]  # or its token ids
+
+
+class Score(NamedTuple):
+    """Of one continuation: natural log-probabilities under the model, as it is without any sampling rule."""
+
+    logprob: float  # the sum
+    is_greedy: bool  # each token is the most probable one
+    token_ids: list[int]
+    token_logprobs: list[float]
+
+
+class Scoring:
+    """A base of LLM."""
+
+    inputs: Inputs
+
+    def _run(self, requests: Sequence[Request], use_tqdm: bool) -> list[RequestOutput]:
+        raise NotImplementedError
+
+    def score(
+        self,
+        prompts: Text | Sequence[Text],
+        continuations: Text | Sequence[Text],
+        lora: str | Sequence[str | None] | None = None,
+        use_tqdm: bool = True,
+    ) -> list[Score]:
+        """How probable each continuation is behind its prompt; one prompt may stand for all. Where several have the
+        same prompt it is computed once, as far as it fills blocks of the prefix cache.
+
+        Texts are encoded together and split where the prompt alone ends, spaces at its end being the continuation's, as
+        lm-evaluation-harness does it. All tokens of both fill the context at most.
+        """
+        listed = _texts("continuations", continuations)
+        firsts = _texts("prompts", prompts)
+        firsts = firsts * len(listed) if len(firsts) == 1 else firsts
+        if len(firsts) != len(listed):
+            raise ParameterError(f"{len(firsts)} prompts for {len(listed)} continuations", "continuations")
+        pairs = [self._split(prompt, continuation) for prompt, continuation in zip(firsts, listed, strict=True)]
+        return self._scores(pairs, one_per_prompt("lora", lora, len(pairs)), use_tqdm)
+
+    def perplexity(
+        self, text: Text, window: int | None = None, stride: int | None = None, use_tqdm: bool = False
+    ) -> float:
+        """exp of the mean negative log-probability of all tokens but the first, each seen behind those before it in a
+        window of `window` tokens (None = the context) that moves on by `stride` (None = the window): the sliding window
+        of transformers' documentation."""
+        token_ids = self._ids(text)
+        most = self.inputs.engine.config.context_len
+        window = most if window is None else window
+        stride = window if stride is None else stride
+        if not 2 <= window <= most or not 1 <= stride <= window:
+            legal = f"window in [2, {most}] and stride in [1, window]"
+            raise ParameterError(f"perplexity needs {legal}, got {window} and {stride}", "window")
+        if len(token_ids) < 2:
+            raise ParameterError("perplexity needs at least two tokens", "text")
+        pairs, end = [], 1
+        for start in range(0, len(token_ids), stride):
+            stop = min(start + window, len(token_ids))
+            if stop > end:
+                first = max(end, start + 1)  # a window's first token has nothing before it
+                pairs.append((token_ids[start:first], token_ids[first:stop]))
+            end = stop
+            if stop == len(token_ids):
+                break
+        scores = self._scores([pair for pair in pairs if pair[1]], [None] * len(pairs), use_tqdm)
+        total = math.fsum(logprob for score in scores for logprob in score.token_logprobs)
+        return math.exp(-total / sum(len(score.token_logprobs) for score in scores))
+
+    def embed(
+        self,
+        texts: Text | Sequence[Text],
+        pooling: Literal["mean", "last"] = "mean",
+        layer: int | None = None,
+        use_tqdm: bool = True,
+    ) -> Tensor:
+        """-> [texts, hidden] float32: the mean over a text's tokens, or the last one, of the states after the final
+        norm, or of what layer `layer` leaves in the residual stream (-1 = the last layer)."""
+        if pooling not in ("mean", "last"):
+            raise ParameterError(f'pooling must be "mean" or "last", got {pooling!r}', "pooling")
+        point = "norm" if layer is None else f"layers.{layer}.resid_post"
+        mean = pooling == "mean"
+        capture = Capture(point, positions="prompt" if mean else "last", reduce="mean" if mean else None)
+        requests = [self._request(self._ids(text)) for text in _texts("texts", texts)]
+        outputs = self._run(tapped(self.inputs.engine, requests, capture, None), use_tqdm)
+        rows = [value.reshape(-1) for output in outputs for value in output.captured.values()]
+        return torch.stack(rows).float()
+
+    def beam_search(
+        self, prompts: Text | Sequence[Text], params: BeamSearchParams, use_tqdm: bool = False
+    ) -> list[BeamSearchOutput]:
+        """The best sequences behind each prompt; see BeamSearchParams."""
+        engine = self.inputs.engine
+        listed = [self._ids(prompt) for prompt in _texts("prompts", prompts)]
+        for prompt in listed:
+            check_room(len(prompt), None, engine.config.context_len)
+        outputs = search(
+            listed,
+            params,
+            eos_token_ids=engine.scheduler.eos_token_ids,
+            context_len=engine.config.context_len,
+            logits_of=partial(self._logits, use_tqdm=use_tqdm),
+        )
+        if self.inputs.tokenizer is not None:
+            for output, prompt in zip(outputs, listed, strict=True):
+                for sequence in output.sequences:
+                    new = sequence.tokens[len(prompt) :]
+                    sequence.text = self.inputs.tokenizer.decode(new[:-1] if sequence.finish_reason == "stop" else new)
+        return outputs
+
+    def _logits(self, token_ids: list[list[int]], use_tqdm: bool) -> list[Tensor]:
+        """Those behind each list of tokens, in at least float32."""
+        found: dict[str, Tensor] = {}
+        requests = [self._request(ids) for ids in token_ids]
+        capture = Capture(
+            "logits", save_to=lambda request_id, values: found.__setitem__(request_id, values["logits"][0])
+        )
+        self._run(tapped(self.inputs.engine, requests, capture, None), use_tqdm)
+        rows = [found[request.request_id] for request in requests]
+        return [row if row.dtype == torch.float64 else row.float() for row in rows]
+
+    def _scores(
+        self, pairs: Sequence[tuple[list[int], list[int]]], loras: Sequence[str | None], use_tqdm: bool
+    ) -> list[Score]:
+        """The last token's log-probability comes from the logits that nothing is drawn from in earnest, so that the
+        pair may fill the context."""
+        last: dict[str, tuple[float, bool]] = {}
+
+        def take(token_id: int, request_id: str, values: dict[str, Tensor]) -> None:
+            [logits] = values["logits"]
+            wide = logits.to(torch.float64 if logits.dtype == torch.float64 else torch.float32)
+            last[request_id] = float(wide.log_softmax(-1)[token_id]), bool(wide.max() == wide[token_id])
+
+        engine, requests = self.inputs.engine, []
+        for (prompt, continuation), lora in zip(pairs, loras, strict=True):
+            if not prompt or not continuation:
+                raise ParameterError("a prompt and a continuation need at least one token each", "continuations")
+            request = self._request([*prompt, *continuation[:-1]], lora, prompt_logprobs=0)
+            request = replace(request, score_from=len(prompt))
+            capture = Capture("logits", save_to=partial(take, continuation[-1]))
+            requests += tapped(engine, [request], capture, None)
+        scores = []
+        for output, (prompt, continuation) in zip(self._run(requests, use_tqdm), pairs, strict=True):
+            scored = zip(continuation[:-1], (output.prompt_logprobs or [])[len(prompt) :], strict=True)
+            entries = [entry[token] for token, entry in scored if entry is not None]
+            last_logprob, last_is_greedy = last[output.request_id]
+            each = [*(entry.logprob for entry in entries), last_logprob]
+            is_greedy = all(entry.rank == 1 for entry in entries) and last_is_greedy
+            scores.append(Score(math.fsum(each), is_greedy, list(continuation), each))
+        return scores
+
+    def _request(self, token_ids: list[int], lora: str | None = None, prompt_logprobs: int | None = None) -> Request:
+        params = SamplingParams(max_tokens=1, temperature=0, ignore_eos=True, prompt_logprobs=prompt_logprobs)
+        return self.inputs.request(token_ids, params, lora)
+
+    def _split(self, prompt: Text, continuation: Text) -> tuple[list[int], list[int]]:
+        if not isinstance(prompt, str) or not isinstance(continuation, str):
+            return self._ids(prompt), self._ids(continuation, is_continuation=True)
+        bare = prompt.rstrip()
+        whole = self._ids(bare + prompt[len(bare) :] + continuation)
+        count = len(self._ids(bare))
+        return whole[:count], whole[count:]
+
+    def _ids(self, text: Text, is_continuation: bool = False) -> list[int]:
+        if not isinstance(text, str):
+            return list(text)
+        if self.inputs.tokenizer is None:
+            raise ParameterError("texts need a tokenizer: this model takes token ids only", "prompt")
+        return self.inputs.tokenizer.encode(text, add_special_tokens=not is_continuation)
+
+
+def _texts(name: str, given: Text | Sequence[Text]) -> list[Text]:
+    """One text (or its token ids) or several, as a list."""
+    if isinstance(given, str) or (given and isinstance(given[0], int)):
+        return [given]  # type: ignore[list-item]
+    if not given or not isinstance(given, list | tuple):
+        raise ParameterError(f"{name} must be a text, token ids, or a list of these, got {given!r}", name)
+    return list(given)

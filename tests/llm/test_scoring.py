@@ -1,0 +1,111 @@
+"""Log-likelihoods, perplexity and embeddings equal those computed by hand from whole forwards, which equal
+transformers' (tests/model)."""
+
+import math
+import random
+
+import pytest
+import torch
+
+from llama import LLM, ParameterError
+from tests.model.models import tiny_model
+
+PROMPT = [random.Random(1).randrange(97) for _ in range(40)]
+TEXT = [random.Random(2).randrange(97) for _ in range(150)]
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model()
+
+
+@pytest.fixture
+def scorer(model):
+    return LLM(model, max_model_len=64, block_size=4, num_blocks=200, max_num_batched_tokens=50)
+
+
+def logprobs(model, ids):
+    return model.logits(torch.tensor([ids]))[0].log_softmax(-1)
+
+
+def by_hand(model, prompt, continuation):
+    rows = logprobs(model, prompt + continuation)[len(prompt) - 1 : -1]
+    each = rows.gather(1, torch.tensor(continuation)[:, None])[:, 0].tolist()
+    return each, rows.argmax(-1).tolist() == continuation
+
+
+def test_scores_are_those_of_a_forward_over_prompt_and_continuation(model, scorer):
+    greedy = [int(logprobs(model, PROMPT)[-1].argmax())]
+    greedy.append(int(logprobs(model, PROMPT + greedy)[-1].argmax()))
+    continuations = [[5], [5, 6, 7], greedy, [*greedy, 0], TEXT[:24]]  # the last one fills the context
+    scores = scorer.score(PROMPT, continuations, use_tqdm=False)
+    for score, continuation in zip(scores, continuations, strict=True):
+        each, is_greedy = by_hand(model, PROMPT, continuation)
+        assert score.token_logprobs == pytest.approx(each, abs=1e-9)
+        assert score.logprob == pytest.approx(math.fsum(each), abs=1e-9)
+        assert score.is_greedy == is_greedy and score.token_ids == continuation
+    assert [score.is_greedy for score in scores] == [False, False, True, False, False]
+    # 40 tokens are 10 blocks; the last of them is computed again, since its logits are wanted.
+    assert scorer.engine.metrics().num_prefix_hits == 4 * 36
+    scorer.engine.check()
+
+
+def test_each_prompt_has_its_continuation(model, scorer):
+    prompts = [PROMPT[:n] for n in (1, 7, 33)]
+    for score, prompt in zip(scorer.score(prompts, [[3, 4]] * 3, use_tqdm=False), prompts, strict=True):
+        assert score.token_logprobs == pytest.approx(by_hand(model, prompt, [3, 4])[0], abs=1e-9)
+
+
+@pytest.mark.parametrize(("window", "stride"), [(None, None), (32, 32), (32, 7), (50, 20), (2, 1), (64, 64)])
+def test_perplexity_is_that_of_sliding_windows(model, scorer, window, stride):
+    """The loop of transformers' documentation: each window scores what the one before it did not."""
+    size, step = window or 64, stride or window or 64
+    total, count, end = 0.0, 0, 0
+    for start in range(0, len(TEXT), step):
+        stop = min(start + size, len(TEXT))
+        rows = logprobs(model, TEXT[start:stop])
+        for position in range(max(end, start + 1), stop):
+            total -= float(rows[position - start - 1, TEXT[position]])
+            count += 1
+        end = stop
+        if stop == len(TEXT):
+            break
+    assert scorer.perplexity(TEXT, window, stride) == pytest.approx(math.exp(total / count), rel=1e-9)
+
+
+@pytest.mark.parametrize(("layer", "point"), [(None, "norm"), (-1, "layers.1.resid_post"), (0, "layers.0.resid_post")])
+def test_embeddings_pool_the_states_of_every_token(model, scorer, layer, point):
+    texts = [PROMPT, PROMPT[:9], [*PROMPT, 5]]  # with a prefix in the cache
+    mean, last = (scorer.embed(texts, pooling, layer, use_tqdm=False) for pooling in ("mean", "last"))
+    assert mean.dtype == torch.float32 and mean.shape == last.shape == (3, 48)
+    for i, text in enumerate(texts):
+        states = model.run_with_cache(torch.tensor([text]), point)[1][point][0]
+        torch.testing.assert_close(mean[i], states.mean(0).float())
+        torch.testing.assert_close(last[i], states[-1].float())
+
+
+def test_texts_are_split_where_the_prompt_ends(demo_model_path):
+    llm = LLM(demo_model_path, device="cpu", dtype="float32", max_model_len=128)
+    [good, bad] = llm.score("The capital of France is ", ["Paris.", "purple."], use_tqdm=False)
+    assert good.logprob > bad.logprob + 5
+    assert llm.tokenizer.decode(good.token_ids) == " Paris."
+    sentence = "The quick brown fox jumps over the lazy dog."
+    assert llm.perplexity(sentence) < llm.perplexity(sentence[::-1])
+
+
+def test_misuse_is_one_clear_error(scorer):
+    with pytest.raises(ParameterError, match="2 prompts for 3 continuations"):
+        scorer.score([[1], [2]], [[1], [2], [3]])
+    with pytest.raises(ParameterError, match="at least one token each"):
+        scorer.score([1], [[]])
+    with pytest.raises(ParameterError, match="window in \\[2, 64\\]"):
+        scorer.perplexity(TEXT, 65)
+    with pytest.raises(ParameterError, match="at least two tokens"):
+        scorer.perplexity([1])
+    with pytest.raises(ParameterError, match='pooling must be "mean" or "last"'):
+        scorer.embed([1, 2], "max")
+    with pytest.raises(ParameterError, match="names no layer"):
+        scorer.embed([1, 2], layer=2)
+    with pytest.raises(ParameterError, match="need a tokenizer"):
+        scorer.score("a", "b")
+    assert not scorer.engine.has_unfinished
