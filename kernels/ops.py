@@ -9,16 +9,8 @@ from torch import Tensor, float32, int64
 
 from llama.kernels import differentiable
 from llama.kernels.checks import INTERPRETED as _INTERPRETED
-from llama.kernels.types import (
-    CosSin,
-    KVLayer,
-    Logprobs,
-    Ragged,
-    Sampled,
-    SamplerRows,
-    SamplerState,
-    TokenAdapters,
-)
+from llama.kernels.logprobs import Logprobs
+from llama.kernels.types import CosSin, KVLayer, Ragged, Sampled, SamplerRows, SamplerState, TokenAdapters
 
 if __name__ != "llama.kernels.ops":
     raise ImportError("the ops are imported as llama.kernels.ops: under a second name they would exist twice")
@@ -179,7 +171,7 @@ def sample(logits: Tensor, rows: SamplerRows, state: SamplerState | None = None)
     return sampling.sample(logits, rows, state)
 
 
-def token_logprobs(logits: Tensor, token_ids: Tensor, num_top: int) -> Logprobs:
+def token_logprobs(logits: Tensor, token_ids: Tensor, num_top: int) -> Logprobs[Tensor]:
     """Log-probabilities of token_ids [rows] int64 and of the num_top best tokens under logits [rows, vocab].
 
     log-softmax in float32 (float64 for float64). The rank is 1 + the number of tokens with a strictly greater logit.

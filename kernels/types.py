@@ -2,8 +2,7 @@
 
 Ragged says which tokens belong to which sequence, KVLayer holds one layer's keys and values, TokenAdapters says which
 LoRA adapter a token uses. SamplerRows says how each row of logits becomes a token; SamplerState is the memory that
-penalties need, one row per sequence, kept on the device and updated by `sample` itself; Sampled and Logprobs are the
-answers.
+penalties need, one row per sequence, kept on the device and updated by `sample` itself; Sampled is the answer.
 Bit masks are packed little end first: token t is bit t % 32 of word t // 32.
 """
 
@@ -14,6 +13,7 @@ from functools import cached_property
 import torch
 
 from llama.kernels.cpu.layout import Layout, LoraLayout
+from llama.kernels.logprobs import Logprobs
 
 LOGPROBS_OFF, LOGPROBS_RAW, LOGPROBS_PROCESSED = 0, 1, 2
 
@@ -133,22 +133,12 @@ class SamplerRows:
 
 
 @dataclass(frozen=True, slots=True)
-class Logprobs:
-    """Log-probabilities of one token per row and of the row's most probable tokens, ties by lower id first."""
-
-    logprob: torch.Tensor  # [rows]
-    rank: torch.Tensor  # [rows] int64, 1 + number of tokens with a strictly greater logit
-    top_ids: torch.Tensor  # [rows, k] int64; -1 where fewer than k tokens have any probability
-    top_logprobs: torch.Tensor  # [rows, k] descending; -inf where the id is -1
-
-
-@dataclass(frozen=True, slots=True)
 class Sampled:
     """One token per row. A bad row (see `sample`) holds token 0 and means nothing."""
 
     token_ids: torch.Tensor  # [rows] int64
     is_bad: torch.Tensor  # [rows] bool
-    logprobs: Logprobs | None  # None where rows.num_logprobs is -1; rows of LOGPROBS_OFF hold zeros
+    logprobs: Logprobs[torch.Tensor] | None  # None where rows.num_logprobs is -1; rows of LOGPROBS_OFF hold zeros
 
 
 class SamplerState:
@@ -166,7 +156,7 @@ class SamplerState:
         self, row: int, prompt_token_ids: Sequence[int] | torch.Tensor, output_token_ids: Sequence[int] | torch.Tensor
     ) -> None:
         """Give `row` to a sequence with this prompt that has generated these tokens so far."""
-        # Each token once, so that adding its bit is setting it; told apart before they are sent, as nobody waits then.
+        # Each token once, so that adding its bit is setting it; told apart before they are sent: nothing waits then.
         ids = self._ids(torch.as_tensor(prompt_token_ids, dtype=torch.int64).unique())
         bits = (1 << (ids % 32)).to(torch.int32)
         self.prompt_mask[row] = 0

@@ -20,7 +20,7 @@ from llama.engine.device import Mirror
 from llama.engine.graphs import CudaRecord, Graphs, Record, bucket_of
 from llama.engine.plan import Plan, StepResult
 from llama.engine.runner import DTYPES, Runner, fetch_result
-from llama.kernels.types import SamplerRows
+from llama.kernels.types import Sampled, SamplerRows
 from llama.model.kv_cache import KVCache
 from llama.model.module import hooks_of
 from llama.model.transformer import Transformer
@@ -99,7 +99,7 @@ class GraphRunner(Runner):
     def _run_model(self, bucket: int, has_adapters: bool) -> None:
         self._graphs.run(("model", bucket, has_adapters), partial(self._model_step, bucket, has_adapters))
 
-    def _run_sampler(self, bucket: int, flags: Mapping[str, int]) -> tuple[Tensor, list[Tensor]]:
+    def _run_sampler(self, bucket: int, flags: Mapping[str, int]) -> tuple[Tensor, Sampled]:
         key = ("sampler", bucket, *flags.items())
         return self._graphs.run(key, partial(self._sampler_step, bucket, flags))
 
@@ -110,7 +110,7 @@ class GraphRunner(Runner):
         batch = self._batch({name: self._inputs.device[name][:bucket] for name in names}, bucket)
         self._logits[:bucket].copy_(self.model(batch, self.kv))
 
-    def _sampler_step(self, bucket: int, flags: Mapping[str, Any]) -> tuple[Tensor, list[Tensor]]:
+    def _sampler_step(self, bucket: int, flags: Mapping[str, Any]) -> tuple[Tensor, Sampled]:
         tensors: dict[str, Any] = {name: self._inputs.device[name][:bucket] for name in self.sampler.fields}
         rows = SamplerRows(**tensors, **flags)
         return self._draw(self._logits[:bucket], rows, self._inputs.device["row_ids"][:bucket])

@@ -1,4 +1,4 @@
-"""Plan: what one step computes, as flat integer arrays; StepResult: what came of it, as flat arrays too. No torch.
+"""Plan: what one step computes, as flat integer arrays. StepResult: what came of it, as flat arrays too. No torch.
 
 A plan names sequences by their row, a fixed number while they run. Its arrays are never written again: some are shared
 by consecutive plans. It does not hold the value of the token that a row sampled last (-1 stands for it), so that it can
@@ -15,8 +15,10 @@ from numpy.typing import NDArray
 from llama.api.outputs import Logprob
 from llama.api.params import SamplingParams
 from llama.engine.adapters import Adapter
+from llama.kernels.logprobs import Logprobs
 
 Ints = NDArray[np.int32]
+Array = NDArray[Any]
 LAST_SAMPLED = -1  # in place of a token id
 NO_TOKENS: Ints = np.zeros(0, np.int32)
 NO_UPDATES: Ints = np.zeros((3, 0), np.int32)
@@ -69,30 +71,22 @@ class Plan:
         return len(self.token_ids)
 
 
-class LogprobArrays(NamedTuple):
-    """Log-probabilities of one token per row, and the row's best tokens in falling order."""
-
-    logprob: NDArray[Any]  # [rows]
-    rank: NDArray[np.int64]  # [rows]
-    top_ids: NDArray[np.int64]  # [rows, k]
-    top_logprobs: NDArray[Any]  # [rows, k]
-
-    def entry(self, row: int, token_id: int, num_top: int) -> dict[int, Logprob]:
-        """The token itself first, then the `num_top` best; equal log-probabilities have equal ranks."""
-        entries = {token_id: Logprob(float(self.logprob[row]), int(self.rank[row]))}
-        best = self.top_logprobs[row, :num_top].tolist()
-        for place, (top_id, logprob) in enumerate(zip(self.top_ids[row, :num_top].tolist(), best, strict=True)):
-            if top_id < 0:  # fewer tokens than that have any probability
-                break
-            if place == 0 or logprob < best[place - 1]:
-                rank = place + 1
-            entries.setdefault(top_id, Logprob(logprob, rank))
-        return entries
+def logprob_entry(found: Logprobs[Array], row: int, token_id: int, num_top: int) -> dict[int, Logprob]:
+    """Of one row: the token itself first, then the `num_top` best; equal log-probabilities have equal ranks."""
+    entries = {token_id: Logprob(float(found.logprob[row]), int(found.rank[row]))}
+    best = found.top_logprobs[row, :num_top].tolist()
+    for place, (top_id, logprob) in enumerate(zip(found.top_ids[row, :num_top].tolist(), best, strict=True)):
+        if top_id < 0:  # fewer tokens than that have any probability
+            break
+        if place == 0 or logprob < best[place - 1]:
+            rank = place + 1
+        entries.setdefault(top_id, Logprob(logprob, rank))
+    return entries
 
 
 class StepResult(NamedTuple):
     token_ids: NDArray[np.int64]  # [samples]
     is_bad: NDArray[np.bool_]  # [samples] NaN, or no finite logit: the token means nothing
-    logprobs: LogprobArrays | None = None  # [samples]
-    prompt_logprobs: LogprobArrays | None = None  # [scored]
+    logprobs: Logprobs[Array] | None = None  # [samples]
+    prompt_logprobs: Logprobs[Array] | None = None  # [scored]
     captured: Mapping[int, Mapping[str, Any]] = {}  # by place in Plan.taps: what `Taps.take` gets

@@ -6,7 +6,7 @@ device as their row's last token, where the next step finds them; the host gets 
 nothing, so that the host prepares a step while the device computes the one before.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from typing import Any
 
@@ -18,11 +18,12 @@ from torch import Tensor
 from llama.engine.config import EngineConfig
 from llama.engine.device import fetch, fetch_tensor, pack, to_device
 from llama.engine.memory import num_scored_rows
-from llama.engine.plan import Ints, LogprobArrays, Plan, StepResult
+from llama.engine.plan import Array, Ints, Plan, StepResult
 from llama.engine.sampler import SamplerTable
 from llama.engine.verification import sample_behind_drafts
 from llama.kernels import ops
-from llama.kernels.types import SamplerRows
+from llama.kernels.logprobs import Logprobs
+from llama.kernels.types import Sampled, SamplerRows
 from llama.model.adapters import StepAdapters
 from llama.model.batch import Batch
 from llama.model.kv_cache import KVCache
@@ -120,7 +121,7 @@ class Runner:
             if not scores_of:
                 return drawn
             parts = [wait() for wait in scores_of]
-            logprobs = LogprobArrays(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
+            logprobs = Logprobs(*map(np.concatenate, zip(*parts, strict=True)))
             return drawn._replace(prompt_logprobs=logprobs)
 
         return result
@@ -193,30 +194,25 @@ class Runner:
 
     def _draw(
         self, logits: Tensor, rows: SamplerRows, row_ids: Tensor, drafts: Ints | None = None
-    ) -> tuple[Tensor, list[Tensor]]:
-        """A token for each row of logits, kept as the last one of its row -> what the host wants to know of it, packed
-        and as it was."""
+    ) -> tuple[Tensor, Sampled]:
+        """A token for each row of logits, kept as the last one of its row -> all of it packed, and as it was."""
         if drafts is None:
             sampled = ops.sample(logits, rows, self.sampler.state)
         else:
             sampled, is_last = sample_behind_drafts(logits, rows, self.sampler.state, drafts)
             row_ids = torch.where(is_last, row_ids, self.padding_row)
         self.last_tokens.index_copy_(0, row_ids, sampled.token_ids)
-        found = sampled.logprobs
-        wide = [] if found is None else [found.rank, found.top_ids, found.logprob, found.top_logprobs]
-        told = [sampled.token_ids, *wide, sampled.is_bad]
-        return pack(told), told
+        return pack(_tensors(sampled)), sampled
 
-    def _score(self, plan: Plan, batch: Batch, hidden: Tensor) -> list[Callable[[], list[NDArray[Any]]]]:
+    def _score(self, plan: Plan, batch: Batch, hidden: Tensor) -> list[Callable[[], list[Array]]]:
         """Log-probabilities of the prompt's tokens, a bounded number of rows of logits at a time -> what waits for each
-        part's LogprobArrays."""
+        part's Logprobs."""
         assert plan.prompt_sources is not None and plan.prompt_targets is not None
         sources, targets = self._on_device(plan.prompt_sources), self._on_device(plan.prompt_targets)
         parts = []
         for some, wanted in zip(sources.split(self._scored_rows), targets.split(self._scored_rows), strict=True):
             scores = ops.token_logprobs(self.model.head(hidden, batch, some), wanted, plan.num_prompt_logprobs)
-            told = [scores.logprob, scores.rank, scores.top_ids, scores.top_logprobs]
-            parts.append(fetch(pack(told), told))
+            parts.append(fetch(pack(scores), scores))
         return parts
 
     def _on_device(self, array: np.ndarray, dtype: type | None = np.int64) -> Tensor:
@@ -236,15 +232,16 @@ def fetch_values(captured: Mapping[int, Mapping[str, tuple[list[int], Tensor]]])
     }
 
 
-def fetch_result(packed: Tensor, told: Sequence[Tensor], count: int) -> Callable[[], StepResult]:
+def _tensors(sampled: Sampled) -> list[Tensor]:
+    return [sampled.token_ids, sampled.is_bad, *(sampled.logprobs or ())]
+
+
+def fetch_result(packed: Tensor, sampled: Sampled, count: int) -> Callable[[], StepResult]:
     """Start the copy of what `_draw` gave -> what waits for it and gives the first `count` rows."""
-    wait = fetch(packed, told)
+    wait = fetch(packed, _tensors(sampled))
 
     def result() -> StepResult:
-        token_ids, *wide, is_bad = (array[:count] for array in wait())
-        if not wide:
-            return StepResult(token_ids, is_bad)
-        rank, top_ids, logprob, top_logprobs = wide
-        return StepResult(token_ids, is_bad, LogprobArrays(logprob, rank, top_ids, top_logprobs))
+        token_ids, is_bad, *logprobs = (array[:count] for array in wait())
+        return StepResult(token_ids, is_bad, Logprobs(*logprobs) if logprobs else None)
 
     return result

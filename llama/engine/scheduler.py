@@ -20,7 +20,7 @@ from llama.api.outputs import FinishReason
 from llama.engine.adapters import Adapters
 from llama.engine.blocks import BlockPool, prefix_root
 from llama.engine.config import EngineConfig
-from llama.engine.plan import Ints, LogprobArrays, Plan, StepResult
+from llama.engine.plan import Ints, Plan, StepResult, logprob_entry
 from llama.engine.running import Running, by_order
 from llama.engine.sequence import BROKEN_GRAMMAR, Sequence, TokenOutput
 from llama.engine.speculation import Speculation
@@ -259,7 +259,7 @@ class Scheduler:
         step = self._in_flight.popleft()
         assert step.number == plan.step
         if result.prompt_logprobs is not None:
-            self._take_scores(step, result.prompt_logprobs)
+            step.take_scores(result.prompt_logprobs)
         self._publish_decoded(step, plan)
         step.hand_out(plan, result.captured)
         outputs = []
@@ -332,16 +332,6 @@ class Scheduler:
             if sequence.row >= 0:
                 self.running.publish(sequence, int(contexts[i]))
 
-    def _take_scores(self, step: StepRecord, scores: LogprobArrays) -> None:
-        row = 0
-        for chunk in step.chunks:
-            sequence = chunk.sequence
-            for position in range(chunk.score_from, chunk.score_to):
-                if sequence.prompt_logprobs is not None:
-                    num_top = sequence.params.prompt_logprobs or 0
-                    sequence.prompt_logprobs.append(scores.entry(row, int(sequence.prompt[position]), num_top))
-                row += 1
-
     def _take(self, step: StepRecord, result: StepResult, i: int, token: int) -> TokenOutput:
         """Sample i, looked at closely."""
         sequence = step.samples[i]
@@ -353,7 +343,7 @@ class Scheduler:
         sequence.output_token_ids.append(token)
         num_top = sequence.params.logprobs
         if num_top is not None and result.logprobs is not None:
-            output.logprobs = [result.logprobs.entry(i, token, num_top)]
+            output.logprobs = [logprob_entry(result.logprobs, i, token, num_top)]
         if sequence.prompt_logprobs is not None:
             output.prompt_logprobs, sequence.prompt_logprobs = sequence.prompt_logprobs, None
         output.finish_reason, output.stop_reason = sequence.ending(self.eos_token_ids)

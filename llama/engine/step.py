@@ -9,9 +9,10 @@ import numpy as np
 
 from llama.engine.adapters import Adapter
 from llama.engine.ngrams import Match
-from llama.engine.plan import LAST_SAMPLED, NO_COPIES, Ints, Join, Plan
+from llama.engine.plan import LAST_SAMPLED, NO_COPIES, Array, Ints, Join, Plan, logprob_entry
 from llama.engine.running import Running
 from llama.engine.sequence import Sequence
+from llama.kernels.logprobs import Logprobs
 
 logger = logging.getLogger(__name__)
 
@@ -116,6 +117,18 @@ class StepRecord:
             taps=self._taps() if running.num_tapped else (),
             **arrays,
         )
+
+    def take_scores(self, scores: Logprobs[Array]) -> None:
+        """Give the log-probabilities of their prompts' tokens to the sequences."""
+        row = 0
+        for chunk in self.chunks:
+            sequence = chunk.sequence
+            for position in range(chunk.score_from, chunk.score_to):
+                if sequence.prompt_logprobs is not None:
+                    num_top = sequence.params.prompt_logprobs or 0
+                    token = int(sequence.prompt[position])
+                    sequence.prompt_logprobs.append(logprob_entry(scores, row, token, num_top))
+                row += 1
 
     def hand_out(self, plan: Plan, captured: Mapping[int, Mapping[str, Any]]) -> None:
         """Give the sequences what was captured for them; those of `runs` get theirs by `hand_out_run`."""

@@ -15,9 +15,10 @@ from llama.api.params import SamplingParams
 from llama.engine.blocks import BlockPool, _key, prefix_root
 from llama.engine.config import EngineConfig
 from llama.engine.engine import Engine
-from llama.engine.plan import LAST_SAMPLED, LogprobArrays, Plan, StepResult
+from llama.engine.plan import LAST_SAMPLED, Plan, StepResult
 from llama.engine.scheduler import Scheduler
 from llama.engine.sequence import Sequence, TokenOutput
+from llama.kernels.logprobs import Logprobs
 from tests import drafters
 
 UNWRITTEN = -9
@@ -38,12 +39,10 @@ def expected(prompt, seed: int, count: int, vocab_size: int, ends=()) -> list[in
     return tokens[len(prompt) :]
 
 
-def fake_logprobs(token_ids: list[int]) -> LogprobArrays:
+def fake_logprobs(token_ids: list[int]) -> Logprobs:
     """A token's fake log-probability is minus itself, with one top entry that is token 0."""
     tokens = np.array(token_ids, np.int64)
-    return LogprobArrays(
-        -tokens.astype(float), tokens + 1, np.zeros((len(tokens), 1), np.int64), np.zeros((len(tokens), 1))
-    )
+    return Logprobs(-tokens.astype(float), tokens + 1, np.zeros((len(tokens), 1), np.int64), np.zeros((len(tokens), 1)))
 
 
 class FakeRunner:

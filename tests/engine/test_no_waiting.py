@@ -92,10 +92,11 @@ def test_a_step_with_adapters(launched, tmp_path):
 def test_a_samplers_step(launched, flags):
     made = graphed(tiny_config(), torch.bfloat16)
     with torch.inference_mode(), OnDeviceAlone():
-        packed, told = made._sampler_step(5, flags)
+        packed, sampled = made._sampler_step(5, flags)
     assert {"scan_kernel", "finish_kernel"} <= set(launched)
     assert ("count_kernel" in launched) == ("any_filter" in flags)
     assert ("choose_kernel" in launched) != ("all_greedy" in flags)
+    told = [sampled.token_ids, sampled.is_bad, *(sampled.logprobs or ())]
     assert packed.shape[0] == sum(tensor.nbytes for tensor in told)
 
 

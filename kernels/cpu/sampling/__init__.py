@@ -21,7 +21,8 @@ from torch import Tensor
 from llama.kernels.cpu.sampling.draw import draw
 from llama.kernels.cpu.sampling.logprobs import no_logprobs, row_ranges, token_logprobs
 from llama.kernels.cpu.sampling.rules import adjust, where
-from llama.kernels.types import LOGPROBS_PROCESSED, LOGPROBS_RAW, Logprobs, Sampled, SamplerRows, SamplerState
+from llama.kernels.logprobs import Logprobs
+from llama.kernels.types import LOGPROBS_PROCESSED, LOGPROBS_RAW, Sampled, SamplerRows, SamplerState
 
 __all__ = ["sample", "token_logprobs"]
 
@@ -52,7 +53,9 @@ def _sample_some(logits: Tensor, rows: SamplerRows, state: SamplerState | None) 
         for mode, source in ((LOGPROBS_RAW, logits), (LOGPROBS_PROCESSED, processed)):
             at = where(rows.logprobs_modes == mode)
             if source is not None and at.numel():
-                _put(logprobs, at, token_logprobs(source[at], token_ids[at], rows.num_logprobs))
+                found = token_logprobs(source[at], token_ids[at], rows.num_logprobs)
+                for whole, part in zip(logprobs, found, strict=True):
+                    whole[at] = part
     if state is not None and rows.any_penalty:
         at = where((rows.penalty_rows >= 0) & ~is_bad)
         one = torch.ones(1, dtype=torch.int32, device=logits.device)
@@ -73,18 +76,11 @@ def _slice_rows(rows: SamplerRows, start: int, stop: int) -> SamplerRows:
     return replace(rows, **changes)
 
 
-def _put(target: Logprobs, at: Tensor, part: Logprobs) -> None:
-    for field in fields(Logprobs):
-        getattr(target, field.name)[at] = getattr(part, field.name)
-
-
 def _join(parts: list[Sampled]) -> Sampled:
     """One Sampled of all rows."""
     logprobs = [part.logprobs for part in parts if part.logprobs is not None]
     return Sampled(
         torch.cat([part.token_ids for part in parts]),
         torch.cat([part.is_bad for part in parts]),
-        Logprobs(*(torch.cat([getattr(part, field.name) for part in logprobs]) for field in fields(Logprobs)))
-        if logprobs
-        else None,
+        Logprobs(*map(torch.cat, zip(*logprobs, strict=True))) if logprobs else None,
     )

@@ -5,12 +5,12 @@ from torch import Tensor
 
 from llama.kernels.cpu.sampling.blocks import Blocks, leading, top_k_bound
 from llama.kernels.cpu.sampling.rules import work_dtype
-from llama.kernels.types import Logprobs
+from llama.kernels.logprobs import Logprobs
 
 ELEMENTS_AT_ONCE = 2**21  # logits worked on at once: enough that the cost of a call vanishes, 8 MB of float32
 
 
-def token_logprobs(logits: Tensor, token_ids: Tensor, num_top: int) -> Logprobs:
+def token_logprobs(logits: Tensor, token_ids: Tensor, num_top: int) -> Logprobs[Tensor]:
     """Log-softmax of logits [rows, vocab] at token_ids [rows] and at each row's num_top largest, ties by lower id.
 
     Computed in float32, or float64 for float64 logits, a few rows at a time.
@@ -34,7 +34,7 @@ def token_logprobs(logits: Tensor, token_ids: Tensor, num_top: int) -> Logprobs:
     return answer
 
 
-def no_logprobs(logits: Tensor, num_top: int) -> Logprobs:
+def no_logprobs(logits: Tensor, num_top: int) -> Logprobs[Tensor]:
     num_rows, dtype, device = len(logits), work_dtype(logits), logits.device
     return Logprobs(
         torch.zeros(num_rows, dtype=dtype, device=device),

@@ -18,7 +18,8 @@ from llama.kernels.gpu.sampling.filters import count_kernel
 from llama.kernels.gpu.sampling.logprobs import Draw, compute_logprobs
 from llama.kernels.gpu.sampling.rules import TILE, Rules, gather_rules, id_bits, max_splits, split_rows
 from llama.kernels.gpu.sampling.work import Work
-from llama.kernels.types import Logprobs, Sampled, SamplerRows, SamplerState
+from llama.kernels.logprobs import Logprobs
+from llama.kernels.types import Sampled, SamplerRows, SamplerState
 
 _INTEGERS = ("penalty_rows", "keys", "top_k", "bias_starts", "bias_ids", "mask")
 _FLOATS = (
@@ -85,7 +86,7 @@ def sample(logits: Tensor, rows: SamplerRows, state: SamplerState | None = None)
     return Sampled(work.token_ids, work.is_bad, logprobs)
 
 
-def token_logprobs(logits: Tensor, token_ids: Tensor, num_top: int) -> Logprobs:
+def token_logprobs(logits: Tensor, token_ids: Tensor, num_top: int) -> Logprobs[Tensor]:
     """See `ops.token_logprobs`."""
     check_tensors("token_logprobs", logits=logits, token_ids=token_ids)
     require(token_ids.is_contiguous(), "token_logprobs: token_ids must be contiguous")

@@ -15,7 +15,8 @@ from torch import Tensor
 from llama.kernels.gpu.sampling.draw import count_token
 from llama.kernels.gpu.sampling.filters import NO_CUT, is_alive, pack
 from llama.kernels.gpu.sampling.rules import TILE, Rules, depths, id_bits, load_tile, max_splits, row_maximum
-from llama.kernels.types import LOGPROBS_OFF, LOGPROBS_PROCESSED, LOGPROBS_RAW, Logprobs
+from llama.kernels.logprobs import Logprobs
+from llama.kernels.types import LOGPROBS_OFF, LOGPROBS_PROCESSED, LOGPROBS_RAW
 
 _OFF = tl.constexpr(LOGPROBS_OFF)
 _RAW = tl.constexpr(LOGPROBS_RAW)
@@ -196,7 +197,7 @@ def compute_logprobs(
     draw: Draw | None = None,
     draw_splits: int = 1,
     counts: bool = False,
-) -> Logprobs:
+) -> Logprobs[Tensor]:
     """Of the rules' logits as they came; after a draw, of what each row's mode asks for.
 
     `counts`: the tokens are counted here, for the penalties of the next step.
