@@ -10,7 +10,7 @@ from torch import Tensor, float32, int64
 from llama.kernels import differentiable
 from llama.kernels.checks import INTERPRETED as _INTERPRETED
 from llama.kernels.logprobs import Logprobs
-from llama.kernels.types import CosSin, KVLayer, Ragged, Sampled, SamplerRows, SamplerState, TokenAdapters
+from llama.kernels.types import CosSin, KVLayer, QuantizedWeight, Ragged, Sampled, SamplerRows, SamplerState, TokenAdapters
 
 if __name__ != "llama.kernels.ops":
     raise ImportError("the ops are imported as llama.kernels.ops: under a second name they would exist twice")
@@ -111,6 +111,20 @@ def silu_mul(gate_up: Tensor) -> Tensor:
     else:
         from llama.kernels.cpu import activation
     return activation.silu_mul(gate_up)
+
+
+def quantized_matmul(x: Tensor, weight: QuantizedWeight) -> Tensor:
+    """x W^T with W as `QuantizedWeight` defines it: x [tokens, K] -> [tokens, N] in x.dtype.
+
+    Sums in at least float32. On CUDA, for up to 64 tokens, a row depends neither on the other rows nor on their number.
+    """
+    if x.dim() != 2 or x.shape[1] != weight.shape[1] or x.device != weight.codes.device:
+        raise _refuse("quantized_matmul", x=x, codes=weight.codes)
+    if _on_triton(x):
+        from llama.kernels.gpu import matmul
+    else:
+        from llama.kernels.cpu import matmul
+    return matmul.quantized_matmul(x, weight)
 
 
 def lora_shrink(x: Tensor, a: Tensor, adapters: TokenAdapters) -> Tensor:

@@ -75,6 +75,42 @@ class KVLayer:
             )
 
 
+@dataclass(frozen=True, slots=True)
+class QuantizedWeight:
+    """w[n, k] = (q[n, k] - zeros[g, n]) * scales[g, n] + minima[g, n] in float32, in this order; g = k // group_size.
+
+    `codes` are q, int8 or float8_e4m3fn [N, K], or int16 [N, K / 4]: words of four q from -8 to 7, as
+    `llama.kernels.cpu.matmul.pack_nibbles` lays them. Scales and minima are floats, zeros int8, all [G, N] with G =
+    ceil(K / group_size); None = nothing is subtracted, nothing is added.
+    """
+
+    codes: torch.Tensor
+    scales: torch.Tensor
+    group_size: int
+    zeros: torch.Tensor | None = None
+    minima: torch.Tensor | None = None
+
+    def __post_init__(self) -> None:
+        rows, columns = self.shape
+        if self.codes.dtype not in (torch.int8, torch.int16, torch.float8_e4m3fn):
+            raise ValueError(f"codes must be int8, int16 or float8_e4m3fn, got {self.codes.dtype}")
+        groups = -(-columns // self.group_size)
+        for name in ("scales", "zeros", "minima"):
+            values = getattr(self, name)
+            if values is not None and tuple(values.shape) != (groups, rows):
+                raise ValueError(f"{name} must be {[groups, rows]}, got {list(values.shape)}")
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out_features, in_features)."""
+        rows, columns = self.codes.shape
+        return rows, columns * 4 if self.codes.dtype == torch.int16 else columns
+
+    @property
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        return tuple(t for t in (self.codes, self.scales, self.zeros, self.minima) if t is not None)
+
+
 @dataclass(frozen=True)
 class TokenAdapters:
     """Which LoRA adapter each token of a step uses."""

@@ -33,6 +33,10 @@ class LoadOptions:
         "auto", "dtype of the weights, auto = the checkpoint's"
     )
     load_format: Literal["auto", "dummy"] = _option("auto", "dummy: random weights, from config.json alone")
+    quantization: str | None = _option(
+        None,
+        "int8, int4 or fp8: round a dense model's linear layers as it is loaded; or a quantised folder's method",
+    )
     check_weights: bool = _option(False, "refuse weights that are NaN or infinite")
 
     def __post_init__(self) -> None:

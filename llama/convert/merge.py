@@ -21,6 +21,7 @@ def merge(base: Path, adapter: Path, output: Path, *, dtype: torch.dtype | str =
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise FileExistsError(f"{output}: exists already; merge into a new folder")
     model = Transformer.from_pretrained(base, dtype=dtype)
+    model.dequantise()  # what is added to codes has none
     read = read_adapter(adapter, model, max_rank=1 << 20)
     tied = sorted({"embed_tokens", "lm_head"}.intersection(read.targets))
     if model.config.tie_word_embeddings and tied:

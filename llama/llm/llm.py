@@ -100,7 +100,9 @@ class LLM(Scoring):
 
     device: "auto" (CUDA where there is one), "cpu", "cuda", "cuda:0". dtype: "auto" (the checkpoint's), "float64" (on
     the CPU), "float32", "float16", "bfloat16". load_format: "auto", or "dummy" for random weights from config.json
-    alone. check_weights: refuse NaN and infinities. `options` are the fields of `llama.engine.config.EngineConfig`, as
+    alone. quantization: "int8", "int4" or "fp8" rounds the linear layers of a dense model as it is loaded (head,
+    embedding and norms stay); a quantised folder is taken as it is, and vLLM's word for its method is accepted.
+    check_weights: refuse NaN and infinities. `options` are the fields of `llama.engine.config.EngineConfig`, as
     the signature lists them. Arguments of vLLM's that are not here are refused by name unless they hold vLLM's default.
     """
 
@@ -112,6 +114,7 @@ class LLM(Scoring):
         device: str | torch.device = "auto",
         dtype: str | torch.dtype = "auto",
         load_format: str = "auto",
+        quantization: str | None = None,
         check_weights: bool = False,
         **options: Any,
     ) -> None:
@@ -126,7 +129,14 @@ class LLM(Scoring):
         if self.tokenizer is not None:
             self.tokenizer.check_vocab(model_config.vocab_size)
             eos_token_ids |= self.tokenizer.eos_token_ids
-        self.model = load_model(model, where, dtype=dtype, load_format=load_format, check_weights=check_weights)
+        self.model = load_model(
+            model,
+            where,
+            dtype=dtype,
+            load_format=load_format,
+            quantization=quantization,
+            check_weights=check_weights,
+        )
         self.engine = Engine(self.model, config, eos_token_ids=eos_token_ids)
         self.inputs = Inputs(self.engine, self.tokenizer, template, defaults)
         self.replies = Replies(self.engine, self.tokenizer)

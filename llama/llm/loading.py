@@ -108,12 +108,15 @@ def load_model(
     *,
     dtype: str | torch.dtype,
     load_format: str,
+    quantization: str | None = None,
     check_weights: bool = False,
 ) -> Transformer:
     """Of arguments that `check_model` has accepted, with the device that it found."""
     if isinstance(model, Transformer):
         if check_weights:
             raise ValueError("check_weights=True needs a folder as model: it looks at weights as they are loaded")
+        if quantization is not None:
+            model.quantise(quantization)
         model.prepare()
         return model
     started = time.monotonic()
@@ -121,8 +124,12 @@ def load_model(
     if load_format == "dummy":
         config = ModelConfig.from_pretrained(model)
         loaded = Transformer(config, device=device, dtype=wanted or DTYPES[config.dtype or "float32"], seed=0)
+        if quantization is not None:
+            loaded.quantise(quantization)
     else:
-        loaded = Transformer.from_pretrained(model, device=device, dtype=wanted or "auto", check_weights=check_weights)
+        loaded = Transformer.from_pretrained(
+            model, device=device, dtype=wanted or "auto", quantization=quantization, check_weights=check_weights
+        )
     loaded.prepare()
     logger.info("model loaded as %s on %s (%.2f s)", loaded.dtype, device, time.monotonic() - started)
     return loaded

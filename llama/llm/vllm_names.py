@@ -95,7 +95,6 @@ HARMLESS: dict[str, tuple[Any, ...]] = {
     "prefill_context_parallel_size": (1,),
     "prefix_caching_hash_algo": ("builtin", "sha256"),
     "pt_load_map_location": ("cpu",),
-    "quantization": (None,),
     "ray_workers_use_nsight": (False,),
     "reasoning_parser": (None, ""),
     "revision": (None,),

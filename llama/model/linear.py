@@ -11,6 +11,7 @@ from llama.model.adapters import StepAdapters
 from llama.model.module import Module
 from llama.model.weights.form import WeightForm
 from llama.model.weights.packed import pack
+from llama.model.weights.quantised import CodedForm, Joined, Quantised, quantise
 
 
 class Linear(Module):
@@ -54,19 +55,46 @@ class Linear(Module):
 
     def prepare(self) -> None:
         """Take the form that is fastest on this machine, if there is a faster one."""
-        if self.form is None:
-            self.form = pack(self.weight)
-            if self.form is not None:
-                self.weight = None  # type: ignore[assignment]
+        if self.coded is not None:
+            self.coded.prepare()
+        elif self.form is None and (form := pack(self.weight)) is not None:
+            self.take(form)
+
+    @property
+    def is_prepared(self) -> bool:
+        coded = self.coded
+        return self.form is not None if coded is None else coded.is_prepared
+
+    def take(self, form: WeightForm) -> None:
+        """W lies in `form` from now on."""
+        self.form = form
+        self.weight = None  # type: ignore[assignment]
+
+    def quantise(self, scheme: str) -> None:
+        """Round a dense W to "int8", "int4" or "fp8"."""
+        self.take(quantise(self.dense_weight(), scheme))
+
+    @property
+    def coded(self) -> CodedForm | None:
+        """The form of a quantised W, None where W is none."""
+        return self.form if isinstance(self.form, Quantised | Joined) else None
 
     def dense_weight(self) -> Tensor:
         """[out_features, in_features] in the model's dtype, bit for bit; a copy where W lies in another form."""
         return self.weight if self.form is None else self.form.dense()
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Linear":
-        if self.form is not None:  # a packed weight neither moves nor casts
+    def widen(self) -> None:
+        """Hold W as the dense parameter `weight`, whatever form it had."""
+        if self.form is not None:
             self.weight = nn.Parameter(self.dense_weight(), requires_grad=False)
             self.form = None
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Linear":
+        if (coded := self.coded) is not None:  # codes move, and what they stand for is in the model's dtype
+            like = fn(torch.empty(0, dtype=coded.dtype, device=coded.device))
+            self.take(coded.to(like.device, like.dtype))
+        else:
+            self.widen()  # a packed weight neither moves nor casts
         return super()._apply(fn, recurse)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:

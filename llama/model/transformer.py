@@ -5,6 +5,7 @@ The model knows neither requests nor CUDA graphs nor quantisation: those live in
 stream is in the model's dtype; norms, rotary embedding and softmax compute in at least float32.
 """
 
+import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from llama.api.errors import ParameterError
 from llama.kernels import ops
 from llama.kernels.types import CosSin, KVLayer
 from llama.model.adapters import StepAdapters
@@ -25,6 +27,7 @@ from llama.model.module import Module
 from llama.model.research import Research
 from llama.model.rope import attention_factor, cos_sin, frequencies
 from llama.model.weights.huge_pages import move_to_huge_pages
+from llama.model.weights.quantised import SCHEMES
 
 WORTH_MOVING = 1 << 26  # bytes of packed weights
 
@@ -179,14 +182,36 @@ class Transformer(Research):
         *,
         device: torch.device | str = "cpu",
         dtype: torch.dtype | str = "auto",
+        quantization: str | None = None,
         check_weights: bool = False,
     ) -> "Transformer":
         """Load a Hugging Face folder, strictly; `dtype` "auto" is the checkpoint's, `check_weights` refuses NaN and
-        infinities. Raises ConfigError or CheckpointError."""
+        infinities. A quantised folder stays quantised; `quantization` "int8", "int4" or "fp8" rounds the linear layers
+        of a dense one while they are read. Raises ConfigError or CheckpointError."""
         checkpoint = Checkpoint(path)
-        model = cls(checkpoint.config, device=device, dtype=checkpoint.resolve(dtype), seed=None)
-        checkpoint.load(model, check_weights=check_weights)
+        model = cls(checkpoint.config, device="meta", dtype=checkpoint.resolve(dtype), seed=None)
+        checkpoint.load(model, device=device, quantization=quantization, check_weights=check_weights)
+        model._complete()
         return model
+
+    def quantise(self, scheme: str) -> None:
+        """Round the weights of the linear layers to "int8", "int4" or "fp8", in place; embedding, norms and head stay
+        as they are. ValueError for another scheme, or a model that is quantised already."""
+        linears = [module for module in self.modules() if isinstance(module, Linear)]
+        if scheme not in SCHEMES or any(linear.coded is not None for linear in linears):
+            told = f"one of {', '.join(SCHEMES)} for a dense model"
+            raise ParameterError(f"quantization must be {told}, got {scheme!r}", "quantization")
+        for layer in self.layers:
+            for module in layer.modules():
+                if isinstance(module, Linear):
+                    module.quantise(scheme)
+
+    def dequantise(self) -> None:
+        """Hold all weights as dense parameters, in place."""
+        for module in self.modules():
+            if isinstance(module, Linear):
+                module.widen()
+        self._complete()
 
     def save_pretrained(self, path: str | Path) -> None:
         """Write a folder that this and transformers load: all of it or nothing. `path` must be new or empty."""
@@ -230,12 +255,13 @@ class Transformer(Research):
         Each weight is kept once, in its packed form (a head tied to the embedding is a second copy). Idempotent; moving
         or casting the model undoes it.
         """
-        linears = [module for module in self.modules() if isinstance(module, Linear) and module.form is None]
-        # Packing runs on one core per weight.
-        with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-            list(pool.map(Linear.prepare, linears))
-        packed = sum(linear.in_features * linear.out_features for linear in linears if linear.form is not None)
-        if packed * self.dtype.itemsize >= WORTH_MOVING:
+        linears = [module for module in self.modules() if isinstance(module, Linear) and not module.is_prepared]
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.quantize_per_tensor", UserWarning)  # int8 is packed with its help
+            # Packing runs on one core per weight.
+            with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+                list(pool.map(Linear.prepare, linears))
+        if sum(linear.form.nbytes for linear in linears if linear.form is not None) >= WORTH_MOVING:
             move_to_huge_pages(seconds=2.5)
 
     def _fill_randomly(self, seed: int) -> None:
@@ -249,7 +275,10 @@ class Transformer(Research):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Transformer":
         # A cast must not round the rotary frequencies, to_empty() must not lose them, a move must not untie the head.
         super()._apply(fn, recurse)
+        self._complete()
+        return self
+
+    def _complete(self) -> None:
         self.frequencies = frequencies(self.config, self.device)
         if self.config.tie_word_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
-        return self

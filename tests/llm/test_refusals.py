@@ -106,7 +106,7 @@ def test_constructor_refuses_by_name(folder, tmp_path):
         ({"seed": True}, "seed must be .* got True"),
         ({"tensor_parallel_size": 2}, r"tensor_parallel_size=2 is not supported \(only 1\)"),
         ({"trust_remote_code": "yes"}, "trust_remote_code='yes'"),
-        ({"quantization": "awq"}, "quantization='awq'"),
+        ({"quantization": "awq"}, "quantization must be one of int8, int4, fp8 for a dense model, got 'awq'"),
         ({"rope_theta": 5.0}, "edit the model's config.json"),
         ({"tensor_parallel_size": True}, "tensor_parallel_size=True"),
         ({"tokenizer": 5}, "tokenizer must be a folder or a llama Tokenizer, got int"),

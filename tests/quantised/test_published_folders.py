@@ -58,12 +58,3 @@ def test_auto_is_the_dtype_of_the_norms_where_config_json_names_none(tmp_path):
     del document["dtype"]
     (folder / "config.json").write_text(json.dumps(document))
     assert Transformer.from_pretrained(folder).dtype == torch.float16
-
-
-@pytest.mark.parametrize("name", ["gptq_desc_act", "mlx_4bit_tied"])
-def test_saved_again_it_is_a_dense_folder(name, tmp_path):
-    model = Transformer.from_pretrained(GOLDEN / name, dtype="float32")
-    model.save_pretrained(tmp_path / "saved")
-    assert "quantization" not in (tmp_path / "saved" / "config.json").read_text()
-    before, after = weights(GOLDEN / name), weights(tmp_path / "saved")
-    assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)

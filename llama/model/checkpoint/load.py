@@ -2,9 +2,10 @@
 
 import logging
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,9 +13,12 @@ from torch import Tensor, nn
 from llama.api.errors import CheckpointError
 from llama.files import read_json
 from llama.model.checkpoint.layout import Entry, layout
-from llama.model.checkpoint.quantised import CodedSource, find_coded, find_quantization
+from llama.model.checkpoint.quantised import CodedSource, find_coded, find_quantization, scheme_for
+from llama.model.checkpoint.save import stored_rows
 from llama.model.checkpoint.shards import StoredTensor, read_header, read_into
 from llama.model.config import DTYPES, ModelConfig
+from llama.model.linear import Linear
+from llama.model.weights.quantised import Dense, Quantised, join, of_coded
 
 logger = logging.getLogger(__name__)
 
@@ -23,12 +27,15 @@ _SINGLE = "model.safetensors"
 MAX_INDEX_BYTES = 2**26
 _THREADS = 4
 
+Source = StoredTensor | CodedSource
+
 
 class Checkpoint:
     """A Hugging Face folder: config.json is read, and every tensor found and checked, before any weight is read.
 
     Strict: nothing missing, nothing left over, shapes as configured. Raises ConfigError or CheckpointError, one line
-    each. Weights that are quantised in one of the published formats become dense ones in the module's dtype.
+    each. Weights that are quantised in one of the published formats stay so in a `Linear`, but for those whose codes
+    stand for a table of values, and those of the embedding: they become dense ones in the module's dtype.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -37,7 +44,8 @@ class Checkpoint:
             raise CheckpointError(f"{folder}: there is no such folder")
         self.config = ModelConfig.from_pretrained(folder)
         self._entries = list(layout(self.config))
-        self._coded, self._stored = find_coded(self._entries, find_tensors(folder), find_quantization(folder))
+        self._quantization = find_quantization(folder)
+        self._coded, self._stored = find_coded(self._entries, find_tensors(folder), self._quantization)
         plain = [entry for entry in self._entries if entry.name not in self._coded]
         _check(folder, self.config, plain, self._stored)
 
@@ -53,14 +61,28 @@ class Checkpoint:
             raise ValueError(f"dtype must be one of auto, {', '.join(DTYPES)}, got {dtype!r}")
         return getattr(torch, dtype)
 
-    def load(self, module: nn.Module, *, check_weights: bool = False) -> None:
-        """Read the weights into `module`, whose parameters lie as `layout` says. `check_weights` refuses NaN and
-        infinities."""
-        _stream(module, self._entries, self._stored | self._coded)
+    def load(
+        self,
+        module: nn.Module,
+        *,
+        device: torch.device | str | None = None,
+        quantization: str | None = None,
+        check_weights: bool = False,
+    ) -> None:
+        """Read the weights into `module`, whose parameters lie as `layout` says; those on the meta device are made on
+        `device`, in their dtype.
+
+        `quantization` rounds the linear layers of a dense checkpoint to "int8", "int4" or "fp8", each as soon as it is
+        read. `check_weights` refuses NaN and infinities.
+        """
+        target = Target(module, device, scheme_for(quantization, self._quantization))
+        sources: dict[str, Source] = {**self._stored, **self._coded}
+        _stream(target, self._entries, sources)
         if self.config.tie_word_embeddings and "lm_head.weight" in self._stored:
-            _compare_tied_head(target(module, self._entries[0]), self._stored["lm_head.weight"])
+            embedding = module.get_parameter(f"{self._entries[0].module}.weight").detach()
+            _compare_tied_head(embedding, self._stored["lm_head.weight"])
         for entry in self._entries if check_weights else ():
-            if not bool(target(module, entry).isfinite().all()):
+            if not bool(stored_rows(module, entry).isfinite().all()):
                 raise CheckpointError(f"{entry.name} holds NaN or infinite weights")
 
 
@@ -126,36 +148,72 @@ def _some(names: Iterable[str]) -> str:
     return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
 
 
-def _stream(module: nn.Module, entries: list[Entry], sources: dict[str, StoredTensor | CodedSource]) -> None:
-    """In file order, so that a disk reads ahead; on several threads, as much of the time goes into fresh pages."""
+class Target(NamedTuple):
+    """The module that is filled, and how."""
+
+    module: nn.Module
+    device: torch.device | str | None
+    quantization: str | None
+
+    def fill(self, entries: Sequence[Entry], sources: Mapping[str, Source]) -> int:
+        """Read all parts of one of its modules -> their bytes."""
+        owner = self.module.get_submodule(entries[0].module)
+        weights = [entry for entry in entries if entry.leaf == "weight"]
+        if isinstance(owner, Linear) and any(isinstance(sources[entry.name], CodedSource) for entry in weights):
+            dtype = owner.weight.dtype
+            owner.take(join([self._part(sources[entry.name], entry, dtype) for entry in weights]))
+            weights = []
+        for entry in (*weights, *(entry for entry in entries if entry.leaf != "weight")):
+            parameter = owner.get_parameter(entry.leaf)
+            if parameter.is_meta:
+                parameter = nn.Parameter(torch.empty_like(parameter, device=self.device), requires_grad=False)
+                setattr(owner, entry.leaf, parameter)
+            _read(sources[entry.name], parameter.detach().narrow(0, entry.start, entry.shape[0]))
+        if weights and self.quantization is not None and isinstance(owner, Linear) and entries[0].module != "lm_head":
+            owner.quantise(self.quantization)
+        return sum(sources[entry.name].nbytes for entry in entries)
+
+    def _part(self, source: Source, entry: Entry, dtype: torch.dtype) -> Quantised | Dense:
+        device = torch.device(self.device or "cpu")
+        coded = source.read() if isinstance(source, CodedSource) else None
+        if coded is not None and (form := of_coded(coded, dtype)) is not None:
+            return form.to(device, dtype)
+        weight = torch.empty(entry.shape, dtype=dtype, device=device)
+        if coded is not None:
+            coded.dense_into(weight)
+        else:
+            _read(source, weight)
+        return Dense(weight)
+
+
+def _read(source: Source, rows: Tensor) -> None:
+    if isinstance(source, CodedSource):
+        source.read().dense_into(rows)
+    else:
+        read_into(source, rows)
+
+
+def _stream(target: Target, entries: list[Entry], sources: Mapping[str, Source]) -> None:
+    """In file order, so that a disk reads ahead; on several threads, as much of the time goes into fresh pages. A
+    module is read as a whole, so that few of them lie half done."""
 
     from tqdm import tqdm  # not above: machines that only run kernels have no tqdm
 
-    def read(entry: Entry) -> int:
-        source, rows = sources[entry.name], target(module, entry)
-        if isinstance(source, CodedSource):
-            source.read_into(rows)
-        else:
-            read_into(source, rows)
-        return source.nbytes
-
-    order = sorted(entries, key=lambda entry: sources[entry.name].place)
+    modules: dict[str, list[Entry]] = {}
+    for entry in entries:
+        modules.setdefault(entry.module, []).append(entry)
+    order = sorted(modules.values(), key=lambda parts: min(sources[entry.name].place for entry in parts))
     total = sum(sources[entry.name].nbytes for entry in entries)
     with (
         tqdm(total=total, desc="Loading weights", unit="B", unit_scale=True, disable=None, leave=False) as bar,
         ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1)) as threads,
     ):
         try:
-            for count in threads.map(read, order):
+            for count in threads.map(lambda parts: target.fill(parts, sources), order):
                 bar.update(count)
         except BaseException:
             threads.shutdown(cancel_futures=True)
             raise
-
-
-def target(module: nn.Module, entry: Entry) -> Tensor:
-    """The rows of our parameter that are the entry's tensor."""
-    return module.get_parameter(f"{entry.module}.{entry.leaf}").detach().narrow(0, entry.start, entry.shape[0])
 
 
 def _compare_tied_head(embedding: Tensor, head: StoredTensor) -> None:

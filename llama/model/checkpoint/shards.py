@@ -7,11 +7,11 @@ plain `readinto`: no mapping whose pages would count twice, and a file that shri
 import json
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from io import BufferedReader
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,7 +25,6 @@ DTYPES = {
     "F16": torch.float16,
     "BF16": torch.bfloat16,
 }
-_CODES = {dtype: code for code, dtype in DTYPES.items()}
 # What quantised weights and what describes them are stored in; unsigned words are read as the same bits.
 _CODE_DTYPES = DTYPES | {
     "I8": torch.int8,
@@ -35,6 +34,7 @@ _CODE_DTYPES = DTYPES | {
     "I64": torch.int64,
     "F8_E4M3": torch.float8_e4m3fn,
 }
+_CODES = {dtype: code for code, dtype in _CODE_DTYPES.items() if code != "U32"}
 _MAX_HEADER = 100_000_000  # the format's own limit
 _STAGE_BYTES = 16 << 20
 
@@ -168,21 +168,35 @@ def _read_exactly(file: BufferedReader, stored: StoredTensor, flat: Tensor) -> N
         rest = rest[count:]
 
 
-def write(
-    path: Path, shapes: Sequence[tuple[str, tuple[int, ...]]], dtype: torch.dtype, tensors: Iterable[Tensor]
-) -> None:
-    """Write a safetensors file of (name, shape), all of one dtype; the tensors are taken one at a time."""
+class Stored(NamedTuple):
+    """A tensor to write: its code and shape go into the header before it is made."""
+
+    code: str
+    shape: tuple[int, ...]
+    make: Callable[[], Tensor]
+
+    @classmethod
+    def of(cls, dtype: torch.dtype, shape: tuple[int, ...], make: Callable[[], Tensor]) -> "Stored":
+        return cls(_CODES[dtype], shape, make)
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * _ITEM_SIZES[self.code]
+
+
+def write(path: Path, tensors: Mapping[str, Stored]) -> None:
+    """Write a safetensors file; its tensors are made one at a time."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
-    for name, shape in shapes:
-        begin, end = end, end + math.prod(shape) * dtype.itemsize
-        header[name] = {"dtype": _CODES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
+    for name, tensor in tensors.items():
+        begin, end = end, end + tensor.nbytes
+        header[name] = {"dtype": tensor.code, "shape": list(tensor.shape), "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # the data starts on a multiple of 8
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little"))
         file.write(text)
-        for tensor in tensors:
-            file.write(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+        for tensor in tensors.values():
+            file.write(tensor.make().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
         file.flush()
         os.fsync(file.fileno())

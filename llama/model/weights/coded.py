@@ -23,6 +23,7 @@ class CodedWeight(NamedTuple):
     minima: Tensor | None = None
     groups: int | Tensor = 0  # 0 = the whole row
     table: Tensor | None = None
+    bits: int = 8  # of a code
 
     def dense_into(self, target: Tensor) -> None:
         """Fill target [N, K], of any float dtype and device, rounding once."""

@@ -13,3 +13,7 @@ class WeightForm(Protocol):
 
     def dense(self) -> Tensor:
         """W in the model's dtype, a tensor of its own."""
+
+    @property
+    def nbytes(self) -> int:
+        """The memory that it takes."""

@@ -45,6 +45,10 @@ class OneDNNWeight:
     def dense(self) -> Tensor:
         return self.weight.to_dense().to(self.dtype)
 
+    @property
+    def nbytes(self) -> int:
+        return self.weight.numel() * self.dtype.itemsize
+
 
 class Float16Weight:
     """A bfloat16 or float16 weight as float16: 11 significant bits hold bfloat16's 8 from 2^-17 to 65,504.
@@ -84,3 +88,7 @@ class Float16Weight:
         weight = weight.to(self.dtype)
         weight.view(-1)[self.small] = self.small_values
         return weight
+
+    @property
+    def nbytes(self) -> int:
+        return self.shape.numel() * 2 + self.small.nbytes + self.small_values.nbytes

@@ -4,7 +4,7 @@ The tensors that a module has decide what it is, for the lists of modules left d
 config.json says is held against them.
 """
 
-from llama.model.checkpoint.quantised.config import find_quantization
+from llama.model.checkpoint.quantised.config import find_quantization, scheme_for
 from llama.model.checkpoint.quantised.source import CodedSource, find_coded
 
-__all__ = ["CodedSource", "find_coded", "find_quantization"]
+__all__ = ["CodedSource", "find_coded", "find_quantization", "scheme_for"]

@@ -8,9 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llama.api.errors import CheckpointError
+from llama.api.errors import CheckpointError, ParameterError
 from llama.files import read_json, read_json_if_there
+from llama.model.weights.quantised import SCHEMES
 
+# What vLLM calls a method beside its own name.
+_WORDS = {"gptq": ("gptq_marlin",), "awq": ("awq_marlin",), "modelopt": ("modelopt_fp8",)}
 _INSTEAD = "take a folder of the same model in FP8 or W4A16 (compressed-tensors), GPTQ or AWQ instead"
 
 
@@ -51,6 +54,22 @@ def find_quantization(folder: Path) -> Quantization | None:
         raise CheckpointError(f"{path}: {error}") from None
 
 
+def scheme_for(word: str | None, found: Quantization | None) -> str | None:
+    """By which scheme the linear layers of a folder are to be rounded when a user says `word`: None = as they are.
+
+    A quantised folder takes the words that vLLM has for its own method, and they change nothing.
+    """
+    if found is not None and word not in (None, found.method, *_WORDS.get(found.method, ())):
+        raise ParameterError(
+            f"quantization must be None or {found.method!r} for a folder that is quantised already, got {word!r}",
+            "quantization",
+        )
+    if found is None and word not in (None, *SCHEMES):
+        told = ", ".join(SCHEMES)
+        raise ParameterError(f"quantization must be one of {told} for a dense checkpoint, got {word!r}", "quantization")
+    return word if found is None else None
+
+
 def _refuse(what: str) -> CheckpointError:
     return CheckpointError(f"{what} is not supported; {_INSTEAD}")
 
@@ -70,7 +89,7 @@ def _integer(values: Mapping[str, Any], key: str) -> int:
 def _compressed_tensors(values: Mapping[str, Any]) -> Quantization:
     name = "compressed-tensors"
     accepted = ("dense", "float-quantized", "int-quantized", "naive-quantized", "pack-quantized")
-    _only(name, values, "format", *accepted)
+    _only(name, values, "format", *accepted, "mixed-precision")
     sparsity = values.get("sparsity_config") or {}
     if not isinstance(sparsity, Mapping) or sparsity.get("format", "dense") != "dense":
         raise _refuse(f"{name} with sparsity ({sparsity!r})")

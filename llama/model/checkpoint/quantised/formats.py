@@ -124,7 +124,7 @@ def _packed(tensors: Tensors, shape: Shape, quantization: Quantization) -> Coded
         zeros = unpack(packed.t(), width).t()[:rows]
     g_idx = tensors.get("weight_g_idx")
     of_columns = equal_groups(columns, size) if g_idx is None else _groups_of(g_idx, columns, groups)
-    return CodedWeight(unpack(words, width)[:, :columns], scales, zeros, groups=of_columns)
+    return CodedWeight(unpack(words, width)[:, :columns], scales, zeros, groups=of_columns, bits=width)
 
 
 def _bytes(tensors: Tensors, shape: Shape, quantization: Quantization) -> CodedWeight:
@@ -181,7 +181,7 @@ def _gptq(tensors: Tensors, shape: Shape, quantization: Quantization) -> CodedWe
         zeros = unpack(((wide + 2**31) % 2**32 - 2**31).int(), width).t()
     g_idx = tensors.get("g_idx")
     of_columns = equal_groups(columns, size) if g_idx is None else _groups_of(g_idx, columns, groups)
-    return CodedWeight(unpack(words.t(), width), scales.t(), zeros, groups=of_columns)
+    return CodedWeight(unpack(words.t(), width), scales.t(), zeros, groups=of_columns, bits=width)
 
 
 def _gptq_or_awq(tensors: Tensors, shape: Shape, quantization: Quantization) -> CodedWeight:
@@ -204,7 +204,7 @@ def _awq(tensors: Tensors, shape: Shape, quantization: Quantization) -> CodedWei
     _check_sizes(4, size, columns, quantization)
     codes = _awq_columns(_shape(tensors, "qweight", (columns, rows // 8)))
     zeros = _awq_columns(_shape(tensors, "qzeros", (groups, rows // 8)))
-    return CodedWeight(codes.t().contiguous(), scales.t(), zeros.t(), groups=equal_groups(columns, size))
+    return CodedWeight(codes.t().contiguous(), scales.t(), zeros.t(), groups=equal_groups(columns, size), bits=4)
 
 
 def _awq_columns(words: Tensor) -> Tensor:
@@ -244,7 +244,7 @@ def _bnb_4bit(tensors: Tensors, shape: Shape, quantization: Quantization) -> Cod
         raise CheckpointError(f"weight has {packed.numel()} bytes, which do not make {list(shape)}")
     codes = torch.stack((packed >> 4, packed & 15), dim=-1).view(shape)
     table = _shape(tensors, "weight.quant_map", (16,))
-    return CodedWeight(codes, largest.view(rows, -1), groups=equal_groups(columns, size), table=table)
+    return CodedWeight(codes, largest.view(rows, -1), groups=equal_groups(columns, size), table=table, bits=4)
 
 
 def _mlx(tensors: Tensors, shape: Shape, quantization: Quantization) -> CodedWeight:
@@ -255,7 +255,7 @@ def _mlx(tensors: Tensors, shape: Shape, quantization: Quantization) -> CodedWei
     size = _group_size(columns, _matrix(tensors, "scales").shape[1])
     scales = _shape(tensors, "scales", (rows, columns // size))
     minima = _shape(tensors, "biases", (rows, columns // size))
-    return CodedWeight(unpack(words, width), scales, minima=minima, groups=equal_groups(columns, size))
+    return CodedWeight(unpack(words, width), scales, minima=minima, groups=equal_groups(columns, size), bits=width)
 
 
 _NESTED = {"weight.absmax": ("U8",), "weight.nested_absmax": ("F32",), "weight.nested_quant_map": ("F32",)}

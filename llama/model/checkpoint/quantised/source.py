@@ -4,13 +4,12 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from torch import Tensor
-
 from llama.api.errors import CheckpointError
 from llama.model.checkpoint.layout import Entry
 from llama.model.checkpoint.quantised.config import Quantization
 from llama.model.checkpoint.quantised.formats import OF_ACTIVATIONS, OF_ATTENTION, Format, find_format
 from llama.model.checkpoint.shards import DTYPES, StoredTensor, read_codes
+from llama.model.weights.coded import CodedWeight
 
 
 class CodedSource(NamedTuple):
@@ -30,11 +29,11 @@ class CodedSource(NamedTuple):
     def nbytes(self) -> int:
         return sum(tensor.nbytes for tensor in self.stored.values())
 
-    def read_into(self, target: Tensor) -> None:
-        """Fill target [N, K] with the dense weight, in its dtype. Raises CheckpointError."""
+    def read(self) -> CodedWeight:
+        """Raises CheckpointError."""
         try:
             tensors = {name: read_codes(tensor) for name, tensor in self.stored.items()}
-            self.format.read(tensors, self.shape, self.quantization).dense_into(target)
+            return self.format.read(tensors, self.shape, self.quantization)
         except CheckpointError as error:
             raise CheckpointError(f"{self.place[0]}: {self.module}: {error}") from None
 

@@ -1,0 +1,244 @@
+"""Products with quantised weights: codes are widened in registers, on their way to the matrix instructions.
+
+    y[t, n] = sum over groups g of s[g, n] (x[t] q[n] - z[g, n] sum x[t]) + m[g, n] sum x[t], over g's columns
+
+Codes become whole numbers (fp8: its own values) in x's dtype, which is exact; scales and zero points act on the float32
+sums. A batch of up to `_FEW` tokens costs what the codes cost to read: N K bytes, or half of that in int4 (its layout
+is told in `llama.kernels.cpu.matmul`).
+
+For up to `_FEW` tokens a row of y depends neither on the other rows nor on their number: one tile of 16 tokens, and one
+cut of K into splits, which the weight's shape and the device alone decide; splits are added in order.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from llama.kernels.checks import check_tensors, multiprocessor_count, require
+from llama.kernels.cpu.matmul import nibble_block
+from llama.kernels.types import QuantizedWeight
+
+_FEW = 64
+_MOST_SPLITS = 8
+
+
+@triton.jit
+def _from_nibbles(words, SHIFT: tl.constexpr, dtype: tl.constexpr):
+    """Four bits of int16 words, as q + 8, -> q. A 16-bit float is built around them, for converting costs more."""
+    nibbles = (words >> SHIFT) & 15
+    if dtype == tl.bfloat16:
+        return (nibbles | 0x4300).to(tl.int16).to(tl.bfloat16, bitcast=True) - 136.0  # 128 + 8
+    half = (nibbles | 0x6400).to(tl.int16).to(tl.float16, bitcast=True) - 1032.0  # 1024 + 8
+    return half.to(dtype)
+
+
+@triton.jit
+def _from_e4m3(codes, dtype: tl.constexpr):
+    """uint8 -> the value: sign, exponent and mantissa are put where a wider float has them, times the power of two by
+    which the exponents' zeros differ. The codes of NaN become 480."""
+    bits = codes.to(tl.int16)
+    sign = (bits & 0x80) << 8
+    if dtype == tl.bfloat16:
+        return (sign | ((bits & 0x7F) << 4)).to(tl.int16).to(tl.bfloat16, bitcast=True) * 1.329227995784916e36  # 2^120
+    half = (sign | ((bits & 0x7F) << 7)).to(tl.int16).to(tl.float16, bitcast=True) * 256.0
+    return half.to(dtype)
+
+
+@triton.jit
+def _scaled(total, part, sums, scales, zeros, minima, places, mask, HAS_ZEROS: tl.constexpr, HAS_MINIMA: tl.constexpr):
+    """total + what a group adds to it."""
+    if HAS_ZEROS:
+        zero = tl.load(zeros + places, mask=mask, other=0).to(tl.float32)
+        part -= sums[:, None] * zero[None, :]
+    scale = tl.load(scales + places, mask=mask, other=0.0).to(tl.float32)
+    total += part * scale[None, :]
+    if HAS_MINIMA:
+        minimum = tl.load(minima + places, mask=mask, other=0.0).to(tl.float32)
+        total += sums[:, None] * minimum[None, :]
+    return total
+
+
+@triton.jit(do_not_specialize=["num_tokens"])
+def _matmul_kernel(
+    y,  # [SPLITS, tokens, N] float32, or y itself where there is one split
+    x,
+    codes,
+    scales,  # [G, N], as zeros and minima
+    zeros,
+    minima,
+    num_tokens,
+    x_stride,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    GROUP_SIZE: tl.constexpr,
+    WAY: tl.constexpr,
+    HAS_ZEROS: tl.constexpr,
+    HAS_MINIMA: tl.constexpr,
+    SPLITS: tl.constexpr,
+    TOKENS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    BLOCKS: tl.constexpr = (K + COLUMNS - 1) // COLUMNS
+    PER_SPLIT: tl.constexpr = (BLOCKS + SPLITS - 1) // SPLITS
+    HAS_SUMS: tl.constexpr = HAS_ZEROS or HAS_MINIMA
+    # One scale for a row waits until the end of it.
+    AT_THE_END: tl.constexpr = GROUP_SIZE >= K and not HAS_SUMS
+    QUARTER: tl.constexpr = COLUMNS // 4
+    # Quarters of a block that share a scale.
+    TOGETHER: tl.constexpr = GROUP_SIZE // QUARTER if GROUP_SIZE < COLUMNS else 4
+    dtype: tl.constexpr = x.dtype.element_ty
+
+    split = tl.program_id(0) % SPLITS
+    rows = tl.program_id(0) // SPLITS * ROWS + tl.arange(0, ROWS)
+    tokens = (tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)).to(tl.int64)
+    row_mask, token_mask = rows < N, tokens < num_tokens
+    x += tokens[:, None] * x_stride
+    total = tl.zeros([TOKENS, ROWS], tl.float32)
+    sums = tl.zeros([TOKENS], tl.float32)
+    for block in range(split * PER_SPLIT, tl.minimum((split + 1) * PER_SPLIT, BLOCKS)):
+        if WAY == "int4":
+            quarter = tl.arange(0, QUARTER)
+            places = rows[:, None].to(tl.int64) * (K // 4) + block * QUARTER + quarter[None, :]
+            words = tl.load(codes + places, mask=row_mask[:, None], other=0)
+            part = tl.zeros([TOKENS, ROWS], tl.float32)
+            for i in tl.static_range(4):
+                columns = block * COLUMNS + i * QUARTER + quarter
+                values = tl.load(x + columns[None, :], mask=token_mask[:, None], other=0.0)
+                weights = _from_nibbles(words, 4 * i, dtype)
+                if AT_THE_END:
+                    total = tl.dot(values, tl.trans(weights), total, input_precision="ieee")
+                else:
+                    part = tl.dot(values, tl.trans(weights), part, input_precision="ieee")
+                    if HAS_SUMS:
+                        sums += tl.sum(values.to(tl.float32), axis=1)
+                    if i % TOGETHER == TOGETHER - 1:
+                        place = (block * COLUMNS + i * QUARTER) // GROUP_SIZE * N + rows
+                        total = _scaled(
+                            total, part, sums, scales, zeros, minima, place, row_mask, HAS_ZEROS, HAS_MINIMA
+                        )
+                        part = tl.zeros([TOKENS, ROWS], tl.float32)
+                        sums = tl.zeros([TOKENS], tl.float32)
+        else:
+            columns = block * COLUMNS + tl.arange(0, COLUMNS)
+            places = rows[:, None].to(tl.int64) * K + columns[None, :]
+            if K % COLUMNS == 0:
+                values = tl.load(x + columns[None, :], mask=token_mask[:, None], other=0.0)
+                narrow = tl.load(codes + places, mask=row_mask[:, None], other=0)
+            else:
+                inside = (columns < K)[None, :]
+                values = tl.load(x + columns[None, :], mask=token_mask[:, None] & inside, other=0.0)
+                narrow = tl.load(codes + places, mask=row_mask[:, None] & inside, other=0)
+            weights = _from_e4m3(narrow, dtype) if WAY == "fp8" else narrow.to(dtype)
+            if AT_THE_END:
+                total = tl.dot(values, tl.trans(weights), total, input_precision="ieee")
+            else:
+                part = tl.dot(values, tl.trans(weights), input_precision="ieee")
+                if HAS_SUMS:
+                    sums = tl.sum(values.to(tl.float32), axis=1)
+                place = block * COLUMNS // GROUP_SIZE * N + rows
+                total = _scaled(total, part, sums, scales, zeros, minima, place, row_mask, HAS_ZEROS, HAS_MINIMA)
+    if AT_THE_END:
+        total *= tl.load(scales + rows, mask=row_mask, other=0.0).to(tl.float32)[None, :]
+    target = y + (split * num_tokens.to(tl.int64) + tokens)[:, None] * N + rows[None, :]
+    tl.store(target, total.to(y.dtype.element_ty), mask=token_mask[:, None] & row_mask[None, :])
+
+
+@triton.jit(do_not_specialize=["size"])
+def _add_kernel(y, partials, size, SPLITS: tl.constexpr, BLOCK: tl.constexpr):
+    index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = index < size
+    total = tl.load(partials + index, mask=mask, other=0.0)
+    for split in tl.static_range(1, SPLITS):
+        total += tl.load(partials + split * size.to(tl.int64) + index, mask=mask, other=0.0)
+    tl.store(y + index, total.to(y.dtype.element_ty), mask=mask)
+
+
+class Tile(NamedTuple):
+    tokens: int
+    rows: int
+    warps: int
+    stages: int
+
+
+def _tile(weight: QuantizedWeight, tokens: int) -> Tile:
+    """Many tokens share a tile of W while registers last: scales of groups ask for a second sum beside the first."""
+    if tokens <= _FEW:
+        return Tile(16, 64, warps=4, stages=4)
+    one_sum = weight.codes.dtype != torch.int16 and weight.group_size >= weight.shape[1] and weight.zeros is None
+    if one_sum:
+        return Tile(128, 128, warps=8, stages=3)
+    has_sums = weight.zeros is not None or weight.minima is not None
+    return Tile(32, 64, warps=4, stages=2) if has_sums else Tile(64, 32, warps=4, stages=3)
+
+
+def quantized_matmul(x: Tensor, weight: QuantizedWeight) -> Tensor:
+    """See `ops.quantized_matmul`."""
+    return multiply(x, weight, multiprocessor_count(x.device))
+
+
+def multiply(x: Tensor, weight: QuantizedWeight, processors: int) -> Tensor:
+    """`quantized_matmul` on a device of so many multiprocessors."""
+    codes = weight.codes
+    way = {torch.int16: "int4", torch.int8: "int8", torch.float8_e4m3fn: "fp8"}[codes.dtype]
+    if way == "fp8":
+        codes = codes.view(torch.uint8)
+    check_tensors("quantized_matmul", x=x, codes=codes)
+    require(all(tensor.is_contiguous() for tensor in weight.tensors), "quantized_matmul: a weight must be contiguous")
+    tokens, (rows, columns) = x.shape[0], weight.shape
+    y = torch.empty(tokens, rows, dtype=x.dtype, device=x.device)
+    if y.numel() == 0:
+        return y
+    tile, block = _tile(weight, tokens), _columns(weight, way)
+    splits = _splits(rows, columns, block, tile.rows, processors) if tokens <= _FEW else 1
+    target = y if splits == 1 else torch.empty(splits, tokens, rows, dtype=torch.float32, device=x.device)
+    _matmul_kernel[(triton.cdiv(rows, tile.rows) * splits, triton.cdiv(tokens, tile.tokens))](
+        target,
+        x,
+        codes,
+        weight.scales,
+        weight.scales if weight.zeros is None else weight.zeros,
+        weight.scales if weight.minima is None else weight.minima,
+        tokens,
+        x.stride(0),
+        N=rows,
+        K=columns,
+        GROUP_SIZE=weight.group_size,
+        WAY=way,
+        HAS_ZEROS=weight.zeros is not None,
+        HAS_MINIMA=weight.minima is not None,
+        SPLITS=splits,
+        TOKENS=tile.tokens,
+        ROWS=tile.rows,
+        COLUMNS=block,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )
+    if splits > 1:
+        _add_kernel[(triton.cdiv(y.numel(), 1024),)](y, target, y.numel(), SPLITS=splits, BLOCK=1024, num_warps=4)
+    return y
+
+
+def _columns(weight: QuantizedWeight, way: str) -> int:
+    """Columns of W that a step of the loop multiplies, which lie in one group each (int4: whose quarters do)."""
+    size, columns = weight.group_size, weight.shape[1]
+    if way == "int4":
+        block = nibble_block(columns, size)
+        assert block is not None, "a weight in nibbles has a block"
+        return block
+    if size >= columns:
+        return 128
+    block = min(128, size & -size)
+    require(block >= 16, f"quantized_matmul: groups must be a multiple of 16 columns, got {size}")
+    return block
+
+
+def _splits(rows: int, columns: int, block: int, tile_rows: int, processors: int) -> int:
+    """So many parts of K that there is a program for each processor, if K has so many blocks."""
+    splits, tiles, blocks = 1, triton.cdiv(rows, tile_rows), triton.cdiv(columns, block)
+    while splits < _MOST_SPLITS and tiles * splits < processors and blocks >= 4 * splits:
+        splits *= 2
+    return splits

@@ -1,0 +1,67 @@
+"""int8: w = q s, q from -127 to 127 and a scale for each row; and its product with few tokens on x86.
+
+FBGEMM multiplies uint8 by int8 in integers. Where the processor adds pairs of products in 16 bits (AVX2), that is exact
+for values of 7 bits alone, so x is taken as the sum of two such parts, of 14 bits together:
+
+    x[t] = s[t] (a[t] + b[t] / 128)     a, b integers from -64 to 63, s[t] = max |x[t]| / 63
+
+A row knows nothing of the others, and sums of integers have one result: neighbours change no bit. 14 bits are more
+than a bfloat16 has; what falls below the last of them is lost beside the row's largest value.
+"""
+
+import torch
+from torch import Tensor
+
+from llama.kernels.types import QuantizedWeight
+
+_MIDDLE = 64  # of the uint8 that stand for -64 .. 63
+_PART = 128
+
+
+def quantise(weight: Tensor) -> QuantizedWeight:
+    """Round to nearest; scales are rounded to the weight's dtype first, as checkpoints keep them."""
+    rows, columns = weight.shape
+    scales = weight.abs().amax(1, keepdim=True).float().div_(127).to(weight.dtype)
+    scales.masked_fill_(scales == 0, 1)
+    codes = torch.empty(rows, columns, dtype=torch.int8, device=weight.device)
+    step = max(1, (1 << 20) // columns)
+    for start in range(0, rows, step):
+        part = slice(start, start + step)
+        codes[part] = (weight[part].float() / scales[part].float()).round_().clamp_(-127, 127)
+    return QuantizedWeight(codes, scales.t().contiguous(), columns)
+
+
+def few_tokens(weight: QuantizedWeight, dtype: torch.dtype) -> "FewTokensInt8 | None":
+    """Models of 16 bits alone: in float32 and float64 x is never quantised."""
+    fits = weight.codes.dtype == torch.int8 and weight.group_size == weight.shape[1]
+    fits = fits and weight.zeros is None and weight.minima is None and weight.codes.device.type == "cpu"
+    is_there = torch.backends.quantized.engine in ("x86", "fbgemm")
+    return FewTokensInt8(weight) if fits and is_there and dtype in (torch.bfloat16, torch.float16) else None
+
+
+class FewTokensInt8:
+    """Twice the rows cost nothing while memory is what a product waits for; many tokens are better off widened."""
+
+    most_tokens = 64
+
+    def __init__(self, weight: QuantizedWeight) -> None:
+        rows = weight.shape[0]
+        scales, zeros = torch.ones(rows, dtype=torch.float64), torch.zeros(rows, dtype=torch.int64)
+        codes = torch._make_per_channel_quantized_tensor(weight.codes, scales, zeros, 0)
+        self.nbytes = weight.codes.nbytes
+        self._scales = weight.scales[0].float() / _PART
+        self._packed = torch.ops.quantized.linear_prepack(codes, None)
+        # Straight to the kernel: checking the packed object on the way costs more than a small product.
+        self._linear = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32.default.redispatch
+        self._keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        tokens = x.shape[0]
+        wide = x.float()  # a copy: x has 16 bits
+        scales = wide.abs().amax(1, keepdim=True).div_(63).clamp_(min=torch.finfo(torch.float32).tiny)
+        wide /= scales
+        parts = wide.new_empty(2, tokens, wide.shape[1])
+        torch.round(wide, out=parts[0])
+        torch.sub(wide, parts[0], out=parts[1]).mul_(_PART).round_().clamp_(-_MIDDLE, _MIDDLE - 1)
+        sums = self._linear(self._keys, parts.flatten(0, 1), 1.0, _MIDDLE, self._packed).view(2, tokens, -1)
+        return (sums[0] * _PART).add_(sums[1]).mul_(scales).mul_(self._scales).to(x.dtype)

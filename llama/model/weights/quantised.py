@@ -1,0 +1,243 @@
+"""The form of a quantised weight: small codes stay what is kept in memory, whatever wrote them.
+
+`int4`, `int8` and `fp8` say how a dense weight becomes codes. On a CPU a second form may serve few tokens at a time,
+where this one would spend its time on widening codes: `prepare` makes it.
+"""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from llama.kernels import ops
+from llama.kernels.cpu.matmul import codes_of, nibble_block, pack_nibbles, widen
+from llama.kernels.types import QuantizedWeight
+from llama.model.weights import fp8, int4, int8
+from llama.model.weights.coded import CodedWeight
+
+_STRIP = 1 << 20  # weights widened at once for dense()
+SCHEMES = ("int8", "int4", "fp8")
+
+
+class FewTokens(Protocol):
+    """A second form for up to `most_tokens` rows of x."""
+
+    most_tokens: int
+    nbytes: int
+
+    def __call__(self, x: Tensor) -> Tensor: ...
+
+
+class Quantised:
+    """x W^T = x[:, order] W'^T, W' the codes' own order of columns (None = as they are): act-order sorts by group."""
+
+    def __init__(self, weight: QuantizedWeight, dtype: torch.dtype, order: Tensor | None = None) -> None:
+        self.weight = weight
+        self.dtype = dtype
+        self.device = weight.codes.device
+        self.order = order
+        self.few_tokens: FewTokens | None = None
+        self.is_prepared = False
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self.order is not None:
+            x = x.index_select(1, self.order)
+        if self.few_tokens is not None and 0 < x.shape[0] <= self.few_tokens.most_tokens:
+            return self.few_tokens(x)
+        return ops.quantized_matmul(x, self.weight)
+
+    def dense(self) -> Tensor:
+        rows, columns = self.weight.shape
+        target = torch.empty(rows, columns, dtype=self.dtype, device=self.weight.codes.device)
+        step = max(1, _STRIP // columns)
+        for start in range(0, rows, step):
+            part = slice(start, min(rows, start + step))
+            w = widen(self.weight, part)
+            target[part] = w if self.order is None else w[:, self.order.argsort()]
+        return target
+
+    @property
+    def nbytes(self) -> int:
+        own = sum(tensor.nbytes for tensor in (*self.weight.tensors, *(() if self.order is None else (self.order,))))
+        return own + (0 if self.few_tokens is None else self.few_tokens.nbytes)
+
+    def prepare(self) -> None:
+        """Add the second form that this machine multiplies fast, if there is one."""
+        if not self.is_prepared:
+            self.few_tokens = int8.few_tokens(self.weight, self.dtype) or int4.few_tokens(self.weight, self.dtype)
+            self.is_prepared = True
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> "Quantised":
+        """For another device or dtype of the model; codes and scales are neither rounded nor widened."""
+        moved = {name: value.to(device) for name, value in _fields(self.weight).items()}
+        order = None if self.order is None else self.order.to(device)
+        return Quantised(_with(self.weight, moved), dtype, order)
+
+    def rows(self, start: int, count: int) -> "Quantised":
+        """Some of the rows, views where they can be."""
+        fields = {name: value[:, start : start + count] for name, value in _fields(self.weight).items()}
+        fields["codes"] = self.weight.codes[start : start + count]
+        return Quantised(_with(self.weight, fields), self.dtype, self.order)
+
+    def codes(self) -> Tensor:
+        """q [N, K], columns in the order of x."""
+        q = codes_of(self.weight)
+        return q if self.order is None else q[:, self.order.argsort()]
+
+
+class Dense:
+    """A part that was left dense in a module whose other parts are quantised."""
+
+    def __init__(self, weight: Tensor) -> None:
+        self.weight = weight
+        self.dtype = weight.dtype
+        self.device = weight.device
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight)
+
+    def dense(self) -> Tensor:
+        return self.weight.clone()
+
+    @property
+    def nbytes(self) -> int:
+        return self.weight.nbytes
+
+    def prepare(self) -> None:
+        """Stays as it is: few modules have such a part."""
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> "Dense":
+        return Dense(self.weight.to(device, dtype))
+
+    def rows(self, start: int, count: int) -> "Dense":
+        return Dense(self.weight[start : start + count])
+
+
+class Joined:
+    """Parts of a fused module that no one matmul serves: their results lie side by side."""
+
+    def __init__(self, parts: "Sequence[Quantised | Dense]") -> None:
+        self.parts = list(parts)
+        self.dtype = parts[0].dtype
+        self.device = parts[0].device
+        self.is_prepared = False
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return torch.cat([part(x) for part in self.parts], dim=1)
+
+    def dense(self) -> Tensor:
+        return torch.cat([part.dense() for part in self.parts])
+
+    @property
+    def nbytes(self) -> int:
+        return sum(part.nbytes for part in self.parts)
+
+    def prepare(self) -> None:
+        for part in self.parts:
+            part.prepare()
+        self.is_prepared = True
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> "Joined":
+        return Joined([part.to(device, dtype) for part in self.parts])
+
+    def rows(self, start: int, count: int) -> "Quantised | Dense":
+        first = 0
+        for part in self.parts:
+            size = part.weight.shape[0]
+            if first <= start and start + count <= first + size:
+                return part.rows(start - first, count)
+            first += size
+        raise AssertionError("rows that no one part has")
+
+
+CodedForm = Quantised | Joined
+
+
+def quantise(weight: Tensor, scheme: str) -> Quantised:
+    """A dense weight as "int8", "int4" or "fp8"; each module says by which formula."""
+    make = {"int8": int8.quantise, "int4": int4.quantise, "fp8": fp8.quantise}[scheme]
+    return Quantised(make(weight.detach()), weight.dtype)
+
+
+def join(parts: "Sequence[Quantised | Dense]") -> CodedForm:
+    """One form of the parts of a fused module, which keep their own scales."""
+    coded = [part for part in parts if isinstance(part, Quantised)]
+    if len(coded) < len(parts) or not all(_fit(coded[0], part) for part in coded[1:]):
+        return Joined(parts)
+    if len(coded) == 1:
+        return coded[0]
+    first = coded[0]
+    fields = [_fields(part.weight) for part in coded]
+    stacked = {name: torch.cat([each[name] for each in fields], dim=1) for name in fields[0] if name != "codes"}
+    stacked["codes"] = torch.cat([each["codes"].view(torch.uint8) for each in fields]).view(first.weight.codes.dtype)
+    return Quantised(_with(first.weight, stacked), first.dtype, first.order)
+
+
+def of_coded(coded: CodedWeight, dtype: torch.dtype) -> Quantised | None:
+    """What a checkpoint's format tells of a weight, on the CPU; None for what has no such form: a table of values, or
+    groups of unequal sizes."""
+    grouped = _regular_groups(coded.groups, coded.codes.shape[1])
+    if coded.table is not None or grouped is None:
+        return None
+    size, order = grouped
+    q, zeros = coded.codes, coded.zeros
+    rows, columns = q.shape
+    groups = -(-columns // size)
+    middle = 1 << (coded.bits - 1)
+    if q.dtype == torch.uint8:  # unsigned: the middle moves to 0
+        q = (q.to(torch.int16) - middle).to(torch.int8)
+        zeros = torch.full((1, groups), -middle) if zeros is None else zeros.to(torch.int16) - middle
+        if coded.minima is None and not bool(zeros.any()):
+            zeros = None
+    if order is not None:
+        q = q.view(torch.uint8)[:, order].view(q.dtype)
+    block = nibble_block(columns, size) if coded.bits == 4 else None
+    weight = QuantizedWeight(
+        codes=q.contiguous() if block is None else pack_nibbles(q.contiguous(), block),
+        scales=_across(coded.scales, rows, groups),
+        group_size=size,
+        zeros=None if zeros is None else _across(zeros, rows, groups).to(torch.int8),
+        minima=None if coded.minima is None else _across(coded.minima, rows, groups),
+    )
+    return Quantised(weight, dtype, order)
+
+
+def _regular_groups(groups: int | Tensor, columns: int) -> tuple[int, Tensor | None] | None:
+    """(size, order of columns): groups of one size, of which the last may be smaller. None if they are not such."""
+    if isinstance(groups, int):
+        return groups or columns, None
+    order = groups.argsort(stable=True)
+    in_order = groups[order]
+    size = int((in_order == in_order[0]).sum())
+    if not torch.equal(in_order, torch.arange(columns) // size):
+        return None
+    return size, None if torch.equal(order, torch.arange(columns)) else order
+
+
+def _across(values: Tensor, rows: int, groups: int) -> Tensor:
+    """[rows or 1, groups] -> [groups, rows]."""
+    return values.expand(rows, groups).t().contiguous()
+
+
+def _fit(first: Quantised, other: Quantised) -> bool:
+    """Whether one matmul serves both."""
+    a, b = _fields(first.weight), _fields(other.weight)
+    if (first.order is None) != (other.order is None) or first.weight.group_size != other.weight.group_size:
+        return False
+    if first.order is not None and other.order is not None and not torch.equal(first.order, other.order):
+        return False
+    return {name: value.dtype for name, value in a.items()} == {name: value.dtype for name, value in b.items()}
+
+
+def _fields(weight: QuantizedWeight) -> dict[str, Tensor]:
+    names = ("codes", "scales", "zeros", "minima")
+    return {name: getattr(weight, name) for name in names if getattr(weight, name) is not None}
+
+
+def _with(weight: QuantizedWeight, fields: dict[str, Tensor]) -> QuantizedWeight:
+    """Of the same groups, with other tensors."""
+    return QuantizedWeight(
+        fields["codes"], fields["scales"], weight.group_size, fields.get("zeros"), fields.get("minima")
+    )

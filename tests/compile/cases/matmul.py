@@ -1,0 +1,41 @@
+"""quantized_matmul at the shapes of Llama 3.1 8B, for few tokens and for many."""
+
+from collections.abc import Iterator
+
+import torch
+
+from llama.kernels.gpu.matmul import multiply
+from llama.kernels.types import QuantizedWeight
+from tests.compile.harness import Case
+
+DTYPES = {"int4": torch.int16, "int8": torch.int8, "fp8": torch.float8_e4m3fn}
+
+
+def _call(way: str, shape: tuple[int, int], size: int, zeros: bool, minima: bool, tokens: int) -> object:
+    rows, columns = shape
+    groups = columns // size
+    codes = torch.empty(rows, columns // 4 if way == "int4" else columns, dtype=DTYPES[way], device="meta")
+    scales, least = torch.empty(2, groups, rows, dtype=torch.bfloat16, device="meta")
+    points = torch.empty(groups, rows, dtype=torch.int8, device="meta")
+    weight = QuantizedWeight(codes, scales, size, points if zeros else None, least if minima else None)
+    x = torch.empty(tokens, columns, dtype=torch.bfloat16, device="meta")
+    return multiply(x, weight, processors=132)
+
+
+def cases() -> Iterator[Case]:
+    square, down, gate_up = (4096, 4096), (4096, 14336), (28672, 4096)
+    few = [("int4", square, 128), ("int4", down, 64), ("int8", square, 4096), ("int8", down, 128)]
+    few += [("fp8", gate_up, 4096), ("fp8", down, 128)]
+    # With the processors of an H200: K of the square ones is split.
+    calls = [(way, shape, size, False, False, 1) for way, shape, size in few]
+    calls += [("int4", gate_up, 128, True, False, 1), ("int4", gate_up, 32, True, True, 1)]
+    calls += [("int4", down, 128, False, False, 2048), ("int4", down, 32, True, True, 2048)]
+    calls += [("int8", down, 14336, False, False, 2048), ("fp8", down, 14336, False, False, 2048)]
+    for way, shape, size, zeros, minima, tokens in calls:
+        told = f"{way} {shape[0]}x{shape[1]} groups of {size}{' zeros' * zeros}{' minima' * minima} {tokens}"
+        yield Case(
+            f"matmul {told}",
+            lambda arguments=(way, shape, size, zeros, minima, tokens): _call(*arguments),
+            wide_loads=("_matmul_kernel",),
+            tensor_cores=("_matmul_kernel",),
+        )

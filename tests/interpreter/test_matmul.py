@@ -1,0 +1,113 @@
+"""quantized_matmul of every form against its twin, in the interpreter."""
+
+import pytest
+import torch
+
+from llama.kernels import ops
+from llama.kernels.cpu import matmul as cpu
+from llama.kernels.gpu import matmul
+from llama.kernels.types import QuantizedWeight
+
+TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3}
+
+
+def made(way, rows, columns, size, *, zeros=False, minima=False, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    groups = -(-columns // size)
+    if way == "fp8":
+        codes = torch.randn(rows, columns, generator=generator).mul(40).to(torch.float8_e4m3fn)
+    else:
+        least = -8 if way == "int4" else -128
+        codes = torch.randint(least, -least, (rows, columns), generator=generator, dtype=torch.int8)
+    if way == "int4":
+        codes = cpu.pack_nibbles(codes, cpu.nibble_block(columns, size))
+    zero_points = torch.randint(-8, 8, (groups, rows), generator=generator, dtype=torch.int8)
+    scales, least = torch.rand(2, groups, rows, generator=generator) + 0.5
+    return QuantizedWeight(codes, scales, size, zero_points if zeros else None, least if minima else None)
+
+
+def check(weight, tokens, dtype):
+    x = torch.randn(tokens, weight.shape[1], generator=torch.Generator().manual_seed(1)).to(dtype)
+    actual = ops.quantized_matmul(x, weight)
+    assert actual.dtype == dtype
+    w = cpu.widen(weight).double()
+    bound = TOLERANCE[dtype] * (x.double().abs() @ w.abs().T)
+    assert bool(((actual.double() - x.double() @ w.T).abs() <= bound).all())
+
+
+SHAPES = {
+    "int4": [(8, 64, 16), (24, 192, 32), (70, 192, 64), (64, 512, 128), (33, 320, 320)],
+    "int8": [(8, 40, 40), (70, 300, 300), (64, 192, 64), (20, 96, 16), (64, 384, 384)],
+    "fp8": [(8, 40, 40), (70, 300, 300), (64, 256, 128), (33, 192, 128)],
+}
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize(("way", "shape"), [(way, shape) for way in SHAPES for shape in SHAPES[way]], ids=str)
+def test_products(way, shape, dtype):
+    check(made(way, *shape), 3, dtype)
+
+
+@pytest.mark.parametrize(("way", "shape"), [("int4", (24, 192, 32)), ("int8", (24, 192, 64)), ("int8", (8, 40, 40))])
+@pytest.mark.parametrize(("zeros", "minima"), [(True, False), (False, True), (True, True)])
+def test_zero_points_and_minima(way, shape, zeros, minima):
+    check(made(way, *shape, zeros=zeros, minima=minima), 17, torch.float32)
+
+
+@pytest.mark.parametrize("way", SHAPES)
+def test_many_tokens(way):
+    check(made(way, 130, 128, 64 if way == "int4" else 128), 65, torch.float32)
+
+
+def test_all_values_of_e4m3():
+    codes = torch.arange(256, dtype=torch.uint8)
+    codes[(codes & 0x7F) == 0x7F] = 0  # NaN
+    weight = QuantizedWeight(codes.view(torch.float8_e4m3fn).view(16, 16), torch.ones(1, 16), 16)
+    for dtype in TOLERANCE:
+        assert torch.equal(ops.quantized_matmul(torch.eye(16, dtype=dtype), weight).float(), cpu.widen(weight).T)
+
+
+def test_all_values_of_int8_and_of_nibbles():
+    codes = torch.arange(-128, 128).to(torch.int8).view(4, 64)
+    weight = QuantizedWeight(codes, torch.ones(1, 4), 64)
+    assert torch.equal(ops.quantized_matmul(torch.eye(64), weight), codes.float().T)
+    codes = (torch.arange(256) % 16 - 8).to(torch.int8).view(4, 64)
+    weight = QuantizedWeight(cpu.pack_nibbles(codes, 64), torch.ones(4, 4), 16)
+    for dtype in TOLERANCE:
+        assert torch.equal(ops.quantized_matmul(torch.eye(64, dtype=dtype), weight).float(), codes.float().T)
+
+
+@pytest.mark.parametrize("way", SHAPES)
+def test_splits_of_k_and_independent_rows(way, monkeypatch):
+    """In whole numbers, whose sums have one value in any order: the order of the interpreter's dot varies."""
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randint(-8, 8, (64, 1024), generator=generator, dtype=torch.int8)
+    if way == "int4":
+        codes = cpu.pack_nibbles(codes, 256)
+    elif way == "fp8":
+        codes = codes.to(torch.float8_e4m3fn)
+    scales = 2.0 ** torch.randint(-2, 3, (8, 64), generator=generator)
+    weight = QuantizedWeight(codes, scales, 128)
+    x = torch.randint(-4, 5, (20, 1024), generator=generator).float()
+    monkeypatch.setattr(matmul, "multiprocessor_count", lambda device: 4)
+    assert matmul._splits(64, 1024, matmul._columns(weight, way), 64, 4) > 1
+    expected = x @ cpu.widen(weight).T
+    for tokens in (1, 16, 20):
+        assert torch.equal(ops.quantized_matmul(x[:tokens], weight), expected[:tokens])
+
+
+def test_no_tokens_and_strided_rows():
+    weight = made("int8", 8, 64, 64)
+    assert ops.quantized_matmul(torch.empty(0, 64), weight).shape == (0, 8)
+    x = torch.randn(6, 64)
+    assert torch.equal(ops.quantized_matmul(x[::2], weight), ops.quantized_matmul(x[::2].contiguous(), weight))
+
+
+def test_what_does_not_fit_is_refused():
+    with pytest.raises(ValueError, match="quantized_matmul: shapes or dtypes do not fit together: x float32"):
+        ops.quantized_matmul(torch.empty(2, 32), made("int8", 8, 64, 64))
+    with pytest.raises(ValueError, match="must be contiguous"):
+        codes = torch.zeros(64, 8, dtype=torch.int8).T
+        ops.quantized_matmul(torch.empty(2, 64), QuantizedWeight(codes, torch.ones(1, 8), 64))
+    with pytest.raises(ValueError, match=r"scales must be \[1, 8\], got \[8, 1\]"):
+        QuantizedWeight(torch.zeros(8, 64, dtype=torch.int8), torch.ones(8, 1), 64)
