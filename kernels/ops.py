@@ -10,7 +10,16 @@ from torch import Tensor, float32, int64
 from llama.kernels import differentiable
 from llama.kernels.checks import INTERPRETED as _INTERPRETED
 from llama.kernels.logprobs import Logprobs
-from llama.kernels.types import CosSin, KVLayer, QuantizedWeight, Ragged, Sampled, SamplerRows, SamplerState, TokenAdapters
+from llama.kernels.types import (
+    CosSin,
+    KVLayer,
+    QuantizedWeight,
+    Ragged,
+    Sampled,
+    SamplerRows,
+    SamplerState,
+    TokenAdapters,
+)
 
 if __name__ != "llama.kernels.ops":
     raise ImportError("the ops are imported as llama.kernels.ops: under a second name they would exist twice")
