@@ -48,7 +48,7 @@ IMPORT_ORDER = {
         speculative_config ngrams
         config adapters blocks device graphs
         request
-        sequence
+        sequence token_rules
         plan
         sampler
         memory verification
@@ -83,6 +83,7 @@ WITHOUT_TORCH = (
     "llama/engine/speculation.py",
     "llama/engine/request.py",
     "llama/engine/sequence.py",
+    "llama/engine/token_rules.py",
     "llama/engine/blocks.py",
     "llama/engine/plan.py",
     "llama/engine/adapters.py",

@@ -10,10 +10,7 @@ Neutral = Mapping[str, tuple[Any, ...]]  # name -> the values
 
 # Of vLLM's SamplingParams.
 SAMPLING: Neutral = {
-    "allowed_token_ids": (None,),
-    "bad_words": (None, []),
     "best_of": (None, 1),
-    "detokenize": (True,),
     "early_stopping": (False,),
     "extra_args": (None, {}),
     "flat_logprobs": (False,),
@@ -24,15 +21,14 @@ SAMPLING: Neutral = {
     "repetition_detection": (None,),
     "skip_clone": (False,),
     "skip_reading_prefix_cache": (None, False),
-    "skip_special_tokens": (True,),
     "spaces_between_special_tokens": (True,),
     "thinking_token_budget": (None,),
-    "truncate_prompt_tokens": (None,),
     "use_beam_search": (False,),
 }
 # Of the bodies of OpenAI's routes, as OpenAI and vLLM have them. Null is absent.
 _BODY: Neutral = {
     **SAMPLING,
+    "detokenize": (True,),
     "cache_salt": (),
     "chat_template": (),
     "guided_whitespace_pattern": (),
@@ -46,11 +42,8 @@ _BODY: Neutral = {
 }
 CHAT: Neutral = {
     **_BODY,
-    "add_generation_prompt": (True,),
     "add_special_tokens": (False,),
     "audio": (),
-    "chat_template_kwargs": ({},),
-    "continue_final_message": (False,),
     "documents": ([],),
     "echo": (False,),
     "function_call": ("auto", "none"),

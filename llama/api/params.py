@@ -34,8 +34,6 @@ _INSTEAD = {
     "max_length": "max_tokens counts the new tokens alone",
     "min_length": "min_tokens counts the new tokens alone",
     "guided_decoding": "structured_outputs constrains the output",
-    "bad_words": "logit_bias forbids single tokens",
-    "allowed_token_ids": "response_format or logit_bias constrain the output",
 }
 _FORMATS: dict[str, tuple[str, type, str] | None] = {  # type -> the key that goes with it, and what that holds
     "json_object": None,
@@ -96,8 +94,15 @@ class SamplingParams:
     min_tokens: int = _option(0, "no end before that many tokens")
     stop: str | SequenceOf[str] = _option((), "end before any of these texts")
     stop_token_ids: SequenceOf[int] = _option((), "end at any of these token ids")
+    bad_words: str | SequenceOf[str] = _option((), "words that must not occur, at a text's beginning or behind a space")
+    allowed_token_ids: SequenceOf[int] | None = _option(None, "the only token ids that may occur")
     include_stop_str_in_output: bool = _option(False, "keep the text that stopped the answer")
     ignore_eos: bool = _option(False, "continue after the model's own end")
+    skip_special_tokens: bool = _option(True, "leave special tokens out of the text")
+    detokenize: bool = _option(True, "make text of the tokens")
+    truncate_prompt_tokens: int | None = _option(
+        None, "keep that many of the prompt's last tokens, -1 = as many as leave room for max_tokens"
+    )
     logprobs: int | None = _option(None, "log-probabilities of that many top tokens")
     prompt_logprobs: int | None = _option(None, "the same for the prompt's tokens")
     logprobs_mode: Literal["raw", "processed"] = _option("raw", "processed: after penalties, temperature and filters")
@@ -124,16 +129,25 @@ class SamplingParams:
         put("min_tokens", _integer("min_tokens", self.min_tokens, 0, MAX_TOKENS))
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise _refusal("min_tokens", f"at most max_tokens ({self.max_tokens})", self.min_tokens)
-        put("stop", _stop(self.stop))
+        put("stop", _texts("stop", self.stop))
+        put("bad_words", _texts("bad_words", self.bad_words))
+        if self.allowed_token_ids is not None:
+            put("allowed_token_ids", _allowed(self.allowed_token_ids))
         ids = _listed("stop_token_ids", self.stop_token_ids, "token ids")
         checked = [_integer("stop_token_ids", each, 0, place=": each id") for each in ids]
         put("stop_token_ids", tuple(dict.fromkeys(checked)))
         if self.prediction is not None and not isinstance(self.prediction, str):
             ids = _listed("prediction", self.prediction, "token ids, or a text")
             put("prediction", tuple(_integer("prediction", each, 0, place=": each id") for each in ids))
-        for name in ("include_stop_str_in_output", "ignore_eos", "speculative"):
-            if not isinstance(getattr(self, name), bool):
-                raise _refusal(name, "True or False", getattr(self, name))
+        for option in fields(self):
+            if isinstance(option.default, bool) and not isinstance(getattr(self, option.name), bool):
+                raise _refusal(option.name, "True or False", getattr(self, option.name))
+        if self.stop and not self.detokenize:
+            raise ParameterError("stop needs detokenize=True: stop strings are looked for in the text", "stop")
+        if self.truncate_prompt_tokens is not None:
+            put("truncate_prompt_tokens", _integer("truncate_prompt_tokens", self.truncate_prompt_tokens, -1))
+            if self.truncate_prompt_tokens == 0:
+                raise _refusal("truncate_prompt_tokens", "an integer of at least 1, or -1", 0)
         for name in ("logprobs", "prompt_logprobs"):
             wanted = getattr(self, name)
             put(name, None if wanted is None else _integer(name, wanted, 0, MAX_LOGPROBS))
@@ -214,14 +228,21 @@ def _listed(name: str, values: Any, what: str) -> list[Any]:
     return list(values)
 
 
-def _stop(value: Any) -> tuple[str, ...]:
-    stop = [value] if isinstance(value, str) else _listed("stop", value, "strings, or one string")
-    for text in stop:
+def _texts(name: str, value: Any) -> tuple[str, ...]:
+    texts = [value] if isinstance(value, str) else _listed(name, value, "strings, or one string")
+    for text in texts:
         if not isinstance(text, str) or not text:
-            raise ParameterError(f"stop must hold strings that are not empty, got {reprlib.repr(text)}", "stop")
+            raise ParameterError(f"{name} must hold strings that are not empty, got {reprlib.repr(text)}", name)
         if any("\ud800" <= character <= "\udfff" for character in text):
-            raise ParameterError(f"stop must hold valid text, got a lone surrogate in {reprlib.repr(text)}", "stop")
-    return tuple(stop)
+            raise ParameterError(f"{name} must hold valid text, got a lone surrogate in {reprlib.repr(text)}", name)
+    return tuple(texts)
+
+
+def _allowed(value: Any) -> tuple[int, ...]:
+    ids = _listed("allowed_token_ids", value, "token ids")
+    if not ids:
+        raise _refusal("allowed_token_ids", "a list of at least one token id", value)
+    return tuple(dict.fromkeys(_integer("allowed_token_ids", each, 0, place=": each id") for each in ids))
 
 
 def _bias(value: Any) -> dict[int, float] | None:

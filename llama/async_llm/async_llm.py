@@ -17,7 +17,7 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Unpack
 
 from llama.api.errors import EngineClosedError, EngineDeadError, QueueFullError
 from llama.api.outputs import Piece
@@ -29,7 +29,7 @@ from llama.engine.engine import EngineMetrics
 from llama.engine.request import Request
 from llama.llm.llm import LLM
 from llama.llm.loras import LoraInfo, describe, read_lora
-from llama.llm.requests import Message, Prompt, ToolChoice
+from llama.llm.requests import Message, Prompt, Rendering, ToolChoice
 from llama.llm.taps import tapped
 from llama.model.capture import Capture
 from llama.model.taps import Interventions
@@ -103,10 +103,11 @@ class AsyncLLM:
         *,
         tool_choice: ToolChoice = "auto",
         request_id: str | None = None,
+        **rendering: Unpack[Rendering],
     ) -> AsyncIterator[Piece]:
         """The pieces of the answer to one conversation."""
         async with await self.submit_chat(
-            messages, sampling_params, tools, lora, tool_choice=tool_choice, request_id=request_id
+            messages, sampling_params, tools, lora, tool_choice=tool_choice, request_id=request_id, **rendering
         ) as stream:
             async for piece in stream:
                 yield piece
@@ -144,8 +145,9 @@ class AsyncLLM:
         clip: bool = True,
         capture: Capture | None = None,
         interventions: Interventions = None,
+        **rendering: Unpack[Rendering],
     ) -> Stream:
-        """submit() for a conversation."""
+        """submit() for a conversation, rendered as LLM.chat does it."""
         prepare = partial(
             self.llm.inputs.chat_request,
             messages,
@@ -155,6 +157,7 @@ class AsyncLLM:
             tool_choice=tool_choice,
             request_id=request_id,
             clip=clip,
+            **rendering,
         )
         grammar = grammar_key(_constraint(sampling_params), tools, tool_choice)
         # A template may be slow however short the messages are.

@@ -183,6 +183,12 @@ class BlockPool:
             if self._tokens[block] is not None:
                 self._withdraw(block)
 
+    def unpublish_all(self) -> None:
+        """Empty the prefix cache; owned blocks stay their owners'."""
+        for block in range(self.num_blocks):
+            if self._tokens[block] is not None:
+                self._withdraw(block)
+
     def _child(self, root: bytes, parent: int, tokens: bytes) -> tuple[int, bytes | None]:
         """The published block with these tokens behind `parent`, and its key where that had to be made."""
         if parent != NONE:

@@ -165,8 +165,10 @@ class Engine:
         if request.request_id in self.scheduler:
             raise ParameterError(f"request_id {request.request_id!r} is in use", "request_id")
         params, prompt = request.params, request.prompt_token_ids
-        if params.constraint is not None and request.new_matcher is None:
-            raise ParameterError(f"{params.constrained_by} needs a matcher of its grammar", params.constrained_by)
+        if request.new_matcher is None:
+            for name in ("response_format", "structured_outputs", "allowed_token_ids", "bad_words"):
+                if getattr(params, name):
+                    raise ParameterError(f"{name} needs a matcher", name)
         limit = self.limit(len(prompt), params.max_tokens)
         seed = self._seeds.next() if params.seed is None else params.seed
         sequences = [
@@ -208,6 +210,10 @@ class Engine:
     def adapters(self) -> Adapters:
         """The LoRA adapters that requests can name. Adding and removing is legal while requests run."""
         return self.scheduler.adapters
+
+    def reset_prefix_cache(self) -> None:
+        """Forget the K and V of earlier prompts; requests that run keep what they have."""
+        self.pool.unpublish_all()
 
     def abort(self, request_id: str) -> None:
         """End a request. Unknown ids and requests that have ended are ignored."""

@@ -98,6 +98,7 @@ def check_params(params: SamplingParams, vocab_size: int) -> None:
     for name, ids in (
         ("stop_token_ids", params.stop_token_ids),
         ("logit_bias", params.logit_bias or ()),
+        ("allowed_token_ids", params.allowed_token_ids or ()),
         ("prediction", prediction),
     ):
         for token in ids:

@@ -14,10 +14,10 @@ from contextlib import contextmanager
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar, Unpack, cast
 
 import torch
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from llama.api.errors import ParameterError
 from llama.api.outputs import Piece, RequestOutput
@@ -32,6 +32,7 @@ from llama.llm.requests import (
     Inputs,
     Message,
     Prompt,
+    Rendering,
     ToolChoice,
     as_conversations,
     as_prompts,
@@ -181,16 +182,20 @@ class LLM(Scoring):
         request_ids: Sequence[str] | None = None,
         capture: Capture | Sequence[Capture | None] | None = None,
         interventions: Interventions = None,
+        **rendering: Unpack[Rendering],
     ) -> list[RequestOutput]:
         """Answer one conversation, or each of several. What a message holds is text, never a control token.
 
         tool_choice, as OpenAI spells it: "auto" lets the model decide, "none" hides the tools from it, "required" holds
         the answer to a call of one of them, {"type": "function", "function": {"name": NAME}} to a call of that one.
+
+        rendering: continue_final_message=True goes on with the last message; add_generation_prompt=False leaves out the
+        assistant's header; chat_template is the text of another template, chat_template_kwargs are variables of it.
         """
         listed = as_conversations(messages)
         each_params = one_per_prompt("sampling_params", sampling_params, len(listed))
         each_lora = self._loras(lora, lora_request, len(listed))
-        ask = partial(self.inputs.chat_request, tools=tools, tool_choice=tool_choice)
+        ask = partial(self.inputs.chat_request, tools=tools, tool_choice=tool_choice, **rendering)
         ids = [None] * len(listed) if request_ids is None else one_per_prompt("request_ids", request_ids, len(listed))
         asked = zip(listed, each_params, each_lora, ids, strict=True)
         requests = [ask(*rest, request_id=request_id) for *rest, request_id in asked]
@@ -207,24 +212,46 @@ class LLM(Scoring):
         tool_choice: ToolChoice = "auto",
         capture: Capture | None = None,
         interventions: Interventions = None,
+        **rendering: Unpack[Rendering],
     ) -> Pieces:
         """The answer to one prompt or conversation as it is written, for a loop to read. The engine takes the request
         here, so every refusal comes from this call. Closing or dropping what it returns aborts the request; the pieces
-        of each completion add up to what generate() or chat() would have given. `tools` and `tool_choice`, as in
-        chat(), need a conversation."""
+        of each completion add up to what generate() or chat() would have given. `tools`, `tool_choice` and
+        `rendering`, as in chat(), need a conversation."""
         [lora] = self._loras(lora, lora_request, 1)
         if is_conversation(prompt_or_messages):
-            chat_request = self.inputs.chat_request
-            request = chat_request(prompt_or_messages, sampling_params, lora, tools=tools, tool_choice=tool_choice)
-        elif tools or tool_choice != "auto":
-            raise ParameterError("tools and tool_choice need a conversation: give a list of messages", "tools")
+            ask = partial(self.inputs.chat_request, tools=tools, tool_choice=tool_choice, **rendering)
+            request = ask(prompt_or_messages, sampling_params, lora)
+        elif tools or tool_choice != "auto" or rendering:
+            name = next(iter(rendering), "tools")
+            raise ParameterError(f"{name} needs a conversation: give a list of messages", name)
         else:
             request = self.inputs.request(cast(Prompt, prompt_or_messages), sampling_params, lora)
         [request] = tapped(self.engine, [request], capture, interventions)
         with _interrupts_held():
             return Pieces(self.replies, self.replies.add(request), self._step)
 
+<<<<<<< HEAD
     def load_lora(self, name: str, path: str | Path, replace: bool = False) -> LoraInfo:
+=======
+    def get_tokenizer(self) -> Tokenizer:
+        """ParameterError where there is none."""
+        if self.tokenizer is None:
+            raise ParameterError("this model takes token ids only: it has no tokenizer", "tokenizer")
+        return self.tokenizer
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """What a request without a SamplingParams gets: the checkpoint's generation_config.json over neutral values."""
+        return self.inputs.defaults
+
+    def reset_prefix_cache(self) -> bool:
+        """Forget the K and V of earlier prompts, as after a change of weights. Legal while requests run: they keep
+        theirs."""
+        self.replies.reset_prefix_cache()
+        return True
+
+    def load_lora(self, name: str, path: str | Path) -> LoraInfo:
+>>>>>>> 2f8173d (vLLM's bad_words, allowed_token_ids, skip_special_tokens, detokenize, truncate_prompt_tokens; continued messages and other templates in chat; arrays as prompts)
         """Load a PEFT adapter's folder; requests ask for it with lora=name. AdapterError (a ValueError) says what is
         wrong with it. With `replace` one of that name makes way; requests that run with it keep it to their end. Legal
         while requests run."""

@@ -70,8 +70,8 @@ class _Completion:
         if self.tokenizer is None:
             return None
         tag = self.tokenizer.special_tokens.get(PYTHON_TAG) if self.parser else None  # it announces a call
-        keep = {*self.stop_tokens, *(() if tag is None else (tag,))}
-        return IncrementalDecoder(self.tokenizer, prompt_token_ids, keep=keep)
+        keep, skip = {*self.stop_tokens, *(() if tag is None else (tag,))}, self.params.skip_special_tokens
+        return IncrementalDecoder(self.tokenizer, prompt_token_ids, skip_special_tokens=skip, keep=keep)
 
     @property
     def ended(self) -> bool:
@@ -164,7 +164,7 @@ class Reply:
 
     def __init__(self, request: Request, seeds: list[int], tokenizer: Tokenizer | None, queued: float) -> None:
         self.request = request
-        self.tokenizer = tokenizer
+        self.tokenizer = tokenizer = tokenizer if request.params.detokenize else None
         self.streams = False  # set by a stream: then pieces wait in `pending` until they are taken
         self.pending: deque[Piece] = deque()
         prompt_token_ids: list[int] = request.prompt_token_ids.tolist()
@@ -298,6 +298,10 @@ class Replies:
                 raise
             self._live[request.request_id] = reply
             return reply
+
+    def reset_prefix_cache(self) -> None:
+        with self._turn():
+            self.engine.reset_prefix_cache()
 
     def step(self, unless: Callable[[], bool] = lambda: False) -> list[tuple[Reply, Piece]]:
         """One engine step; every new piece, with the reply that it belongs to. Nothing where `unless()` is true by the

@@ -1,17 +1,19 @@
 """From what a caller types to a Request: forms of prompts, defaults of sampling, checks before anything is enqueued."""
 
 import reprlib
+import threading
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from numbers import Integral
-from typing import Any, TypeGuard
+from typing import Any, TypedDict, TypeGuard, Unpack
 
 from llama.api.errors import ParameterError, blamed_on
 from llama.api.params import SamplingParams
 from llama.engine.engine import Engine
-from llama.engine.request import Request, check_room
+from llama.engine.request import Request, TokenMatcher, check_room
+from llama.engine.token_rules import TokenRules
 from llama.llm.replies import tokens_of_stops
 from llama.text.chat import ChatTemplate
 from llama.text.chat.prepare import prepare_tools, tool_name
@@ -22,6 +24,27 @@ Message = Mapping[str, Any]
 Prompt = str | Sequence[int] | Mapping[str, Any]
 ToolChoice = str | Mapping[str, Any]  # as OpenAI spells it
 MAX_REQUEST_ID = 256
+_KEPT_TEMPLATES = 4
+
+
+class Rendering(TypedDict, total=False):
+    """How a conversation becomes a prompt. `continue_final_message` goes on with the last message instead of answering
+    it; `add_generation_prompt` (by default the opposite) ends the prompt with the assistant's header. `chat_template`
+    is the text of another template, `chat_template_kwargs` are variables of it."""
+
+    add_generation_prompt: bool | None
+    continue_final_message: bool
+    chat_template: str | None
+    chat_template_kwargs: Mapping[str, Any] | None
+
+
+def as_lists(value: Any) -> Any:
+    """NumPy arrays and tensors of token ids as lists, be they the value or what it lists."""
+    if getattr(value, "ndim", 0) in (1, 2) and hasattr(value, "tolist"):
+        return value.tolist()
+    if isinstance(value, list | tuple) and value and hasattr(value[0], "tolist"):
+        return [each.tolist() if hasattr(each, "tolist") else each for each in value]
+    return value
 
 
 def is_token_ids(value: Any) -> TypeGuard[Sequence[int]]:
@@ -34,6 +57,7 @@ def is_conversation(value: Any) -> TypeGuard[Sequence[Message]]:
 
 def as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     """One prompt or many, as a list."""
+    prompts = as_lists(prompts)
     if isinstance(prompts, str | Mapping) or is_token_ids(prompts):
         return [prompts]
     if not isinstance(prompts, list | tuple):
@@ -100,8 +124,8 @@ def choose(tools: Sequence[Mapping[str, Any]] | None, choice: ToolChoice) -> Too
 
 
 class Inputs:
-    """What is needed to turn prompts into Requests. Has no mutable state but the grammars that it
-    keeps: safe to share between threads."""
+    """What is needed to turn prompts into Requests. Has no mutable state but the grammars and templates that it keeps:
+    safe to share between threads."""
 
     def __init__(
         self, engine: Engine, tokenizer: Tokenizer | None, template: ChatTemplate | None, defaults: SamplingParams
@@ -110,6 +134,8 @@ class Inputs:
         self.tokenizer = tokenizer
         self.template = template
         self.defaults = defaults
+        self._templates: dict[str, ChatTemplate] = {}  # that requests brought
+        self._lock = threading.Lock()
 
     def request(
         self,
@@ -124,7 +150,8 @@ class Inputs:
         that the context has no room for are a ContextLengthError."""
         params, request_id = self._checked(params, request_id, lora)
         with blamed_on("prompt"):
-            text, token_ids = self._encode(prompt, None if clip else params.max_tokens)
+            text, token_ids = self._encode(prompt, self._length_check(params, clip))
+            token_ids = self._truncated(token_ids, params)
             request = self.engine.request(request_id, token_ids, params, prompt=text, lora=lora, clip=clip)
         return self._constrained(request, Tools(None))
 
@@ -138,39 +165,94 @@ class Inputs:
         tool_choice: ToolChoice = "auto",
         request_id: str | None = None,
         clip: bool = True,
+        **rendering: Unpack[Rendering],
     ) -> Request:
         """A conversation, rendered by the checkpoint's template with the assistant's header at its end."""
-        if self.template is None:
-            raise ParameterError("chat needs a tokenizer: this model takes token ids only", "messages")
         params, request_id = self._checked(params, request_id, lora)
         chosen = choose(tools, tool_choice)
-        check = partial(self._check_length, max_tokens=None if clip else params.max_tokens)
+        check = self._length_check(params, clip)
         with blamed_on("messages"):
-            text, token_ids = self.template.prompt(messages, tools=chosen.shown, check=check)
+            text, token_ids = self.render(messages, chosen.shown, check, **rendering)
+            token_ids = self._truncated(token_ids, params)
             request = self.engine.request(request_id, token_ids, params, prompt=text, lora=lora, clip=clip)
         return self._constrained(request, chosen)
 
-    def _encode(self, prompt: Prompt, max_tokens: int | None) -> tuple[str | None, Sequence[int]]:
-        """`max_tokens`: what must fit behind it; None: anything."""
+    def render(
+        self,
+        messages: Sequence[Message],
+        tools: list[dict[str, Any]] | None = None,
+        check: Callable[[str], None] = lambda text: None,
+        **rendering: Unpack[Rendering],
+    ) -> tuple[str, Sequence[int]]:
+        """The prompt that a conversation becomes: as text, which `check` may refuse, and as token ids."""
+        template = self.template
+        if template is None or self.tokenizer is None:
+            raise ParameterError("chat needs a tokenizer: this model takes token ids only", "messages")
+        if unknown := sorted(rendering.keys() - Rendering.__annotations__.keys()):
+            raise TypeError(f"a chat has no argument {unknown[0]!r}")
+        if (text := rendering.get("chat_template")) is not None:
+            with blamed_on("chat_template"):
+                template = self._other_template(text)
+        continues = rendering.get("continue_final_message", False)
+        ends_with_header = rendering.get("add_generation_prompt")
+        kwargs = rendering.get("chat_template_kwargs") or {}
+        for name, value in (("continue_final_message", continues), ("add_generation_prompt", ends_with_header)):
+            if not isinstance(value, bool | None):
+                raise ParameterError(f"{name} must be True or False, got {value!r}", name)
+        if not isinstance(kwargs, Mapping) or not all(isinstance(name, str) for name in kwargs):
+            raise ParameterError(f"chat_template_kwargs must be a dict, got {kwargs!r}", "chat_template_kwargs")
+        if ends_with_header is None:
+            ends_with_header = not continues
+        own = {"messages", "tools", "add_generation_prompt", "continue_final_message", "check", "self"}
+        if taken := sorted(kwargs.keys() & own):
+            raise ParameterError(f"chat_template_kwargs must not hold {taken[0]!r}", "chat_template_kwargs")
+        return template.prompt(messages, tools, ends_with_header, bool(continues), check=check, **kwargs)
+
+    def _other_template(self, text: str) -> ChatTemplate:
+        if not isinstance(text, str):
+            raise ValueError(f"chat_template must be a template's text, got {text!r}")
+        assert self.tokenizer is not None
+        with self._lock:
+            if text not in self._templates:
+                if len(self._templates) == _KEPT_TEMPLATES:
+                    self._templates.pop(next(iter(self._templates))).close()
+                self._templates[text] = ChatTemplate(self.tokenizer, {"default": text})
+            return self._templates[text]
+
+    def _encode(self, prompt: Prompt, check: Callable[[str], None]) -> tuple[str | None, Sequence[int]]:
         if isinstance(prompt, Mapping):
-            return self._encode_mapping(prompt, max_tokens)
+            return self._encode_mapping(prompt, check)
         if isinstance(prompt, str):
             if self.tokenizer is None:
                 raise ValueError("text prompts need a tokenizer: this model takes token ids only")
             if not prompt:
                 raise ValueError("prompt is empty")
-            self._check_length(prompt, max_tokens)
+            check(prompt)
             return prompt, self.tokenizer.encode(prompt)
+        prompt = as_lists(prompt)
         if not isinstance(prompt, list | tuple):
             raise ValueError(f"a prompt must be a string, token ids or a dict, got {type(prompt).__name__}")
         return None, prompt
 
-    def _check_length(self, text: str, max_tokens: int | None) -> None:
+    def _length_check(self, params: SamplingParams, clip: bool) -> Callable[[str], None]:
         """ContextLengthError for a text that is too long however it is encoded: that may take seconds and gigabytes."""
-        if self.tokenizer is not None and len(text) + (max_tokens or 1) > (most := self.engine.config.context_len):
-            check_room(self.tokenizer.min_tokens(text), max_tokens, most, at_least=True)
+        most, max_tokens = self.engine.config.context_len, None if clip else params.max_tokens
 
-    def _encode_mapping(self, prompt: Mapping[str, Any], max_tokens: int | None) -> tuple[str | None, Sequence[int]]:
+        def check(text: str) -> None:
+            if self.tokenizer is not None and len(text) + (max_tokens or 1) > most:
+                check_room(self.tokenizer.min_tokens(text), max_tokens, most, at_least=True)
+
+        return check if params.truncate_prompt_tokens is None else lambda text: None
+
+    def _truncated(self, token_ids: Sequence[int], params: SamplingParams) -> Sequence[int]:
+        asked = params.truncate_prompt_tokens
+        if asked == -1:
+            asked = max(1, self.engine.config.context_len - (params.max_tokens or 1))
+        return token_ids if asked is None else token_ids[-asked:]
+
+    def _encode_mapping(
+        self, prompt: Mapping[str, Any], check: Callable[[str], None]
+    ) -> tuple[str | None, Sequence[int]]:
         unknown = set(prompt) - {"prompt", "prompt_token_ids"}
         if unknown or not prompt:
             raise ValueError(f"a prompt dict holds prompt_token_ids or prompt, got {sorted(map(str, prompt))}")
@@ -178,7 +260,8 @@ class Inputs:
         if text is not None and not isinstance(text, str):
             raise ValueError(f"prompt must be a string, got {type(text).__name__}")
         if token_ids is None:
-            return self._encode(text or "", max_tokens)
+            return self._encode(text or "", check)
+        token_ids = as_lists(token_ids)
         if not isinstance(token_ids, list | tuple):
             raise ValueError(f"prompt_token_ids must be a list of token ids, got {type(token_ids).__name__}")
         return text, token_ids
@@ -220,6 +303,8 @@ class Inputs:
         """With the grammar that the answer is held to: a call that must be made goes before any other, and beside any
         other a call may be made."""
         params, grammar = request.params, None
+        if tools.shown and not params.detokenize:
+            raise ParameterError("tools need detokenize=True: calls are looked for in the text", "tools")
         try:
             if tools.must_call:
                 grammar = self._grammars.compile_tool_choice(tools.shown or (), tools.name)
@@ -230,6 +315,7 @@ class Inputs:
                 grammar = self._grammars.compile(params.constraint, params.constrained_by)
         except ImportError as error:
             raise ParameterError(str(error), params.constrained_by or "tool_choice") from None
+<<<<<<< HEAD
         return replace(
             request,
             tools=tools.parameters,
@@ -246,6 +332,27 @@ class Inputs:
         assert self.tokenizer is not None
         with blamed_on("prediction"):
             return self.tokenizer.encode_plain(params.prediction)
+=======
+        new_matcher: Callable[[], TokenMatcher] | None = None if grammar is None else grammar.matcher
+        if params.allowed_token_ids or params.bad_words:
+            rules = TokenRules(self.engine.vocab_size, params.allowed_token_ids, self._bad_sequences(params))
+            new_matcher = partial(rules.matcher, new_matcher)
+        return replace(request, tools=tools.parameters, new_matcher=new_matcher)
+
+    def _bad_sequences(self, params: SamplingParams) -> list[list[int]]:
+        """Each of bad_words as tokens at the beginning of a text, and behind a space where those differ: as vLLM does
+        it, only if both have the same length."""
+        if params.bad_words and self.tokenizer is None:
+            raise ParameterError("bad_words need a tokenizer: this model takes token ids only", "bad_words")
+        sequences: list[list[int]] = []
+        for word in params.bad_words:
+            assert self.tokenizer is not None
+            bare, spaced = (self.tokenizer.encode(p + word.lstrip(), add_special_tokens=False) for p in ("", " "))
+            sequences += [bare] if bare else []
+            if spaced and len(spaced) == len(bare) and spaced[0] != bare[0]:
+                sequences.append(spaced)
+        return sequences
+>>>>>>> 2f8173d (vLLM's bad_words, allowed_token_ids, skip_special_tokens, detokenize, truncate_prompt_tokens; continued messages and other templates in chat; arrays as prompts)
 
     @property
     def num_lost_workers(self) -> int:

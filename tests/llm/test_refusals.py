@@ -72,7 +72,7 @@ def test_bad_parameters_are_refused_by_name(llm):
     for messages in ("hello", [[]], {"role": "user"}, ["x"], [{"content": "x"}]):
         with pytest.raises(ValueError):
             llm.chat(messages)
-    with pytest.raises(ValueError, match="tools and tool_choice need a conversation"):
+    with pytest.raises(ValueError, match="tools needs a conversation"):
         llm.stream("x", tools=[{"name": "f"}])
 
 
@@ -265,7 +265,16 @@ FIELDS = [
             "prompt_logprobs": "x",
             "logprobs_mode": "x",
             "response_format": {"type": "regex"},
+<<<<<<< HEAD
             "structured_outputs": {"regex": ""},
+=======
+            "structured_outputs": {"regex": "a", "grammar": "b"},
+            "bad_words": 5,
+            "allowed_token_ids": [],
+            "skip_special_tokens": None,
+            "detokenize": None,
+            "truncate_prompt_tokens": 0,
+>>>>>>> 2f8173d (vLLM's bad_words, allowed_token_ids, skip_special_tokens, detokenize, truncate_prompt_tokens; continued messages and other templates in chat; arrays as prompts)
             "max_new_tokens": 5,
             "best_of": 2,
         }.items()

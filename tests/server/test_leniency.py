@@ -39,9 +39,9 @@ def test_another_value_is_refused_by_name(scripted, path, name):
 
 
 def test_the_value_that_is_taken_is_told(scripted):
-    response, _ = asked(scripted, "/v1/completions", skip_special_tokens=False)
+    response, _ = asked(scripted, "/v1/completions", use_beam_search=True)
     message = response.json()["error"]["message"]
-    assert message == "'/skip_special_tokens' is not a parameter of this server, but for true"
+    assert message == "'/use_beam_search' is not a parameter of this server, but for false"
 
 
 @pytest.mark.parametrize("name", SAMPLING)

@@ -184,6 +184,29 @@ def test_equal_to_transformers_where_that_takes_the_messages(templates, llama_to
             assert templates[name].render([user, {"role": "assistant", "content": "u"}]) == expected
 
 
+@pytest.mark.parametrize("text", ["Sure", "Sure, ", "  a\n\n", "x</think>y", "<|eot_id|>"])
+def test_continuing_the_final_message_equals_transformers(templates, llama_tokenizer, text):
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    messages = [{"role": "user", "content": "u"}, {"role": "assistant", "content": text}]
+    names = ["llama-3", "hermes", "chatml", "llama-2"]
+    arguments = {"add_generation_prompt": False, "continue_final_message": True}
+    if "</think>" in text:  # of which this one drops a part
+        with pytest.raises(ValueError, match="does not show all of the last message"):
+            templates["deepseek-r1"].render(messages, **arguments)
+    else:
+        names.append("deepseek-r1")
+    for name in names:
+        [[expected], _] = render_jinja_template(
+            [messages], chat_template=SHAPES[name], continue_final_message=True, **llama_tokenizer.template_tokens
+        )
+        assert templates[name].render(messages, **arguments) == expected, name
+    last_user = ChatTemplate(llama_tokenizer, {"default": "{{ messages[0].content }}"})
+    with pytest.raises(ValueError, match="does not show all of the last message"):
+        last_user.render(messages, add_generation_prompt=False, continue_final_message=True)
+    last_user.close()
+
+
 def test_text_beside_a_call_that_would_hide_it_gets_a_turn_of_its_own(templates):
     call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": {}}}
     messages = [{"role": "user", "content": "u"}, {"role": "assistant", "content": "Let me see", "tool_calls": [call]}]

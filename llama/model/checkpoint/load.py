@@ -197,7 +197,7 @@ def _stream(target: Target, entries: list[Entry], sources: Mapping[str, Source])
     """In file order, so that a disk reads ahead; on several threads, as much of the time goes into fresh pages. A
     module is read as a whole, so that few of them lie half done."""
 
-    from tqdm import tqdm  # not above: machines that only run kernels have no tqdm
+    from tqdm.auto import tqdm  # not above: machines that only run kernels have no tqdm
 
     modules: dict[str, list[Entry]] = {}
     for entry in entries:

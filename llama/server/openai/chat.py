@@ -45,7 +45,17 @@ async def _submit(body: ChatRequest, service: Service) -> Submit:
     wanted = {"max_tokens": _max_tokens(body), "logprobs": _num_logprobs(body), "prediction": _prediction(body)}
     params = sampling_params(body, service.defaults, **wanted)
     tool_choice: Any = "auto" if body.tool_choice is None else body.tool_choice
-    return partial(service.llm.submit_chat, body.messages, params, body.tools, lora, tool_choice=tool_choice)
+    return partial(
+        service.llm.submit_chat,
+        body.messages,
+        params,
+        body.tools,
+        lora,
+        tool_choice=tool_choice,
+        add_generation_prompt=body.add_generation_prompt,
+        continue_final_message=bool(body.continue_final_message),
+        chat_template_kwargs=body.chat_template_kwargs,
+    )
 
 
 def _max_tokens(body: ChatRequest) -> int | None:

@@ -22,6 +22,10 @@ _SAME = (
     "ignore_eos",
     "stop_token_ids",
     "include_stop_str_in_output",
+    "bad_words",
+    "allowed_token_ids",
+    "skip_special_tokens",
+    "truncate_prompt_tokens",
 )
 
 

@@ -26,7 +26,8 @@ from llama.server.fields import (
     refusal,
 )
 
-MAX_STOP_IDS = 128
+MAX_STOP_IDS = MAX_BAD_WORDS = 128
+MAX_ALLOWED_IDS = 1 << 18
 
 
 def _stop(value: Any) -> tuple[str, ...]:
@@ -124,6 +125,10 @@ class CommonRequest(BaseModel):
     repetition_penalty: Number | None = None
     ignore_eos: bool | None = None
     stop_token_ids: list[Integer] | None = Field(None, max_length=MAX_STOP_IDS)
+    bad_words: list[str] | None = Field(None, max_length=MAX_BAD_WORDS)
+    allowed_token_ids: list[Integer] | None = Field(None, max_length=MAX_ALLOWED_IDS)
+    skip_special_tokens: bool | None = None
+    truncate_prompt_tokens: Integer | None = None
     structured_outputs: dict[str, Any] | None = None
     # What structured_outputs was called before.
     guided_json: dict[str, Any] | str | None = None
@@ -155,6 +160,10 @@ class ChatRequest(CommonRequest):
     parallel_tool_calls: bool | None = None
     prediction: dict[str, Any] | None = None
     modalities: list[Literal["text"]] | None = Field(None, max_length=1)
+    # vLLM's.
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
 
 
 class CompletionRequest(CommonRequest):

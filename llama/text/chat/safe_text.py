@@ -11,6 +11,7 @@ import secrets
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
+from llama.api.errors import ParameterError
 from llama.text.tokenizer import Tokenizer
 from llama.text.tokenizer.tokenizer import check_unicode
 
@@ -25,6 +26,7 @@ class SafeText:
         self._tokenizer = tokenizer
         self._nonce = str(secrets.randbelow(9 * 10 ** (_NONCE_DIGITS - 1)) + 10 ** (_NONCE_DIGITS - 1))
         self._sentinel = re.compile(self._nonce + rf"([0-9]{{{_INDEX_DIGITS}}})")
+        self._mark, self._marked = self._nonce[::-1], ""
         self._indices: dict[str, str] = {}  # hidden text -> index
         self._hidden: dict[str, str] = {}  # index -> hidden text
 
@@ -41,6 +43,24 @@ class SafeText:
         if isinstance(value, list | tuple):
             return [self.hide(v, field, shown) for v in value]
         return value
+
+    def mark_end(self, message: dict[str, Any]) -> None:
+        """Put a mark behind the text of a message that is not hidden yet. Raises ParameterError where it has none."""
+        content = message.get("content")
+        if not isinstance(content, str) or not content or message.get("tool_calls"):
+            what = "continue_final_message needs a last message with text and without tool calls"
+            raise ParameterError(what, "continue_final_message")
+        self._marked = content.strip()
+        message["content"] = content + self._mark + " "
+
+    def up_to_mark(self, rendered: str) -> str:
+        """What stands before the mark. A template that trims the text, and so the space behind the mark, would have
+        trimmed the message as well (transformers' rule). ParameterError where the text does not show whole."""
+        before, mark, behind = rendered.rpartition(self._mark)
+        if not mark or self._marked not in self.show(before):
+            what = "continue_final_message: the chat template does not show all of the last message"
+            raise ParameterError(what, "continue_final_message")
+        return before if behind.startswith(" ") else before.rstrip()
 
     def controls_in(self, strings: Iterable[str]) -> frozenset[str]:
         """The control tokens that these strings hold."""

@@ -21,7 +21,9 @@ from llama.text.tokenizer import Tokenizer
 from llama.text.tokenizer.tokenizer import read_tokenizer_config
 
 _DEFAULT, _TOOL_USE = "default", "tool_use"
-_OUR_ARGUMENTS = frozenset({"messages", "tools", "add_generation_prompt"})
+_OUR_ARGUMENTS = frozenset({"messages", "tools", "add_generation_prompt", "continue_final_message"})
+# Switches that clients send to every model; off is what a template that writes no thoughts does anyway.
+_THINKING = frozenset({"enable_thinking", "thinking"})
 
 
 class ChatTemplate:
@@ -60,10 +62,13 @@ class ChatTemplate:
         messages: Sequence[Mapping[str, Any]],
         tools: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
         **template_arguments: Any,
     ) -> str:
         """The prompt as text. Control tokens that a message spells look here like the template's own: see `encode`."""
-        safe, rendered = self._rendered(messages, tools, add_generation_prompt, template_arguments)
+        safe, rendered = self._rendered(
+            messages, tools, add_generation_prompt, continue_final_message, template_arguments
+        )
         return safe.show(rendered)
 
     def encode(
@@ -71,14 +76,18 @@ class ChatTemplate:
         messages: Sequence[Mapping[str, Any]],
         tools: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
         **template_arguments: Any,
     ) -> list[int]:
-        """The prompt as token ids. Nothing that a message, tool or argument says becomes a control token.
+        """The prompt as token ids. Nothing that a message, tool or argument says becomes a control token. With
+        continue_final_message it ends with the last message's text, for the model to write on.
 
         Raises ParameterError for messages that cannot be meant, and its subclass ChatTemplateError where the template
         refuses them.
         """
-        safe, rendered = self._rendered(messages, tools, add_generation_prompt, template_arguments)
+        safe, rendered = self._rendered(
+            messages, tools, add_generation_prompt, continue_final_message, template_arguments
+        )
         return safe.encode(rendered)
 
     def prompt(
@@ -86,13 +95,16 @@ class ChatTemplate:
         messages: Sequence[Mapping[str, Any]],
         tools: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
         *,
         check: Callable[[str], None] = lambda text: None,
         **template_arguments: Any,
     ) -> tuple[str, list[int]]:
         """(what `render` gives, what `encode` gives), from one rendering. `check` may refuse the text before it is
         encoded."""
-        safe, rendered = self._rendered(messages, tools, add_generation_prompt, template_arguments)
+        safe, rendered = self._rendered(
+            messages, tools, add_generation_prompt, continue_final_message, template_arguments
+        )
         text = safe.show(rendered)
         check(text)
         return text, safe.encode(rendered)
@@ -108,14 +120,24 @@ class ChatTemplate:
             self._renderer.worker.close()
 
     def _rendered(
-        self, messages: Any, tools: Any, add_generation_prompt: bool, arguments: Mapping[str, Any]
+        self,
+        messages: Any,
+        tools: Any,
+        add_generation_prompt: bool,
+        continue_final_message: bool,
+        arguments: Mapping[str, Any],
     ) -> tuple[SafeText, str]:
         messages = prepare_messages(messages, self._tokenizer.control_tokens)
         tools = prepare_tools(tools)
         name = _TOOL_USE if tools and _TOOL_USE in self._sources else _DEFAULT
         source = self._sources.get(name)
-        self._check_arguments(arguments, frozenset() if source is None else source.names)
+        arguments = _read_arguments(arguments, source)
         safe = SafeText(self._tokenizer)
+        if continue_final_message:
+            if add_generation_prompt:
+                both = "add_generation_prompt and continue_final_message contradict each other: give one of them"
+                raise ParameterError(both, "continue_final_message")
+            safe.mark_end(messages[-1])
         try:
             tools = safe.hide(tools, "tools")
             if tools and not (source and source.reads_tools):
@@ -127,8 +149,11 @@ class ChatTemplate:
         except RecursionError:
             raise ParameterError("messages, tools or template arguments are nested too deeply") from None
         if self._renderer is None:
-            return safe, self._render_builtin(messages, add_generation_prompt)
-        return safe, self._renderer.render(name, self._variables(messages, tools, add_generation_prompt, arguments))
+            rendered = self._render_builtin(messages, add_generation_prompt)
+        else:
+            variables = self._variables(messages, tools, add_generation_prompt, arguments)
+            rendered = self._renderer.render(name, variables)
+        return safe, safe.up_to_mark(rendered) if continue_final_message else rendered
 
     @staticmethod
     def _hidden(
@@ -167,11 +192,16 @@ class ChatTemplate:
             )
         return render_llama(messages, add_generation_prompt)
 
-    @staticmethod
-    def _check_arguments(arguments: Mapping[str, Any], names: frozenset[str]) -> None:
-        unknown = sorted(name for name in arguments if name not in names or name in _OUR_ARGUMENTS)
-        if unknown:
-            raise ParameterError(f"the chat template does not read the arguments {unknown}", "chat_template_kwargs")
+
+def _read_arguments(arguments: Mapping[str, Any], source: TemplateSource | None) -> dict[str, Any]:
+    """The arguments that a template (None: the built-in format) reads. Another one is refused, unless it says what
+    holds anyway."""
+    names = frozenset[str]() if source is None else source.names
+    needless = _THINKING if source is None or "think>" not in source.text else frozenset[str]()
+    unread = {name for name in arguments if name not in names or name in _OUR_ARGUMENTS}
+    if unknown := sorted(name for name in unread if name not in needless or arguments[name] is not False):
+        raise ParameterError(f"the chat template does not read the arguments {unknown}", "chat_template_kwargs")
+    return {name: value for name, value in arguments.items() if name not in unread}
 
 
 def _written_tokens(added: Iterable[str], sources: Iterable[TemplateSource]) -> set[str]:
