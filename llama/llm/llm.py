@@ -231,9 +231,6 @@ class LLM(Scoring):
         with _interrupts_held():
             return Pieces(self.replies, self.replies.add(request), self._step)
 
-<<<<<<< HEAD
-    def load_lora(self, name: str, path: str | Path, replace: bool = False) -> LoraInfo:
-=======
     def get_tokenizer(self) -> Tokenizer:
         """ParameterError where there is none."""
         if self.tokenizer is None:
@@ -250,8 +247,7 @@ class LLM(Scoring):
         self.replies.reset_prefix_cache()
         return True
 
-    def load_lora(self, name: str, path: str | Path) -> LoraInfo:
->>>>>>> 2f8173d (vLLM's bad_words, allowed_token_ids, skip_special_tokens, detokenize, truncate_prompt_tokens; continued messages and other templates in chat; arrays as prompts)
+    def load_lora(self, name: str, path: str | Path, replace: bool = False) -> LoraInfo:
         """Load a PEFT adapter's folder; requests ask for it with lora=name. AdapterError (a ValueError) says what is
         wrong with it. With `replace` one of that name makes way; requests that run with it keep it to their end. Legal
         while requests run."""

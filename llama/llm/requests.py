@@ -315,11 +315,14 @@ class Inputs:
                 grammar = self._grammars.compile(params.constraint, params.constrained_by)
         except ImportError as error:
             raise ParameterError(str(error), params.constrained_by or "tool_choice") from None
-<<<<<<< HEAD
+        new_matcher: Callable[[], TokenMatcher] | None = None if grammar is None else grammar.matcher
+        if params.allowed_token_ids or params.bad_words:
+            rules = TokenRules(self.engine.vocab_size, params.allowed_token_ids, self._bad_sequences(params))
+            new_matcher = partial(rules.matcher, new_matcher)
         return replace(
             request,
             tools=tools.parameters,
-            new_matcher=None if grammar is None else grammar.matcher,
+            new_matcher=new_matcher,
             prediction_token_ids=self._prediction(params),
         )
 
@@ -332,12 +335,6 @@ class Inputs:
         assert self.tokenizer is not None
         with blamed_on("prediction"):
             return self.tokenizer.encode_plain(params.prediction)
-=======
-        new_matcher: Callable[[], TokenMatcher] | None = None if grammar is None else grammar.matcher
-        if params.allowed_token_ids or params.bad_words:
-            rules = TokenRules(self.engine.vocab_size, params.allowed_token_ids, self._bad_sequences(params))
-            new_matcher = partial(rules.matcher, new_matcher)
-        return replace(request, tools=tools.parameters, new_matcher=new_matcher)
 
     def _bad_sequences(self, params: SamplingParams) -> list[list[int]]:
         """Each of bad_words as tokens at the beginning of a text, and behind a space where those differ: as vLLM does
@@ -352,7 +349,6 @@ class Inputs:
             if spaced and len(spaced) == len(bare) and spaced[0] != bare[0]:
                 sequences.append(spaced)
         return sequences
->>>>>>> 2f8173d (vLLM's bad_words, allowed_token_ids, skip_special_tokens, detokenize, truncate_prompt_tokens; continued messages and other templates in chat; arrays as prompts)
 
     @property
     def num_lost_workers(self) -> int:

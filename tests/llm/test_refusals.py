@@ -265,16 +265,12 @@ FIELDS = [
             "prompt_logprobs": "x",
             "logprobs_mode": "x",
             "response_format": {"type": "regex"},
-<<<<<<< HEAD
-            "structured_outputs": {"regex": ""},
-=======
             "structured_outputs": {"regex": "a", "grammar": "b"},
             "bad_words": 5,
             "allowed_token_ids": [],
             "skip_special_tokens": None,
             "detokenize": None,
             "truncate_prompt_tokens": 0,
->>>>>>> 2f8173d (vLLM's bad_words, allowed_token_ids, skip_special_tokens, detokenize, truncate_prompt_tokens; continued messages and other templates in chat; arrays as prompts)
             "max_new_tokens": 5,
             "best_of": 2,
         }.items()

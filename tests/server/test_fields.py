@@ -106,13 +106,10 @@ CHAT_PROBES = {
     "modalities": ["audio"],
     "parallel_tool_calls": [],
     "max_completion_tokens": 3,
-<<<<<<< HEAD
     "prediction": {"type": "content", "content": "x"},
-=======
     "add_generation_prompt": False,
     "continue_final_message": True,
     "chat_template_kwargs": {"none": "such"},
->>>>>>> 2f8173d (vLLM's bad_words, allowed_token_ids, skip_special_tokens, detokenize, truncate_prompt_tokens; continued messages and other templates in chat; arrays as prompts)
 }
 COMPLETION_PROBES = {"best_of": 2, "echo": True, "logprobs": 2}
 RUN_PROBES = {"raw": True}
