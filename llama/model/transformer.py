@@ -6,8 +6,9 @@ stream is in the model's dtype; norms, rotary embedding and softmax compute in a
 """
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,6 +21,7 @@ from llama.kernels.types import CosSin, KVLayer
 from llama.model.adapters import StepAdapters
 from llama.model.batch import Batch
 from llama.model.checkpoint import Checkpoint, save_pretrained
+from llama.model.checkpoint.layout import Entry, entries_of
 from llama.model.config import ModelConfig
 from llama.model.kv_cache import KVCache
 from llama.model.linear import Linear
@@ -110,13 +112,21 @@ class MLP(Module):
 class Block(Module):
     """One decoder layer. Its output is the pair (MLP's output, residual); their sum is the layer's hidden state."""
 
-    def __init__(self, config: ModelConfig, *, device: torch.device | str, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        attention: type[Attention],
+        mlp: type[MLP],
+        device: torch.device | str,
+        dtype: torch.dtype,
+    ) -> None:
         super().__init__()
         hidden, eps = config.hidden_size, config.rms_norm_eps
         self.input_layernorm = RMSNorm(hidden, eps, device=device, dtype=dtype)
-        self.self_attn = Attention(config, device=device, dtype=dtype)
+        self.self_attn = attention(config, device=device, dtype=dtype)
         self.post_attention_layernorm = RMSNorm(hidden, eps, device=device, dtype=dtype)
-        self.mlp = MLP(config, device=device, dtype=dtype)
+        self.mlp = mlp(config, device=device, dtype=dtype)
 
     def forward(
         self, x: Tensor, residual: Tensor | None, batch: Batch, cos_sin: CosSin, kv_layer: KVLayer
@@ -148,13 +158,16 @@ class Transformer(Research):
     of a checkpoint.
 
     Parameters are named as Hugging Face names them, but for the fused `qkv_proj` and `gate_up_proj`. They want no
-    gradient: this is inference. Forward hooks fire on every module.
+    gradient: this is inference. Forward hooks fire on every module. `attention` and `mlp` are classes with the
+    constructor and `forward` of Attention and MLP, in place of these (docs/research.md).
     """
 
     def __init__(
         self,
         config: ModelConfig,
         *,
+        attention: type[Attention] = Attention,
+        mlp: type[MLP] = MLP,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
         seed: int | None = 0,
@@ -162,9 +175,10 @@ class Transformer(Research):
         super().__init__()
         if dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
             raise ValueError(f"dtype must be torch.float64, float32, float16 or bfloat16, got {dtype!r}")
-        self.config = config
+        self._config = config
         self.embed_tokens = Embedding(config, device=device, dtype=dtype)
-        self.layers = nn.ModuleList(Block(config, device=device, dtype=dtype) for _ in range(config.num_hidden_layers))
+        block = partial(Block, config, attention=attention, mlp=mlp, device=device, dtype=dtype)
+        self.layers = nn.ModuleList(block() for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, device=device, dtype=dtype)
         self.lm_head = Linear(config.hidden_size, config.vocab_size, device=device, dtype=dtype)
         if config.tie_word_embeddings:
@@ -180,6 +194,9 @@ class Transformer(Research):
         cls,
         path: str | Path,
         *,
+        config: ModelConfig | None = None,
+        attention: type[Attention] = Attention,
+        mlp: type[MLP] = MLP,
         device: torch.device | str = "cpu",
         dtype: torch.dtype | str = "auto",
         quantization: str | None = None,
@@ -187,10 +204,27 @@ class Transformer(Research):
     ) -> "Transformer":
         """Load a Hugging Face folder, strictly; `dtype` "auto" is the checkpoint's, `check_weights` refuses NaN and
         infinities. A quantised folder stays quantised; `quantization` "int8", "int4" or "fp8" rounds the linear layers
-        of a dense one while they are read. Raises ConfigError or CheckpointError."""
-        checkpoint = Checkpoint(path)
-        model = cls(checkpoint.config, device="meta", dtype=checkpoint.resolve(dtype), seed=None)
+        of a dense one while they are read. `config` takes the place of the folder's. Parameters that `attention` or
+        `mlp` have and the folder lacks start at random (norms at 1), and one warning names them. Raises ConfigError or
+        CheckpointError."""
+        build = partial(cls, attention=attention, mlp=mlp, device="meta", seed=None)
+        entries = None
+        if (attention, mlp) != (Attention, MLP):
+
+            def entries(config: ModelConfig) -> list[Entry]:
+                return entries_of(build(config), config)
+
+        checkpoint = Checkpoint(path, config, entries)
+        model = build(checkpoint.config, dtype=checkpoint.resolve(dtype))
         checkpoint.load(model, device=device, quantization=quantization, check_weights=check_weights)
+        if checkpoint.absent:
+            names = [f"{entry.module}.{entry.leaf}" for entry in checkpoint.absent]
+            for entry in checkpoint.absent:
+                owner = model.get_submodule(entry.module)
+                empty = torch.empty_like(owner.get_parameter(entry.leaf), device=device)
+                setattr(owner, entry.leaf, nn.Parameter(empty, requires_grad=False))
+            model._fill_randomly(0, names)
+            warnings.warn(f"{path} has nothing for {', '.join(names)}: they start at random", stacklevel=2)
         model._complete()
         return model
 
@@ -216,6 +250,11 @@ class Transformer(Research):
     def save_pretrained(self, path: str | Path) -> None:
         """Write a folder that this and transformers load: all of it or nothing. `path` must be new or empty."""
         save_pretrained(self, self.config, path)
+
+    @property
+    def config(self) -> ModelConfig:  # type: ignore[override]
+        """Fixed: what follows from it, such as the rotary frequencies, is made once."""
+        return self._config
 
     @property
     def device(self) -> torch.device:
@@ -264,9 +303,12 @@ class Transformer(Research):
         if sum(linear.form.nbytes for linear in linears if linear.form is not None) >= WORTH_MOVING:
             move_to_huge_pages(seconds=2.5)
 
-    def _fill_randomly(self, seed: int) -> None:
+    def _fill_randomly(self, seed: int, names: Collection[str] | None = None) -> None:
+        """All parameters, or those of these names."""
         generator = torch.Generator(self.device).manual_seed(seed)
         for name, parameter in self.named_parameters():
+            if names is not None and name not in names:
+                continue
             if name.endswith("norm.weight"):
                 parameter.fill_(1.0)
             else:

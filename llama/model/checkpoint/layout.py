@@ -6,6 +6,8 @@ Hugging Face keeps q, k, v and gate, up apart; ours lie fused, one after the oth
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from torch import nn
+
 from llama.model.config import ModelConfig
 
 
@@ -31,6 +33,31 @@ def layout(config: ModelConfig) -> Iterator[Entry]:
     yield Entry("model.norm.weight", "norm", 0, (hidden,), "hidden_size")
     if not config.tie_word_embeddings:
         yield Entry("lm_head.weight", "lm_head", 0, (vocab, hidden), "vocab_size, hidden_size")
+
+
+def entries_of(module: nn.Module, config: ModelConfig) -> list[Entry]:
+    """The layout of a network that may have other parts: entries of parameters that it lacks are left out, and
+    parameters of its own stand under their own names."""
+    parameters = dict(module.named_parameters())
+    entries = [
+        entry for entry in layout(config) if f"{entry.module}.{entry.leaf}" in parameters or _has_form(module, entry)
+    ]
+    known = {f"{entry.module}.{entry.leaf}" for entry in entries}
+    for name, parameter in parameters.items():
+        if name not in known:
+            path, _, leaf = name.rpartition(".")
+            if leaf not in ("weight", "bias"):
+                raise ValueError(f"a parameter must be called weight or bias to be kept in a checkpoint, got {name}")
+            entries.append(Entry(f"model.{name}", path, 0, tuple(parameter.shape), "the network's own classes"))
+    return entries
+
+
+def _has_form(module: nn.Module, entry: Entry) -> bool:
+    """Its weight lies in another form than a parameter."""
+    try:
+        return getattr(module.get_submodule(entry.module), "form", None) is not None
+    except AttributeError:
+        return False
 
 
 def _layer(config: ModelConfig, prefix: str) -> Iterator[Entry]:

@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -38,12 +38,24 @@ class Checkpoint:
     stand for a table of values, and those of the embedding: they become dense ones in the module's dtype.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(
+        self,
+        path: str | Path,
+        config: ModelConfig | None = None,
+        entries: Callable[[ModelConfig], list[Entry]] | None = None,
+    ) -> None:
+        """`config` in place of the folder's. `entries`: of a network with parts of its own; those of them that the
+        folder lacks are told by `absent`."""
         folder = Path(path)
         if not folder.is_dir():
             raise CheckpointError(f"{folder}: there is no such folder")
-        self.config = ModelConfig.from_pretrained(folder)
-        self._entries = list(layout(self.config))
+        self.config = ModelConfig.from_pretrained(folder) if config is None else config
+        self._entries = list(layout(self.config)) if entries is None else entries(self.config)
+        self.absent: list[Entry] = []
+        if entries is not None:
+            usual, stored = set(layout(self.config)), find_tensors(folder)
+            self.absent = [entry for entry in self._entries if entry not in usual and entry.name not in stored]
+            self._entries = [entry for entry in self._entries if entry not in self.absent]
         self._quantization = find_quantization(folder)
         self._coded, self._stored = find_coded(self._entries, find_tensors(folder), self._quantization)
         plain = [entry for entry in self._entries if entry.name not in self._coded]

@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llama.model.checkpoint.layout import Entry, layout
+from llama.model.checkpoint.layout import Entry, entries_of, layout
 from llama.model.checkpoint.quantised.write import Coded, Scheme, coded_tensors, quantization_config
 from llama.model.checkpoint.shards import Stored, write
 from llama.model.config import ModelConfig
@@ -31,7 +31,8 @@ def save_pretrained(
     The folder appears complete under its name or not at all. It must not exist yet, or be empty: FileExistsError.
     Quantised weights stay so: in compressed-tensors, or MLX's format where it alone can tell them.
     """
-    dtype = stored_rows(module, next(layout(config))).dtype
+    entries = entries_of(module, config)
+    dtype = stored_rows(module, entries[0]).dtype
 
     def coded_of(entry: Entry) -> Coded | None:
         form = _coded_rows(module, entry)
@@ -39,7 +40,13 @@ def save_pretrained(
 
     with new_folder(path) as folder:
         write_checkpoint(
-            folder, config, dtype, lambda entry: stored_rows(module, entry), max_shard_bytes, coded_of=coded_of
+            folder,
+            config,
+            dtype,
+            lambda entry: stored_rows(module, entry),
+            max_shard_bytes,
+            coded_of=coded_of,
+            entries=entries,
         )
 
 
@@ -68,13 +75,14 @@ def write_checkpoint(
     max_shard_bytes: int = MAX_SHARD_BYTES,
     *,
     coded_of: Callable[[Entry], Coded | None] = lambda entry: None,
+    entries: Sequence[Entry] | None = None,
 ) -> None:
     """config.json and weights of one dtype, but for those that `coded_of` says are quantised; `tensor_of` is asked for
     one tensor at a time, in the layout's order."""
     shards: list[dict[str, Stored]] = [{}]
     schemes: dict[str, Scheme | None] = {}
     room = max_shard_bytes
-    for entry in layout(config):
+    for entry in layout(config) if entries is None else entries:
         module, coded = entry.name.removesuffix(".weight"), coded_of(entry)
         tensors = {entry.name: Stored.of(dtype, entry.shape, partial(tensor_of, entry))}
         if coded is not None:

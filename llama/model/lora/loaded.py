@@ -4,12 +4,16 @@ Stacks are made when the first adapter that needs them is loaded, as wide as its
 an engine without adapters pays nothing.
 """
 
+from functools import cached_property
+
 from torch import nn
 
 from llama.model.adapters import LoraStack
 from llama.model.checkpoint.layout import layout
 from llama.model.lora.adapter import AdapterWeights
 from llama.model.transformer import Transformer
+
+Places = dict[str, tuple[nn.Module, int, tuple[int, ...]]]
 
 
 class LoadedAdapters:
@@ -20,8 +24,12 @@ class LoadedAdapters:
         self.max_loras = max_loras
         self.generation = 0
         self._model = model
-        self._places = module_places(model)
         self._held: dict[int, AdapterWeights] = {}
+
+    @cached_property
+    def _places(self) -> Places:
+        """Looked for with the first adapter: a network of one's own may lack projections."""
+        return module_places(self._model)
 
     def put(self, index: int, adapter: AdapterWeights) -> None:
         """Make `index` (1 .. max_loras) stand for `adapter` and nothing else."""
@@ -41,7 +49,7 @@ class LoadedAdapters:
         self._held[index] = adapter
 
 
-def module_places(model: Transformer) -> dict[str, tuple[nn.Module, int, tuple[int, ...]]]:
+def module_places(model: Transformer) -> Places:
     """Hugging Face's module name -> our module, which of its fused slices, where each begins and the last ends."""
     fused: dict[str, list[tuple[str, int, int]]] = {}
     for entry in layout(model.config):
