@@ -47,7 +47,7 @@ IMPORT_ORDER = {
     "llama.engine": """
         speculative_config ngrams
         config adapters blocks device graphs
-        request
+        request budget
         sequence token_rules
         plan
         sampler
@@ -78,6 +78,7 @@ WITHOUT_TORCH = (
     "llama/model/config.py",
     "llama/model/rope_scaling.py",
     "llama/engine/config.py",
+    "llama/engine/budget.py",
     "llama/engine/speculative_config.py",
     "llama/engine/ngrams.py",
     "llama/engine/speculation.py",

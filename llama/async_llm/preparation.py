@@ -9,18 +9,18 @@ import contextlib
 import json
 import threading
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, InvalidStateError, ThreadPoolExecutor
 from typing import Any, TypeVar
 
 from llama.api.errors import EngineClosedError, QueueFullError
+from llama.text.kept import Kept
 
 PATIENCE_SECONDS = 60.0  # for a thread to become free
 _RETRY_SECONDS = 5  # what one hostile grammar takes
 _LONG_CHARACTERS = 1 << 16  # about 50 ms to encode
 _NODE_CHARACTERS = 16  # what a JSON value costs beyond its text
-_KNOWN_GRAMMARS = 64  # half of what a compiler keeps, so that those known here are compiled there
+_KNOWN_CHARACTERS = 2**17  # of grammars: half of what a compiler keeps, so that those known here are compiled there
 
 T = TypeVar("T")
 
@@ -35,7 +35,7 @@ class Preparation:
         self._patience = patience
         self._lock = threading.Lock()
         self._pending: set[Future[Any]] = set()
-        self._known: OrderedDict[str, None] = OrderedDict()
+        self._known = Kept[None](_KNOWN_CHARACTERS, lambda grammar, _: len(grammar) + _NODE_CHARACTERS)
         self._is_stopped = False
 
     def submit(self, work: Callable[[], T], size: int = 0, grammar: str | None = None) -> "Future[T]":
@@ -61,10 +61,8 @@ class Preparation:
         return future
 
     def _executor(self, size: int, grammar: str | None) -> ThreadPoolExecutor:
-        if grammar is not None:
-            if grammar not in self._known:
-                return self.grammars
-            self._known.move_to_end(grammar)  # compiled lately: no reason to wait behind others
+        if grammar is not None and not self._known.has(grammar):
+            return self.grammars  # else compiled lately: no reason to wait behind others
         return self.long if size >= _LONG_CHARACTERS else self.quick
 
     def _run(self, job: list[tuple["Future[T]", Callable[[], T]]], grammar: str | None, submitted: float) -> None:
@@ -85,13 +83,8 @@ class Preparation:
 
     def _remember(self, grammar: str | None) -> None:
         """A request with that grammar has been prepared."""
-        if not grammar:
-            return
-        with self._lock:
-            self._known[grammar] = None
-            self._known.move_to_end(grammar)
-            if len(self._known) > _KNOWN_GRAMMARS:
-                self._known.popitem(last=False)
+        if grammar:
+            self._known.put(grammar, None)
 
     @property
     def num_pending(self) -> int:

@@ -57,7 +57,7 @@ def add_single_request_flags(parser: Parser) -> None:
     parser.add_argument("--lora", action=Once, type=named_adapter, metavar="NAME=PATH", help=text)
     title = "sampling (what is not given is the checkpoint's generation_config.json, else the default shown)"
     add_fields(parser, SamplingParams, title)
-    add_model_flags(parser, without=("seed", "max_num_seqs", "max_loras", "max_lora_rank"))
+    add_model_flags(parser, without=("seed", "max_num_seqs", "max_loras", "max_lora_rank", "max_lora_bytes"))
 
 
 def sampling_values(options: Namespace) -> dict[str, Any]:

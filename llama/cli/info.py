@@ -1,11 +1,12 @@
 """`llama info`: what a model is and what it needs, from config.json alone; neither torch nor weights are touched."""
 
-import os
 import re
 from argparse import ArgumentTypeError, Namespace
 from pathlib import Path
 
 from llama.cli.flags import Parser
+from llama.engine.budget import blocks_in, free_cpu_bytes, kv_bytes_on_cpu
+from llama.engine.config import EngineConfig
 from llama.model.config import ModelConfig
 from llama.model.generation_config import GenerationConfig
 
@@ -21,7 +22,7 @@ _UNITS = {"": 1, "B": 1} | {
 def add_arguments(parser: Parser) -> None:
     parser.usage = "%(prog)s MODEL [options]"
     parser.add_argument("model", metavar="MODEL", help="folder of the checkpoint, or its config.json")
-    text = "memory to fit into, for example 80GiB or 24GB (this machine's)"
+    text = "memory of a GPU to fit into, for example 80GiB or 24GB (what is free on this machine, for its CPU)"
     parser.add_argument("--memory", type=_size, metavar="SIZE", help=text)
     parser.add_argument("--dtype", choices=tuple(BYTES), help="dtype of weights and KV cache (the checkpoint's)")
 
@@ -31,14 +32,14 @@ def run(options: Namespace) -> int:
     folder = Path(options.model)
     generation = GenerationConfig.from_pretrained(folder if folder.is_dir() else folder.parent)
     dtype = options.dtype or config.dtype or "bfloat16"
-    memory, where = options.memory or (_machine_memory(), "this machine")
+    memory, where = options.memory or (free_cpu_bytes(), "this machine's CPU")
     rows = [
         ("architecture", _architecture(config)),
         ("parameters", f"{config.num_parameters:,}"),
         *(("weights", f"{name:9}{config.num_parameters * size:>20,} bytes") for name, size in BYTES.items()),
         *(("KV per token", f"{name:9}{config.kv_values_per_token * size:>20,} bytes") for name, size in BYTES.items()),
         ("generation", _generation(generation, config)),
-        (f"fits {where}", _fits(config, dtype, memory)),
+        (f"fits {where}", _fits(config, dtype, memory, is_cpu=options.memory is None)),
     ]
     width = max(len(name) for name, _ in rows) + 2
     before = None
@@ -69,14 +70,21 @@ def _generation(generation: GenerationConfig, config: ModelConfig) -> str:
     return f"{sampling}; ends at {', '.join(map(str, eos)) or 'no token'}"
 
 
-def _fits(config: ModelConfig, dtype: str, memory: int) -> str:
+def _fits(config: ModelConfig, dtype: str, memory: int, *, is_cpu: bool) -> str:
+    """What an engine of default options would allocate; on a GPU it also sets aside what steps take, which it
+    measures."""
+    engine = EngineConfig().resolved(config, "cpu" if is_cpu else "cuda")
     weights = config.num_parameters * BYTES[dtype]
-    per_token = config.kv_values_per_token * BYTES[dtype]
-    left = memory - weights
+    per_block = config.kv_values_per_token * engine.block_size * BYTES[dtype]
     what = f"{dtype} weights of {_gib(weights)} in {_gib(memory)}"
-    if left < per_token:
+    if is_cpu:
+        left = kv_bytes_on_cpu(memory - weights)
+    else:
+        left = int(memory * engine.gpu_memory_utilization) - weights
+        what += f" used to {engine.gpu_memory_utilization:.0%}"
+    if left < per_block:
         return f"no: {what}"
-    tokens, context = left // per_token, config.max_position_embeddings
+    tokens, context = blocks_in(left, per_block, engine) * engine.block_size, config.max_position_embeddings
     if tokens < context:
         return f"{tokens:,} of {context:,} tokens of context, {what}"
     return f"all {context:,} tokens of context, {tokens // context:,} times over, {what}"
@@ -84,10 +92,6 @@ def _fits(config: ModelConfig, dtype: str, memory: int) -> str:
 
 def _gib(size: int) -> str:
     return f"{size / 1024**3:.1f} GiB"
-
-
-def _machine_memory() -> int:
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _size(text: str) -> tuple[int, str]:

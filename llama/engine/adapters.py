@@ -22,6 +22,7 @@ class Adapter:
     name: str = ""
     digest: bytes = b""  # of its content; part of the prefix cache's keys
     content: Any = None  # what the runner loads
+    nbytes: int = 0
     index: int = 0  # 0 = the device does not hold it
     num_users: int = 0  # running sequences
 
@@ -30,8 +31,9 @@ NO_ADAPTER = Adapter()
 
 
 class Adapters:
-    def __init__(self, max_loras: int) -> None:
+    def __init__(self, max_loras: int, max_bytes: int | None = None) -> None:
         self.by_name: dict[str, Adapter] = {}
+        self._max_bytes = max_bytes
         self._max_loras = max_loras
         self._free_indices = list(range(max_loras, 0, -1))
         self._resident: OrderedDict[Adapter, None] = OrderedDict()  # least recently used first
@@ -45,9 +47,25 @@ class Adapters:
         if self._max_loras == 0:
             raise ValueError("max_loras is 0: this engine takes no adapters")
 
+    @property
+    def nbytes(self) -> int:
+        """Of those that are loaded."""
+        return sum(adapter.nbytes for adapter in list(self.by_name.values()))
+
+    def check_room(self, name: str, nbytes: int) -> None:
+        """Raise ValueError if there is no room for so many bytes under this name: no other one is unloaded for it."""
+        known = self.by_name.get(name, NO_ADAPTER)
+        others = self.nbytes - known.nbytes
+        if self._max_bytes is not None and others + nbytes > self._max_bytes:
+            raise ValueError(
+                f"the adapter {name!r} takes {nbytes} bytes and those that are loaded {others}: together more than "
+                f"max_lora_bytes, {self._max_bytes}; unload one first"
+            )
+
     def add(self, adapter: Adapter, replace: bool = False) -> None:
         """With `replace` one of that name makes way, unless it has the same content."""
         self.check_new(adapter.name, replace)
+        self.check_room(adapter.name, adapter.nbytes)
         known = self.by_name.get(adapter.name)
         if known is not None and known.digest != adapter.digest:
             self.remove(adapter.name)

@@ -40,6 +40,9 @@ class EngineConfig:
     enforce_eager: bool = _option(False, "run without CUDA graphs")
     max_loras: int = _option(8, "adapters that may work in one step, 0 = none are taken", least=0)
     max_lora_rank: int = _option(64, "the largest rank of an adapter", least=1)
+    max_lora_bytes: int | None = _option(
+        None, "bytes of adapters that may be loaded (a tenth of the free memory)", least=1, most=2**63 - 1
+    )
     speculative_config: Mapping[str, Any] | None = _option(
         None, 'verify drafts of the next tokens, such as {"method": "ngram", "num_speculative_tokens": 4}'
     )

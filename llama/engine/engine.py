@@ -19,6 +19,7 @@ from llama.api.outputs import FinishReason
 from llama.api.params import SamplingParams
 from llama.engine.adapters import Adapters
 from llama.engine.blocks import BlockPool
+from llama.engine.budget import free_cpu_bytes, lora_bytes
 from llama.engine.config import EngineConfig
 from llama.engine.graph_runner import GraphRunner
 from llama.engine.memory import fitting_blocks
@@ -110,6 +111,7 @@ class Engine:
             eos_token_ids=eos_token_ids,
             vocab_size=runner.vocab_size,
             model=repr(model.config).encode() if model is not None else b"",
+            lora_bytes=lora_bytes(config, free_cpu_bytes()),
         )
         self.model = model
         self._hooks = [] if model is None else hooks_of(model)

@@ -3,11 +3,11 @@
 import logging
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 
 from llama.api.params import MAX_LOGPROBS
+from llama.engine.budget import CPU_FRACTION, blocks_in, free_cpu_bytes, kv_bytes_on_cpu
 from llama.engine.config import EngineConfig
 from llama.kernels import ops
 from llama.kernels.types import LOGPROBS_PROCESSED, SamplerRows, SamplerState
@@ -17,26 +17,8 @@ from llama.model.transformer import Transformer
 
 logger = logging.getLogger(__name__)
 
-# Of the free RAM when the engine starts. The rest is for activations, the page cache and other processes; pages of the
-# cache that were never written cost nothing.
-CPU_FRACTION = 0.4
 # Logits of a prompt are scored in pieces: a full [tokens, vocab] tensor of a long prompt would take gigabytes.
 SCORED_LOGITS_BYTES = 32 << 20
-
-
-def free_cpu_bytes() -> int:
-    """Memory that is available without swapping, within the limit of the control group."""
-    values = {}
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        name, _, rest = line.partition(":")
-        values[name] = rest
-    free = int(values["MemAvailable"].split()[0]) * 1024
-    group = Path("/sys/fs/cgroup")
-    try:
-        limit, used = ((group / name).read_text().strip() for name in ("memory.max", "memory.current"))
-    except OSError:
-        return free
-    return free if limit == "max" else min(free, max(0, int(limit) - int(used)))
 
 
 def free_cuda_bytes(device: torch.device, utilization: float) -> int:
@@ -145,9 +127,9 @@ def fitting_blocks(model: Transformer, config: EngineConfig) -> int:
         free = free_cuda_bytes(model.device, config.gpu_memory_utilization) - steps
         share = f"{config.gpu_memory_utilization:.0%} of the device"
     else:
-        free, share = int(free_cpu_bytes() * CPU_FRACTION), f"{CPU_FRACTION:.0%} of the free memory"
+        free, share = kv_bytes_on_cpu(free_cpu_bytes()), f"{CPU_FRACTION:.0%} of the free memory, caches apart"
     per_block = KVCache.bytes_per_block(model.config, config.block_size, model.dtype)
-    blocks = min(free // per_block, config.max_num_seqs * config.blocks_per_sequence)
+    blocks = blocks_in(free, per_block, config)
     if blocks < 1:
         raise MemoryError(f"one KV block takes {per_block} bytes, but only {max(0, free)} are free ({share})")
     logger.info(

@@ -36,6 +36,7 @@ class Scheduler:
         vocab_size: int,
         eos_token_ids: Iterable[int] = (),
         model: bytes = b"",
+        lora_bytes: int | None = None,
     ) -> None:
         self.pool = pool
         self.token_budget = config.token_budget
@@ -43,7 +44,7 @@ class Scheduler:
         self.max_running = min(config.max_num_seqs, self.token_budget)
         self.eos_token_ids = frozenset(eos_token_ids)
         self.running = Running(config, pool)
-        self.adapters = Adapters(config.max_loras)
+        self.adapters = Adapters(config.max_loras, lora_bytes)
         self.waiting: list[Sequence] = []  # by order
         self.num_preemptions = 0
         self.num_queried_tokens = 0  # that the prefix cache was asked for

@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from llama.engine.adapters import Adapter
@@ -62,8 +63,9 @@ def read_lora(engine: Engine, model: Transformer, name: str, path: str | Path, r
     engine.adapters.check_new(name, replace)
     if not isinstance(path, str | Path):
         raise ValueError(f"path must be an adapter's folder, got {type(path).__name__}")
-    content = read_adapter(path, model, max_rank=engine.config.max_lora_rank)
-    return Adapter(name, content.digest, content)
+    check_size = partial(engine.adapters.check_room, name)
+    content = read_adapter(path, model, max_rank=engine.config.max_lora_rank, check_size=check_size)
+    return Adapter(name, content.digest, content, content.nbytes)
 
 
 def describe(adapter: Adapter) -> LoraInfo:

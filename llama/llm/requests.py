@@ -357,6 +357,12 @@ class Inputs:
         templates = 0 if self.template is None else self.template.num_lost_workers
         return templates + (0 if compiler is None else compiler.num_lost_workers)
 
+    @property
+    def grammar_bytes(self) -> int:
+        """Of the compiled grammars that are kept."""
+        compiler: GrammarCompiler | None = self.__dict__.get("_grammars")
+        return 0 if compiler is None else compiler.kept_bytes
+
     @cached_property
     def _grammars(self) -> GrammarCompiler:
         if self.tokenizer is None:

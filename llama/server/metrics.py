@@ -15,16 +15,18 @@ from llama.engine.engine import EngineMetrics
 _TIMES = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0)
 _SIZES = tuple(float(digit * 10**power) for power in range(6) for digit in (1, 2, 5))
 
-Counters = Mapping[str, tuple[str, Callable[[], int]]]  # name -> documentation, and what gives the present count
+Counts = Mapping[str, tuple[str, Callable[[], int]]]  # name -> documentation, and what gives the present count
 
 
 class Metrics:
-    """`engine` returns the engine's present counts, `counters` other ones."""
+    """`engine` returns the engine's present counts, `gauges` and `counters` other ones."""
 
-    def __init__(self, engine: Callable[[], EngineMetrics], model_name: str, counters: Counters) -> None:
+    def __init__(
+        self, engine: Callable[[], EngineMetrics], model_name: str, *, gauges: Counts, counters: Counts
+    ) -> None:
         self._registry = CollectorRegistry()
         self._model_name = model_name
-        self._registry.register(_Collector(engine, model_name, counters))
+        self._registry.register(_Collector(engine, model_name, gauges, counters))
         self._ends = Counter(
             "llama_request_success",
             "Completions that ended, by the reason.",
@@ -67,7 +69,8 @@ class Metrics:
 class _Collector:
     """Counts that others keep, read at each scrape."""
 
-    def __init__(self, engine: Callable[[], EngineMetrics], model_name: str, counters: Counters) -> None:
+    def __init__(self, engine: Callable[[], EngineMetrics], model_name: str, gauges: Counts, counters: Counts) -> None:
+        self._gauges = gauges
         self._counters = counters
         self._engine = engine
         self._model_name = model_name
@@ -79,6 +82,7 @@ class _Collector:
             "num_requests_waiting": ("Completions that wait.", now.num_waiting),
             "kv_cache_usage_perc": ("Share of the KV cache in use, 1 = all.", now.num_used_blocks / now.num_blocks),
             "kv_cache_blocks": ("Blocks of the KV cache.", now.num_blocks),
+            **{name: (documentation, count()) for name, (documentation, count) in self._gauges.items()},
         }
         counters = {
             "num_preemptions": ("Completions sent back to wait.", now.num_preemptions),

@@ -55,7 +55,11 @@ class Service:
         self.metrics = Metrics(
             llm.metrics,
             config.name,
-            {
+            gauges={
+                "adapter_bytes": ("Of the adapters that are loaded.", lambda: llm.llm.engine.adapters.nbytes),
+                "grammar_bytes": ("Of the compiled grammars that are kept.", lambda: llm.llm.inputs.grammar_bytes),
+            },
+            counters={
                 "workers_lost": (
                     "Processes of templates and grammars that the system ended.",
                     lambda: llm.llm.inputs.num_lost_workers,

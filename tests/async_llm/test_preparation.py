@@ -124,8 +124,8 @@ def test_which_threads(preparation):
         preparation.submit(lambda: 1 / 0, 10, "wrong").result(PATIENCE)
     assert where(10, "wrong") == "grammars"  # a grammar that could not be compiled is not remembered
     for i in range(100):
-        where(10, str(i))
-    assert where(10, "a") == where(10, "30") == "grammars" and where(10, "99") == "quick"
+        where(10, str(i) * 2000)
+    assert where(10, "a") == where(10, "30" * 2000) == "grammars" and where(10, "99" * 2000) == "quick"
 
 
 def test_sizes_and_keys():

@@ -231,7 +231,7 @@ def test_info_of_biases_and_another_rope(capsys, tmp_path):
 
 
 def test_info_of_70b(capsys, llama_70b):
-    code, out, err = run(capsys, "info", llama_70b, "--memory", "141GiB")
+    code, out, err = run(capsys, "info", llama_70b, "--memory", "160GiB")
     assert (code, err) == (0, "")
     for words in (
         "80 layers",
@@ -242,11 +242,14 @@ def test_info_of_70b(capsys, llama_70b):
         "327,680 bytes",
         "temperature 0.6, top_p 0.9",
         "ends at 128001, 128008, 128009",
-        "fits 141GiB",
-        "31,403 of 131,072 tokens of context",
+        "fits 160GiB",
+        "41,232 of 131,072 tokens of context",
     ):
         assert words in out
-    assert "no: bfloat16 weights of 131.4 GiB in 22.4 GiB" in run(capsys, "info", llama_70b, "--memory", "24GB")[1]
+    assert (
+        "no: bfloat16 weights of 131.4 GiB in 22.4 GiB used to 90%"
+        in run(capsys, "info", llama_70b, "--memory", "24GB")[1]
+    )
     assert "all 131,072 tokens" in run(capsys, "info", f"{llama_70b}/config.json", "--memory", "1TiB")[1]
     assert run(capsys, "info", llama_70b, "--memory", "10X")[0] == 2
     assert run(capsys, "info", llama_70b, "--dtype", "int3")[0] == 2

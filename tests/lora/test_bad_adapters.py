@@ -223,3 +223,27 @@ def test_names(base_path, folder, name):
     llm = LLM(Transformer.from_pretrained(base_path), num_blocks=8, max_model_len=64)
     with pytest.raises(ValueError, match="name must match"):
         llm.load_lora(name, folder)
+
+
+def test_adapters_are_bounded_by_bytes_and_none_is_unloaded_behind_its_users_back(base_path, tmp_path):
+    paths = [tmp_path / name for name in ("a", "b")]
+    for path in paths:
+        make_adapter(base_path, path, target_modules=["q_proj"])
+    size = LLM(base_path, num_blocks=8).load_lora("a", paths[0]).nbytes
+    llm = LLM(base_path, num_blocks=8, max_lora_bytes=2 * size - 1)
+    llm.load_lora("a", paths[0])
+    with pytest.raises(ValueError, match=f"'b' takes {size} bytes and those that are loaded {size}: .*{2 * size - 1}"):
+        llm.load_lora("b", paths[1])
+    assert [info.name for info in llm.list_loras()] == ["a"] and llm.engine.adapters.nbytes == size
+    llm.unload_lora("a")
+    assert llm.load_lora("b", paths[1]).nbytes == size
+
+
+def test_the_size_of_an_adapter_is_looked_at_before_its_tensors_are_read(folder, model, monkeypatch):
+    def refuse(nbytes):
+        raise ValueError(f"{nbytes} bytes")
+
+    monkeypatch.setattr("llama.model.lora.adapter.read_into", None)
+    expected = sum(tensor.numel() for tensor in load_file(folder / "adapter_model.safetensors").values()) * 4
+    with pytest.raises(ValueError, match=f"^{expected} bytes"):
+        read_adapter(folder, model, max_rank=64, check_size=refuse)

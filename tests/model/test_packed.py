@@ -1,5 +1,8 @@
 """Packed weights: the same products within the dtype's rounding, the same weight back bit for bit, moves and saves."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -101,3 +104,29 @@ def test_a_cast_undoes_it():
     expected = tiny_model(dtype=torch.float32, tie_word_embeddings=True).double()
     ids = torch.arange(10)[None]
     assert torch.equal(model.logits(ids), expected.logits(ids))
+
+
+def test_there_are_few_numbers_of_rows_that_a_kernel_is_made_for():
+    sizes = [packed._kernel_rows(rows) for rows in range(8193)]
+    assert all(rows <= size <= max(rows + 1, rows * 9 / 8) for rows, size in enumerate(sizes))
+    assert sizes[:18] == [*range(17), 18] and sizes[2048] == 2048 and len(set(sizes)) < 100
+
+
+@pytest.mark.slow
+def test_kernels_by_shape_take_little_memory():
+    """Half a megabyte each: a kernel for each number of rows took 700 MB."""
+    script = """
+import torch
+from llama.model.weights.packed import OneDNNWeight
+weights = [OneDNNWeight(torch.randn(96, 64 * i)) for i in (1, 2)]
+def rss():
+    return int(open("/proc/self/statm").read().split()[1]) * 4096
+x = torch.randn(1500, 128)
+before = rss()
+for weight in weights:
+    for rows in range(1, 1501):
+        weight(x[:rows, : weight.weight.shape[1]])
+print((rss() - before) >> 20)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 150

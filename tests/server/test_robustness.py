@@ -35,7 +35,14 @@ def test_health_readiness_version_metrics(scripted):
     assert float(lines[f'llama_request_success_total{{finished_reason="stop",model_name="{NAME}"}}']) > 0
     assert float(lines[f'llama_http_errors_total{{code="5006",model_name="{NAME}",status="400"}}']) > 0
     names = {line.split("{")[0] for line in lines}
-    for name in ("kv_cache_usage_perc", "num_requests_waiting", "prompt_tokens_total", "prefix_cache_hits_total"):
+    for name in (
+        "adapter_bytes",
+        "grammar_bytes",
+        "kv_cache_usage_perc",
+        "num_requests_waiting",
+        "prompt_tokens_total",
+        "prefix_cache_hits_total",
+    ):
         assert f"llama_{name}" in names
     for name in ("inter_token_latency_seconds", "e2e_request_latency_seconds", "request_generation_tokens"):
         assert f"llama_{name}_bucket" in names
@@ -271,11 +278,12 @@ def test_a_prompt_that_is_certain_to_be_too_long_is_not_encoded(tiny, monkeypatc
     monkeypatch.setattr(tiny.llm.llm.tokenizer._parsing.__class__, "encode_batch_fast", refuse)
     gc.collect()
     gc.disable()
+    before = frames_of_the_package()
     try:
         for body, path in bodies:
             error = tiny.run(body, path).json()["error"]
             assert error["code"] == "context_length_exceeded" and "at least" in error["message"]
-        until(lambda: not frames_of_the_package())
+        until(lambda: frames_of_the_package() == before)
     finally:
         gc.enable()
 

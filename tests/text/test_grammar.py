@@ -14,9 +14,7 @@ from llama.api.errors import ParameterError
 from llama.text.grammar import GrammarCompiler, GrammarError
 from llama.text.tool_calls import ToolCall, parse_tool_calls
 from tests.text.helpers import WEATHER_TOOL, llama_backend, write_checkpoint
-
-VOCAB = 49152 + 37  # rows of padding, and no multiple of 32
-EOS = 2
+from tests.text.walks import EOS, VOCAB, allowed, new_row, walk
 
 
 @pytest.fixture(scope="module")
@@ -24,32 +22,6 @@ def compiler(demo_tokenizer):
     compiler = GrammarCompiler(demo_tokenizer, VOCAB, deadline_seconds=0.5)
     yield compiler
     compiler.close()
-
-
-def new_row():
-    return np.full((VOCAB + 31) // 32, -1, np.int32)
-
-
-def allowed(matcher):
-    row = new_row()
-    matcher.fill_mask(row)
-    return np.flatnonzero(np.unpackbits(row.view(np.uint8), bitorder="little")).tolist()
-
-
-def walk(matcher, seed, longest=600):
-    """Random tokens that the masks allow, EOS apart where there is a choice, up to the grammar's end."""
-    chance, ids = random.Random(seed), []
-    while not matcher.is_finished:
-        choices = allowed(matcher)
-        if len(choices) > 1 and matcher.is_accepting and chance.random() < 0.5:
-            choices = [EOS] if EOS in choices else choices
-        token_id = chance.choice(choices)
-        matcher.advance(token_id)
-        if token_id == EOS:
-            break
-        ids.append(token_id)
-        assert len(ids) <= longest
-    return ids
 
 
 PERSON = {

@@ -6,7 +6,7 @@ belongs to an adapted module, or is an exact copy of one of the base model's, wh
 
 import difflib
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -44,8 +44,11 @@ class AdapterWeights:
     digest: bytes
 
 
-def read_adapter(path: str | Path, model: Transformer, *, max_rank: int) -> AdapterWeights:
-    """Read and check a PEFT folder for `model`; its tensors come on the CPU, in the model's dtype.
+def read_adapter(
+    path: str | Path, model: Transformer, *, max_rank: int, check_size: Callable[[int], None] = lambda nbytes: None
+) -> AdapterWeights:
+    """Read and check a PEFT folder for `model`; its tensors come on the CPU, in the model's dtype. `check_size` may
+    refuse their bytes before they are read.
 
     Raises AdapterError that names the key, module or tensor which is wrong.
     """
@@ -60,6 +63,7 @@ def read_adapter(path: str | Path, model: Transformer, *, max_rank: int) -> Adap
     try:
         stored = {tensor.name: tensor for tensor in read_header(_weights_file(folder))}
         wanted = _wanted(modules, sizes)
+        check_size(sum(rows * columns for rows, columns in wanted.values()) * model.dtype.itemsize)
         _match(folder, wanted, stored, model)
         return _read(folder, modules, wanted, stored, model)
     except CheckpointError as error:

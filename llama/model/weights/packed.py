@@ -7,6 +7,7 @@ Nothing here changes a result by more than the dtype's rounding, and `dense()` g
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from llama.model.weights.form import WeightForm
 
@@ -31,6 +32,12 @@ def _computes_natively(dtype: torch.dtype) -> bool:
     return dtype == torch.float16 and torch.ops.mkldnn._is_mkldnn_fp16_supported()
 
 
+def _kernel_rows(rows: int) -> int:
+    """At least `rows`: eight numbers for each power of two, and up to an eighth more work."""
+    granularity = 1 << max(0, (rows - 1).bit_length() - 4)
+    return -(-rows // granularity) * granularity
+
+
 class OneDNNWeight:
     """The dtype of the weight is that of input and output."""
 
@@ -40,7 +47,11 @@ class OneDNNWeight:
         self._linear = torch.ops.mkldnn._linear_pointwise.default
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self._linear(x, self.weight, None, "none", [], "")
+        """oneDNN makes a kernel for each number of rows, half a megabyte that it keeps: there are few such numbers."""
+        rows = x.shape[0]
+        if (padded := _kernel_rows(rows)) != rows:
+            x = F.pad(x, (0, 0, 0, padded - rows))
+        return self._linear(x, self.weight, None, "none", [], "")[:rows]
 
     def dense(self) -> Tensor:
         return self.weight.to_dense().to(self.dtype)

@@ -9,15 +9,16 @@ import json
 import re
 import threading
 import time
-from collections import OrderedDict
+import weakref
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from llama.api.errors import ParameterError, blamed_on
+from llama.api.errors import ParameterError, QueueFullError, blamed_on
 from llama.text.chat.prepare import prepare_tools, tool_name
-from llama.text.grammar.matcher import Matcher, told
+from llama.text.grammar.matcher import Automaton, Matcher, told
 from llama.text.grammar.schema import MAX_BYTES, prepared_schema, schema_of_response_format, schema_of_tool
+from llama.text.kept import Kept
 from llama.text.sandbox import LOW_PRIORITY, Worker, WorkerError
 from llama.text.sandbox.grammars import parser_limits
 from llama.text.tokenizer import Tokenizer
@@ -29,25 +30,28 @@ if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
 
 DEADLINE_SECONDS = 5.0
-_KEPT = 128  # compiled grammars
+KEPT_BYTES = 2**28
+LIVE_BYTES = 2**31  # of those that are kept or that requests hold
 
 
 class Grammar:
-    """A compiled grammar. Immutable: every sequence gets a matcher of its own."""
+    """A compiled grammar. Every sequence gets a matcher of its own; they share the automaton."""
 
-    def __init__(self, prototype: "LLMatcher", vocab_size: int) -> None:
+    def __init__(self, prototype: "LLMatcher", vocab_size: int, source_bytes: int = 0) -> None:
         self._prototype = prototype
         self._vocab_size = vocab_size
         self._lock = threading.Lock()
+        self.automaton = Automaton(source_bytes)
 
     def matcher(self) -> Matcher:
         """At the beginning of the grammar."""
         with self._lock:
-            return Matcher(self._prototype.deep_copy(), self._vocab_size)
+            return Matcher(self._prototype.deep_copy(), self._vocab_size, self.automaton)
 
 
 class GrammarCompiler:
-    """Compiles grammars for one tokenizer and a model's vocab_size, from any thread; keeps the last ones."""
+    """Compiles grammars for one tokenizer and a model's vocab_size, from any thread; keeps the last ones, KEPT_BYTES of
+    them."""
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int, *, deadline_seconds: float = DEADLINE_SECONDS) -> None:
         tokenizer.check_vocab(vocab_size)
@@ -57,7 +61,8 @@ class GrammarCompiler:
         module = "llama.text.sandbox.grammars"
         self._worker = Worker(module, {}, deadline_seconds=deadline_seconds, niceness=LOW_PRIORITY)
         self._lock = threading.Lock()
-        self._kept: OrderedDict[str, Grammar] = OrderedDict()
+        self._kept = Kept[Grammar](KEPT_BYTES, lambda source, grammar: grammar.automaton.nbytes)
+        self._live: weakref.WeakSet[Automaton] = weakref.WeakSet()
 
     def compile(self, constraint: Mapping[str, Any] | None, field: str = "response_format") -> Grammar | None:
         """The grammar of `SamplingParams.constraint`, which this field gave; None for none and for {"type": "text"}.
@@ -167,15 +172,19 @@ class GrammarCompiler:
         """See Worker.num_lost."""
         return self._worker.num_lost
 
+    @property
+    def kept_bytes(self) -> int:
+        """See Automaton.nbytes."""
+        return self._kept.nbytes
+
     def close(self) -> None:
         """Ends the worker process; another grammar would start one again."""
         self._worker.close()
 
     def _grammar(self, source: str, where: str) -> Grammar:
-        with self._lock:
-            if source in self._kept:
-                self._kept.move_to_end(source)
-                return self._kept[source]
+        if (kept := self._kept.get(source)) is not None:
+            return kept
+        self._check_room()
         try:
             error = self._worker.ask({"grammar": source})
         except WorkerError as failure:
@@ -188,12 +197,18 @@ class GrammarCompiler:
         prototype.compute_bitmask()  # what cannot even begin shows here
         if prototype.is_error():
             raise ValueError(f"{where}: {told(prototype.get_error())}")
-        grammar = Grammar(prototype, self._vocab_size)
+        grammar = Grammar(prototype, self._vocab_size, len(source.encode()))
+        self._kept.put(source, grammar)
         with self._lock:
-            self._kept[source] = grammar
-            if len(self._kept) > _KEPT:
-                self._kept.popitem(last=False)
+            self._live.add(grammar.automaton)
         return grammar
+
+    def _check_room(self) -> None:
+        with self._lock:
+            live = sum(automaton.nbytes for automaton in self._live)
+        if live > LIVE_BYTES:
+            what = f"the grammars of the requests that run or wait take {live} bytes, more than {LIVE_BYTES}"
+            raise QueueFullError(what, retry_after=5)
 
     @cached_property
     def _vocabulary(self) -> "LLTokenizer":

@@ -1,6 +1,8 @@
 """Where one sequence stands in its grammar. Its Sequence owns it; it lives through preemption."""
 
 import re
+import time
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
 
 import numpy as np
@@ -12,11 +14,29 @@ if TYPE_CHECKING:
 
 # What llguidance puts before a message: a place in the grammar that we wrote, and the whole of a regex.
 _PLACE = re.compile(r'at \d+\(\d+\): (?:failed to compile JSON schema: |invalid regex ".*" \(in regex\): )?', re.DOTALL)
+_BYTES_PER_BYTE = 1000  # of a grammar's source, once it has run
+_BYTES_PER_SECOND = 2**27  # of making states
+_MOST_STATES_BYTES = 2**25  # what MAX_STATES of them take
+_USUAL_SECONDS = 0.0002  # of a mask whose states are there already
 _SOURCE_LINE = re.compile(r"\n *\d+ \| ")
 
 
 class GrammarError(RuntimeError):
     """A token that the mask forbids was advanced over, or the grammar exceeded a limit while it ran."""
+
+
+@dataclass(slots=True, eq=False, weakref_slot=True)
+class Automaton:
+    """What a grammar and all its matchers hold. States are made when a text first needs them, and stay."""
+
+    source_bytes: int
+    seconds: float = 0.0  # of processor time in which states may have been made
+
+    @property
+    def nbytes(self) -> int:
+        """About what it takes, rather more: llguidance does not say."""
+        states = min(_MOST_STATES_BYTES, int(self.seconds * _BYTES_PER_SECOND))
+        return _BYTES_PER_BYTE * self.source_bytes + states
 
 
 class Matcher:
@@ -25,8 +45,9 @@ class Matcher:
     A finished grammar allows EOS alone; tokens advanced over after its end are counted and otherwise ignored.
     """
 
-    def __init__(self, matcher: "LLMatcher", vocab_size: int) -> None:
+    def __init__(self, matcher: "LLMatcher", vocab_size: int, automaton: Automaton) -> None:
         self._matcher = matcher
+        self._automaton = automaton
         self._words = (vocab_size + 31) // 32
         self._after_end = 0
 
@@ -34,7 +55,9 @@ class Matcher:
         """Sets bit t of `row` (int32 [ceil(vocab_size / 32)], contiguous) where token t may come next."""
         if row.dtype != np.int32 or row.shape != (self._words,) or not row.flags.c_contiguous:
             raise ValueError(f"row must be contiguous int32 [{self._words}], got {row.dtype} {row.shape}")
+        began = time.thread_time()
         self._matcher.unsafe_compute_mask_ptr(row.ctypes.data, row.nbytes)
+        self._automaton.seconds += max(0.0, time.thread_time() - began - _USUAL_SECONDS)
         self._check()
 
     def advance(self, token_id: int) -> None:
@@ -54,7 +77,7 @@ class Matcher:
 
     def fork(self) -> Self:
         """An independent copy: for another completion of the same prompt."""
-        other = type(self)(self._matcher.deep_copy(), 32 * self._words)
+        other = type(self)(self._matcher.deep_copy(), 32 * self._words, self._automaton)
         other._after_end = self._after_end
         return other
 

@@ -5,13 +5,19 @@ from typing import Any
 
 # As many alternatives at one place as a schema may have properties, a few times over: each can be several items.
 _MAX_ITEMS = 20_000
+MAX_STATES = 100_000  # of the automaton: 330 bytes each
 
 
 def parser_limits() -> Any:
     """llguidance's limits, raised for the largest schema that is accepted; messages do not quote the output."""
     from llguidance import LLParserLimits
 
-    return LLParserLimits(max_items_in_row=_MAX_ITEMS, step_max_items=10 * _MAX_ITEMS, verbose_errors=False)
+    return LLParserLimits(
+        max_items_in_row=_MAX_ITEMS,
+        step_max_items=10 * _MAX_ITEMS,
+        max_lexer_states=MAX_STATES,
+        verbose_errors=False,
+    )
 
 
 def start(setup: Mapping[str, Any]) -> Callable[[Mapping[str, Any]], str]:
