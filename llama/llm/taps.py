@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from llama.api.errors import ParameterError
+from llama.engine.budget import free_cpu_bytes
 from llama.engine.engine import Engine
-from llama.engine.memory import free_cpu_bytes
 from llama.engine.request import Request
 from llama.llm.requests import one_per_prompt
 from llama.model.capture import Capture, RequestTaps
