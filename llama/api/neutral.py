@@ -59,6 +59,7 @@ CHAT: Neutral = {
     "web_search_options": (),
 }
 COMPLETION: Neutral = {**_BODY, "add_special_tokens": (True,), "prompt_embeds": (), "prompt_logprobs": ()}
+RESPONSES: Neutral = {"max_tool_calls": (), "moderation": (), "stop": ([],), "verbosity": ("medium",)}
 
 
 def is_neutral(value: Any, values: tuple[Any, ...]) -> bool:

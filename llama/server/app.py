@@ -16,6 +16,7 @@ from llama.server.cloudflare.routes import routes as cloudflare_routes
 from llama.server.cloudflare.schema import RunRequest
 from llama.server.errors import ApiError, dialect_of, internal, no_method, no_route
 from llama.server.middleware import RequestMiddleware
+from llama.server.openai.responses_body import ResponsesRequest
 from llama.server.openai.routes import routes as openai_routes
 from llama.server.openai.schema import ChatRequest, CompletionRequest
 from llama.server.service import Service
@@ -59,7 +60,7 @@ def _describe(app: FastAPI) -> None:
     def openapi() -> dict[str, Any]:
         if app.openapi_schema is None:
             described = get_openapi(title=app.title, version=app.version, routes=app.routes)
-            models = (RunRequest, ChatRequest, CompletionRequest)
+            models = (RunRequest, ChatRequest, CompletionRequest, ResponsesRequest)
             _, schemas = models_json_schema(
                 [(model, "validation") for model in models], ref_template="#/components/schemas/{model}"
             )

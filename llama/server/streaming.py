@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import aclosing, suppress
 from typing import Any, TypeVar
 
@@ -23,17 +23,24 @@ Events = AsyncGenerator[Any, None]
 
 
 class EventStream(Response):
-    """Each event is a JSON value, or DONE. When the client disconnects or reads nothing for the config's send_timeout,
-    the answers that the events come from are closed, which ends their requests. An error is the last event."""
+    """Each event is a JSON value, or DONE; its type, if it has one, names it. When the client disconnects or reads
+    nothing for the config's send_timeout, the answers that the events come from are closed, which ends their requests.
+    An error is the last event: `failed` makes it, by default the dialect's own."""
 
-    def __init__(self, events: Events, answers: Sequence[Answer], dialect: Dialect) -> None:
+    def __init__(
+        self,
+        events: Events,
+        answers: Sequence[Answer],
+        dialect: Dialect,
+        failed: Callable[[ApiError], dict[str, Any]] | None = None,
+    ) -> None:
         super().__init__(
             media_type="text/event-stream", headers={"cache-control": "no-cache", "x-accel-buffering": "no"}
         )
         del self.headers["content-length"]
         self._events = events
         self._answers = answers
-        self._dialect = dialect
+        self._failed = failed or (lambda error: error.event(dialect))
         self._request_id = answers[0].request_id
         self._send_timeout = answers[0].send_timeout
 
@@ -59,7 +66,7 @@ class EventStream(Response):
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
             try:
                 async for event in events:
-                    await write(b"data: " + (event.encode() if event is DONE else dump(event)) + b"\n\n")
+                    await write(_line(event))
             except TimeoutError:
                 logger.info("request %s: its reader stopped reading", self._request_id)
                 raise
@@ -67,8 +74,15 @@ class EventStream(Response):
                 if not isinstance(error, ApiError):
                     logger.exception("request %s failed", self._request_id)
                     error = internal(self._request_id)
-                await write(b"data: " + dump(error.event(self._dialect)) + b"\n\n")
+                await write(_line(self._failed(error)))
             await write(b"", more=False)
+
+
+def _line(event: Any) -> bytes:
+    if event is DONE:
+        return b"data: " + event.encode() + b"\n\n"
+    name = b"event: " + event["type"].encode() + b"\n" if "type" in event else b""
+    return name + b"data: " + dump(event) + b"\n\n"
 
 
 async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:

@@ -26,7 +26,7 @@ def chat_endpoint(service: Service) -> Endpoint:
         body = await read_body(request, service, ChatRequest)
         record = request.state.record
         if body.stream:
-            answer = await unless_gone(request, service.answer(await _submit(body, service), record))
+            answer = await unless_gone(request, service.answer(await submit_chat(body, service), record))
             return EventStream(_Writer(body, service).chunks(answer), [answer], Dialect.OPENAI)
         return json_response(await unless_gone(request, answer_chat(body, service, record)))
 
@@ -36,11 +36,11 @@ def chat_endpoint(service: Service) -> Endpoint:
 async def answer_chat(body: ChatRequest, service: Service, record: Record) -> dict[str, Any]:
     """The complete answer. Raises ApiError."""
     writer = _Writer(body, service)
-    async with await service.answer(await _submit(body, service), record) as answer:
+    async with await service.answer(await submit_chat(body, service), record) as answer:
         return writer.whole(answer, await answer.whole())
 
 
-async def _submit(body: ChatRequest, service: Service) -> Submit:
+async def submit_chat(body: ChatRequest, service: Service) -> Submit:
     lora = await service.adapter(body.model, body.lora)
     wanted = {"max_tokens": _max_tokens(body), "logprobs": _num_logprobs(body), "prediction": _prediction(body)}
     params = sampling_params(body, service.defaults, **wanted)

@@ -1,4 +1,4 @@
-"""OpenAI's dialect: chat completions, completions and models, at /v1 and below an account of Cloudflare's."""
+"""OpenAI's dialect: chat, completions, responses and models, at /v1 and below an account of Cloudflare's."""
 
 from typing import Any
 
@@ -10,6 +10,7 @@ from llama.server.bodies import json_response
 from llama.server.errors import no_such_model
 from llama.server.openai.chat import chat_endpoint
 from llama.server.openai.completions import completions_endpoint
+from llama.server.openai.responses import responses_endpoint
 from llama.server.service import Service
 
 _PREFIXES = ("/v1", "/client/v4/accounts/{account_id}/ai/v1")
@@ -32,6 +33,7 @@ def routes(service: Service) -> APIRouter:
     posts = (
         ("/chat/completions", chat_endpoint(service), "ChatRequest"),
         ("/completions", completions_endpoint(service), "CompletionRequest"),
+        ("/responses", responses_endpoint(service), "ResponsesRequest"),
     )
     for prefix in _PREFIXES:
         for path, endpoint, schema in posts:
