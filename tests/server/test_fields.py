@@ -14,6 +14,7 @@ import transformers
 from openai.types import completion_create_params
 from openai.types.chat import chat_completion_stream_options_param
 from openai.types.chat import completion_create_params as chat_create_params
+from openai.types.responses import response_create_params
 
 from llama import AdapterError, CheckpointError, SamplingParams
 from llama.engine.config import EngineConfig
@@ -21,6 +22,7 @@ from llama.llm.vllm_names import HARMLESS, refuse_foreign
 from llama.model.generation_config import GenerationConfig
 from llama.model.lora.adapter_config import read_adapter_config
 from llama.server.cloudflare.schema import RunRequest
+from llama.server.openai.responses_body import ResponsesRequest
 from llama.server.openai.schema import ChatRequest, CompletionRequest, StreamOptions
 from llama.text.tokenizer import Tokenizer
 from tests.server.helpers import RUN, TOKENIZER, user
@@ -28,7 +30,7 @@ from tests.server.helpers import RUN, TOKENIZER, user
 DOCS = Path(__file__).parents[2] / "docs" / "fields.md"
 USED, NO_EFFECT, ALONE, REFUSED = "used", "no effect", "at this value alone", "refused"
 WARNED = "no effect, with a warning"
-CHAT, COMPLETION = "/v1/chat/completions", "/v1/completions"
+CHAT, COMPLETION, RESPONSES = "/v1/chat/completions", "/v1/completions", "/v1/responses"
 
 
 def read_tables() -> dict[str, dict[str, dict[str, str]]]:
@@ -61,6 +63,7 @@ TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "ob
 BODIES = {
     CHAT: {"messages": [user("I say:"), user("Hello world")], "max_tokens": 9},
     COMPLETION: {"prompt": "Hello world", "max_tokens": 9},
+    RESPONSES: {"input": [user("I say:"), user("Hello world")], "max_output_tokens": 9},
     "/ai/run": {"messages": [user("I say:"), user("Hello world")], "max_tokens": 9},
 }
 SHARED = {
@@ -113,8 +116,24 @@ CHAT_PROBES = {
 }
 COMPLETION_PROBES = {"best_of": 2, "echo": True, "logprobs": 2}
 RUN_PROBES = {"raw": True}
-PROBES = {CHAT: SHARED | CHAT_PROBES, COMPLETION: SHARED | COMPLETION_PROBES, "/ai/run": SHARED | RUN_PROBES}
-MEANINGLESS = ("id", "created", "seed", "usage")
+RESPONSES_PROBES = {
+    "chat_template_kwargs": {"none": "such"},
+    "include": ["message.output_text.logprobs"],
+    "input": "Bye",
+    "instructions": "Be brief",
+    "max_output_tokens": 3,
+    "parallel_tool_calls": False,
+    "text": {"format": {"type": "json_object"}},
+    "tools": [{"type": "function", "name": "f"}],
+    "top_logprobs": 3,
+}
+PROBES = {
+    CHAT: SHARED | CHAT_PROBES,
+    COMPLETION: SHARED | COMPLETION_PROBES,
+    RESPONSES: SHARED | RESPONSES_PROBES,
+    "/ai/run": SHARED | RUN_PROBES,
+}
+MEANINGLESS = ("id", "created", "created_at", "seed", "usage")
 
 
 def outcome(scripted, section: str, **more) -> tuple:
@@ -125,28 +144,29 @@ def outcome(scripted, section: str, **more) -> tuple:
     return asked, re.sub(rf'"({"|".join(MEANINGLESS)})":("[^"]*"|\d+|{{[^}}]*}})', "", response.text)
 
 
-@pytest.mark.parametrize(("section", "name"), cases(USED, CHAT, COMPLETION, "/ai/run"))
+@pytest.mark.parametrize(("section", "name"), cases(USED, CHAT, COMPLETION, RESPONSES, "/ai/run"))
 def test_what_is_used_changes_something(scripted, section, name):
     assert outcome(scripted, section, **{name: PROBES[section][name]}) != outcome(scripted, section)
 
 
 ANY = {"metadata": {"a": "b"}, "store": True, "functions": [{"name": "f", "code": ""}]}
+ANY |= {name: {"a": "b"} for name in ("client_metadata", "prompt_cache_options", "reasoning", "stream_options")}
 
 
-@pytest.mark.parametrize(("section", "name"), cases(NO_EFFECT, CHAT, COMPLETION, "/ai/run"))
+@pytest.mark.parametrize(("section", "name"), cases(NO_EFFECT, CHAT, COMPLETION, RESPONSES, "/ai/run"))
 def test_what_has_no_effect_has_none(scripted, section, name):
     asked, answer = outcome(scripted, section, **{name: ANY.get(name, "x")})
-    assert asked == outcome(scripted, section)[0] != [] and '"error"' not in answer
+    assert asked == outcome(scripted, section)[0] != [] and '"error":{' not in answer
 
 
-@pytest.mark.parametrize(("section", "name"), cases(ALONE, CHAT, COMPLETION))
+@pytest.mark.parametrize(("section", "name"), cases(ALONE, CHAT, COMPLETION, RESPONSES))
 def test_what_is_taken_at_a_value_alone(scripted, section, name):
     for value in TABLES[section][ALONE][name].split(" or "):
         assert outcome(scripted, section, **{name: json.loads(value)}) == outcome(scripted, section)
     check_refused(scripted, section, name)
 
 
-@pytest.mark.parametrize(("section", "name"), cases(REFUSED, CHAT, COMPLETION, "/ai/run"))
+@pytest.mark.parametrize(("section", "name"), cases(REFUSED, CHAT, COMPLETION, RESPONSES, "/ai/run"))
 def test_what_is_refused_is_named(scripted, section, name):
     check_refused(scripted, section, name)
 
@@ -162,6 +182,8 @@ def test_every_field_of_the_bodies_is_listed():
     assert fields(COMPLETION) >= common and fields(COMPLETION) >= CompletionRequest.model_fields.keys()
     assert fields(CHAT) >= chat_create_params.CompletionCreateParamsBase.__annotations__.keys()
     assert fields(CHAT) >= ChatRequest.model_fields.keys()
+    assert fields(RESPONSES) >= response_create_params.ResponseCreateParamsBase.__annotations__.keys()
+    assert fields(RESPONSES) >= ResponsesRequest.model_fields.keys()
     assert fields("/ai/run") == RunRequest.model_fields.keys()
     known = chat_completion_stream_options_param.ChatCompletionStreamOptionsParam.__annotations__
     assert fields("stream_options") >= known.keys() and fields("stream_options") == StreamOptions.model_fields.keys()
