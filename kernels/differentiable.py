@@ -5,15 +5,11 @@ require a gradient, on every device; slower than kernels/cpu and meant for singl
 import torch
 from torch import Tensor
 
-from llama.kernels.types import CosSin, KVLayer, Ragged
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
+from llama.kernels.types import CosSin, KVLayer, Ragged, wide_dtype
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    wide = x.to(_wide(x.dtype))
+    wide = x.to(wide_dtype(x.dtype))
     return (wide * (wide.square().mean(-1, keepdim=True) + eps).rsqrt()).to(x.dtype) * weight
 
 
@@ -47,7 +43,7 @@ def paged_attention(q: Tensor, kv_layer: KVLayer, ragged: Ragged, scale: float) 
 
 def _causal(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     queries, context, group = len(q), len(k), q.shape[1] // k.shape[1]
-    k, v = (x.repeat_interleave(group, 1).to(_wide(q.dtype)) for x in (k, v))
+    k, v = (x.repeat_interleave(group, 1).to(wide_dtype(q.dtype)) for x in (k, v))
     scores = torch.einsum("qhd,khd->hqk", q.to(k.dtype), k) * scale
     hidden = torch.ones(queries, context, dtype=torch.bool, device=q.device).triu(context - queries + 1)
     weights = scores.masked_fill(hidden, float("-inf")).softmax(-1)

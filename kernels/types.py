@@ -17,6 +17,12 @@ from llama.kernels.logprobs import Logprobs
 
 LOGPROBS_OFF, LOGPROBS_RAW, LOGPROBS_PROCESSED = 0, 1, 2
 
+
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What sums over a model of this dtype are computed in: float64 for float64, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
 # (cos, sin) float32, [tokens, 1, head_dim] each, with x_rotated = x * cos + (x with its halves swapped) * sin: the
 # first half of sin is negated.
 CosSin = tuple[torch.Tensor, torch.Tensor]

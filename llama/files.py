@@ -9,7 +9,7 @@ import json
 import os
 import stat
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from io import BufferedReader
 from pathlib import Path
@@ -57,6 +57,12 @@ def read_json_if_there(
     except FileNotFoundError:
         return {}
     return _json_object(path, text, error)
+
+
+def some_of(names: Iterable[str]) -> str:
+    """The first ten of names, for a message."""
+    names = sorted(names)
+    return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
 
 
 def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ j of a block holds column j of each quarter, the first quarter in its lowest fou
 import torch
 from torch import Tensor
 
-from llama.kernels.types import QuantizedWeight
+from llama.kernels.types import QuantizedWeight, wide_dtype
 
 # Weights widened at once. A strip for few tokens should stay in a core's cache; many tokens want a wide product.
 _STRIP, _WIDE_STRIP, _MANY_TOKENS = 1 << 18, 1 << 20, 64
@@ -75,7 +75,7 @@ def widen(weight: QuantizedWeight, rows: slice = slice(None)) -> Tensor:
 
 def quantized_matmul(x: Tensor, weight: QuantizedWeight) -> Tensor:
     tokens, (rows, columns) = x.shape[0], weight.shape
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    wide = wide_dtype(x.dtype)
     out, x_wide = x.new_empty(tokens, rows), x.to(wide)
     step = max(1, (_WIDE_STRIP if tokens > _MANY_TOKENS else _STRIP) // columns)
     for start in range(0, rows, step):

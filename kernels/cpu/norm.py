@@ -5,14 +5,12 @@ import math
 import torch
 from torch import Tensor
 
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
+from llama.kernels.types import wide_dtype
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     size = x.shape[-1]
-    dtype = _wide(x.dtype)
+    dtype = wide_dtype(x.dtype)
     norms = torch.linalg.vector_norm(x, 2, -1, True, dtype=dtype)  # [tokens, 1]
     if norms.numel() == 1:  # calls cost more than arithmetic here, and Python needs none
         norm = norms.item()

@@ -1,7 +1,9 @@
 """Every error that a caller of this package may want to tell apart. Runs without torch."""
 
+import reprlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 
 class ParameterError(ValueError):
@@ -14,6 +16,11 @@ class ParameterError(ValueError):
     def __init__(self, message: str, param: str | None = None) -> None:
         super().__init__(message)
         self.param = param
+
+
+def refusal(name: str, legal: str, value: Any, place: str = "") -> ParameterError:
+    """For a value that is not legal; `place` is where in the field it stands, as it follows the field's name."""
+    return ParameterError(f"{name}{place} must be {legal}, got {reprlib.repr(value)}", name)
 
 
 class ConfigError(ValueError):

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, fields
 from numbers import Integral, Real
 from typing import Any, Literal, TypeVar
 
-from llama.api.errors import ParameterError
+from llama.api.errors import ParameterError, refusal
 from llama.api.neutral import SAMPLING, is_neutral
 from llama.api.structured import StructuredOutputsParams
 
@@ -128,7 +128,7 @@ class SamplingParams:
         put("max_tokens", None if self.max_tokens is None else _integer("max_tokens", self.max_tokens, 1, MAX_TOKENS))
         put("min_tokens", _integer("min_tokens", self.min_tokens, 0, MAX_TOKENS))
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
-            raise _refusal("min_tokens", f"at most max_tokens ({self.max_tokens})", self.min_tokens)
+            raise refusal("min_tokens", f"at most max_tokens ({self.max_tokens})", self.min_tokens)
         put("stop", _texts("stop", self.stop))
         put("bad_words", _texts("bad_words", self.bad_words))
         if self.allowed_token_ids is not None:
@@ -141,18 +141,18 @@ class SamplingParams:
             put("prediction", tuple(_integer("prediction", each, 0, place=": each id") for each in ids))
         for option in fields(self):
             if isinstance(option.default, bool) and not isinstance(getattr(self, option.name), bool):
-                raise _refusal(option.name, "True or False", getattr(self, option.name))
+                raise refusal(option.name, "True or False", getattr(self, option.name))
         if self.stop and not self.detokenize:
             raise ParameterError("stop needs detokenize=True: stop strings are looked for in the text", "stop")
         if self.truncate_prompt_tokens is not None:
             put("truncate_prompt_tokens", _integer("truncate_prompt_tokens", self.truncate_prompt_tokens, -1))
             if self.truncate_prompt_tokens == 0:
-                raise _refusal("truncate_prompt_tokens", "an integer of at least 1, or -1", 0)
+                raise refusal("truncate_prompt_tokens", "an integer of at least 1, or -1", 0)
         for name in ("logprobs", "prompt_logprobs"):
             wanted = getattr(self, name)
             put(name, None if wanted is None else _integer(name, wanted, 0, MAX_LOGPROBS))
         if self.logprobs_mode not in ("raw", "processed"):
-            raise _refusal("logprobs_mode", '"raw" or "processed"', self.logprobs_mode)
+            raise refusal("logprobs_mode", '"raw" or "processed"', self.logprobs_mode)
         put("response_format", _response_format(self.response_format))
         if self.structured_outputs is not None:
             put("structured_outputs", StructuredOutputsParams.of(self.structured_outputs))
@@ -175,11 +175,6 @@ class SamplingParams:
         return "response_format" if self.structured_outputs is None else "structured_outputs"
 
 
-def _refusal(name: str, legal: str, value: Any, place: str = "") -> ParameterError:
-    """`place` inside the field, as it follows the field's name."""
-    return ParameterError(f"{name}{place} must be {legal}, got {reprlib.repr(value)}", name)
-
-
 def _finite(value: Any) -> float | None:
     """A real number as a float; None for anything else, bool, NaN and infinities among it."""
     if isinstance(value, bool) or not isinstance(value, Real):
@@ -194,24 +189,24 @@ def _finite(value: Any) -> float | None:
 def _number(name: str, value: Any, low: float, high: float, place: str = "") -> float:
     number = _finite(value)
     if number is None or not low <= number <= high:
-        raise _refusal(name, f"a number from {low} to {high}", value, place)
+        raise refusal(name, f"a number from {low} to {high}", value, place)
     return number
 
 
 def _positive(name: str, value: Any) -> float:
     number = _finite(value)
     if number is None or number <= 0:
-        raise _refusal(name, "a number above 0", value)
+        raise refusal(name, "a number above 0", value)
     return number
 
 
 def _integer(name: str, value: Any, low: int, high: int | None = None, place: str = "") -> int:
     legal = f"an integer of at least {low}" if high is None else f"an integer from {low} to {high}"
     if isinstance(value, bool) or not isinstance(value, Integral):
-        raise _refusal(name, legal, value, place)
+        raise refusal(name, legal, value, place)
     number = int(value)
     if number < low or (high is not None and number > high):
-        raise _refusal(name, legal, value, place)
+        raise refusal(name, legal, value, place)
     return number
 
 
@@ -224,7 +219,7 @@ def _listed(name: str, values: Any, what: str) -> list[Any]:
     if values is None:
         return []
     if isinstance(values, str | bytes | Mapping) or not isinstance(values, Iterable):
-        raise _refusal(name, f"a list of {what}", values)
+        raise refusal(name, f"a list of {what}", values)
     return list(values)
 
 
@@ -241,7 +236,7 @@ def _texts(name: str, value: Any) -> tuple[str, ...]:
 def _allowed(value: Any) -> tuple[int, ...]:
     ids = _listed("allowed_token_ids", value, "token ids")
     if not ids:
-        raise _refusal("allowed_token_ids", "a list of at least one token id", value)
+        raise refusal("allowed_token_ids", "a list of at least one token id", value)
     return tuple(dict.fromkeys(_integer("allowed_token_ids", each, 0, place=": each id") for each in ids))
 
 
@@ -249,7 +244,7 @@ def _bias(value: Any) -> dict[int, float] | None:
     if value is None:
         return None
     if not isinstance(value, Mapping):
-        raise _refusal("logit_bias", "a mapping of token ids to numbers from -100 to 100", value)
+        raise refusal("logit_bias", "a mapping of token ids to numbers from -100 to 100", value)
     bias = {_integer("logit_bias", each, 0, place=": each token id"): value[each] for each in value}
     return {each: _number("logit_bias", number, -100, 100, f"[{each}]") for each, number in bias.items()} or None
 
@@ -258,12 +253,12 @@ def _response_format(value: Any) -> dict[str, Any] | None:
     if value is None:
         return None
     if not isinstance(value, Mapping):
-        raise _refusal("response_format", 'a mapping with a "type"', value)
+        raise refusal("response_format", 'a mapping with a "type"', value)
     kind = value.get("type")
     if kind == "text" and len(value) == 1:
         return None
     if not isinstance(kind, str) or kind not in _FORMATS:
-        raise _refusal("response_format", 'one of "text", "json_object", "json_schema", "regex"', kind, '["type"]')
+        raise refusal("response_format", 'one of "text", "json_object", "json_schema", "regex"', kind, '["type"]')
     content = _FORMATS[kind]
     legal = {"type"} if content is None else {"type", content[0]}
     if value.keys() - legal:
@@ -272,5 +267,5 @@ def _response_format(value: Any) -> dict[str, Any] | None:
     if content is not None:
         key, holds, what = content
         if not isinstance(value.get(key), holds) or (holds is str and not value[key]):
-            raise _refusal("response_format", what, value.get(key), f'["{key}"]')
+            raise refusal("response_format", what, value.get(key), f'["{key}"]')
     return dict(value)

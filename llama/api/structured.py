@@ -1,12 +1,11 @@
 """StructuredOutputsParams: what an answer is held to, under vLLM's names. Runs without torch."""
 
 import json
-import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-from llama.api.errors import ParameterError
+from llama.api.errors import ParameterError, refusal
 
 _FIELD = "structured_outputs"
 
@@ -42,10 +41,10 @@ class StructuredOutputsParams:
         if self.json is not None:
             object.__setattr__(self, "json", _schema(self.json))
         if self.json_object is not None and self.json_object is not True:
-            raise _refusal("json_object", "True", self.json_object)
+            raise refusal(_FIELD, "True", self.json_object, ".json_object")
         for name in ("regex", "grammar"):
             if getattr(self, name) is not None and not (isinstance(getattr(self, name), str) and getattr(self, name)):
-                raise _refusal(name, "a text that is not empty", getattr(self, name))
+                raise refusal(_FIELD, "a text that is not empty", getattr(self, name), f".{name}")
         if self.choice is not None:
             object.__setattr__(self, "choice", _choices(self.choice))
 
@@ -55,7 +54,7 @@ class StructuredOutputsParams:
         if isinstance(value, cls):
             return value
         if not isinstance(value, Mapping):
-            raise ParameterError(f"{_FIELD} must be a StructuredOutputsParams, got {reprlib.repr(value)}", _FIELD)
+            raise refusal(_FIELD, "a StructuredOutputsParams", value)
         names = [field.name for field in fields(cls)]
         if unknown := sorted(map(str, value.keys() - set(names))):
             raise ParameterError(f"{_FIELD} has no key {unknown[0]!r}; it has {', '.join(names)}", _FIELD)
@@ -73,10 +72,6 @@ class StructuredOutputsParams:
 _KINDS = ("json", "regex", "choice", "grammar", "json_object")
 
 
-def _refusal(name: str, legal: str, value: Any) -> ParameterError:
-    return ParameterError(f"{_FIELD}.{name} must be {legal}, got {reprlib.repr(value)}", _FIELD)
-
-
 def _schema(value: Any) -> Mapping[str, Any]:
     schema = value
     if isinstance(value, str):
@@ -85,11 +80,11 @@ def _schema(value: Any) -> Mapping[str, Any]:
         except (ValueError, RecursionError):
             schema = None
     if not isinstance(schema, Mapping):
-        raise _refusal("json", "a JSON schema, or the text of one", value)
+        raise refusal(_FIELD, "a JSON schema, or the text of one", value, ".json")
     return schema
 
 
 def _choices(value: Any) -> tuple[str, ...]:
     if not isinstance(value, list | tuple) or not value or not all(isinstance(text, str) for text in value):
-        raise _refusal("choice", "a list of at least one text", value)
+        raise refusal(_FIELD, "a list of at least one text", value, ".choice")
     return tuple(value)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 
+from llama.kernels.types import wide_dtype
 from llama.model.lora import read_adapter
 from llama.model.lora.loaded import module_places
 from llama.model.transformer import Transformer
@@ -26,7 +27,7 @@ def merge(base: Path, adapter: Path, output: Path, *, dtype: torch.dtype | str =
     tied = sorted({"embed_tokens", "lm_head"}.intersection(read.targets))
     if model.config.tie_word_embeddings and tied:
         raise ValueError(f"{base} ties its head to its embedding, so the adapter's {tied[0]} cannot be merged")
-    wide = torch.float64 if model.dtype == torch.float64 else torch.float32
+    wide = wide_dtype(model.dtype)
     places = module_places(model)
     for name, pair in read.pairs.items():
         module, index, starts = places[name]

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
-from llama.api.errors import ParameterError
+from llama.api.errors import refusal
 from llama.engine.speculative_config import BATCH_SIZES, SpeculativeConfig
 from llama.model.config import ModelConfig
 
@@ -55,16 +55,16 @@ class EngineConfig:
             name, value, least = option.name, getattr(self, option.name), option.metadata["least"]
             most = option.metadata["most"]
             if least is not None and value is not None and not (_is_integer(value) and least <= value <= most):
-                raise _refusal(name, f"an integer from {least} to {most}", value)
+                raise refusal(name, f"an integer from {least} to {most}", value)
             if isinstance(option.default, bool) and not isinstance(value, bool):
-                raise _refusal(name, "True or False", value)
+                raise refusal(name, "True or False", value)
         if self.block_size & (self.block_size - 1):
-            raise _refusal("block_size", "a power of two", self.block_size)
+            raise refusal("block_size", "a power of two", self.block_size)
         share = self.gpu_memory_utilization
         if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share <= 1:
-            raise _refusal("gpu_memory_utilization", "in (0, 1]", share)
+            raise refusal("gpu_memory_utilization", "in (0, 1]", share)
         if self.seed is not None and (not _is_integer(self.seed) or not 0 <= self.seed < 1 << 64):
-            raise _refusal("seed", "an integer from 0 to 2**64 - 1, or None", self.seed)
+            raise refusal("seed", "an integer from 0 to 2**64 - 1, or None", self.seed)
         if self.speculative_config is not None:
             SpeculativeConfig.of(self.speculative_config)
 
@@ -73,7 +73,7 @@ class EngineConfig:
         most = model.max_position_embeddings
         asked = most if self.max_model_len is None else self.max_model_len
         if asked > most:
-            raise _refusal("max_model_len", f"an integer in [2, {most}] (max_position_embeddings)", asked)
+            raise refusal("max_model_len", f"an integer in [2, {most}] (max_position_embeddings)", asked)
         budget = self.max_num_batched_tokens or BATCHED_TOKENS[device]
         speculative = self.speculative_config
         if speculative is not None:
@@ -115,7 +115,3 @@ class EngineConfig:
 
 def _is_integer(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _refusal(name: str, legal: str, value: Any) -> ParameterError:
-    return ParameterError(f"{name} must be {legal}, got {value!r}", name)

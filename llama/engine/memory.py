@@ -10,7 +10,7 @@ from llama.api.params import MAX_LOGPROBS
 from llama.engine.budget import CPU_FRACTION, blocks_in, free_cpu_bytes, kv_bytes_on_cpu
 from llama.engine.config import EngineConfig
 from llama.kernels import ops
-from llama.kernels.types import LOGPROBS_PROCESSED, SamplerRows, SamplerState
+from llama.kernels.types import LOGPROBS_PROCESSED, SamplerRows, SamplerState, wide_dtype
 from llama.model.batch import Batch
 from llama.model.kv_cache import KVCache
 from llama.model.transformer import Transformer
@@ -34,7 +34,7 @@ def num_scored_rows(vocab_size: int) -> int:
 
 def _rows_with_everything(count: int, vocab_size: int, device: torch.device, dtype: torch.dtype) -> SamplerRows:
     """Rows to sample that use every rule and want log-probabilities, each with a penalty state of its own."""
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    wide = wide_dtype(dtype)
 
     def full(value: float, dtype: torch.dtype = wide) -> torch.Tensor:
         return torch.full((count,), value, dtype=dtype, device=device)

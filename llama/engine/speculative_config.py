@@ -3,12 +3,11 @@
 The keys are vLLM's. What a method does not use is refused, as is a method that this engine does not have.
 """
 
-import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from llama.api.errors import ParameterError
+from llama.api.errors import ParameterError, refusal
 
 MOST_DRAFTS = 32
 LONGEST_NGRAM = 16  # each size up to prompt_lookup_max is looked up and kept apart
@@ -28,10 +27,10 @@ class SpeculativeConfig:
     def of(cls, given: Mapping[str, Any]) -> "SpeculativeConfig":
         """Raises ParameterError for what is not legal."""
         if not isinstance(given, Mapping):
-            raise _refusal("", 'a mapping such as {"method": "ngram", "num_speculative_tokens": 4}', given)
+            raise refusal(_NAME, 'a mapping such as {"method": "ngram", "num_speculative_tokens": 4}', given)
         method = given.get("method")
         if method != "ngram":
-            raise _refusal('["method"]', '"ngram"', method)
+            raise refusal(_NAME, '"ngram"', method, '["method"]')
         values = {name: value for name, value in given.items() if value is not None}
         legal = [field.name for field in fields(cls)]
         for name in values.keys() - set(legal):
@@ -44,16 +43,12 @@ class SpeculativeConfig:
         ):
             value = values.get(name, least)
             if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
-                raise _refusal(f'["{name}"]', f"an integer from {least} to {most}", value)
+                raise refusal(_NAME, f"an integer from {least} to {most}", value, f'["{name}"]')
         shortest = values.setdefault("prompt_lookup_min", min(1, values.get("prompt_lookup_max", 1)))
         longest = values.setdefault("prompt_lookup_max", max(4, shortest))
         if shortest > longest:
-            raise _refusal('["prompt_lookup_min"]', f"at most prompt_lookup_max ({longest})", shortest)
+            raise refusal(_NAME, f"at most prompt_lookup_max ({longest})", shortest, '["prompt_lookup_min"]')
         return cls(**values)
 
 
 _NAME = "speculative_config"
-
-
-def _refusal(place: str, legal: str, value: Any) -> ParameterError:
-    return ParameterError(f"{_NAME}{place} must be {legal}, got {reprlib.repr(value)}", _NAME)

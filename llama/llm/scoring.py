@@ -13,6 +13,7 @@ from llama.api.errors import ParameterError
 from llama.api.outputs import RequestOutput
 from llama.api.params import SamplingParams
 from llama.engine.request import Request, check_room
+from llama.kernels.types import wide_dtype
 from llama.llm.beam_search import BeamSearchOutput, BeamSearchParams, search
 from llama.llm.requests import Inputs, one_per_prompt
 from llama.llm.taps import tapped
@@ -148,7 +149,7 @@ class Scoring:
 
         def take(token_id: int, request_id: str, values: dict[str, Tensor]) -> None:
             [logits] = values["logits"]
-            wide = logits.to(torch.float64 if logits.dtype == torch.float64 else torch.float32)
+            wide = logits.to(wide_dtype(logits.dtype))
             last[request_id] = float(wide.log_softmax(-1)[token_id]), bool(wide.max() == wide[token_id])
 
         engine, requests = self.inputs.engine, []

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from llama.api.errors import ParameterError
+from llama.kernels.types import wide_dtype
 
 Positions = str | Sequence[int]  # "all", "prompt", "generated", "last" (the prompt's last token) or a list
 Rows = range | tuple[int, ...]  # positions as numbers
@@ -134,7 +135,7 @@ class Project(Intervention):
     @cached_property
     def _basis(self) -> Tensor:
         """[size, n], orthonormal, in at least float32."""
-        wide = torch.float64 if self.directions.dtype == torch.float64 else torch.float32
+        wide = wide_dtype(self.directions.dtype)
         return torch.linalg.qr(self.directions.reshape(-1, self.directions.shape[-1]).to(wide).T)[0]
 
     def shaped(self, shape: tuple[int, ...], positions: Rows) -> bool:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from llama.api.errors import ParameterError
-from llama.kernels.types import KVLayer
+from llama.kernels.types import KVLayer, wide_dtype
 from llama.model.adapters import Stacks, StepAdapters
 from llama.model.batch import Batch, rectangle
 from llama.model.config import ModelConfig
@@ -97,7 +97,7 @@ class Research(Module):
         per_row = [bind(i, {}, config, length, like=self.norm.weight) for i in each(interventions, rows)]
         edited = {point for taps in per_row for point in taps.edits}
         self._check_grad(per_row, grad)
-        wide = torch.float64 if self.dtype == torch.float64 else torch.float32
+        wide = wide_dtype(self.dtype)
         if not token_ids.numel():
             empty = torch.empty(rows, length, config.vocab_size, dtype=wide, device=self.device)
             return empty if logits else None, ActivationCache({}, config.num_hidden_layers)
@@ -138,7 +138,7 @@ class Research(Module):
         """The final norm and the head over a residual [..., hidden] -> logits [..., vocab], float32 (float64 for a
         float64 model): the logit lens."""
         hidden = self.norm(resid.reshape(-1, resid.shape[-1]))[0]
-        wide = torch.float64 if self.dtype == torch.float64 else torch.float32
+        wide = wide_dtype(self.dtype)
         return self.lm_head(hidden).view(*resid.shape[:-1], -1).to(wide)
 
     def session(self, max_tokens: int) -> Session:

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from llama.api.errors import ParameterError
+from llama.kernels.types import wide_dtype
 from llama.model.batch import Batch, rectangle
 from llama.model.config import ModelConfig
 from llama.model.kv_cache import KVCache
@@ -65,7 +66,7 @@ class Session:
         batch = rectangle(ids.to(self.model.device), start, self._kv.num_blocks, BLOCK_SIZE)
         logits = self.model.forward(batch, self._kv)
         self.token_ids += ids[0].tolist()
-        return logits.to(torch.float64 if logits.dtype == torch.float64 else torch.float32)
+        return logits.to(wide_dtype(logits.dtype))
 
     def rollback(self, num_tokens: int) -> None:
         """Take back the last tokens."""

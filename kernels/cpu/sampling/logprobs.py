@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 
 from llama.kernels.cpu.sampling.blocks import Blocks, leading, top_k_bound
-from llama.kernels.cpu.sampling.rules import work_dtype
 from llama.kernels.logprobs import Logprobs
+from llama.kernels.types import wide_dtype
 
 ELEMENTS_AT_ONCE = 2**21  # logits worked on at once: enough that the cost of a call vanishes, 8 MB of float32
 
@@ -17,7 +17,7 @@ def token_logprobs(logits: Tensor, token_ids: Tensor, num_top: int) -> Logprobs[
     """
     answer = no_logprobs(logits, num_top)
     for start, stop in row_ranges(logits):
-        blocks = Blocks.of(logits[start:stop].to(work_dtype(logits)))
+        blocks = Blocks.of(logits[start:stop].to(wide_dtype(logits.dtype)))
         chosen_ids = token_ids[start:stop, None]
         logprobs, chosen = blocks.logits.log_softmax(1), blocks.logits.gather(1, chosen_ids)
         answer.logprob[start:stop] = logprobs.gather(1, chosen_ids).squeeze(1)
@@ -35,7 +35,7 @@ def token_logprobs(logits: Tensor, token_ids: Tensor, num_top: int) -> Logprobs[
 
 
 def no_logprobs(logits: Tensor, num_top: int) -> Logprobs[Tensor]:
-    num_rows, dtype, device = len(logits), work_dtype(logits), logits.device
+    num_rows, dtype, device = len(logits), wide_dtype(logits.dtype), logits.device
     return Logprobs(
         torch.zeros(num_rows, dtype=dtype, device=device),
         torch.zeros(num_rows, dtype=torch.int64, device=device),

@@ -5,17 +5,13 @@ import math
 import torch
 from torch import Tensor
 
-from llama.kernels.types import SamplerRows, SamplerState
-
-
-def work_dtype(logits: Tensor) -> torch.dtype:
-    return torch.float64 if logits.dtype == torch.float64 else torch.float32
+from llama.kernels.types import SamplerRows, SamplerState, wide_dtype
 
 
 def adjust(logits: Tensor, rows: SamplerRows, state: SamplerState | None) -> Tensor:
     """Steps 1 to 5, in the work dtype. A copy only where there is something to do."""
     changes = rows.bias_ids is not None or rows.any_penalty or rows.mask is not None
-    adjusted = logits.to(work_dtype(logits), copy=changes)
+    adjusted = logits.to(wide_dtype(logits.dtype), copy=changes)
     if rows.bias_starts is not None and rows.bias_ids is not None and rows.bias_values is not None:
         places = torch.repeat_interleave(rows.bias_starts.diff().long()), rows.bias_ids.long()
         adjusted[places] = adjusted[places] + rows.bias_values

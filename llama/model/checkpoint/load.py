@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from llama.api.errors import CheckpointError
-from llama.files import read_json
+from llama.files import read_json, some_of
 from llama.model.checkpoint.layout import Entry, layout
 from llama.model.checkpoint.quantised import CodedSource, find_coded, find_quantization, scheme_for
 from llama.model.checkpoint.save import stored_rows
@@ -122,7 +122,7 @@ def _from_index(path: Path) -> dict[str, StoredTensor]:
         shards.setdefault(shard, set()).add(name)
     absent = [shard for shard in sorted(shards) if not (path.parent / shard).exists()]
     if absent:
-        raise CheckpointError(f"{path.parent}: {_INDEX} names shards that are missing: {_some(absent)}")
+        raise CheckpointError(f"{path.parent}: {_INDEX} names shards that are missing: {some_of(absent)}")
     found: dict[str, StoredTensor] = {}
     for shard in sorted(shards):
         tensors = read_header(path.parent / shard)
@@ -131,20 +131,20 @@ def _from_index(path: Path) -> dict[str, StoredTensor]:
                 raise CheckpointError(f"{tensor.path}: {tensor.name} lies in {found[tensor.name].path.name} as well")
             found[tensor.name] = tensor
         if lacking := shards[shard].difference(tensor.name for tensor in tensors):
-            raise CheckpointError(f"{path.parent / shard}: lacks {_some(lacking)}, which {_INDEX} says it holds")
+            raise CheckpointError(f"{path.parent / shard}: lacks {some_of(lacking)}, which {_INDEX} says it holds")
     return found
 
 
 def _check(folder: Path, config: ModelConfig, entries: list[Entry], stored: dict[str, StoredTensor]) -> None:
     names = {entry.name for entry in entries}
     if missing := [entry.name for entry in entries if entry.name not in stored]:
-        raise CheckpointError(f"{folder}: missing tensors: {_some(missing)}")
+        raise CheckpointError(f"{folder}: missing tensors: {some_of(missing)}")
     # Old checkpoints carry the rotary frequencies, which follow from config.json; a tied head may be stored as a copy.
     extra = [name for name in stored if name not in names and not name.endswith(".rotary_emb.inv_freq")]
     if config.tie_word_embeddings and "lm_head.weight" in extra:
         extra.remove("lm_head.weight")
     if extra:
-        raise CheckpointError(f"{folder}: tensors that no part of the model takes: {_some(extra)}")
+        raise CheckpointError(f"{folder}: tensors that no part of the model takes: {some_of(extra)}")
     for entry in entries:
         tensor = stored[entry.name]
         _ = tensor.dtype  # refuses integers and the like
@@ -153,11 +153,6 @@ def _check(folder: Path, config: ModelConfig, entries: list[Entry], stored: dict
                 f"{tensor.path}: {entry.name} should be {list(entry.shape)} by config.json ({entry.keys}), "
                 f"found {list(tensor.shape)}"
             )
-
-
-def _some(names: Iterable[str]) -> str:
-    names = sorted(names)
-    return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
 
 
 class Target(NamedTuple):

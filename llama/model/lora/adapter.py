@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 from llama.api.errors import AdapterError, CheckpointError
+from llama.files import some_of
+from llama.kernels.types import wide_dtype
 from llama.model.checkpoint.layout import layout
 from llama.model.checkpoint.shards import StoredTensor, read_header, read_into
 from llama.model.config import ModelConfig
@@ -111,20 +113,15 @@ def _match(
         candidates = [*wanted, *(_tensor_names(name)[0] for name in module_sizes(model.config))]
         nearest = difflib.get_close_matches(extra[0], candidates, n=1, cutoff=0.0)
         raise AdapterError(
-            f"{folder}: {len(extra)} of {len(stored)} tensors belong to no adapted module: {_some(extra)}; "
+            f"{folder}: {len(extra)} of {len(stored)} tensors belong to no adapted module: {some_of(extra)}; "
             f"the nearest name to the first is {nearest[0]}"
         )
     if missing := [name for name in wanted if name not in stored]:
-        raise AdapterError(f"{folder}: {_FILE} lacks {_some(missing)}, which adapter_config.json calls for")
+        raise AdapterError(f"{folder}: {_FILE} lacks {some_of(missing)}, which adapter_config.json calls for")
     for name, shape in wanted.items():
         _ = stored[name].dtype  # refuses integers and the like
         if stored[name].shape != shape:
             raise AdapterError(f"{folder}: {name} should be {list(shape)}, found {list(stored[name].shape)}")
-
-
-def _some(names: list[str]) -> str:
-    names = sorted(names)
-    return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
 
 
 def _is_base_copy(stored: StoredTensor, model: Transformer) -> bool:
@@ -157,7 +154,7 @@ def _read(
     stored: Mapping[str, StoredTensor],
     model: Transformer,
 ) -> AdapterWeights:
-    wide = torch.float64 if model.dtype == torch.float64 else torch.float32
+    wide = wide_dtype(model.dtype)
     digest = hashlib.blake2b(digest_size=16)
     pairs = {}
     for module in modules:
