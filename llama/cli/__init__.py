@@ -22,6 +22,7 @@ _COMMANDS = {
     "info": "say what a model is and what it needs",
     "convert": "make a Hugging Face folder of Meta's release or of a GGUF file",
     "merge": "make a checkpoint of a model and an adapter",
+    "quantize": "make a quantised checkpoint of a dense one",
 }
 
 

@@ -11,6 +11,14 @@ from llama.model.rope_scaling import Llama3Scaling
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
+# What lies beside the weights of a model and is the same for one that is made of it.
+TEXT_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "generation_config.json",
+)
 
 # What the generation_config.json of Meta's own checkpoints says.
 LLAMA3_SAMPLING = {"temperature": 0.6, "top_p": 0.9}

@@ -5,13 +5,11 @@ from pathlib import Path
 
 import torch
 
+from llama.convert.folder import TEXT_FILES
 from llama.kernels.types import wide_dtype
 from llama.model.lora import read_adapter
 from llama.model.lora.loaded import module_places
 from llama.model.transformer import Transformer
-
-_TEXT_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
-               "generation_config.json")  # fmt: skip
 
 
 def merge(base: Path, adapter: Path, output: Path, *, dtype: torch.dtype | str = "auto") -> None:
@@ -38,6 +36,6 @@ def merge(base: Path, adapter: Path, output: Path, *, dtype: torch.dtype | str =
         )
         weight[rows] = (weight[rows].to(wide) + delta).to(weight.dtype)
     model.save_pretrained(output)
-    for file in _TEXT_FILES:
+    for file in TEXT_FILES:
         if (base / file).exists():
             shutil.copyfile(base / file, output / file)

@@ -43,7 +43,8 @@ FROZEN = Path(__file__).with_name("flags.json")
 
 def flags_of(command: str) -> list[str]:
     arguments = {"generate": 2, "convert": 2, "merge": 3}.get(command, 1)
-    return sorted(parse([command, *["x"] * arguments]).command._option_string_actions.keys() - {"-h", "--help"})
+    words = ["--input=x", "--output=x", "--scheme=int8"] if command == "quantize" else ["x"] * arguments
+    return sorted(parse([command, *words]).command._option_string_actions.keys() - {"-h", "--help"})
 
 
 def test_help_names_the_commands(capsys):
