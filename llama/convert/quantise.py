@@ -10,8 +10,8 @@ from llama.model.transformer import Transformer
 
 
 def quantise(source: Path, output: Path, scheme: str, *, dtype: torch.dtype | str = "auto") -> None:
-    """Write `output` (new or empty): the linear layers of `source` in codes, embedding, norms and head in `dtype`, "auto"
-    = its own. int8 and fp8 have a scale per row (compressed-tensors' W8A8 and FP8_DYNAMIC, for which other engines round
+    """Write `output` (new or empty): linear layers in codes, embedding, norms and head in `dtype` ("auto": their own).
+    int8 and fp8 have a scale per row (compressed-tensors' W8A8 and FP8_DYNAMIC, for which other engines round
     activations too), int4 one per 128 columns (W4A16). Raises ValueError and OSError."""
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise FileExistsError(f"{output}: exists already; write to a new folder")
