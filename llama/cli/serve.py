@@ -25,9 +25,7 @@ def add_arguments(parser: Parser) -> None:
     several: dict[str, Any] = {"action": "extend", "nargs": "+", "default": []}
     text = "what clients may call the model (the folder's name)"
     parser.add_argument("--served-model-name", **several, metavar="NAME", help=text)
-    parser.add_argument(
-        "--api-key", metavar="KEY", help="key that requests must bring; seen by whoever lists processes"
-    )
+    parser.add_argument("--api-key", metavar="KEY", help="key that requests must bring; the list of processes shows it")
     parser.add_argument("--api-key-file", metavar="FILE", help="file with such keys, one a line")
     parser.add_argument("--lora", **several, type=named_adapter, metavar="NAME=PATH", help="adapters to load at once")
     for name, most, what in (

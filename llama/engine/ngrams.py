@@ -17,8 +17,8 @@ LONGEST_PAUSE = 64
 
 class DraftLength:
     """How many drafts to try, by what became of the last ones: at most `most`, two more than before when all were
-    right, else one more than were. Where none was, none is tried for some tokens: 1, and twice as many as the last time
-    each time, up to LONGEST_PAUSE; half as many from then on once one is right, none after two. Counts alone decide,
+    right, else one more than were right. Where none was right, none is tried for a pause of some tokens: 1, then twice
+    as many each time, up to LONGEST_PAUSE. One right draft halves the next pause, two end pauses. Counts alone decide,
     never a clock: the same requests get the same drafts."""
 
     def __init__(self, most: int) -> None:
@@ -41,7 +41,7 @@ class DraftLength:
 
 
 class Text:
-    """Tokens that stay as they are. The first `skip` are context: copied from is what lies behind."""
+    """Tokens that stay as they are. The first `skip` are context alone: nothing is copied from them."""
 
     def __init__(self, token_ids: Iterable[int], sizes: range, skip: int = 0) -> None:
         self.token_ids = list(token_ids)

@@ -31,8 +31,8 @@ class Speculation:
         self._most_sequences = config.disable_by_batch_size
 
     def add_runs(self, step: StepRecord, rows: Ints, budget: int) -> Ints:
-        """Make runs of those decodes of the step that have drafts, as far as `budget` tokens and the blocks that nobody
-        else needs go -> the rows of the other decodes."""
+        """Make runs of those decodes of the step that have drafts, as far as `budget` tokens and spare blocks go -> the
+        rows of the other decodes."""
         if self._most_sequences is not None and len(step.decodes) > self._most_sequences:
             return rows
         others = []

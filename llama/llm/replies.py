@@ -276,7 +276,7 @@ class Replies:
         self._settle()
 
     def _settle(self) -> None:
-        """Carry out the late aborts, unless somebody's turn will: it looks for them at its end."""
+        """Carry out the late aborts, unless a turn is under way: it looks for them when it ends."""
         while self._late_aborts and self._lock.acquire(blocking=False):
             try:
                 if self._is_in_use:  # by this very thread

@@ -143,8 +143,8 @@ class Scoring:
     def _scores(
         self, pairs: Sequence[tuple[list[int], list[int]]], loras: Sequence[str | None], use_tqdm: bool
     ) -> list[Score]:
-        """The last token's log-probability comes from the logits that nothing is drawn from in earnest, so that the
-        pair may fill the context."""
+        """The last token is not computed: its log-probability comes from the logits before it, so that a pair may fill
+        the context."""
         last: dict[str, tuple[float, bool]] = {}
 
         def take(token_id: int, request_id: str, values: dict[str, Tensor]) -> None:

@@ -62,7 +62,7 @@ class Research(Module):
 
         The research entry: no engine, no sampling; the same forward over a cache made for this one call.
         adapter_indices [batch] says which adapter of `stacks` each sequence uses (0 = none). seq is at most
-        max_position_embeddings; who tries what lies beyond says so in the config. `interventions` are one list for all
+        max_position_embeddings; to try longer ones, change the config. `interventions` are one list for all
         sequences or a list (or None) for each. With `grad` every op is differentiable: in parameters that require it,
         in tensors of interventions, in what `run_with_cache` reads.
         """

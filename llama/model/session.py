@@ -1,6 +1,6 @@
 """Session: one sequence and its keys and values, to be computed, taken back, forked and kept by hand.
 
-For speculation, guidance and search of one's own; nothing here schedules or samples. ActivationCache is what
+For a caller's own speculation, guidance or search; nothing here schedules or samples. ActivationCache is what
 `Transformer.run_with_cache` reads of a forward.
 """
 

@@ -266,7 +266,7 @@ class StepTaps:
     def residual(
         self, module: nn.Module, name: str, x: Tensor, residual: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
-        """The same for a residual stream that is still a pair, whose sum it makes only where somebody wants it."""
+        """The same for a residual stream that is still a pair, whose sum it makes only where it is wanted."""
         if not self.wants(module, name):
             return x, residual
         return self.at(module, name, x if residual is None else x + residual), None

@@ -28,7 +28,7 @@ class LoadedAdapters:
 
     @cached_property
     def _places(self) -> Places:
-        """Looked for with the first adapter: a network of one's own may lack projections."""
+        """Looked for with the first adapter: a caller's own network may lack projections."""
         return module_places(self._model)
 
     def put(self, index: int, adapter: AdapterWeights) -> None:

@@ -41,7 +41,7 @@ class CodedSource(NamedTuple):
 def find_coded(
     entries: Iterable[Entry], stored: Mapping[str, StoredTensor], quantization: Quantization | None
 ) -> tuple[dict[str, CodedSource], dict[str, StoredTensor]]:
-    """-> (the quantised weights by their entry's name, what is left of `stored`: plain weights, and what nobody knows).
+    """-> (the quantised weights by their entry's name, what is left of `stored`: plain and unknown tensors).
 
     Scales of activations and of the KV cache are left out of both.
     """
