@@ -55,6 +55,7 @@ IMPORT_ORDER = {
         runner
         graph_runner
         running
+        draft_model
         step
         speculation
         scheduler

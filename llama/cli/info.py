@@ -24,6 +24,8 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument("model", metavar="MODEL", help="folder of the checkpoint, or its config.json")
     text = "memory of a GPU to fit into, for example 80GiB or 24GB (what is free on this machine, for its CPU)"
     parser.add_argument("--memory", type=_size, metavar="SIZE", help=text)
+    text = "folder of a draft model that is to fit beside it (speculative_config)"
+    parser.add_argument("--draft-model", metavar="FOLDER", help=text)
     parser.add_argument("--dtype", choices=tuple(BYTES), help="dtype of weights and KV cache (the checkpoint's)")
 
 
@@ -32,6 +34,7 @@ def run(options: Namespace) -> int:
     folder = Path(options.model)
     generation = GenerationConfig.from_pretrained(folder if folder.is_dir() else folder.parent)
     dtype = options.dtype or config.dtype or "bfloat16"
+    models = [config] if options.draft_model is None else [config, ModelConfig.from_pretrained(options.draft_model)]
     memory, where = options.memory or (free_cpu_bytes(), "this machine's CPU")
     rows = [
         ("architecture", _architecture(config)),
@@ -39,7 +42,7 @@ def run(options: Namespace) -> int:
         *(("weights", f"{name:9}{config.num_parameters * size:>20,} bytes") for name, size in BYTES.items()),
         *(("KV per token", f"{name:9}{config.kv_values_per_token * size:>20,} bytes") for name, size in BYTES.items()),
         ("generation", _generation(generation, config)),
-        (f"fits {where}", _fits(config, dtype, memory, is_cpu=options.memory is None)),
+        (f"fits {where}", _fits(models, dtype, memory, is_cpu=options.memory is None)),
     ]
     width = max(len(name) for name, _ in rows) + 2
     before = None
@@ -70,12 +73,13 @@ def _generation(generation: GenerationConfig, config: ModelConfig) -> str:
     return f"{sampling}; ends at {', '.join(map(str, eos)) or 'no token'}"
 
 
-def _fits(config: ModelConfig, dtype: str, memory: int, *, is_cpu: bool) -> str:
+def _fits(models: list[ModelConfig], dtype: str, memory: int, *, is_cpu: bool) -> str:
     """What an engine of default options would allocate; on a GPU it also sets aside what steps take, which it
     measures."""
+    config = models[0]
     engine = EngineConfig().resolved(config, "cpu" if is_cpu else "cuda")
-    weights = config.num_parameters * BYTES[dtype]
-    per_block = config.kv_values_per_token * engine.block_size * BYTES[dtype]
+    weights = sum(model.num_parameters for model in models) * BYTES[dtype]
+    per_block = sum(model.kv_values_per_token for model in models) * engine.block_size * BYTES[dtype]
     what = f"{dtype} weights of {_gib(weights)} in {_gib(memory)}"
     if is_cpu:
         left = kv_bytes_on_cpu(memory - weights)

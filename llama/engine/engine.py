@@ -21,9 +21,10 @@ from llama.engine.adapters import Adapters
 from llama.engine.blocks import BlockPool
 from llama.engine.budget import free_cpu_bytes, lora_bytes
 from llama.engine.config import EngineConfig
+from llama.engine.draft_model import DraftModel
 from llama.engine.graph_runner import GraphRunner
 from llama.engine.memory import fitting_blocks
-from llama.engine.ngrams import Ngrams, Text
+from llama.engine.ngrams import DraftLength, Ngrams, Text
 from llama.engine.plan import Plan, StepResult
 from llama.engine.request import Request, check_params, check_room, checked_ids
 from llama.engine.runner import Runner
@@ -87,8 +88,10 @@ class Engine:
         *,
         eos_token_ids: Iterable[int] = (),
         runner: StepRunner | None = None,
+        draft: Transformer | None = None,
     ) -> None:
-        """`runner` stands in for the one that computes `model` (tests, benchmarks); then num_blocks must be given."""
+        """`runner` stands in for the one that computes `model` (tests, benchmarks); then num_blocks must be given.
+        `draft` is the model that speculative_config names."""
         if model is not None:
             config = config.resolved(model.config, model.device.type)
         self.config = config
@@ -97,7 +100,7 @@ class Engine:
         if runner is None:
             if model is None:
                 raise ValueError("an engine needs a model, or a runner in its place")
-            num_blocks = num_blocks or fitting_blocks(model, config)
+            num_blocks = num_blocks or fitting_blocks(model, config, draft)
             kv = KVCache(model.config, num_blocks, config.block_size, dtype=model.dtype, device=model.device)
             has_graphs = model.device.type == "cuda" and not config.enforce_eager
             runner = (GraphRunner if has_graphs else Runner)(model, kv, config, eos_token_ids=eos_token_ids)
@@ -113,6 +116,12 @@ class Engine:
             model=repr(model.config).encode() if model is not None else b"",
             lora_bytes=lora_bytes(config, free_cpu_bytes()),
         )
+        if config.speculation is not None and config.speculation.method == "draft_model":
+            if draft is None or not isinstance(runner, Runner) or self.scheduler.speculation is None:
+                raise ValueError("speculative_config names a draft model, which the engine was not given")
+            kv = KVCache(draft.config, num_blocks, config.block_size, dtype=draft.dtype, device=draft.device)
+            parts = draft, kv, self.scheduler.running, runner.sampler
+            self.scheduler.speculation.draft_model = DraftModel(*parts, max_num_batched_tokens=config.token_budget)
         self.model = model
         self._hooks = [] if model is None else hooks_of(model)
         self._has_warned = False
@@ -199,6 +208,10 @@ class Engine:
         sequences: list[Sequence], config: SpeculativeConfig, prediction_token_ids: SequenceOf[int]
     ) -> None:
         """Give each sequence of a request its source of drafts."""
+        if config.method == "draft_model":
+            for sequence in sequences:
+                sequence.draft_length = DraftLength(config.num_speculative_tokens)
+            return
         sizes = range(config.prompt_lookup_min, config.prompt_lookup_max + 1)
         prompt, expected = Text(sequences[0].prompt.tolist(), sizes), None
         if prediction_token_ids:

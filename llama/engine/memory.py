@@ -119,8 +119,9 @@ def bytes_of_steps(model: Transformer, config: EngineConfig) -> int:
     return total
 
 
-def fitting_blocks(model: Transformer, config: EngineConfig) -> int:
-    """Blocks that fit, but no more than all sequences together can fill. MemoryError if none does."""
+def fitting_blocks(model: Transformer, config: EngineConfig, draft: Transformer | None = None) -> int:
+    """Blocks that fit, each with the K and V of both models, but no more than all sequences together can fill.
+    MemoryError if none does."""
     if model.device.type == "cuda":
         # Measured first: kernels and libraries that it loads take memory too, and are then among what is not free.
         steps = bytes_of_steps(model, config)
@@ -128,7 +129,8 @@ def fitting_blocks(model: Transformer, config: EngineConfig) -> int:
         share = f"{config.gpu_memory_utilization:.0%} of the device"
     else:
         free, share = kv_bytes_on_cpu(free_cpu_bytes()), f"{CPU_FRACTION:.0%} of the free memory, caches apart"
-    per_block = KVCache.bytes_per_block(model.config, config.block_size, model.dtype)
+    models = [model] if draft is None else [model, draft]
+    per_block = sum(KVCache.bytes_per_block(each.config, config.block_size, each.dtype) for each in models)
     blocks = blocks_in(free, per_block, config)
     if blocks < 1:
         raise MemoryError(f"one KV block takes {per_block} bytes, but only {max(0, free)} are free ({share})")

@@ -62,7 +62,8 @@ class Running:
         if sequence.adapter.index:
             sequence.adapter.num_users += 1
         self.num_watched += bool(self.watched[row])
-        self.num_speculating += sequence.ngrams is not None
+        self.num_speculating += sequence.speculates
+        sequence.num_draft_computed = 0
         self.num_tapped += sequence.taps is not None
         self._paths[row] = path
         self._extend(row, blocks)
@@ -81,7 +82,7 @@ class Running:
         if sequence.adapter.index:
             sequence.adapter.num_users -= 1
         self.num_watched -= bool(self.watched[row])
-        self.num_speculating -= sequence.ngrams is not None
+        self.num_speculating -= sequence.speculates
         self.num_tapped -= sequence.taps is not None
         self.num_departures += 1
         self._updates = [update[:, update[0] != row] for update in self._updates]
@@ -164,12 +165,14 @@ class Running:
         self._extend(row, self.pool.allocate(max(0, min(missing, spare))))
         return min(count, int(self.capacity[row]) - taken)
 
-    def shrink(self, sequence: Sequence) -> None:
-        """Give back the blocks behind what is computed: refused drafts had them. No step in flight may know the row."""
+    def shrink(self, sequence: Sequence, num_tokens: int) -> None:
+        """Give back the blocks behind that many tokens: refused drafts had them. No step in flight may know the row."""
         row, block_size = sequence.row, self.pool.block_size
-        kept = -(-int(self.computed[row]) // block_size)
-        self.pool.free(self.blocks(row)[kept:])
-        self.capacity[row] = kept * block_size
+        kept = -(-num_tokens // block_size)
+        if kept * block_size < self.capacity[row]:
+            self.pool.free(self.blocks(row)[kept:])
+            self.capacity[row] = kept * block_size
+            self._updates = [update[:, (update[0] != row) | (update[1] < kept)] for update in self._updates]
 
     def num_promised_blocks(self, sequences: Iterable[Sequence]) -> int:
         """Blocks that the known tokens of these sequences still need."""

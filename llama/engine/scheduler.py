@@ -306,9 +306,10 @@ class Scheduler:
         assert taken is not None and self.speculation is not None
         self.speculation.learn(run, len(taken.token_ids))
         taken.num_draft_tokens = len(run.token_ids) - 1
-        taken.num_prediction_tokens = 0 if run.match.text is None else taken.num_draft_tokens
+        if run.match is not None and run.match.text is not None:
+            taken.num_prediction_tokens = taken.num_draft_tokens
         if sequence.row >= 0:
-            running.shrink(sequence)
+            running.shrink(sequence, int(running.computed[run.row]))
         return taken
 
     def _needs_care(self, step: StepRecord, plan: Plan, result: StepResult) -> NDArray[np.bool_]:

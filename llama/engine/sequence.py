@@ -14,7 +14,7 @@ from llama.api.outputs import FinishReason, Logprob
 from llama.api.params import SamplingParams
 from llama.engine.adapters import NO_ADAPTER, Adapter
 from llama.engine.blocks import NO_SALT, Salt
-from llama.engine.ngrams import Ngrams
+from llama.engine.ngrams import DraftLength, Ngrams
 from llama.engine.request import Taps, TokenMatcher
 
 logger = logging.getLogger(__name__)
@@ -70,12 +70,19 @@ class Sequence:
     followers: "list[Sequence]" = field(default_factory=list)  # they fork from this one once its prompt is computed
 
     output_token_ids: list[int] = field(default_factory=list)
-    ngrams: Ngrams | None = None  # where its drafts come from; None = it has none
+    ngrams: Ngrams | None = None  # where its drafts come from; None = not from there
+    draft_length: DraftLength | None = None  # how many to ask a draft model for; None = none
+    num_draft_computed: int = 0  # its first tokens whose K and V the draft model has
     prompt_logprobs: list[dict[int, Logprob] | None] | None = None  # gathered so far; None once handed out or not asked
     num_cached_tokens: int = -1  # -1 = it has never run
     row: int = -1
     ready_after: int = -1  # the step whose result must be known before the sequence may run again
     finished: bool = False
+
+    @property
+    def speculates(self) -> bool:
+        """It may have drafts."""
+        return self.ngrams is not None or self.draft_length is not None
 
     @property
     def order(self) -> tuple[int, int]:

@@ -6,10 +6,11 @@ it. So all that is decided here, rightly or wrongly, costs time and nothing else
 
 import logging
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
+from llama.engine.ngrams import Match
 from llama.engine.plan import Ints
 from llama.engine.request import TokenMatcher
 from llama.engine.running import Running
@@ -18,6 +19,13 @@ from llama.engine.speculative_config import SpeculativeConfig
 from llama.engine.step import Run, StepRecord
 
 logger = logging.getLogger(__name__)
+
+
+class Drafter(Protocol):
+    """What makes drafts that are no copies: a DraftModel."""
+
+    def propose(self, asked: list[tuple[Sequence, int]]) -> list[list[int]]:
+        """At most so many tokens behind the known ones of each sequence."""
 
 
 class Speculation:
@@ -29,50 +37,68 @@ class Speculation:
         self._eos_token_ids = frozenset(eos_token_ids)
         self._mask_words = mask_words
         self._most_sequences = config.disable_by_batch_size
+        self.draft_model: Drafter | None = None  # asked for all drafts where there is one
 
     def add_runs(self, step: StepRecord, rows: Ints, budget: int) -> Ints:
         """Make runs of those decodes of the step that have drafts, as far as `budget` tokens and spare blocks go -> the
         rows of the other decodes."""
         if self._most_sequences is not None and len(step.decodes) > self._most_sequences:
             return rows
-        others = []
-        for i, sequence in enumerate(step.decodes):
-            run = None if sequence.ngrams is None else self._run(step, sequence, budget)
-            if run is None:
-                others.append(i)
-            else:
-                step.runs.append(run)
-                budget -= len(run.token_ids) - 1
-        if step.runs:
-            step.decodes = [step.decodes[i] for i in others]
-            rows = rows[others]
-        return rows
+        asked: dict[Sequence, tuple[int, Match | None]] = {}
+        for sequence in step.decodes:
+            if sequence.speculates:
+                count, match = self._wanted(step, sequence, budget)
+                if count > 0:
+                    asked[sequence] = count, match
+                    budget -= count
+        if not asked:
+            return rows
+        runs = [self._run(sequence, drafts, asked[sequence][1]) for sequence, drafts in self._drafts(asked)]
+        step.runs = [run for run in runs if run is not None]
+        with_drafts = {run.sequence for run in step.runs}
+        others = [i for i, sequence in enumerate(step.decodes) if sequence not in with_drafts]
+        self._running.awaited_step[[run.row for run in step.runs]] = step.number
+        step.decodes = [step.decodes[i] for i in others]
+        return rows[others]
 
-    def _run(self, step: StepRecord, sequence: Sequence, budget: int) -> Run | None:
-        running, row, ngrams = self._running, sequence.row, sequence.ngrams
-        assert ngrams is not None
-        match = ngrams.find()
-        if match is None:
-            return None
+    def _wanted(self, step: StepRecord, sequence: Sequence, budget: int) -> tuple[int, Match | None]:
+        """How many drafts to make, for which there are places, and of what."""
+        running, row, length, match = self._running, sequence.row, sequence.draft_length, None
+        if sequence.ngrams is not None:
+            match = sequence.ngrams.find()
+            length = None if match is None else sequence.ngrams.lengths[match.size]
+        if length is None:
+            return 0, None
         start = int(running.computed[row])
         # Behind the last draft a token is drawn too, which may be the last one that the sequence can have.
-        count = min(ngrams.lengths[match.size].at(sequence.num_tokens), int(running.last[row]) - start - 1, budget)
-        if count <= 0:
-            return None
-        if sequence.num_tokens != start + 1:  # its last token is still to come: the next step waits for it
+        count = min(length.at(sequence.num_tokens), int(running.last[row]) - start - 1, budget)
+        if count > 0 and sequence.num_tokens != start + 1:  # its last token is still to come: the next step waits
             running.awaited_step[row] = step.number
-            return None
-        drafts = self._before_an_end(sequence, ngrams.copy(match, count))
+            return 0, None
+        return (running.reserve_drafts(sequence, count) if count > 0 else 0), match
+
+    def _drafts(self, asked: dict[Sequence, tuple[int, Match | None]]) -> Iterable[tuple[Sequence, list[int]]]:
+        if self.draft_model is not None:
+            drafts = self.draft_model.propose([(sequence, count) for sequence, (count, _) in asked.items()])
+            return zip(asked, drafts, strict=True)
+        return [
+            (sequence, sequence.ngrams.copy(match, count))
+            for sequence, (count, match) in asked.items()
+            if sequence.ngrams is not None and match is not None
+        ]
+
+    def _run(self, sequence: Sequence, drafts: list[int], match: Match | None) -> Run | None:
+        """None where no draft is left that can be right."""
+        row, start = sequence.row, sequence.num_tokens - 1
+        drafts = self._before_an_end(sequence, drafts)
         masks: list[Ints] = []
         if sequence.matcher is not None:
             drafts, masks = self._allowed(sequence.matcher, drafts)
-        drafts = drafts[: running.reserve_drafts(sequence, len(drafts))] if drafts else []
         if not drafts:
+            self._running.shrink(sequence, start + 1)
             return None
-        running.awaited_step[row] = step.number
-        last_token = sequence.tokens_between(start, start + 1)
-        token_ids = np.concatenate([last_token, np.array(drafts, np.int32)])
-        return Run(sequence, row, start, token_ids, masks[: len(token_ids)], match)
+        token_ids = np.concatenate([sequence.tokens_between(start, start + 1), np.array(drafts, np.int32)])
+        return Run(sequence, row, start, token_ids, masks, match)
 
     def _before_an_end(self, sequence: Sequence, drafts: list[int]) -> list[int]:
         """Behind a token that ends the sequence nothing comes, and it is drawn without being a draft as well."""
@@ -108,8 +134,13 @@ class Speculation:
     def learn(self, run: Run, num_tokens: int) -> None:
         """What a run gave: all but the last of its tokens were drafts."""
         drafted, accepted = len(run.token_ids) - 1, max(0, num_tokens - 1)
-        assert run.sequence.ngrams is not None
-        run.sequence.ngrams.lengths[run.match.size].learn(run.sequence.num_tokens, drafted, accepted)
+        sequence, length = run.sequence, run.sequence.draft_length
+        if sequence.ngrams is not None and run.match is not None:
+            length = sequence.ngrams.lengths[run.match.size]
+        assert length is not None
+        length.learn(sequence.num_tokens, drafted, accepted)
+        # It has not computed its last draft. What it has computed of wrong ones is computed again.
+        sequence.num_draft_computed += min(accepted, drafted - 1) if run.match is None else 0
         self._num_drafts += 1
         self._num_draft_tokens += drafted
         for place in range(accepted):

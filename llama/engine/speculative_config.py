@@ -4,7 +4,7 @@ The keys are vLLM's. What a method does not use is refused, as is a method that 
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 from llama.api.errors import ParameterError, refusal
@@ -15,10 +15,17 @@ LONGEST_NGRAM = 16  # each size up to prompt_lookup_max is looked up and kept ap
 BATCH_SIZES = {"cpu": 8, "cuda": 64}
 
 
+# Names of vLLM's that a method takes, beside those that all take.
+_KEYS = {"ngram": ("prompt_lookup_min", "prompt_lookup_max"), "draft_model": ("model", "quantization")}
+_ALL_TAKE = ("method", "num_speculative_tokens", "disable_by_batch_size")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SpeculativeConfig:
     method: str
     num_speculative_tokens: int = 4  # the most drafts of one sequence in one step
+    model: str | None = None  # the draft model's folder
+    quantization: str | None = None  # the draft model's, as LLM(quantization=...) is the model's
     prompt_lookup_min: int = 1  # an n-gram that short is looked up, if none that is longer has been seen before
     prompt_lookup_max: int = 4
     disable_by_batch_size: int | None = None  # no drafts where more sequences decode; None = BATCH_SIZES
@@ -29,12 +36,13 @@ class SpeculativeConfig:
         if not isinstance(given, Mapping):
             raise refusal(_NAME, 'a mapping such as {"method": "ngram", "num_speculative_tokens": 4}', given)
         method = given.get("method")
-        if method != "ngram":
-            raise refusal(_NAME, '"ngram"', method, '["method"]')
+        if not isinstance(method, str) or method not in _KEYS:
+            raise refusal(_NAME, '"ngram" or "draft_model"', method, '["method"]')
         values = {name: value for name, value in given.items() if value is not None}
-        legal = [field.name for field in fields(cls)]
-        for name in values.keys() - set(legal):
-            raise ParameterError(f"speculative_config has no key {name!r}; it has {', '.join(legal)}", _NAME)
+        legal = (*_ALL_TAKE, *_KEYS[method])
+        for name in sorted(values.keys() - set(legal), key=str):
+            told = f"speculative_config has no key {name!r} with method {method}; it has {', '.join(legal)}"
+            raise ParameterError(told, _NAME)
         for name, least, most in (
             ("num_speculative_tokens", 1, MOST_DRAFTS),
             ("prompt_lookup_min", 1, LONGEST_NGRAM),
@@ -44,7 +52,9 @@ class SpeculativeConfig:
             value = values.get(name, least)
             if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
                 raise refusal(_NAME, f"an integer from {least} to {most}", value, f'["{name}"]')
-        shortest = values.setdefault("prompt_lookup_min", min(1, values.get("prompt_lookup_max", 1)))
+        if method == "draft_model" and not (isinstance(values.get("model"), str) and values["model"]):
+            raise refusal(_NAME, "the folder of the draft model", values.get("model"), '["model"]')
+        shortest = values.get("prompt_lookup_min", 1)
         longest = values.setdefault("prompt_lookup_max", max(4, shortest))
         if shortest > longest:
             raise refusal(_NAME, f"at most prompt_lookup_max ({longest})", shortest, '["prompt_lookup_min"]')

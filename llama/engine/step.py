@@ -42,7 +42,7 @@ class Run(NamedTuple):
     start: int  # position of the last token
     token_ids: Ints  # [1 + drafts]
     masks: list[Ints]  # of its grammar, for each token drawn; none without a grammar
-    match: Match
+    match: Match | None  # None = a draft model's
 
 
 @dataclass(slots=True)

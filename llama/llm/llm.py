@@ -25,7 +25,7 @@ from llama.api.params import SamplingParams
 from llama.engine.config import EngineConfig
 from llama.engine.engine import Engine
 from llama.engine.request import Request
-from llama.llm.loading import check_model, load_defaults, load_model, load_text
+from llama.llm.loading import check_draft, check_model, load_defaults, load_model, load_text
 from llama.llm.loras import LoraInfo, LoRARequest, RequestedLoras, describe, read_lora
 from llama.llm.replies import Replies, Reply
 from llama.llm.requests import (
@@ -130,6 +130,9 @@ class LLM(Scoring):
         if self.tokenizer is not None:
             self.tokenizer.check_vocab(model_config.vocab_size)
             eos_token_ids |= self.tokenizer.eos_token_ids
+        speculation = config.speculation
+        if speculation is not None and speculation.model is not None:
+            check_draft(speculation.model, model_config.vocab_size, self.tokenizer)
         self.model = load_model(
             model,
             where,
@@ -138,7 +141,13 @@ class LLM(Scoring):
             quantization=quantization,
             check_weights=check_weights,
         )
-        self.engine = Engine(self.model, config, eos_token_ids=eos_token_ids)
+        draft = None
+        if speculation is not None and speculation.model is not None:
+            quantised = speculation.quantization
+            draft = load_model(
+                speculation.model, where, dtype=self.model.dtype, load_format="auto", quantization=quantised
+            )
+        self.engine = Engine(self.model, config, eos_token_ids=eos_token_ids, draft=draft)
         self.inputs = Inputs(self.engine, self.tokenizer, template, defaults)
         self.replies = Replies(self.engine, self.tokenizer)
         self._requested = RequestedLoras(self.load_lora)

@@ -97,6 +97,21 @@ def check_model(
     return ModelConfig.from_pretrained(model), where
 
 
+def check_draft(path: str, vocab_size: int, tokenizer: Tokenizer | None) -> None:
+    """Raises ConfigError for a draft model whose token ids are not those of the model and its tokenizer."""
+    if not Path(path).is_dir():
+        raise CheckpointError(f"{path}: there is no such folder (the draft model of speculative_config)")
+    drafted = ModelConfig.from_pretrained(path).vocab_size
+    if drafted != vocab_size:
+        raise ConfigError(f"the draft model {path} has a vocab_size of {drafted}, the model has {vocab_size}")
+    if tokenizer is not None and (Path(path) / "tokenizer.json").exists():
+        other = Tokenizer.from_pretrained(path)
+        differs = next((i for i in range(vocab_size) if tokenizer.id_to_token(i) != other.id_to_token(i)), None)
+        if differs is not None:
+            texts = f"{other.id_to_token(differs)!r}, the model {tokenizer.id_to_token(differs)!r}"
+            raise ConfigError(f"the draft model {path} has another tokenizer: its token {differs} is {texts}")
+
+
 def _check_triton(device: torch.device) -> None:
     if device.type == "cuda" and find_spec("triton") is None:
         raise ValueError(f"{device} needs Triton: pip install 'llama-engine[triton]'")

@@ -231,6 +231,14 @@ def test_info_of_biases_and_another_rope(capsys, tmp_path):
     assert f"{sum(weight.numel() for weight in model.parameters()):,}" in out
 
 
+def test_info_counts_a_draft_model(capsys, llama_70b, tmp_path):
+    """(160 GiB * 0.9 - 2 * (70,553,706,496 + 1,235,814,400)) / (327,680 + 32,768) in whole blocks of 16."""
+    draft = tmp_path / "draft.json"
+    draft.write_text(json.dumps(ModelConfig.preset("llama-3.2-1b").to_hugging_face("bfloat16")))
+    _, out, _ = run(capsys, "info", llama_70b, "--memory", "160GiB", "--draft-model", str(draft))
+    assert "30,624 of 131,072 tokens of context" in out and "70,553,706,496" in out
+
+
 def test_info_of_70b(capsys, llama_70b):
     code, out, err = run(capsys, "info", llama_70b, "--memory", "160GiB")
     assert (code, err) == (0, "")

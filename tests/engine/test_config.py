@@ -82,18 +82,24 @@ def test_drafts_of_the_device_and_of_what_was_asked():
     ("given", "told"),
     [
         ("ngram", 'speculative_config must be a mapping such as {"method": "ngram", "num_speculative_tokens": 4}'),
-        ({}, 'speculative_config["method"] must be "ngram", got None'),
+        ({}, 'speculative_config["method"] must be "ngram" or "draft_model", got None'),
         ({"method": "eagle3", "model": "x"}, "got 'eagle3'"),
         (
             {"method": "ngram", "num_speculative_tokens": 0},
             '_tokens"] must be an integer from 1 to 32',
         ),
         ({"method": "ngram", "num_speculative_tokens": True}, "got True"),
+        ({"method": "draft_model"}, '["model"] must be the folder of the draft model, got None'),
+        (
+            {"method": "draft_model", "model": "x", "prompt_lookup_max": 3},
+            "'prompt_lookup_max' with method draft_model",
+        ),
+        ({"method": "ngram", "model": "x"}, "no key 'model' with method ngram"),
         ({"method": "ngram", "prompt_lookup_max": 17}, '_max"] must be an integer from 1 to 16, got 17'),
         ({"method": "ngram", "prompt_lookup_min": 4, "prompt_lookup_max": 3}, "at most prompt_lookup_max (3), got 4"),
         (
             {"method": "ngram", "draft_tensor_parallel_size": 2},
-            "no key 'draft_tensor_parallel_size'; it has method",
+            "no key 'draft_tensor_parallel_size' with method ngram; it has method",
         ),
     ],
 )
