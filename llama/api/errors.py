@@ -82,6 +82,17 @@ def is_failure(error: BaseException) -> bool:
 
 
 @contextmanager
+def panics_caught(what: str) -> Iterator[None]:
+    """A panic of a native library, which most code would let through, becomes a RuntimeError about `what`."""
+    try:
+        yield
+    except BaseException as error:
+        if isinstance(error, Exception) or not is_failure(error):
+            raise
+        raise RuntimeError(f"{what} failed: {' '.join(str(error).split())[:200]}") from error
+
+
+@contextmanager
 def blamed_on(param: str) -> Iterator[None]:
     """A ValueError from inside that names no field becomes a ParameterError of this one."""
     try:

@@ -18,6 +18,7 @@ from llama.model.transformer import Transformer
 from llama.text.chat import ChatTemplate
 from llama.text.tokenizer import Tokenizer
 from llama.text.tokenizer.tokenizer import other_tokenizer
+from llama.text.tokenizer.trial import try_out
 
 logger = logging.getLogger(__name__)
 
@@ -73,7 +74,10 @@ def load_text(model: Any, tokenizer: Any) -> tuple[Tokenizer | None, ChatTemplat
     is_there = (Path(folder) / "tokenizer.json").exists() or other_tokenizer(Path(folder)) is not None
     if tokenizer is None and not is_there:
         return None, None
-    loaded = Tokenizer.from_pretrained(folder) if given is None else given
+    loaded = given
+    if loaded is None:
+        loaded = Tokenizer.from_pretrained(folder)
+        try_out(Path(folder), loaded)
     return loaded, ChatTemplate.from_pretrained(folder, loaded)
 
 

@@ -8,9 +8,10 @@ import logging
 import re
 from pathlib import Path
 
+from llama.api.errors import WorkerLostError
 from llama.async_llm.async_llm import AsyncLLM
 from llama.server.config import ServerConfig
-from llama.server.errors import ApiError, bad_input, no_adapters
+from llama.server.errors import ApiError, bad_input, no_adapters, unavailable
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +58,9 @@ class AdapterRegistry:
         self._stamps[name] = _stamp(path)
         try:
             await self._llm.load_lora(name, path, replace=True)
+        except WorkerLostError as error:
+            logger.error("adapter %s: %s", name, error)
+            raise unavailable("The process that read the adapter was lost, please try again") from None
         except (ValueError, OSError) as error:
             logger.error("adapter %s: %s", name, error)
             if name in self._loaded():  # being written, perhaps: what was loaded serves until the files change again

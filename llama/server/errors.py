@@ -165,7 +165,7 @@ def unavailable(message: str, retry_after: int = 5) -> ApiError:
     return ApiError(503, 3040, message, kind="server_error", name="unavailable", headers=headers)
 
 
-def from_refusal(error: Exception) -> ApiError | None:
+def from_refusal(error: BaseException) -> ApiError | None:
     """From an exception that AsyncLLM refuses a request with; None for a failure of ours."""
     if isinstance(error, QueueFullError):
         headers = {"retry-after": str(error.retry_after)}

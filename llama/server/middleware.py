@@ -16,6 +16,7 @@ from datetime import UTC, datetime
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from llama.api.errors import is_failure
 from llama.server.bodies import json_response
 from llama.server.errors import ApiError, dialect_of, headers_too_large, internal, unauthorized
 from llama.server.service import Record, Service
@@ -64,12 +65,16 @@ class RequestMiddleware:
         except asyncio.CancelledError:
             # The server ends at once; to hand this on would only be a traceback for each request.
             logger.info("request %s was cut off", record.request_id)
-        except Exception as error:
-            # The server framework answers with 500 and raises again what nobody handled.
+        except BaseException as error:
+            # The server framework answers with 500 and raises again what nobody handled. It does not see a native
+            # library's panic, which is no Exception.
+            if not is_failure(error):
+                raise
             logger.error("request %s failed: %s", record.request_id, type(error).__name__, exc_info=error)
             if not status:
-                body = internal(record.request_id).body(dialect_of(scope["path"]))
-                await json_response(body, 500)(scope, receive, send_on)
+                failure, dialect = internal(record.request_id), dialect_of(scope["path"])
+                self._service.refused(failure, dialect, record)
+                await json_response(failure.body(dialect), 500)(scope, receive, send_on)
         finally:
             _log(scope, record, status, time.monotonic() - began)
 

@@ -5,7 +5,7 @@ import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 
-from llama.api.errors import EngineClosedError, EngineDeadError, QueueFullError
+from llama.api.errors import EngineClosedError, EngineDeadError, QueueFullError, is_failure
 from llama.api.outputs import FinishReason, Piece, RequestOutput, Usage
 from llama.api.params import SamplingParams
 from llama.async_llm.async_llm import AsyncLLM, Stream
@@ -119,12 +119,14 @@ class Service:
         began = time.monotonic()
         try:
             stream = await submit()
-        except Exception as error:
+        except BaseException as error:
+            if not is_failure(error):
+                raise
             raise _refusal(error, record) from None
         return Answer(stream, self, record, began)
 
 
-def _refusal(error: Exception, record: Record) -> ApiError:
+def _refusal(error: BaseException, record: Record) -> ApiError:
     """A variable for it where it is raised would be a circle, which keeps the prompt alive."""
     refusal = from_refusal(error)
     if refusal is None:
@@ -189,7 +191,9 @@ class Answer:
                 self._check(piece)
         except ApiError:
             raise
-        except Exception as error:  # as where the engine has died, which is logged where it happened
+        except BaseException as error:  # as where the engine has died, which is logged where it happened
+            if not is_failure(error):
+                raise
             raise _refusal(error, self._record) from None
 
     async def whole(self) -> RequestOutput:

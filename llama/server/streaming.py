@@ -10,6 +10,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from llama.api.errors import is_failure
 from llama.server.bodies import dump
 from llama.server.errors import ApiError, Dialect, internal
 from llama.server.service import Answer
@@ -70,11 +71,13 @@ class EventStream(Response):
             except TimeoutError:
                 logger.info("request %s: its reader stopped reading", self._request_id)
                 raise
-            except Exception as error:
+            except BaseException as error:
+                if not is_failure(error):
+                    raise
                 if not isinstance(error, ApiError):
                     logger.exception("request %s failed", self._request_id)
-                    error = internal(self._request_id)
-                await write(_line(self._failed(error)))
+                refusal = error if isinstance(error, ApiError) else internal(self._request_id)
+                await write(_line(self._failed(refusal)))
             await write(b"", more=False)
 
 

@@ -1,13 +1,14 @@
 """Every adapter that cannot be served is refused with one line that names what is wrong; engine and others go on."""
 
 import json
+import subprocess
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from llama import LLM, SamplingParams
-from llama.api.errors import AdapterError
+from llama.api.errors import AdapterError, WorkerLostError
 from llama.model.lora import read_adapter
 from llama.model.transformer import Transformer
 from tests.lora.adapters import make_adapter
@@ -116,7 +117,7 @@ def test_a_tensor_of_a_module_that_the_model_lacks_is_refused(folder, model):
 
 
 def test_an_expression_that_never_ends_is_stopped(folder, model, monkeypatch):
-    monkeypatch.setattr("llama.model.lora.adapter_config.PATTERN_SECONDS", 0.5)
+    monkeypatch.setattr("llama.model.lora.adapter_config.PATTERN_SECONDS", 1)
     edit_config(folder, target_modules=r"(([a-z._0-9])*)*Q")
     assert "does not end" in refusal(folder, model)
 
@@ -247,3 +248,32 @@ def test_the_size_of_an_adapter_is_looked_at_before_its_tensors_are_read(folder,
     expected = sum(tensor.numel() for tensor in load_file(folder / "adapter_model.safetensors").values()) * 4
     with pytest.raises(ValueError, match=f"^{expected} bytes"):
         read_adapter(folder, model, max_rank=64, check_size=refuse)
+
+
+@pytest.mark.parametrize("alpha", [1e308, -1e300, 1e7])
+def test_an_alpha_that_no_answer_survives(folder, model, alpha):
+    edit_config(folder, lora_alpha=alpha)
+    assert "lora_alpha must be a number other than 0 and at most 1e+06" in refusal(folder, model)
+
+
+def test_a_scaled_tensor_that_is_infinite(folder, model):
+    edit_config(folder, lora_alpha=1e6)
+    edit_tensors(folder, lambda tensors: [t.fill_(1e36) for name, t in tensors.items() if "lora_B" in name])
+    assert "is too large for torch.float32" in refusal(folder, model)
+
+
+def test_a_pattern_process_that_the_system_ends_is_not_the_adapters_fault(folder, model, monkeypatch):
+    edit_config(folder, target_modules="model.*(q_proj|v_proj)")
+    really, codes = subprocess.run, [-9]
+
+    def run(*arguments, **options):
+        done = really(*arguments, **options)
+        if codes:
+            done.returncode, done.stdout = codes.pop(), ""
+        return done
+
+    monkeypatch.setattr(subprocess, "run", run)
+    assert read_adapter(folder, model, max_rank=64).targets == ("q_proj", "v_proj")
+    codes += [-9, -15]
+    with pytest.raises(WorkerLostError, match="load the adapter again"):
+        read_adapter(folder, model, max_rank=64)

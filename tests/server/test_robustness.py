@@ -291,3 +291,37 @@ def test_a_prompt_that_is_certain_to_be_too_long_is_not_encoded(tiny, monkeypatc
 def frames_of_the_package() -> list[str]:
     alive = (each.tb_frame.f_code for each in gc.get_objects() if type(each) is TracebackType)
     return [code.co_qualname for code in alive if "/llama/" in code.co_filename]
+
+
+class PanicException(BaseException):
+    """As pyo3's: its name is all that tells it."""
+
+
+@pytest.mark.parametrize("where", ["preparation", "before", "stream"])
+def test_a_panic_of_a_native_library_is_one_requests_error(scripted, monkeypatch, caplog, where):
+    def panic(*arguments, **keywords):
+        raise PanicException("index out of bounds")
+
+    service = scripted.server.service
+    with monkeypatch.context() as patched, caplog.at_level(logging.ERROR):
+        if where == "preparation":
+            patched.setattr(service.llm.llm.inputs, "request", panic)
+        elif where == "before":
+            patched.setattr(service.adapters, "names", panic)
+        else:
+            patched.setattr(service.metrics, "ended", panic)
+        body = {
+            "model": "other" if where == "before" else NAME,
+            "prompt": "x",
+            "max_tokens": 3,
+            "stream": where == "stream",
+        }
+        response = scripted.run(body, "/v1/completions", headers={"x-request-id": "mine"})
+    assert response.headers["x-request-id"] == "mine"
+    if where == "stream":
+        assert events_of(response.text)[-1]["error"]["code"] == "internal_error"
+    else:
+        assert response.status_code == 500 and response.json()["error"]["code"] == "internal_error"
+        assert 'status="500"' in scripted.server.client.get("/metrics").text
+    assert "mine" in caplog.text
+    assert scripted.run({"prompt": "x"}, "/v1/completions").status_code == 200

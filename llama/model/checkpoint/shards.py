@@ -36,6 +36,7 @@ _CODE_DTYPES = DTYPES | {
 }
 _CODES = {dtype: code for code, dtype in _CODE_DTYPES.items() if code != "U32"}
 _MAX_HEADER = 100_000_000  # the format's own limit
+_MAX_TENSORS = 100_000
 _STAGE_BYTES = 16 << 20
 
 _FOREIGN = (
@@ -93,6 +94,8 @@ def read_header(path: Path) -> list[StoredTensor]:
         raise CheckpointError(f"{path}: there is no such file") from None
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
+    if text.count(b"data_offsets") > _MAX_TENSORS:  # reading a million takes half a minute
+        raise CheckpointError(f"{path}: its safetensors header lists more than {_MAX_TENSORS} tensors")
     try:
         header = json.loads(text.decode("utf-8"), object_pairs_hook=unique_keys)
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError):

@@ -167,7 +167,9 @@ def _read(
         digest.update(a.view(torch.uint8).numpy().data)
         digest.update(b.view(torch.uint8).numpy().data)
         # The scale goes in before the rounding to the model's dtype, once.
-        pairs[module.name] = Pair(a.to(model.dtype), (b * module.scale).to(model.dtype))
+        pair = pairs[module.name] = Pair(a.to(model.dtype), (b * module.scale).to(model.dtype))
+        if not all(bool(tensor.isfinite().all()) for tensor in pair):
+            raise AdapterError(f"{folder}: {module.name}, scaled by {module.scale:g}, is too large for {model.dtype}")
     if not any(bool(pair.a.any()) and bool(pair.b.any()) for pair in pairs.values()):
         raise AdapterError(f"{folder}: every lora_A or lora_B is zero: it was never trained and would change nothing")
     return AdapterWeights(

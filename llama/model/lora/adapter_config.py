@@ -4,9 +4,11 @@ Every key is read or refused: one that we do not know may change what is compute
 sign of it. Formulas are those of PEFT (peft/tuners/lora/layer.py): scale = alpha / r, or alpha / sqrt(r) (rslora).
 """
 
+import contextlib
 import json
 import math
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping
@@ -14,10 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llama.api.errors import AdapterError
+from llama.api.errors import AdapterError, WorkerLostError
 from llama.files import named, read_json
 
-PATTERN_SECONDS = 10.0
+PATTERN_SECONDS = 10  # of processor time
+_PATIENCE_SECONDS = 100  # for so much of it
+_MOST_ALPHA = 1e6  # beyond what anybody trains with; products would soon be infinite
 
 _MODULES = "q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj, embed_tokens and lm_head"
 
@@ -106,8 +110,8 @@ def _rank(name: str, value: Any) -> float:
 
 
 def _alpha(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value == 0:
-        raise AdapterError(f"{name} must be a finite number other than 0, found {value!r}")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < abs(value) <= _MOST_ALPHA:
+        raise AdapterError(f"{name} must be a number other than 0 and at most {_MOST_ALPHA:g}, found {value!r}")
     return float(value)
 
 
@@ -146,16 +150,20 @@ def _full_matches(key: str, pattern: str, names: list[str]) -> list[str]:
         re.compile(pattern)
     except (re.error, RecursionError, OverflowError) as error:
         raise AdapterError(f"{key}: {pattern!r} is no regular expression: {error}") from None
-    script = "import json,re,sys;p,n=json.load(sys.stdin);json.dump([x for x in n if re.fullmatch(p,x)],sys.stdout)"
-    command = [sys.executable, "-I", "-S", "-c", script]
-    try:
-        done = subprocess.run(
-            command, input=json.dumps([pattern, names]), capture_output=True, text=True, timeout=PATTERN_SECONDS
-        )
-        chosen: list[str] = json.loads(done.stdout)
-    except (subprocess.TimeoutExpired, ValueError):
-        raise AdapterError(f"{key}: matching {pattern!r} does not end") from None
-    return chosen
+    script = (
+        "import json,re,resource,sys;s,p,n=json.load(sys.stdin);resource.setrlimit(resource.RLIMIT_CPU,(s,s+1));"
+        "json.dump([x for x in n if re.fullmatch(p,x)],sys.stdout)"
+    )
+    command, request = [sys.executable, "-I", "-S", "-c", script], json.dumps([PATTERN_SECONDS, pattern, names])
+    for _ in range(2):  # the system may end it, or give it no processor time
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            done = subprocess.run(command, input=request, capture_output=True, text=True, timeout=_PATIENCE_SECONDS)
+            if done.returncode == 0:
+                chosen: list[str] = json.loads(done.stdout)
+                return chosen
+            if done.returncode in (-signal.SIGXCPU, 1):
+                raise AdapterError(f"{key}: matching {pattern!r} does not end")
+    raise WorkerLostError(f"{key}: the process that matched {pattern!r} was lost: load the adapter again")
 
 
 def _in_layers(values: Mapping[str, Any], wanted: Any, chosen: list[str]) -> list[str]:

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from llama.api.errors import ParameterError, QueueFullError, blamed_on
+from llama.api.errors import ParameterError, QueueFullError, blamed_on, is_failure, panics_caught
 from llama.text.chat.prepare import prepare_tools, tool_name
 from llama.text.grammar.matcher import Automaton, Matcher, told
 from llama.text.grammar.schema import MAX_BYTES, prepared_schema, schema_of_response_format, schema_of_tool
@@ -193,8 +193,9 @@ class GrammarCompiler:
             raise ValueError(f"{where}: {told(error)}")
         with self._lock:
             vocabulary = self._vocabulary
-        prototype = _llguidance().LLMatcher(vocabulary, source, log_level=0, limits=parser_limits())
-        prototype.compute_bitmask()  # what cannot even begin shows here
+        with panics_caught("llguidance"):
+            prototype = _llguidance().LLMatcher(vocabulary, source, log_level=0, limits=parser_limits())
+            prototype.compute_bitmask()  # what cannot even begin shows here
         if prototype.is_error():
             raise ValueError(f"{where}: {told(prototype.get_error())}")
         grammar = Grammar(prototype, self._vocab_size, len(source.encode()))
@@ -218,7 +219,9 @@ class GrammarCompiler:
         make: type[LLTokenizer] = _llguidance().LLTokenizer
         try:
             return make(self._backend_json(), n_vocab=self._vocab_size, eos_token=eos)
-        except Exception as error:  # llguidance raises whatever its parser of tokenizer.json finds
+        except BaseException as error:  # llguidance raises whatever its parser of tokenizer.json finds, and panics
+            if not is_failure(error):
+                raise
             raise ValueError(f"grammars do not work with this tokenizer: {told(str(error))}") from None
 
     def _backend_json(self) -> str:

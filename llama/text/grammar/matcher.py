@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from llama.api.errors import panics_caught
+
 if TYPE_CHECKING:
     from llguidance import LLMatcher
 
@@ -56,7 +58,8 @@ class Matcher:
         if row.dtype != np.int32 or row.shape != (self._words,) or not row.flags.c_contiguous:
             raise ValueError(f"row must be contiguous int32 [{self._words}], got {row.dtype} {row.shape}")
         began = time.thread_time()
-        self._matcher.unsafe_compute_mask_ptr(row.ctypes.data, row.nbytes)
+        with panics_caught("llguidance"):
+            self._matcher.unsafe_compute_mask_ptr(row.ctypes.data, row.nbytes)
         self._automaton.seconds += max(0.0, time.thread_time() - began - _USUAL_SECONDS)
         self._check()
 
@@ -65,7 +68,10 @@ class Matcher:
         if self._matcher.is_stopped():
             self._check()
             self._after_end += 1
-        elif not self._matcher.consume_token(token_id):
+            return
+        with panics_caught("llguidance"):
+            taken = self._matcher.consume_token(token_id)
+        if not taken:
             self._check()
 
     def rollback(self, num_tokens: int) -> None:

@@ -44,8 +44,10 @@ def _answer(stream: BinaryIO, make_value: Callable[[], Any]) -> None:
         answer = {"error": "it needs more memory than it may use"}
     except ValueError as error:
         answer = {"error": str(error)}
-    except Exception as error:
-        answer = {"error": f"{type(error).__name__}: {error}"}
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # also a native library's panic
+        answer = {"error": f"{type(error).__name__}: {error}"[:10_000]}
     data = json.dumps(answer).encode()
     stream.write(len(data).to_bytes(HEADER_BYTES, "big") + data)
     stream.flush()

@@ -10,6 +10,9 @@ import tokenizers
 from llama.text.tokenizer.pieces import byte_level_alphabet
 
 _BYTE_PIECES = [f"<0x{byte:02X}>" for byte in range(256)]
+_PLAIN = frozenset({"ByteLevel", "Digits", "Metaspace", "Split", "Prepend", "Replace", "NFC", "NFD", "NFKC", "NFKD"})
+_EXPANSIONS = {"NFC": 3, "NFD": 4, "NFKC": 18, "NFKD": 18}  # Unicode's bounds for a character
+_MAX_EXPANSION = 128
 _KEEPS_ALL = frozenset({"ByteLevel", "Digits", "Metaspace", "Split"})  # pre-tokenizers, Split by its behaviour
 
 
@@ -49,6 +52,36 @@ def token_bound(backend: tokenizers.Tokenizer) -> TokenBound | None:
     # An added token may be looked for in the normalised text, in its own normalised form.
     forms = [] if backend.normalizer is None else [backend.normalizer.normalize_str(token.content) for token in added]
     return TokenBound(max(map(len, (*vocabulary, *forms))), "".join(chr(byte) for byte in missing if byte < 0x80))
+
+
+def check_expansion(backend: tokenizers.Tokenizer) -> None:
+    """Raises ValueError for normalisers that make a text so much longer that a prompt could take all memory."""
+    times, kinds = 1, set()
+    for part in _parts(state_of(backend.normalizer), "normalizers"):
+        kind = part["type"]
+        if kind == "Replace":
+            times *= max(1, -(-len(part["content"]) // len(part["pattern"].get("String") or "x")))
+        elif kind == "Prepend":
+            times *= 1 + len(part["prepend"])
+        elif kind not in kinds:
+            times *= _EXPANSIONS.get(kind, 4)
+        kinds.add(kind)
+    if times > _MAX_EXPANSION:
+        raise ValueError(f"its normalisers make a text {times} times as long, more than {_MAX_EXPANSION}")
+
+
+def is_plain(backend: tokenizers.Tokenizer) -> bool:
+    """Whether it is byte pairs with nothing but the library's own patterns, which are known to end."""
+    parts = [
+        *_parts(state_of(backend.normalizer), "normalizers"),
+        *_parts(state_of(backend.pre_tokenizer), "pretokenizers"),
+    ]
+    patterns = [part["pattern"] for part in parts if "pattern" in part]
+    return (
+        isinstance(backend.model, tokenizers.models.BPE)
+        and all(part["type"] in _PLAIN for part in parts)
+        and all("String" in pattern for pattern in patterns)
+    )
 
 
 def state_of(part: Any) -> dict[str, Any] | None:

@@ -6,17 +6,18 @@ pieces.py; `clean_up_tokenization_spaces` is not applied, for it changes text th
 """
 
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
 import tokenizers
 
-from llama.api.errors import CheckpointError, ParameterError
+from llama.api.errors import CheckpointError, ParameterError, is_failure, panics_caught
 from llama.files import named, read_json_if_there, read_text, token_ids
 from llama.text import heap
-from llama.text.tokenizer.bounds import TokenBound, state_of, token_bound
+from llama.text.tokenizer.bounds import TokenBound, check_expansion, is_plain, state_of, token_bound
 from llama.text.tokenizer.incremental import IncrementalDecoder
 from llama.text.tokenizer.pieces import PieceDecoder, piece_decoder
 
@@ -68,16 +69,15 @@ class Tokenizer:
         folder = Path(path)
         file = folder / "tokenizer.json"
         text = read_text(file, limit=MAX_TOKENIZER_BYTES, hint=_conversion(folder))
-        try:
+        with _usable(file):
             backend = tokenizers.Tokenizer.from_str(text)
-        except Exception as error:  # tokenizers raises a bare Exception for whatever its parser finds
-            raise CheckpointError(f"{file}: is not a usable tokenizer: {_one_line(error)}") from None
         config = read_json_if_there(folder / "special_tokens_map.json") | read_tokenizer_config(folder)
         eos, bos = _model_ids(folder)
         with named(folder / "tokenizer_config.json"):
             _add_tokens(backend, config.get("added_tokens_decoder"))
             _add_special_tokens(backend, config)
-        with named(file):
+        with _usable(file), named(file):
+            check_expansion(backend)
             return cls(backend, config=config, eos_token_ids=eos, bos_token_id=bos)
 
     # Text to ids
@@ -103,9 +103,10 @@ class Tokenizer:
         if not isinstance(text, str):
             raise ValueError(f"text must be a string, got {type(text).__name__}")
         check_unicode(text)
-        if len(text) <= _SHORT_TEXT:
-            return list(instance.encode(text, add_special_tokens=False).ids)
-        ids: list[int] = instance.encode_batch_fast([text], add_special_tokens=False)[0].ids
+        with panics_caught("the tokenizer"):
+            if len(text) <= _SHORT_TEXT:
+                return list(instance.encode(text, add_special_tokens=False).ids)
+            ids: list[int] = instance.encode_batch_fast([text], add_special_tokens=False)[0].ids
         if len(text) >= heap.LARGE_TEXT:
             heap.give_back()  # a hundred bytes and more for each token
         return ids
@@ -141,6 +142,11 @@ class Tokenizer:
         return self.token_bytes(token_id).decode("utf-8", "replace")
 
     # The vocabulary
+
+    @cached_property
+    def is_plain(self) -> bool:
+        """Whether it has no pattern of its own: see trial.py."""
+        return is_plain(self._parsing)
 
     @cached_property
     def vocab_size(self) -> int:
@@ -190,7 +196,8 @@ class Tokenizer:
         normalizer = self._parsing.normalizer
         if normalizer is None:
             return False
-        normalized = normalizer.normalize_str(text)
+        with panics_caught("the tokenizer's normaliser"):
+            normalized = normalizer.normalize_str(text)
         return any(form in normalized for form in self._normalized_controls)
 
     @cached_property
@@ -368,6 +375,19 @@ def _model_ids(folder: Path) -> tuple[frozenset[int], int | None]:
                 with named(file):
                     found[key] = token_ids(key, values.get(key))
     return frozenset(found["eos_token_id"]), next(iter(found["bos_token_id"]), None)
+
+
+@contextmanager
+def _usable(file: Path) -> Iterator[None]:
+    """tokenizers raises a bare Exception for whatever its parser finds, and panics."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except BaseException as error:
+        if not is_failure(error):
+            raise
+        raise CheckpointError(f"{file}: is not a usable tokenizer: {_one_line(error)}") from None
 
 
 def _one_line(error: BaseException) -> str:
