@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from llama.llm.llm import LLM as LLM
     from llama.llm.loras import LoRARequest as LoRARequest
     from llama.model.capture import Capture as Capture
+    from llama.model.capture import attention_pattern as attention_pattern
     from llama.model.config import ModelConfig as ModelConfig
     from llama.model.interventions import Add as Add
     from llama.model.interventions import Apply as Apply
@@ -71,6 +72,7 @@ _HOMES = {
     "Scale": "llama.model.interventions",
     "StructuredOutputsParams": "llama.api.structured",
     "Transformer": "llama.model.transformer",
+    "attention_pattern": "llama.model.capture",
     "Usage": "llama.api.outputs",
     "WorkerLostError": "llama.api.errors",
 }
@@ -106,6 +108,7 @@ __all__ = [
     "StructuredOutputsParams",
     "Transformer",
     "Usage",
+    "attention_pattern",
     "WorkerLostError",
     "__version__",
 ]

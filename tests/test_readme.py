@@ -25,17 +25,30 @@ AFTERWARDS = """
 assert logits.shape == (1, 5, 8192), logits.shape
 """
 
+RESEARCHED = """
+count = len(output.prompt_token_ids)
+assert last_token.shape == (1, 64) and pattern.shape == (4, count, count) and len(outputs) == 4
+assert len(said) == len(effect) == 30 and attribution.shape == ids.shape[1:] and len(session) == ids.shape[1] + right
+print("all of it")
+"""
+
 
 @pytest.mark.parametrize(
     "document, afterwards, told",
-    [("README.md", AFTERWARDS, "The capital of France is"), ("docs/scaling.md", "", "['")],
+    [
+        ("README.md", AFTERWARDS, "The capital of France is"),
+        ("docs/scaling.md", "", "['"),
+        ("docs/research.md", RESEARCHED, "all of it"),
+    ],
 )
 def test_the_python_blocks_run(tmp_path, document, afterwards, told):
     text = (REPOSITORY / document).read_text(encoding="utf-8")
     found = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
     blocks = [block for block in found if "import ray" not in block]  # tests/ray runs those
     assert blocks
-    make_tiny.make(tmp_path / "checkpoints/smollm2-135m-instruct", CONFIG, dtype="float32", seed=0)
+    deep = dataclasses.replace(make_tiny.TINY, num_hidden_layers=30, max_position_embeddings=512)
+    config = deep if document == "docs/research.md" else CONFIG
+    make_tiny.make(tmp_path / "checkpoints/smollm2-135m-instruct", config, dtype="float32", seed=0)
     adapter = tmp_path / "checkpoints/demo-adapter"
     adapter.mkdir()
     make_adapter(adapter)

@@ -69,6 +69,7 @@ DOCUMENTS = [
     "docs/architecture.md",
     "docs/http.md",
     "docs/speculation.md",
+    "docs/research.md",
 ]
 # Modules under these run with torch absent. A folder stands for all that is in it.
 WITHOUT_TORCH = (

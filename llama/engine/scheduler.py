@@ -56,7 +56,7 @@ class Scheduler:
         self.speculation: Speculation | None = None
         if config.speculation is not None:
             self.speculation = Speculation(config.speculation, self.running, self.eos_token_ids, self._mask_words)
-        self._model = model
+        self.model = model
         self._requests: dict[str, list[Sequence]] = {}
         self._in_flight: deque[StepRecord] = deque()
         self._num_steps = 0
@@ -177,7 +177,7 @@ class Scheduler:
         if self._refused is not None and self._refused[0] is sequence and available <= self._refused[1]:
             return False
         known = sequence.num_tokens
-        root, salt = prefix_root(self._model, sequence.adapter.digest), sequence.salt(block_size)
+        root, salt = prefix_root(self.model, sequence.adapter.digest), sequence.salt(block_size)
         # The last token is computed in any case, since its logits are wanted. Where every block of a prompt is a hit,
         # the last one is therefore computed again, into a block of its own.
         max_hits = (min(known, sequence.next_to_score) - 1) // block_size

@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 from llama.api.errors import is_failure
 from llama.api.outputs import CompletionOutput, FinishReason, Logprob, Piece, RequestMetrics, RequestOutput, Usage
@@ -24,6 +24,8 @@ from llama.text.tokenizer import IncrementalDecoder, StopMatcher, Tokenizer
 from llama.text.tool_calls import PYTHON_TAG, ToolCall, ToolCallParser
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 def named(entries: dict[int, Logprob], tokenizer: Tokenizer | None) -> dict[int, Logprob]:
@@ -299,9 +301,10 @@ class Replies:
             self._live[request.request_id] = reply
             return reply
 
-    def reset_prefix_cache(self) -> None:
+    def between_steps(self, function: Callable[[], T]) -> T:
+        """Do something to the engine while no step of it runs."""
         with self._turn():
-            self.engine.reset_prefix_cache()
+            return function()
 
     def step(self, unless: Callable[[], bool] = lambda: False) -> list[tuple[Reply, Piece]]:
         """One engine step; every new piece, with the reply that it belongs to. Nothing where `unless()` is true by the

@@ -181,3 +181,14 @@ def save(folder: Path, name: str, values: Mapping[str, Tensor]) -> None:
     building = folder / f".{name}.{os.getpid()}"
     save_file({point: rows.contiguous() for point, rows in values.items()}, building)
     os.replace(building, folder / f"{name}.safetensors")
+
+
+def attention_pattern(q: Tensor, k: Tensor, scale: float | None = None) -> Tensor:
+    """The probabilities softmax(q k^T * scale) of causal attention from captured points "q" [queries, heads, head_dim]
+    and "k" [keys, kv_heads, head_dim], the last query seeing all keys -> [heads, queries, keys], in at least float32.
+    scale is head_dim ** -0.5 where it is None."""
+    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    queries, keys, group = len(q), len(k), q.shape[1] // k.shape[1]
+    scores = torch.einsum("qhd,khd->hqk", q.to(wide), k.to(wide).repeat_interleave(group, 1))
+    later = torch.ones(queries, keys, dtype=torch.bool, device=q.device).triu(keys - queries + 1)
+    return (scores * (q.shape[-1] ** -0.5 if scale is None else scale)).masked_fill(later, -math.inf).softmax(-1)

@@ -1,0 +1,96 @@
+"""New weights for a running engine, and computed prefixes kept in files."""
+
+import random
+
+import pytest
+import torch
+
+from llama import LLM, ParameterError, SamplingParams
+from tests.model.models import hugging_face_weights, tiny_model
+
+PARAMS = SamplingParams(max_tokens=8, temperature=0.7, seed=1, ignore_eos=True)
+PROMPT = [random.Random(1).randrange(97) for _ in range(33)]
+
+
+def tokens(runs, prompt=PROMPT):
+    [output] = runs.generate(prompt, PARAMS, use_tqdm=False)
+    return output.outputs[0].token_ids
+
+
+def engine(model, **options):
+    return LLM(model, **{"block_size": 4, "num_blocks": 60, **options})
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])  # float32 weights are packed
+def test_an_updated_model_is_the_one_that_the_weights_came_from(dtype, tied):
+    changes = {"dtype": dtype, "tie_word_embeddings": tied}
+    new = tiny_model(seed=5, **changes)
+    runs = engine(tiny_model(**changes))
+    before, expected = tokens(runs), tokens(engine(tiny_model(seed=5, **changes)))
+    count = runs.update_weights((name, tensor.double()) for name, tensor in hugging_face_weights(new).items())
+    assert count == len(hugging_face_weights(new))
+    assert tokens(runs) == expected != before
+    some = {n: t for n, t in hugging_face_weights(tiny_model(**changes)).items() if "k_proj" not in n}
+    runs.update_weights(some.items())
+    runs.update_weights([(n, t) for n, t in hugging_face_weights(tiny_model(**changes)).items() if "k_proj" in n])
+    assert tokens(runs) == before
+    assert all(linear.is_prepared for linear in (runs.model.lm_head, runs.model.layers[0].mlp.down_proj)) or (
+        dtype == torch.float64
+    )
+
+
+def test_running_requests_are_waited_for_or_the_update_is_refused():
+    runs = engine(tiny_model())
+    expected = tokens(engine(tiny_model()))
+    stream = runs.stream(PROMPT, PARAMS)
+    next(stream)
+    weights = hugging_face_weights(tiny_model(seed=5))
+    with pytest.raises(ParameterError, match="update_weights needs an idle engine"):
+        runs.update_weights(weights.items())
+    runs.update_weights(weights.items(), wait=True)
+    assert [token for piece in stream for token in piece.token_ids] == expected[1:]
+    assert tokens(runs) == tokens(engine(tiny_model(seed=5)))
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor", "message"),
+    [
+        ("model.layers.0.mlp.up.weight", torch.zeros(2), "the model has no tensor"),
+        ("model.norm.weight", torch.zeros(47), r"model.norm.weight must be floats \[48\], got torch.float32 \[47\]"),
+        ("model.norm.weight", torch.zeros(48, dtype=torch.int64), "must be floats"),
+        ("model.norm.weight", torch.full((48,), torch.inf), "holds NaN or infinities"),
+        ("model.norm.weight", [0.0], "got list"),
+    ],
+)
+def test_what_does_not_fit_is_one_clear_error(name, tensor, message):
+    runs = engine(tiny_model())
+    before = tokens(runs)
+    with pytest.raises(ParameterError, match=message):
+        runs.update_weights([(name, tensor)])
+    assert tokens(runs) == before
+
+
+def test_a_kept_prefix_is_found_by_another_engine(tmp_path):
+    path = tmp_path / "prefix.safetensors"
+    assert engine(tiny_model()).save_prefix(PROMPT, path) == 32
+    other = engine(tiny_model(), block_size=8)
+    assert other.load_prefix(path) == 32
+    [output] = other.generate([*PROMPT[:32], 5, 6], PARAMS, use_tqdm=False)
+    assert output.num_cached_tokens == 32
+    assert output.outputs[0].token_ids == tokens(engine(tiny_model()), [*PROMPT[:32], 5, 6])
+    assert other.load_prefix(path) == 32  # once more changes nothing
+    other.engine.check()
+    assert other.engine.metrics().num_cached_blocks <= 6
+
+
+@pytest.mark.parametrize("changes", [{"seed": 3}, {"dtype": torch.float32}])
+def test_a_prefix_of_another_model_is_refused(tmp_path, changes):
+    path = tmp_path / "prefix.safetensors"
+    engine(tiny_model()).save_prefix(PROMPT, path)
+    with pytest.raises(ParameterError, match="does not hold a prefix that this model"):
+        engine(tiny_model(**changes)).load_prefix(path)
+    with pytest.raises(ParameterError, match="needs 8 blocks of the KV cache, 7 are free"):
+        engine(tiny_model(), num_blocks=7, max_model_len=24).load_prefix(path)
+    with pytest.raises(ParameterError, match="enable_prefix_caching"):
+        engine(tiny_model(), enable_prefix_caching=False).load_prefix(path)
