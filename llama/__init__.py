@@ -108,9 +108,9 @@ __all__ = [
     "StructuredOutputsParams",
     "Transformer",
     "Usage",
-    "attention_pattern",
     "WorkerLostError",
     "__version__",
+    "attention_pattern",
 ]
 
 
