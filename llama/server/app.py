@@ -1,10 +1,6 @@
 """The ASGI application: both dialects and the operations routes over one Service, behind RequestMiddleware."""
 
-from typing import Any
-
 from fastapi import FastAPI
-from fastapi.openapi.utils import get_openapi
-from pydantic.json_schema import models_json_schema
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
@@ -13,12 +9,10 @@ import llama
 from llama.server import pages
 from llama.server.bodies import json_response
 from llama.server.cloudflare.routes import routes as cloudflare_routes
-from llama.server.cloudflare.schema import RunRequest
 from llama.server.errors import ApiError, dialect_of, internal, no_method, no_route
 from llama.server.middleware import RequestMiddleware
-from llama.server.openai.responses_body import ResponsesRequest
 from llama.server.openai.routes import routes as openai_routes
-from llama.server.openai.schema import ChatRequest, CompletionRequest
+from llama.server.openapi import describe
 from llama.server.service import Service
 
 
@@ -50,22 +44,5 @@ def create_app(service: Service) -> RequestMiddleware:
     app.add_exception_handler(ApiError, refused)
     app.add_exception_handler(HTTPException, unrouted)
     app.add_exception_handler(Exception, failed)
-    _describe(app)
+    describe(app, needs_key=bool(service.config.api_keys))
     return RequestMiddleware(app, service)
-
-
-def _describe(app: FastAPI) -> None:
-    """Add the schemas of the bodies, which the routes parse themselves, to /openapi.json."""
-
-    def openapi() -> dict[str, Any]:
-        if app.openapi_schema is None:
-            described = get_openapi(title=app.title, version=app.version, routes=app.routes)
-            models = (RunRequest, ChatRequest, CompletionRequest, ResponsesRequest)
-            _, schemas = models_json_schema(
-                [(model, "validation") for model in models], ref_template="#/components/schemas/{model}"
-            )
-            described.setdefault("components", {}).setdefault("schemas", {}).update(schemas["$defs"])
-            app.openapi_schema = described
-        return app.openapi_schema
-
-    app.openapi = openapi  # type: ignore[method-assign]

@@ -27,7 +27,7 @@ access = logging.getLogger("llama.access")
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 MAX_HEADER_BYTES = 64 * 1024
-_OPEN_PATHS = frozenset({"/", "/health", "/ready"})
+OPEN_PATHS = frozenset({"/", "/health", "/ready"})
 
 
 class RequestMiddleware:
@@ -93,7 +93,7 @@ class RequestMiddleware:
         # The HTTP parser bounds what is incomplete alone.
         if sum(len(name) + len(value) for name, value in headers.raw) > MAX_HEADER_BYTES:
             return headers_too_large(MAX_HEADER_BYTES)
-        if scope["path"] not in _OPEN_PATHS and self._keys and not self._is_authorized(headers):
+        if scope["path"] not in OPEN_PATHS and self._keys and not self._is_authorized(headers):
             return unauthorized()
         if scope["method"] != "POST":
             return None

@@ -85,27 +85,32 @@ class ResponseFormat(BaseModel):
     json_schema: dict[str, Any] = Field(default_factory=dict)
 
 
+def _absent(schema: dict[str, Any]) -> None:
+    """A default that stands for no value is none that a client could send."""
+    del schema["default"]
+
+
 class RunRequest(BaseModel):
     """`POST .../ai/run/{model}`. `model_fields_set` holds the fields that the request names."""
 
     model_config = STRICT
 
     messages: list[Message] = Field(default_factory=list, min_length=1, max_length=MAX_MESSAGES)
-    prompt: str = Field("", min_length=1, max_length=MAX_CONTENT)
+    prompt: str = Field("", min_length=1, max_length=MAX_CONTENT, json_schema_extra=_absent)
     raw: bool = False
     stream: bool = False
     max_tokens: Integer = Field(256, ge=1)
     temperature: Number = Field(0.6, ge=0, le=5)
     top_p: Number = Field(1.0, ge=0, le=2)
-    top_k: Integer = Field(0, ge=1, le=50)
-    seed: Integer = Field(0, ge=1, le=9_999_999_999)
+    top_k: Integer = Field(0, ge=1, le=50, json_schema_extra=_absent)
+    seed: Integer = Field(0, ge=1, le=9_999_999_999, json_schema_extra=_absent)
     repetition_penalty: Number = Field(1.0, ge=0, le=2)
     frequency_penalty: Number = Field(0.0, ge=-2, le=2)
     presence_penalty: Number = Field(0.0, ge=-2, le=2)
-    lora: str = ""
+    lora: str = Field("", json_schema_extra=_absent)
     tools: list[dict[str, Any]] = Field(default_factory=list, max_length=MAX_TOOLS)
     tool_choice: ToolChoice = "auto"
     functions: list[Any] = Field(default_factory=list, max_length=MAX_TOOLS)
-    image: Any = None
-    response_format: ResponseFormat = Field(None)  # type: ignore[assignment]
+    image: Any = Field(None, json_schema_extra=_absent)
+    response_format: ResponseFormat = Field(None, json_schema_extra=_absent)  # type: ignore[assignment]
     guided_json: dict[str, Any] = Field(default_factory=dict)
