@@ -32,6 +32,9 @@ class ServerConfig:
     max_bodies_bytes: int = _option(256 * 2**20, "the same of all requests that are not yet answered")
     body_timeout: float = _option(60.0, "seconds for a client to send a request's head, and again for its whole body")
     send_timeout: float = _option(60.0, "seconds for a client to take what is sent to it")
+    keep_alive: float | None = _option(
+        None, "seconds of silence after which a stream gets a comment (none: some clients fail on comments)"
+    )
     step_deadline: float = _option(60.0, "seconds after which a step is reported as hanging and /ready answers 503")
     shutdown_timeout: float = _option(30.0, "seconds for running requests to end, once told to stop")
     exit_on_engine_death: bool = _option(True, "exit with code 70 once the engine is dead, for whoever restarts it")
@@ -48,10 +51,13 @@ class ServerConfig:
             "max_bodies_bytes",
             "body_timeout",
             "send_timeout",
+            "keep_alive",
             "step_deadline",
             "shutdown_timeout",
         ):
             value = getattr(self, name)
+            if value is None and name == "keep_alive":
+                continue
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
                 raise ParameterError(f"{name} must be a number above 0, got {value!r}", name)
         if not isinstance(self.exit_on_engine_death, bool):

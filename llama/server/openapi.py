@@ -15,7 +15,7 @@ from llama.server.openai.schema import ChatRequest, CompletionRequest
 
 _BODIES = (RunRequest, ChatRequest, CompletionRequest, ResponsesRequest)
 _TEXT, _NULLABLE = {"type": "string"}, {"type": ["string", "null"]}
-_ERRORS = {
+_ERRORS: dict[Dialect, dict[str, Any]] = {
     Dialect.OPENAI: {
         "error": {
             "type": "object",
@@ -61,7 +61,7 @@ def describe(app: FastAPI, needs_key: bool) -> None:
             template = "#/components/schemas/{model}"
             _, schemas = models_json_schema([(model, "validation") for model in _BODIES], ref_template=template)
             errors = {
-                name: {"type": "object", "properties": _ERRORS[dialect], "required": [*_ERRORS[dialect]]}
+                name: {"type": "object", "properties": _ERRORS[dialect], "required": list(_ERRORS[dialect])}
                 for dialect, name in _NAMES.items()
             }
             described["components"] = {

@@ -143,7 +143,7 @@ class Answer:
 
     def __init__(self, stream: Stream, service: Service, record: Record, began: float) -> None:
         self.request_id = record.request_id
-        self.send_timeout = service.config.send_timeout
+        self.config = service.config
         self._stream = stream
         self._metrics = metrics = service.metrics
         self._record = record

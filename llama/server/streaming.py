@@ -18,6 +18,7 @@ from llama.server.service import Answer
 logger = logging.getLogger(__name__)
 
 DONE = "[DONE]"
+_SILENCE = object()
 T = TypeVar("T")
 
 Events = AsyncGenerator[Any, None]
@@ -43,7 +44,7 @@ class EventStream(Response):
         self._answers = answers
         self._failed = failed or (lambda error: error.event(dialect))
         self._request_id = answers[0].request_id
-        self._send_timeout = answers[0].send_timeout
+        self._config = answers[0].config
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         writer = asyncio.ensure_future(self._write(send))
@@ -60,13 +61,13 @@ class EventStream(Response):
 
     async def _write(self, send: Send) -> None:
         async def write(body: bytes, more: bool = True) -> None:
-            async with asyncio.timeout(self._send_timeout):
+            async with asyncio.timeout(self._config.send_timeout):
                 await send({"type": "http.response.body", "body": body, "more_body": more})
 
         async with aclosing(self._events) as events:
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
             try:
-                async for event in events:
+                async for event in events if self._config.keep_alive is None else self._or_silence(events):
                     await write(_line(event))
             except TimeoutError:
                 logger.info("request %s: its reader stopped reading", self._request_id)
@@ -80,8 +81,27 @@ class EventStream(Response):
                 await write(_line(self._failed(refusal)))
             await write(b"", more=False)
 
+    async def _or_silence(self, events: Events) -> Events:
+        """The events, and SILENCE whenever none has come for the config's keep_alive seconds."""
+        coming = asyncio.ensure_future(anext(events, None))
+        try:
+            while True:
+                done, _ = await asyncio.wait((coming,), timeout=self._config.keep_alive)
+                if not done:
+                    yield _SILENCE
+                    continue
+                if (event := coming.result()) is None:
+                    return
+                yield event
+                coming = asyncio.ensure_future(anext(events, None))
+        finally:
+            await _cancelled(coming)
+
 
 def _line(event: Any) -> bytes:
+    """A comment has no blank line behind it: some parsers take one for an event without data."""
+    if event is _SILENCE:
+        return b": keep-alive\n"
     if event is DONE:
         return b"data: " + event.encode() + b"\n\n"
     name = b"event: " + event["type"].encode() + b"\n" if "type" in event else b""
