@@ -3,6 +3,7 @@ is refused by name, as the tables say."""
 
 import ast
 import dataclasses
+import inspect
 import json
 import re
 from pathlib import Path
@@ -16,7 +17,7 @@ from openai.types.chat import chat_completion_stream_options_param
 from openai.types.chat import completion_create_params as chat_create_params
 from openai.types.responses import response_create_params
 
-from llama import AdapterError, CheckpointError, SamplingParams
+from llama import LLM, AdapterError, CheckpointError, SamplingParams
 from llama.engine.config import EngineConfig
 from llama.llm.vllm_names import HARMLESS, refuse_foreign
 from llama.model.generation_config import GenerationConfig
@@ -204,7 +205,7 @@ def test_sampling_params():
 
 
 def test_arguments_of_llm():
-    own = {"model", "tokenizer", "device", "dtype", "load_format", "check_weights"}
+    own = inspect.signature(LLM.__init__).parameters.keys() - {"self", "options"}
     assert fields("LLM", USED) == own | {field.name for field in dataclasses.fields(EngineConfig)}
     assert fields("LLM", ALONE) == HARMLESS.keys()
     for name, values in TABLES["LLM"][ALONE].items():
