@@ -3,10 +3,11 @@
 A step of n sequences runs in a graph of the next larger bucket. The rows behind n are padding: they belong to the row
 that no sequence has, have no context, store nothing and are drawn greedily. Model and sampler have graphs of their own,
 so that their variants do not multiply; logits pass between them. Where a sampler's input has no fixed place (biases,
-grammar masks) it runs without one. The model knows of none of this.
+grammar masks, drafts) it runs without one. The model knows of none of this.
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -18,7 +19,7 @@ from llama.api.params import MAX_LOGPROBS
 from llama.engine.config import EngineConfig
 from llama.engine.device import Mirror
 from llama.engine.graphs import CudaRecord, Graphs, Record, bucket_of
-from llama.engine.plan import Plan, StepResult
+from llama.engine.plan import LAST_SAMPLED, Plan, StepResult
 from llama.engine.runner import DTYPES, Runner, fetch_result
 from llama.kernels.types import Sampled, SamplerRows
 from llama.model.kv_cache import KVCache
@@ -41,8 +42,11 @@ class GraphRunner(Runner):
         self._hooks = hooks_of(model)
         self._graphs = Graphs(record or CudaRecord(self.device))
         self._generation = self.adapters.generation
-        per_row = {name: ((), dtype) for name, dtype in DTYPES.items()} | self.sampler.fields
-        count = config.max_num_seqs
+        self._dtypes: dict[str, type] = dict(DTYPES)
+        if config.speculation is not None:
+            self._dtypes["token_ids"] = np.int64  # or LAST_SAMPLED: drafts are known to the host
+        per_row = {name: ((), dtype) for name, dtype in self._dtypes.items()} | self.sampler.fields
+        count = config.most_samples
         self._inputs = Mirror({name: ((count, *shape), dtype) for name, (shape, dtype) in per_row.items()}, self.device)
         self._logits = torch.empty(count, self.vocab_size, dtype=model.dtype, device=self.device)
         if record is None:
@@ -65,33 +69,40 @@ class GraphRunner(Runner):
             self._run_sampler(len(self._logits), flags)
 
     def _compute(self, plan: Plan) -> Callable[[], StepResult]:
-        is_plain = plan.only_decodes and plan.prompt_sources is None and not len(plan.copies)
+        samples_all = plan.only_decodes or (
+            plan.drafts is not None and np.array_equal(plan.sample_sources, np.arange(plan.num_tokens))
+        )
+        is_plain = samples_all and plan.prompt_sources is None and not len(plan.copies)
         if not is_plain or plan.taps or any(self._hooks):  # a recording would keep hooks, or their absence
             return super()._compute(plan)
         has_adapters = plan.adapter_indices is not None and bool(plan.adapter_indices.any())
         if has_adapters and self._generation != self.adapters.generation:
             self._generation = self.adapters.generation
             self._graphs.forget(lambda key: key[0] == "model" and key[2])
-        count = len(plan.rows)
+        count, numbers = plan.num_tokens, self._numbers(plan)
+        if plan.drafts is not None:
+            # Each token of a run is a decode of its own, in the run's blocks: K and V are stored before any is read.
+            numbers["row_ids"], numbers["context_lens"] = plan.sample_rows, plan.sample_positions
+            numbers["token_ids"] = plan.token_ids
         bucket = min(bucket_of(count), len(self._logits))
-        self._fill(self._numbers(plan), count)
+        self._fill(numbers, count)
         # Where not all of the sampler's input has a place, there are no flags.
         flags = None
-        if plan.masks is None:
+        if plan.masks is None and plan.drafts is None:
             flags = self.sampler.write(plan.rows, plan.sample_positions, self._inputs.host)
         self._inputs.send()
         self._run_model(bucket, has_adapters)
         if flags is None:
-            rows = self.sampler.rows(plan.rows, plan.sample_positions, plan.masks)
-            draws = self._draw(self._logits[:count], rows, self._inputs.device["row_ids"][:count])
+            rows = self.sampler.rows(plan.sample_rows, plan.sample_positions, plan.masks)
+            draws = self._draw(self._logits[:count], rows, self._inputs.device["row_ids"][:count], plan.drafts)
         else:
             draws = self._run_sampler(bucket, flags)
         return fetch_result(*draws, count)
 
     def _fill(self, numbers: Mapping[str, Any], count: int) -> None:
-        """Put the numbers of `count` sequences to their places, and padding behind them."""
-        padding = {"row_ids": self.padding_row, "kv_slots": -1}
-        for name in DTYPES:
+        """Put the numbers of `count` tokens to their places, and padding behind them."""
+        padding = {"row_ids": self.padding_row, "kv_slots": -1, "token_ids": LAST_SAMPLED}
+        for name in self._dtypes:
             neutral = padding.get(name, 0)
             self._inputs.host[name][:count] = numbers.get(name, neutral)
             self._inputs.host[name][count:] = neutral
@@ -106,8 +117,13 @@ class GraphRunner(Runner):
     # What follows is recorded: it must depend on its arguments and on tensors that do not move, and never wait.
 
     def _model_step(self, bucket: int, has_adapters: bool) -> None:
-        names = [name for name in DTYPES if has_adapters or name != "adapter_indices"]
-        batch = self._batch({name: self._inputs.device[name][:bucket] for name in names}, bucket)
+        tensors = {name: self._inputs.device[name][:bucket] for name in self._dtypes}
+        if not has_adapters:
+            del tensors["adapter_indices"]
+        given = tensors.pop("token_ids", None)
+        batch = self._batch(tensors, bucket)
+        if given is not None:
+            batch = replace(batch, token_ids=torch.where(given >= 0, given, batch.token_ids))
         self._logits[:bucket].copy_(self.model(batch, self.kv))
 
     def _sampler_step(self, bucket: int, flags: Mapping[str, Any]) -> tuple[Tensor, Sampled]:

@@ -60,17 +60,17 @@ def _rows_with_everything(count: int, vocab_size: int, device: torch.device, dty
 
 @torch.inference_mode()
 def worst_step(model: Transformer, config: EngineConfig, *, is_decode: bool) -> None:
-    """A step as large as any: one prompt of the whole budget, or max_num_seqs decodes, and as many tokens drawn as
-    there may be, each by every rule.
+    """A step as large as any: one prompt of the whole budget, or as many decodes as tokens can be drawn, and each of
+    these drawn by every rule.
 
     How much memory attention takes depends on the number of tokens and not on what they see: all K and V are
     read from a single block, and nothing is stored.
     """
-    num_samples, block_size = config.max_num_seqs if is_decode else config.most_samples, config.block_size
+    num_samples, block_size = config.most_samples, config.block_size
     device, vocab_size = model.device, model.config.vocab_size
     kv = KVCache(model.config, 1, block_size, dtype=model.dtype, device=device)
     kv.data.zero_()
-    seqs, tokens = (config.max_num_seqs, config.max_num_seqs) if is_decode else (1, config.token_budget)
+    seqs, tokens = (num_samples, num_samples) if is_decode else (1, config.token_budget)
     query_len = tokens // seqs
     batch = Batch(
         token_ids=torch.zeros(tokens, dtype=torch.int64, device=device),
@@ -113,7 +113,7 @@ def bytes_of_steps(model: Transformer, config: EngineConfig) -> int:
         total = peak_cuda_bytes(model.device, lambda: worst_step(model, config, is_decode=False))
         if not config.enforce_eager:
             total += peak_cuda_bytes(model.device, lambda: worst_step(model, config, is_decode=True))
-            logits = config.max_num_seqs * model.config.vocab_size  # between model and sampler
+            logits = config.most_samples * model.config.vocab_size  # between model and sampler
             total += logits * model.dtype.itemsize
     logger.info("memory profile: steps take up to %.2f GiB (%.2f s)", total / 2**30, time.monotonic() - started)
     return total

@@ -63,7 +63,7 @@ class Runner:
         # Block tables are kept where they are needed: here to find slots, on the device for attention.
         self._table = np.zeros((count + 1, config.blocks_per_sequence), np.int32)
         self._device_table = torch.from_numpy(self._table).to(device)
-        self._decode_starts = torch.arange(count + 1, dtype=torch.int32, device=device)
+        self._decode_starts = torch.arange(config.most_samples + 1, dtype=torch.int32, device=device)
         self._names = names_of(model)
         self._scored_rows = num_scored_rows(self.vocab_size)
 

@@ -24,10 +24,10 @@ from llama.engine.memory import worst_step
 from llama.engine.runner import Runner
 from llama.llm.loras import read_lora
 from llama.model.kv_cache import KVCache
-from tests import test_equivalence
+from tests import drafters, test_equivalence
 from tests.engine.fakes import add
 from tests.model.models import tiny_model
-from tests.test_equivalence import ASKS, EOS, Case, Run, ask, model, oracle
+from tests.test_equivalence import ASKS, EOS, Case, Run, answer_to, ask, model, oracle
 
 
 class Stand:
@@ -59,13 +59,16 @@ def graph_engine(case: Case, stand: Stand | None, model_=None, **options) -> Eng
         block_size=case.block_size,
         num_blocks=max(case.num_tokens // case.block_size, 1),
         enable_prefix_caching=case.cache != "off",
-        **options,
+        **({} if case.drafts == "none" else {"speculative_config": test_equivalence.SPECULATIVE_CONFIG}) | options,
     )
     kv = KVCache(model_.config, config.num_blocks, config.block_size, dtype=model_.dtype, device="cpu")
     kind = Runner if stand is None else partial(GraphRunner, record=stand)
     runner = kind(model_, kv, config, eos_token_ids=frozenset({EOS}))
     runner.lag = case.lag
-    return Engine(model_, config, eos_token_ids={EOS}, runner=runner)
+    engine = Engine(model_, config, eos_token_ids={EOS}, runner=runner)
+    if case.drafts != "none":
+        drafters.use(engine, lambda request_id, i: drafters.KINDS[case.drafts](answer_to(request_id, i)))
+    return engine
 
 
 def poison(engine: Engine) -> None:
@@ -97,6 +100,9 @@ CASES = {
     "lag 1, three at a time": {"lag": 1, "max_num_seqs": 3},
     "lag 1, preempted": {"lag": 1, "preempt": True, "num_tokens": 128},
     "lag 1, poisoned cache, neighbours aborted": {"lag": 1, "poison": True, "strangers": True},
+    "lag 1, drafts, poisoned cache": {"lag": 1, "poison": True, "drafts": "mixed"},
+    "lag 0, drafts, preempted, blocks of one": {"drafts": "mixed", "preempt": True, "block_size": 1},
+    "lag 1, drafts, six at a time": {"lag": 1, "drafts": "right", "max_num_seqs": 6},
 }
 
 
@@ -110,7 +116,7 @@ def test_tokens_are_the_oracles(changes, monkeypatch):
         engine.runner.kv.data.fill_(float("nan"))
     for _ in range(2):  # the second time most of it is replayed
         assert_as_the_oracle(engine, case, ASKS)
-    assert stand.num_replays > 40
+    assert stand.num_replays > (40 if case.drafts == "none" else 6)  # with drafts there are fewer steps
 
 
 def run(engine: Engine) -> dict[tuple[str, int], list[int]]:
@@ -142,6 +148,27 @@ def test_a_step_takes_the_graph_of_its_bucket_and_of_no_more_than_all_rows():
             add(engine, f"{i}", [i + 1, 2], params)
         run(engine)
     assert {key[1] for key in keys(engine) if key[0] == "model"} == {10, 11}
+
+
+@pytest.mark.parametrize("count", [2, 3, 4])
+def test_the_tokens_of_runs_take_the_graph_of_their_bucket(count):
+    """Requests like ASKS[2] get six tokens a step: the bucket is that of count * 6 tokens."""
+    case, stand = Case(max_num_seqs=4, drafts="right"), Stand()
+    engine = graph_engine(case, stand)
+    for _ in range(3):
+        assert_as_the_oracle_of(engine, [ASKS[2]] * count)
+    sizes = {key[1] for key in keys(engine) if key[0] == "model"}
+    assert bucket_of(6 * count) in sizes and max(sizes) <= len(engine.runner._logits) == 4 + 4 * 5
+    counts = engine.metrics()
+    assert counts.num_accepted_tokens == counts.num_draft_tokens > 30
+
+
+def assert_as_the_oracle_of(engine: Engine, asks) -> None:
+    """All of them at once, answered as ASKS[2] is."""
+    drafters.use(engine, lambda *_: drafters.KINDS["right"](oracle(ASKS[2], 0).token_ids))
+    for i, asked in enumerate(asks):
+        add(engine, f"{i}", list(asked.prompt), asked.params)
+    assert all(tokens == oracle(ASKS[2], 0).token_ids for tokens in run(engine).values())
 
 
 def test_the_first_step_of_a_kind_runs_as_it_is_the_second_is_recorded():

@@ -48,10 +48,12 @@ def launched(monkeypatch):
     return names
 
 
-def graphed(config: ModelConfig, dtype: torch.dtype) -> GraphRunner:
+def graphed(config: ModelConfig, dtype: torch.dtype, **options) -> GraphRunner:
     model = Transformer(config, device="meta", dtype=dtype)
     kv = KVCache(config, 40, 16, dtype=dtype, device="meta")
-    runner = GraphRunner(model, kv, EngineConfig(max_num_seqs=16, max_model_len=128, max_loras=2), record=Stand())
+    runner = GraphRunner(
+        model, kv, EngineConfig(max_num_seqs=16, max_model_len=128, max_loras=2, **options), record=Stand()
+    )
     runner.sampler.state = SamplerState(16, config.vocab_size, "meta")
     return runner
 
@@ -65,6 +67,13 @@ def test_a_models_step(launched, dtype):
     assert launched.count("_decode_kernel") == launched.count("_rope_and_store_kernel") == layers
     assert launched.count("_silu_mul_kernel") == layers and not [name for name in launched if "shrink" in name]
     assert seen.num_ops > 100
+
+
+def test_a_models_step_with_drafts(launched):
+    made = graphed(tiny_config(), torch.bfloat16, speculative_config={"method": "ngram"})
+    with torch.inference_mode(), OnDeviceAlone():
+        made._model_step(24, False)  # more than there are sequences
+    assert launched.count("_decode_kernel") == 2
 
 
 def test_a_step_with_adapters(launched, tmp_path):

@@ -1,10 +1,14 @@
 """Recorded decodes with every op in Triton's interpreter: the kernels see padding rows, and inputs that are views."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from llama import SamplingParams
 from llama.engine import graph_runner
+from tests import drafters
+from tests.drafters import Drafter
 from tests.engine.fakes import add
 from tests.engine.test_graphs import Stand, graph_engine, run
 from tests.model.models import tiny_model
@@ -12,6 +16,7 @@ from tests.test_equivalence import Case
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # infinities meet on purpose
 
+DRAFTS = {"method": "ngram", "num_speculative_tokens": 2}
 ASKS = {
     "a": SamplingParams(temperature=0, max_tokens=3, ignore_eos=True),
     "b": SamplingParams(temperature=1.0, top_p=0.9, seed=3, max_tokens=4, ignore_eos=True),
@@ -31,3 +36,26 @@ def test_padding_and_views_change_nothing(monkeypatch):
         told.append(run(engine))
     assert told[0] == told[1]
     assert stand.num_replays > 2
+
+
+def half_right(future: list[int], count: int) -> list[int]:
+    return [*future[:1], *range(count)][:count]
+
+
+def test_drafts_change_nothing(monkeypatch):
+    """Runs as decodes of a recorded step and as chunks, half of their drafts right, against a run without."""
+    monkeypatch.setattr(graph_runner, "bucket_of", lambda count: 1000)
+    model = tiny_model(dtype=torch.float32)
+    told: dict[str, list[int]] = {}
+    for stand in (None, None, Stand()):
+        engine = graph_engine(Case(lag=1, max_num_seqs=2, num_tokens=64), stand, model, speculative_config=DRAFTS)
+        source = {name: Drafter(told.get(name, []), half_right) for name in ("b", "c")}
+        drafters.use(engine, lambda name, _, source=source: source[name])
+        for i, name in enumerate(source):
+            wanted = replace(ASKS[name], max_tokens=5, speculative=bool(told))
+            add(engine, name, [i + 1, 5, 7], wanted)
+        answers = {name: tokens for (name, _), tokens in run(engine).items()}
+        assert (engine.metrics().num_accepted_tokens >= 2) == bool(told)
+        assert answers == told or not told
+        told = answers
+    assert ("model", 2 + 2 * 2, False) in engine.runner._graphs._ready
