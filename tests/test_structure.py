@@ -22,7 +22,7 @@ TREES = {path.relative_to(REPOSITORY).as_posix(): ast.parse(path.read_text(encod
 IMPORT_ORDER = {
     "llama": """
         api
-        files
+        files hub
         kernels
         text model
         engine
@@ -76,6 +76,7 @@ WITHOUT_TORCH = (
     "llama/__init__.py",
     "llama/api/",
     "llama/files.py",
+    "llama/hub.py",
     "llama/text/",
     "llama/model/config.py",
     "llama/model/rope_scaling.py",

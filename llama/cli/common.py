@@ -38,6 +38,7 @@ class LoadOptions:
         "int8, int4 or fp8: round a dense model's linear layers as it is loaded; or a quantised folder's method",
     )
     check_weights: bool = _option(False, "refuse weights that are NaN or infinite")
+    revision: str | None = _option(None, "branch, tag or commit of a model on the hub")
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"auto|cpu|cuda(:[0-9]+)?", self.device):

@@ -14,7 +14,7 @@ DESCRIPTION = "Continue a prompt, or answer it with --chat. Streams to stdout; t
 
 def add_arguments(parser: Parser) -> None:
     parser.usage = "%(prog)s MODEL PROMPT [options]"
-    parser.add_argument("model", metavar="MODEL", help="folder of the checkpoint")
+    parser.add_argument("model", metavar="MODEL", help="folder of the checkpoint, or an id of the hub")
     text = "the text, or - to read it from stdin (its last line break is dropped)"
     parser.add_argument("prompt", metavar="PROMPT", help=text)
     parser.add_argument("--chat", action="store_true", help="take the prompt as a user's message")

@@ -2,11 +2,11 @@
 
 import re
 from argparse import ArgumentTypeError, Namespace
-from pathlib import Path
 
 from llama.cli.flags import Parser
 from llama.engine.budget import blocks_in, free_cpu_bytes, kv_bytes_on_cpu
 from llama.engine.config import EngineConfig
+from llama.hub import model_folder
 from llama.model.config import ModelConfig
 from llama.model.generation_config import GenerationConfig
 
@@ -21,7 +21,8 @@ _UNITS = {"": 1, "B": 1} | {
 
 def add_arguments(parser: Parser) -> None:
     parser.usage = "%(prog)s MODEL [options]"
-    parser.add_argument("model", metavar="MODEL", help="folder of the checkpoint, or its config.json")
+    parser.add_argument("model", metavar="MODEL", help="folder of the checkpoint, its config.json, or an id of the hub")
+    parser.add_argument("--revision", metavar="TEXT", help="branch, tag or commit of a model on the hub")
     text = "memory of a GPU to fit into, for example 80GiB or 24GB (what is free on this machine, for its CPU)"
     parser.add_argument("--memory", type=_size, metavar="SIZE", help=text)
     text = "folder of a draft model that is to fit beside it (speculative_config)"
@@ -30,8 +31,8 @@ def add_arguments(parser: Parser) -> None:
 
 
 def run(options: Namespace) -> int:
-    config = ModelConfig.from_pretrained(options.model)
-    folder = Path(options.model)
+    folder = model_folder(options.model, options.revision, config_only=True)
+    config = ModelConfig.from_pretrained(folder)
     generation = GenerationConfig.from_pretrained(folder if folder.is_dir() else folder.parent)
     dtype = options.dtype or config.dtype or "bfloat16"
     models = [config] if options.draft_model is None else [config, ModelConfig.from_pretrained(options.draft_model)]

@@ -7,6 +7,7 @@ from typing import Any
 
 from llama.cli.common import add_model_flags, llm_options
 from llama.cli.flags import Parser, UsageError, add_fields, checked, given, integer, named_adapter
+from llama.hub import is_hub_id
 from llama.server.config import ServerConfig, take_port
 from llama.server.logs import LogQueue, open_standard_streams
 
@@ -18,12 +19,12 @@ ends."""
 
 def add_arguments(parser: Parser) -> None:
     parser.usage = "%(prog)s MODEL [options]"
-    parser.add_argument("model", metavar="MODEL", help="folder of the checkpoint")
+    parser.add_argument("model", metavar="MODEL", help="folder of the checkpoint, or an id of the hub")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (%(default)s)")
     port = integer(0, 65535)
     parser.add_argument("--port", type=port, default=8000, help="port to listen on, 0 = any that is free (%(default)s)")
     several: dict[str, Any] = {"action": "extend", "nargs": "+", "default": []}
-    text = "what clients may call the model (the folder's name)"
+    text = "what clients may call the model (the folder's name, or the id)"
     parser.add_argument("--served-model-name", **several, metavar="NAME", help=text)
     parser.add_argument("--api-key", metavar="KEY", help="key that requests must bring; the list of processes shows it")
     parser.add_argument("--api-key-file", metavar="FILE", help="file with such keys, one a line")
@@ -44,7 +45,8 @@ def run(options: Namespace) -> int:
     arguments = llm_options(options)
     if not options.lora and "lora_dir" not in given(options, ServerConfig):
         arguments["max_loras"] = 0
-    names = {"model_names": tuple(options.served_model_name) or (Path(options.model).resolve().name,)}
+    own_name = options.model if is_hub_id(options.model) else Path(options.model).resolve().name
+    names = {"model_names": tuple(options.served_model_name) or (own_name,)}
     config = checked(ServerConfig, names | {"api_keys": _keys(options)} | given(options, ServerConfig))
     taken = take_port(options.host, options.port)
     # What follows imports torch.

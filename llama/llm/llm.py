@@ -26,6 +26,7 @@ from llama.api.params import SamplingParams
 from llama.engine.config import EngineConfig
 from llama.engine.engine import Engine
 from llama.engine.request import Request
+from llama.hub import model_folder
 from llama.llm.loading import check_draft, check_model, load_defaults, load_model, load_text
 from llama.llm.loras import LoraInfo, LoRARequest, RequestedLoras, describe, read_lora
 from llama.llm.prefixes import read_prefix, write_prefix
@@ -99,7 +100,8 @@ class Pieces(Iterator[Piece]):
 
 @_names_options
 class LLM(Scoring):
-    """A model with its engine. `model` is a Hugging Face folder or a Transformer; without a tokenizer (a Transformer
+    """A model with its engine. `model` is a Hugging Face folder, an id of the hub ("org/name", at `revision`: a branch,
+    tag or commit) or a Transformer; without a tokenizer (a Transformer
     alone, or a folder that has none) prompts and answers are token ids only.
 
     device: "auto" (CUDA where there is one), "cpu", "cuda", "cuda:0". dtype: "auto" (the checkpoint's), "float64" (on
@@ -120,11 +122,16 @@ class LLM(Scoring):
         load_format: str = "auto",
         quantization: str | None = None,
         check_weights: bool = False,
+        revision: str | None = None,
         **options: Any,
     ) -> None:
         ours = {field.name for field in fields(EngineConfig)}
         refuse_foreign({name: value for name, value in options.items() if name not in ours})
         config = EngineConfig(**{name: value for name, value in options.items() if name in ours})
+        if isinstance(model, str):
+            model = model_folder(model, revision)
+        elif revision is not None:
+            raise ParameterError("revision is for an id of the hub as model", "revision")
         self.tokenizer, template = load_text(model, tokenizer)
         defaults, eos_token_ids = load_defaults(model)
         model_config, where = check_model(model, device=device, dtype=dtype, load_format=load_format)
@@ -234,8 +241,10 @@ class LLM(Scoring):
         if is_conversation(prompt_or_messages):
             ask = partial(self.inputs.chat_request, tools=tools, tool_choice=tool_choice, **rendering)
             request = ask(prompt_or_messages, sampling_params, lora)
-        elif tools or tool_choice != "auto" or rendering:
-            name = next(iter(rendering), "tools")
+        elif tools or tool_choice != "auto":
+            raise ParameterError("tools and tool_choice need a conversation: give a list of messages", "tools")
+        elif rendering:
+            name = next(iter(rendering))
             raise ParameterError(f"{name} needs a conversation: give a list of messages", name)
         else:
             request = self.inputs.request(cast(Prompt, prompt_or_messages), sampling_params, lora)

@@ -12,6 +12,7 @@ import torch
 from llama.api.errors import CheckpointError, ConfigError
 from llama.api.params import SamplingParams
 from llama.engine.config import BATCHED_TOKENS
+from llama.hub import tokenizer_folder
 from llama.model.config import ModelConfig
 from llama.model.generation_config import GenerationConfig
 from llama.model.transformer import Transformer
@@ -68,6 +69,8 @@ def load_text(model: Any, tokenizer: Any) -> tuple[Tokenizer | None, ChatTemplat
     if not isinstance(tokenizer, str | Path | Tokenizer | None):
         raise ValueError(f"tokenizer must be a folder or a llama Tokenizer, got {type(tokenizer).__name__}")
     given = tokenizer if isinstance(tokenizer, Tokenizer) else None
+    if isinstance(tokenizer, str):
+        tokenizer = tokenizer_folder(tokenizer)
     folder = model if tokenizer is None or isinstance(tokenizer, Tokenizer) else tokenizer
     if isinstance(folder, Transformer):
         return given, None if given is None else ChatTemplate(given)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from llama.engine.adapters import Adapter
 from llama.engine.engine import Engine
+from llama.hub import adapter_folder
 from llama.model.lora import read_adapter
 from llama.model.transformer import Transformer
 
@@ -64,7 +65,7 @@ def read_lora(engine: Engine, model: Transformer, name: str, path: str | Path, r
     if not isinstance(path, str | Path):
         raise ValueError(f"path must be an adapter's folder, got {type(path).__name__}")
     check_size = partial(engine.adapters.check_room, name)
-    content = read_adapter(path, model, max_rank=engine.config.max_lora_rank, check_size=check_size)
+    content = read_adapter(adapter_folder(path), model, max_rank=engine.config.max_lora_rank, check_size=check_size)
     return Adapter(name, content.digest, content, content.nbytes)
 
 

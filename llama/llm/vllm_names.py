@@ -97,7 +97,6 @@ HARMLESS: dict[str, tuple[Any, ...]] = {
     "pt_load_map_location": ("cpu",),
     "ray_workers_use_nsight": (False,),
     "reasoning_parser": (None, ""),
-    "revision": (None,),
     "rope_scaling": (None, {}),
     "rope_theta": (None,),
     "runner": ("auto",),

@@ -72,7 +72,7 @@ def test_bad_parameters_are_refused_by_name(llm):
     for messages in ("hello", [[]], {"role": "user"}, ["x"], [{"content": "x"}]):
         with pytest.raises(ValueError):
             llm.chat(messages)
-    with pytest.raises(ValueError, match="tools needs a conversation"):
+    with pytest.raises(ValueError, match="tools and tool_choice need a conversation"):
         llm.stream("x", tools=[{"name": "f"}])
 
 
