@@ -205,7 +205,7 @@ def test_sampling_params():
 
 
 def test_arguments_of_llm():
-    own = {"model", "tokenizer", "device", "dtype", "load_format", "check_weights", "quantization", "revision"}
+    own = inspect.signature(LLM.__init__).parameters.keys() - {"self", "options"}
     assert fields("LLM", USED) == own | {field.name for field in dataclasses.fields(EngineConfig)}
     assert fields("LLM", ALONE) == HARMLESS.keys()
     for name, values in TABLES["LLM"][ALONE].items():
