@@ -1,7 +1,7 @@
 """Between host and device without waiting: each of these puts one copy into the device's queue and returns.
 
-A copy runs beside the host only from and to pinned memory. PyTorch's allocator of such memory reuses a block
-only when the copies that use it have ended, so nothing here keeps track of them.
+A copy runs beside the host only from and to pinned memory. PyTorch's allocator of such memory reuses a block only
+when the copies that use it have ended, so nothing here keeps track of them.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+Arrays = list[NDArray[Any]]
 # Fields of a mirror begin at multiples of it, as tensors of their own would: kernels load and copy in wide pieces.
 ALIGNMENT = 256
 
@@ -27,29 +28,21 @@ def pack(tensors: Sequence[Tensor]) -> Tensor:
     return torch.cat([tensor.contiguous().view(-1).view(torch.uint8) for tensor in tensors])
 
 
-def fetch(packed: Tensor, tensors: Sequence[Tensor]) -> Callable[[], list[NDArray[Any]]]:
+def fetch(packed: Tensor, tensors: Sequence[Tensor]) -> Callable[[], Arrays]:
     """Start the copy of what `pack` made of `tensors` -> what waits for it and gives the arrays."""
-    host = packed
-    copied = None
-    if packed.device.type != "cpu":
-        host = torch.empty(packed.shape, dtype=torch.uint8, pin_memory=True)
-        host.copy_(packed, non_blocking=True)
-        copied = torch.cuda.Event()
-        copied.record(torch.cuda.current_stream(packed.device))
+    wait = fetch_tensor(packed)
 
-    def wait() -> list[NDArray[Any]]:
-        if copied is not None:
-            copied.synchronize()
-        parts = host.split([tensor.nbytes for tensor in tensors])
+    def arrays() -> Arrays:
+        parts = wait().split([tensor.nbytes for tensor in tensors])
         # Viewed by NumPy, which takes any address: a tensor's view must begin at a multiple of its dtype's size.
         like = [torch.empty(0, dtype=tensor.dtype).numpy().dtype for tensor in tensors]
         return [p.numpy().view(d).reshape(t.shape) for p, d, t in zip(parts, like, tensors, strict=True)]
 
-    return wait
+    return arrays
 
 
 def fetch_tensor(tensor: Tensor) -> Callable[[], Tensor]:
-    """Start the copy of a tensor of its own -> what waits for it and gives it on the host."""
+    """Start the copy of a contiguous tensor -> what waits for it and gives it on the host."""
     if tensor.device.type == "cpu":
         return lambda: tensor
     host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
