@@ -237,7 +237,7 @@ def schema(value) -> dict:
     return {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": value}}}
 
 
-OF_F = "the parameters of tool 'f'"
+OF_A = "the parameters of tool 'f' at /properties/a"
 
 
 def called(parameters) -> dict:
@@ -312,10 +312,18 @@ def called(parameters) -> dict:
         (
             schema({"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/a"}}}),
             "response_format",
-            "response_format.json_schema: nothing satisfies it",
+            "response_format.json_schema at /$defs/a: nothing satisfies it",
         ),
-        (called({"properties": {"a": {"type": "nonsense"}}}), "tools", f"{OF_F}: Invalid type: nonsense"),
-        (called({"properties": {"a": {"pattern": "["}}}), "tools", f"{OF_F}: invalid regex: unclosed character class"),
+        (
+            called({"properties": {"a": {"type": "nonsense"}}}),
+            "tools",
+            f"{OF_A}: Invalid type: nonsense",
+        ),
+        (
+            called({"properties": {"a": {"pattern": "["}}}),
+            "tools",
+            f"{OF_A}: invalid regex: unclosed character class",
+        ),
         ({"messages": [user("x")] * 4097}, "messages", "Length of '/messages' must be <= 4096"),
         ({"tools": [TIME] * 129}, "tools", "Length of '/tools' must be <= 128"),
         ({"extra_body": {"stop_token_ids": [1] * 129}}, "stop_token_ids", "Length of '/stop_token_ids' must be <= 128"),

@@ -203,7 +203,7 @@ def deep(levels):
         (deep(5000), "nested"),
         ({"properties": {str(i): {} for i in range(2001)}}, "more than 2000 properties and enum values"),
         ({"items": [{"enum": list(range(1001))}] * 2}, "more than 2000 properties and enum values"),
-        ({"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/a"}}}, "json_schema: "),
+        ({"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/a"}}}, "nothing satisfies it"),
         ({"$ref": "http://127.0.0.1/schema.json"}, "json_schema: "),
         ({"$ref": "#/$defs/missing"}, "does not exist"),
         ({"type": "nonsense"}, "nonsense"),

@@ -104,7 +104,7 @@ def test_a_response_format_leaves_room_for_calls(compiler, response_format, righ
 
 def test_what_does_not_compile_is_named(compiler):
     bad = {"name": "bad", "strict": True, "parameters": {"type": "object", "properties": {"a": {"pattern": "["}}}}
-    with pytest.raises(ParameterError, match="the parameters of tool 'bad': invalid regex") as caught:
+    with pytest.raises(ParameterError, match="the parameters of tool 'bad' at /properties/a: invalid regex") as caught:
         compiler.compile_answer([STRICT, bad])
     assert caught.value.param == "tools"
     with pytest.raises(ParameterError, match=r"response_format.regex: invalid regex") as caught:

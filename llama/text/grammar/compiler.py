@@ -17,7 +17,13 @@ from typing import TYPE_CHECKING, Any
 from llama.api.errors import ParameterError, QueueFullError, blamed_on, is_failure, panics_caught
 from llama.text.chat.prepare import prepare_tools, tool_name
 from llama.text.grammar.matcher import Automaton, Matcher, told
-from llama.text.grammar.schema import MAX_BYTES, prepared_schema, schema_of_response_format, schema_of_tool
+from llama.text.grammar.schema import (
+    MAX_BYTES,
+    prepared_schema,
+    schema_of_response_format,
+    schema_of_tool,
+    subschemas,
+)
 from llama.text.kept import Kept
 from llama.text.sandbox import LOW_PRIORITY, Worker, WorkerError
 from llama.text.sandbox.grammars import parser_limits
@@ -79,7 +85,13 @@ class GrammarCompiler:
             if kind == "text":
                 return None
             where = f"{field}.{'json' if (field, kind) == ('structured_outputs', 'json_schema') else kind}"
-            return self._grammar(self._source(constraint, where), field if kind == "json_object" else where)
+            began = time.monotonic()
+            try:
+                return self._grammar(self._source(constraint, where), field if kind == "json_object" else where)
+            except ValueError:
+                if kind == "json_schema":
+                    self._name_the_place(schema_of_response_format(constraint), where, began)
+                raise
 
     def _source(self, constraint: Mapping[str, Any], where: str) -> str:
         """What llguidance compiles."""
@@ -154,18 +166,35 @@ class GrammarCompiler:
         try:
             return self._grammar(_llguidance().LLMatcher.grammar_from_lark("\n".join(rules)), "tools")
         except ValueError:
-            if time.monotonic() - began < self._deadline_seconds / 2:
-                self._name_the_culprit(tools, schemas)
+            for tool, schema in zip(tools, schemas, strict=True):
+                self._name_the_place(schema, _arguments_of(tool), began)
             raise
 
-    def _name_the_culprit(self, tools: Sequence[Mapping[str, Any]], schemas: Sequence[Mapping[str, Any]]) -> None:
-        """Raises ValueError for the first tool whose schema does not compile by itself."""
-        latest = time.monotonic() + self._deadline_seconds / 2
-        for tool, schema in zip(tools, schemas, strict=True):
-            if time.monotonic() > latest:
-                return
-            where = _arguments_of(tool)
-            self._grammar(_llguidance().LLMatcher.grammar_from_json_schema(prepared_schema(schema, where)), where)
+    def _name_the_place(self, schema: Any, where: str, began: float) -> None:
+        """Raises ValueError if the schema does not compile, with the place of the smallest one inside that does not for
+        the same reason. Does nothing where that would take too long."""
+        latest = began + self._deadline_seconds / 2
+        error, place = self._error(schema, where, latest), ""
+        if error is None:
+            return
+        definitions = {key: schema[key] for key in ("$defs", "definitions") if key in schema}
+        inside = sorted(subschemas(schema), key=lambda each: not each[0].startswith(("/$defs", "/definitions")))
+        while inside:
+            step, child = inside.pop(0)
+            if self._error({**definitions, **child}, where, latest) == error:
+                place, inside = place + step, list(subschemas(child))
+        raise ValueError(f"{where}{f' at {place}' if place else ''}: {error}")
+
+    def _error(self, schema: Any, where: str, latest: float) -> str | None:
+        """What llguidance has against a schema, as far as there is time to ask."""
+        if time.monotonic() > latest:
+            return None
+        try:
+            source = _llguidance().LLMatcher.grammar_from_json_schema(prepared_schema(schema, where))
+            error = self._worker.ask({"grammar": source})
+        except (ValueError, WorkerError):  # a limit, which is told by itself
+            return None
+        return told(error) if error else None
 
     @property
     def num_lost_workers(self) -> int:

@@ -1,14 +1,15 @@
 """JSON schemas as clients send them: taken out of their wrappings, measured, relaxed and closed.
 
-Relaxing: what generators of schemas write and llguidance does not have. A `format` that it does not know and
-`uniqueItems` are left out; `propertyNames` becomes the properties or the pattern that it lists, else it is left out.
+Relaxing: what generators of schemas write and llguidance does not have. A `format` that it does not know, a pattern
+with look-around beside a format, bounds beyond 2**63 and `uniqueItems` are left out; `propertyNames` becomes the
+properties or the pattern that it lists, else it is left out; of a `oneOf` several may hold.
 
 Closing: an object that lists its properties gets `additionalProperties: false` unless it says otherwise. Whatever is
 then generated satisfies the schema as it was sent; without it, a model may go on inventing properties without end.
 """
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from llama.text.tokenizer.tokenizer import check_unicode
@@ -27,7 +28,9 @@ _SCHEMAS = frozenset({"items", "additionalProperties", "additionalItems", "conta
 # llguidance's; for JSON Schema a format is an annotation, so that no other one is an error.
 _FORMATS = frozenset("date-time time date duration email hostname ipv4 ipv6 uuid uri unknown".split())
 # The one spelling in which we have models write JSON: that of Llama's own examples. White space cannot run away.
-_SPELLING = {"item_separator": ", ", "key_separator": ": ", "whitespace_flexible": False}
+_OPTIONS = {"item_separator": ", ", "key_separator": ": ", "whitespace_flexible": False, "coerce_one_of": True}
+_LOOK_AROUND = ("(?=", "(?!", "(?<=", "(?<!")
+_FAR = 2.0**63
 
 
 def schema_of_response_format(response_format: Mapping[str, Any]) -> Any:
@@ -70,8 +73,10 @@ def prepared_schema(schema: Any, where: str) -> str:
     if isinstance(schema, bool):
         schema = {} if schema else {"not": {}}
     schema = _relaxed(schema)
+    if schema is False:
+        raise ValueError(f"{where}: nothing satisfies it")
     closed = schema if _combines(schema) else _closed(schema)
-    text = json.dumps({**closed, "x-guidance": _SPELLING}, ensure_ascii=False)
+    text = json.dumps({**closed, "x-guidance": _OPTIONS}, ensure_ascii=False)
     check_unicode(text)
     return text
 
@@ -109,6 +114,22 @@ def _combines(value: Any) -> bool:
     return isinstance(value, list | tuple) and any(map(_combines, value))
 
 
+def subschemas(schema: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """The schemas right inside, each with its place as a JSON pointer."""
+    for key, value in schema.items():
+        if key in _SCHEMA_MAPS and isinstance(value, Mapping):
+            inside = [(f"/{key}/{_escaped(name)}", child) for name, child in value.items()]
+        elif key in _SCHEMA_LISTS and isinstance(value, list | tuple):
+            inside = [(f"/{key}/{i}", child) for i, child in enumerate(value)]
+        else:
+            inside = [(f"/{key}", value)] if key in _SCHEMAS else []
+        yield from ((place, child) for place, child in inside if isinstance(child, Mapping))
+
+
+def _escaped(name: Any) -> str:
+    return str(name).replace("~", "~0").replace("/", "~1")
+
+
 def _mapped(schema: Mapping[str, Any], change: Callable[[Any], Any]) -> dict[str, Any]:
     """The schema with the schemas in it changed; what only looks like one, as a value of an enum, stays."""
     changed: dict[str, Any] = {}
@@ -137,9 +158,17 @@ def _closed(schema: Any) -> Any:
 def _relaxed(schema: Any) -> Any:
     if not isinstance(schema, Mapping):
         return schema
+    if schema.get("not") in ({}, True) and schema.keys() <= {"not", "description", "title"}:
+        return False
     relaxed = _mapped(schema, _relaxed)
-    if isinstance(name := relaxed.get("format"), str) and name not in _FORMATS:
-        del relaxed["format"]
+    if isinstance(name := relaxed.get("format"), str):
+        if name not in _FORMATS:
+            del relaxed["format"]
+        if isinstance(pattern := relaxed.get("pattern"), str) and any(look in pattern for look in _LOOK_AROUND):
+            del relaxed["pattern"]
+    for key, outward in (("minimum", -1), ("exclusiveMinimum", -1), ("maximum", 1), ("exclusiveMaximum", 1)):
+        if isinstance(bound := relaxed.get(key), int | float) and bound * outward >= _FAR:
+            del relaxed[key]
     relaxed.pop("uniqueItems", None)
     names = relaxed.pop("propertyNames", None)
     if isinstance(names, Mapping) and not relaxed.keys() & {"properties", "patternProperties"}:
