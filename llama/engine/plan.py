@@ -20,7 +20,6 @@ from llama.kernels.logprobs import Logprobs
 Ints = NDArray[np.int32]
 Array = NDArray[Any]
 LAST_SAMPLED = -1  # in place of a token id
-NO_TOKENS: Ints = np.zeros(0, np.int32)
 NO_UPDATES: Ints = np.zeros((3, 0), np.int32)
 NO_COPIES: Ints = np.zeros((0, 2), np.int32)
 
