@@ -32,8 +32,8 @@ READERS = {
     "model.safetensors.index.json": (find_tensors, CheckpointError),
     "model.safetensors": (find_tensors, CheckpointError),
 }
-TEXTS = READERS.keys() - {"model.safetensors"}
-CONFIGS = TEXTS - {"tokenizer.json", "chat_template.jinja"}
+TEXTS = [name for name in READERS if name != "model.safetensors"]
+CONFIGS = [name for name in TEXTS if name not in ("tokenizer.json", "chat_template.jinja")]
 
 
 @pytest.fixture(scope="session")
