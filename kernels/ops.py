@@ -79,7 +79,7 @@ def rope_and_store(q: Tensor, k: Tensor, v: Tensor, cos_sin: CosSin, kv_layer: K
         raise _refuse("rope_and_store", q=q, k=k, v=v, cache=cache)
     if len(slots) != tokens or cos.shape != (tokens, 1, head_dim) or cos.shape != sin.shape:
         raise _refuse("rope_and_store", q=q, cos=cos, sin=sin, slots=slots)
-    if not cos.dtype == sin.dtype == float32 or q.dtype != cache.dtype:
+    if not cos.dtype == sin.dtype == float32 or not (q.dtype == cache.dtype or kv_layer.scales is not None):
         raise _refuse("rope_and_store", q=q, cos=cos, sin=sin, cache=cache)
     if q.requires_grad:
         return differentiable.rope_and_store(q, k, v, cos_sin, kv_layer, ragged)
@@ -98,7 +98,8 @@ def paged_attention(q: Tensor, kv_layer: KVLayer, ragged: Ragged, scale: float) 
     """
     q_shape, cache = q.shape, kv_layer.k
     _, block_size, kv_heads, head_dim = cache.shape
-    if q_shape[2] != head_dim or q_shape[1] % kv_heads or block_size != ragged.block_size or q.dtype != cache.dtype:
+    fits = q_shape[2] == head_dim and not q_shape[1] % kv_heads and block_size == ragged.block_size
+    if not fits or not (q.dtype == cache.dtype or kv_layer.scales is not None):
         raise _refuse("paged_attention", q=q, cache=cache)
     if q.requires_grad:
         return differentiable.paged_attention(q, kv_layer, ragged, scale)

@@ -67,10 +67,15 @@ class Ragged:
 
 @dataclass(frozen=True, slots=True)
 class KVLayer:
-    """One layer's part of the paged cache: [num_blocks, block_size, kv_heads, head_dim], K and V alike."""
+    """One layer's part of the paged cache: [num_blocks, block_size, kv_heads, head_dim], K and V alike.
+
+    With `scales` [2, kv_heads] float32, of K and of V, the tensors are the bytes (uint8) of float8 e4m3: what is stored
+    is clamp(k / scale, -448, 448), what is read is that times the scale.
+    """
 
     k: torch.Tensor
     v: torch.Tensor
+    scales: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
         k, v = self.k, self.v
@@ -79,6 +84,11 @@ class KVLayer:
                 "k and v of a cache must have the same four dimensions, strides and dtype, "
                 f"got {k.dtype} {list(k.shape)} and {v.dtype} {list(v.shape)}"
             )
+        scales = self.scales
+        if (scales is not None) != (k.dtype == torch.uint8):
+            raise ValueError(f"a cache has scales where it is uint8, and there alone, got {k.dtype}")
+        if scales is not None and (scales.shape != (2, k.shape[2]) or scales.dtype != torch.float32):
+            raise ValueError(f"scales must be float32 {[2, k.shape[2]]}, got {scales.dtype} {list(scales.shape)}")
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from llama.kernels.cpu.e4m3 import from_e4m3
 from llama.kernels.cpu.layout import Layout
 from llama.kernels.types import KVLayer, Ragged
 
@@ -19,6 +20,16 @@ MASK_ENTRIES = 1 << 22
 
 
 def paged_attention(q: Tensor, kv_layer: KVLayer, ragged: Ragged, scale: float) -> Tensor:
+    if kv_layer.scales is None:
+        return _attention(q, kv_layer, ragged, scale)
+    # Scales of heads go with q and with the result: K and V are widened as they are.
+    group = q.shape[1] // kv_layer.k.shape[2]
+    of_k, of_v = kv_layer.scales.repeat_interleave(group, dim=1)[:, :, None].unbind()
+    mixed = _attention((q * of_k).to(q.dtype), kv_layer, ragged, scale)
+    return (mixed * of_v).to(q.dtype)
+
+
+def _attention(q: Tensor, kv_layer: KVLayer, ragged: Ragged, scale: float) -> Tensor:
     num_decodes, layout = ragged.num_decodes, ragged.cpu_layout
     if num_decodes == len(q) and num_decodes:
         return _decode(q, kv_layer, layout, scale)
@@ -27,7 +38,7 @@ def paged_attention(q: Tensor, kv_layer: KVLayer, ragged: Ragged, scale: float) 
         parts.append(_decode(q[:num_decodes], kv_layer, layout, scale))
     for start, end, rows in layout.prefills:
         k, v = layout.gather(kv_layer.k, rows, "k"), layout.gather(kv_layer.v, rows, "v")
-        parts.append(_causal(q[start:end], k, v, scale))
+        parts.append(_causal(q[start:end], _widened(k, q), _widened(v, q), scale))
     if len(parts) == 1:
         return parts[0]
     return torch.cat(parts) if parts else torch.empty_like(q, memory_format=torch.contiguous_format)
@@ -45,8 +56,13 @@ def _decode(q: Tensor, kv_layer: KVLayer, layout: Layout, scale: float) -> Tenso
         k = layout.gather(kv_layer.k, rows, "k").view(shape).transpose(1, 2)
         v = layout.gather(kv_layer.v, rows, "v").view(shape).transpose(1, 2)
     grouped = q.view(sequences, kv_heads, heads // kv_heads, head_dim)
+    k, v = _widened(k, q), _widened(v, q)
     mixed = F.scaled_dot_product_attention(grouped, k, v, attn_mask=layout.decode_mask, scale=scale)
     return mixed.reshape(q.shape)
+
+
+def _widened(x: Tensor, q: Tensor) -> Tensor:
+    return from_e4m3(x, q.dtype) if x.dtype == torch.uint8 else x
 
 
 def _run(cache: Tensor, rows: slice) -> Tensor:

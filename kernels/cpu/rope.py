@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from llama.kernels.cpu.e4m3 import to_e4m3
 from llama.kernels.types import CosSin, KVLayer, Ragged
 
 
@@ -15,6 +16,8 @@ def rope_and_store(q: Tensor, k: Tensor, v: Tensor, cos_sin: CosSin, kv_layer: K
     if not ragged.cpu_layout.stores_all:
         stored = slots >= 0
         slots, k, v = slots[stored], k[stored], v[stored]
+    if kv_layer.scales is not None:
+        k, v = to_e4m3(k, kv_layer.scales[0]), to_e4m3(v, kv_layer.scales[1])
     kv_layer.k.flatten(0, 1).index_copy_(0, slots, k)
     kv_layer.v.flatten(0, 1).index_copy_(0, slots, v)
     return q

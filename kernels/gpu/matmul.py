@@ -19,6 +19,7 @@ from torch import Tensor
 
 from llama.kernels.checks import check_tensors, multiprocessor_count, require
 from llama.kernels.cpu.matmul import nibble_block
+from llama.kernels.gpu.e4m3 import from_e4m3
 from llama.kernels.types import QuantizedWeight
 
 _FEW = 64
@@ -32,18 +33,6 @@ def _from_nibbles(words, SHIFT: tl.constexpr, dtype: tl.constexpr):
     if dtype == tl.bfloat16:
         return (nibbles | 0x4300).to(tl.int16).to(tl.bfloat16, bitcast=True) - 136.0  # 128 + 8
     half = (nibbles | 0x6400).to(tl.int16).to(tl.float16, bitcast=True) - 1032.0  # 1024 + 8
-    return half.to(dtype)
-
-
-@triton.jit
-def _from_e4m3(codes, dtype: tl.constexpr):
-    """uint8 -> the value: sign, exponent and mantissa are put where a wider float has them, times the power of two by
-    which the exponents' zeros differ. The codes of NaN become 480."""
-    bits = codes.to(tl.int16)
-    sign = (bits & 0x80) << 8
-    if dtype == tl.bfloat16:
-        return (sign | ((bits & 0x7F) << 4)).to(tl.int16).to(tl.bfloat16, bitcast=True) * 1.329227995784916e36  # 2^120
-    half = (sign | ((bits & 0x7F) << 7)).to(tl.int16).to(tl.float16, bitcast=True) * 256.0
     return half.to(dtype)
 
 
@@ -132,7 +121,7 @@ def _matmul_kernel(
                 inside = (columns < K)[None, :]
                 values = tl.load(x + columns[None, :], mask=token_mask[:, None] & inside, other=0.0)
                 narrow = tl.load(codes + places, mask=row_mask[:, None] & inside, other=0)
-            weights = _from_e4m3(narrow, dtype) if WAY == "fp8" else narrow.to(dtype)
+            weights = from_e4m3(narrow, dtype) if WAY == "fp8" else narrow.to(dtype)
             if AT_THE_END:
                 total = tl.dot(values, tl.trans(weights), total, input_precision="ieee")
             else:

@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from llama.kernels.checks import check_tensors, require
+from llama.kernels.gpu.e4m3 import to_e4m3
 from llama.kernels.types import CosSin, KVLayer, Ragged
 
 
@@ -29,8 +30,20 @@ def _rotated(source, cos, sin, dims, mask, HALF_DIM: tl.constexpr):
 
 @triton.jit
 def _store_halves(target, first, second, mask, HALF_DIM: tl.constexpr):
-    tl.store(target, first.to(target.dtype.element_ty), mask=mask)
-    tl.store(target + HALF_DIM, second.to(target.dtype.element_ty), mask=mask)
+    if target.dtype.element_ty == tl.uint8:
+        tl.store(target, to_e4m3(first), mask=mask)
+        tl.store(target + HALF_DIM, to_e4m3(second), mask=mask)
+    else:
+        tl.store(target, first.to(target.dtype.element_ty), mask=mask)
+        tl.store(target + HALF_DIM, second.to(target.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _in_steps(first, second, scales, mask, ROUNDED: tl.constexpr):
+    """Divided by a head's scale; rounded first to what a cache in the model's dtype would hold."""
+    scale = tl.load(tl.broadcast_to(scales, mask.shape), mask=mask, other=1.0)
+    first, second = first.to(ROUNDED).to(tl.float32), second.to(ROUNDED).to(tl.float32)
+    return tl.div_rn(first, scale), tl.div_rn(second, scale)
 
 
 @triton.jit(do_not_specialize_on_alignment=["slots"])
@@ -44,6 +57,7 @@ def _rope_and_store_kernel(
     slots,
     k_cache,
     v_cache,
+    kv_scales,  # [2, KV_HEADS] float32, where the caches are e4m3
     q_token_stride,
     q_head_stride,
     k_token_stride,
@@ -59,6 +73,7 @@ def _rope_and_store_kernel(
     BLOCK_SIZE: tl.constexpr,
     HEADS_PER_PROGRAM: tl.constexpr,
     HALF: tl.constexpr,  # HALF_DIM rounded up to a power of two
+    HAS_SCALES: tl.constexpr,
 ):
     HALF_DIM: tl.constexpr = HEAD_DIM // 2
     Q_PARTS: tl.constexpr = (HEADS + HEADS_PER_PROGRAM - 1) // HEADS_PER_PROGRAM
@@ -85,12 +100,16 @@ def _rope_and_store_kernel(
         if part < Q_PARTS + KV_PARTS:
             source = k + token * k_token_stride + heads * k_head_stride + dims
             first, second = _rotated(source, cos, sin, dims, mask, HALF_DIM)
+            if HAS_SCALES:
+                first, second = _in_steps(first, second, kv_scales + heads, mask, k.dtype.element_ty)
             if slot >= 0:
                 _store_halves(k_cache + place, first, second, mask, HALF_DIM)
         else:
             source = v + token * v_token_stride + heads * v_head_stride + dims
             first = tl.load(source, mask=mask).to(tl.float32)
             second = tl.load(source + HALF_DIM, mask=mask).to(tl.float32)
+            if HAS_SCALES:
+                first, second = _in_steps(first, second, kv_scales + KV_HEADS + heads, mask, v.dtype.element_ty)
             if slot >= 0:
                 _store_halves(v_cache + place, first, second, mask, HALF_DIM)
 
@@ -121,6 +140,7 @@ def rope_and_store(q: Tensor, k: Tensor, v: Tensor, cos_sin: CosSin, kv_layer: K
         slots,
         k_cache,
         v_cache,
+        k_cache if kv_layer.scales is None else kv_layer.scales,
         *q.stride()[:2],
         *k.stride()[:2],
         *v.stride()[:2],
@@ -131,6 +151,7 @@ def rope_and_store(q: Tensor, k: Tensor, v: Tensor, cos_sin: CosSin, kv_layer: K
         BLOCK_SIZE=block_size,
         HEADS_PER_PROGRAM=heads_per_program,
         HALF=half,
+        HAS_SCALES=kv_layer.scales is not None,
         num_warps=2,
     )
     return out

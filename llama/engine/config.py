@@ -6,7 +6,7 @@ fields: a new option is one field here, with its line of help.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
 from llama.api.errors import refusal
 from llama.engine.speculative_config import BATCH_SIZES, SpeculativeConfig
@@ -36,6 +36,9 @@ class EngineConfig:
     block_size: int = _option(16, "tokens of a block of KV cache, a power of two", least=1)
     num_blocks: int | None = _option(None, "blocks of KV cache (what memory allows)", least=1)
     gpu_memory_utilization: float = _option(0.9, "share of the GPU's memory that may be used, above 0 and up to 1")
+    kv_cache_dtype: Literal["auto", "bfloat16", "fp8", "fp8_e4m3"] = _option(
+        "auto", "dtype of K and V, auto = the model's; fp8 takes half of bfloat16, with the checkpoint's scales or 1"
+    )
     enable_prefix_caching: bool = _option(True, "keep K and V of prompts for later ones that begin alike")
     enforce_eager: bool = _option(False, "run without CUDA graphs")
     max_loras: int = _option(8, "adapters that may work in one step, 0 = none are taken", least=0)
@@ -56,6 +59,8 @@ class EngineConfig:
             most = option.metadata["most"]
             if least is not None and value is not None and not (_is_integer(value) and least <= value <= most):
                 raise refusal(name, f"an integer from {least} to {most}", value)
+            if get_origin(option.type) is Literal and value not in get_args(option.type):
+                raise refusal(name, f"one of {', '.join(get_args(option.type))}", value)
             if isinstance(option.default, bool) and not isinstance(value, bool):
                 raise refusal(name, "True or False", value)
         if self.block_size & (self.block_size - 1):

@@ -23,7 +23,7 @@ from llama.engine.budget import free_cpu_bytes, lora_bytes
 from llama.engine.config import EngineConfig
 from llama.engine.draft_model import DraftModel
 from llama.engine.graph_runner import GraphRunner
-from llama.engine.memory import fitting_blocks
+from llama.engine.memory import fitting_blocks, make_kv_cache
 from llama.engine.ngrams import DraftLength, Ngrams, Text
 from llama.engine.plan import Plan, StepResult
 from llama.engine.request import Request, check_params, check_room, checked_ids
@@ -32,8 +32,8 @@ from llama.engine.sampler import Seeds, child_seed
 from llama.engine.scheduler import Scheduler
 from llama.engine.sequence import Sequence, TokenOutput
 from llama.engine.speculative_config import SpeculativeConfig
-from llama.model.kv_cache import KVCache
 from llama.model.module import hooks_of
+from llama.model.kv_cache import KVCache
 from llama.model.transformer import Transformer
 
 logger = logging.getLogger(__name__)
@@ -101,7 +101,7 @@ class Engine:
             if model is None:
                 raise ValueError("an engine needs a model, or a runner in its place")
             num_blocks = num_blocks or fitting_blocks(model, config, draft)
-            kv = KVCache(model.config, num_blocks, config.block_size, dtype=model.dtype, device=model.device)
+            kv = make_kv_cache(model, config, num_blocks)
             has_graphs = model.device.type == "cuda" and not config.enforce_eager
             runner = (GraphRunner if has_graphs else Runner)(model, kv, config, eos_token_ids=eos_token_ids)
         elif num_blocks is None:

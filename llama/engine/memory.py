@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import torch
 
+from llama.api.errors import ParameterError
 from llama.api.params import MAX_LOGPROBS
 from llama.engine.budget import CPU_FRACTION, blocks_in, free_cpu_bytes, kv_bytes_on_cpu
 from llama.engine.config import EngineConfig
@@ -68,7 +69,7 @@ def worst_step(model: Transformer, config: EngineConfig, *, is_decode: bool) -> 
     """
     num_samples, block_size = config.most_samples, config.block_size
     device, vocab_size = model.device, model.config.vocab_size
-    kv = KVCache(model.config, 1, block_size, dtype=model.dtype, device=device)
+    kv = make_kv_cache(model, config, 1)
     kv.data.zero_()
     seqs, tokens = (num_samples, num_samples) if is_decode else (1, config.token_budget)
     query_len = tokens // seqs
@@ -92,6 +93,22 @@ def worst_step(model: Transformer, config: EngineConfig, *, is_decode: bool) -> 
     if not is_decode:
         scored = torch.zeros(num_scored_rows(vocab_size), dtype=torch.int64, device=device)
         ops.token_logprobs(model.head(hidden, batch, scored), scored, min(MAX_LOGPROBS, vocab_size))
+
+
+def kv_dtype(model: Transformer, config: EngineConfig) -> torch.dtype:
+    """What kv_cache_dtype means for this model; uint8 stands for float8 e4m3. Raises ParameterError."""
+    if config.kv_cache_dtype.startswith("fp8"):
+        return torch.uint8
+    if config.kv_cache_dtype == "bfloat16" and model.dtype != torch.bfloat16:
+        told = f"auto or fp8 for a model in {str(model.dtype)[6:]}, got 'bfloat16'"
+        raise ParameterError(f"kv_cache_dtype must be {told}", "kv_cache_dtype")
+    return model.dtype
+
+
+def make_kv_cache(model: Transformer, config: EngineConfig, num_blocks: int) -> KVCache:
+    dtype = kv_dtype(model, config)
+    scales = model.kv_scales if dtype == torch.uint8 else None
+    return KVCache(model.config, num_blocks, config.block_size, dtype=dtype, device=model.device, scales=scales)
 
 
 def peak_cuda_bytes(device: torch.device, run: Callable[[], None]) -> int:
@@ -129,8 +146,9 @@ def fitting_blocks(model: Transformer, config: EngineConfig, draft: Transformer 
         share = f"{config.gpu_memory_utilization:.0%} of the device"
     else:
         free, share = kv_bytes_on_cpu(free_cpu_bytes()), f"{CPU_FRACTION:.0%} of the free memory, caches apart"
-    models = [model] if draft is None else [model, draft]
-    per_block = sum(KVCache.bytes_per_block(each.config, config.block_size, each.dtype) for each in models)
+    per_block = KVCache.bytes_per_block(model.config, config.block_size, kv_dtype(model, config))
+    if draft is not None:
+        per_block += KVCache.bytes_per_block(draft.config, config.block_size, draft.dtype)
     blocks = blocks_in(free, per_block, config)
     if blocks < 1:
         raise MemoryError(f"one KV block takes {per_block} bytes, but only {max(0, free)} are free ({share})")

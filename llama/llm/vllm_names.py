@@ -58,7 +58,6 @@ HARMLESS: dict[str, tuple[Any, ...]] = {
     "ignore_patterns": (None, "original/**/*", ["original/**/*"]),
     "interleave_mm_strings": (False,),
     "io_processor_plugin": (None,),
-    "kv_cache_dtype": ("auto",),
     "kv_cache_memory_bytes": (None,),
     "kv_events_config": (None,),
     "kv_sharing_fast_prefill": (False,),

@@ -9,7 +9,10 @@ from llama.model.config import ModelConfig
 
 
 class KVCache:
-    """`layers` hold [num_blocks, block_size, kv_heads, head_dim] each for K and V, views of one allocation."""
+    """`layers` hold [num_blocks, block_size, kv_heads, head_dim] each for K and V, views of one allocation.
+
+    In uint8 it is float8 e4m3's bytes; `scales` [layers, 2, kv_heads] are then those of K and of V (None = 1).
+    """
 
     def __init__(
         self,
@@ -19,6 +22,7 @@ class KVCache:
         *,
         dtype: torch.dtype,
         device: torch.device | str,
+        scales: torch.Tensor | None = None,
     ) -> None:
         if num_blocks < 1 or block_size < 1:
             raise ValueError(f"num_blocks and block_size must be at least 1, got {num_blocks} and {block_size}")
@@ -33,7 +37,13 @@ class KVCache:
             raise MemoryError(
                 f"num_blocks={num_blocks} blocks of {block_size} tokens take {size} bytes, more than {device} has"
             ) from None
-        self.layers = [KVLayer(k, v) for k, v in self.data]
+        if dtype != torch.uint8:
+            self.layers = [KVLayer(k, v) for k, v in self.data]
+            return
+        if scales is None:
+            scales = torch.ones(config.num_hidden_layers, 2, config.num_key_value_heads)
+        scales = scales.to(device, torch.float32)
+        self.layers = [KVLayer(k, v, scale) for (k, v), scale in zip(self.data, scales, strict=True)]
 
     @staticmethod
     def bytes_per_block(config: ModelConfig, block_size: int, dtype: torch.dtype) -> int:

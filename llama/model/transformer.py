@@ -184,6 +184,7 @@ class Transformer(Research):
         if config.tie_word_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
         self.requires_grad_(False)
+        self.kv_scales: Tensor | None = None  # [layers, 2, kv_heads], where the checkpoint has some for a cache in fp8
         self.register_buffer("frequencies", frequencies(config, device), persistent=False)
         self.attention_factor = attention_factor(config)
         if seed is not None and self.device.type != "meta":
@@ -217,6 +218,7 @@ class Transformer(Research):
         checkpoint = Checkpoint(path, config, entries)
         model = build(checkpoint.config, dtype=checkpoint.resolve(dtype))
         checkpoint.load(model, device=device, quantization=quantization, check_weights=check_weights)
+        model.kv_scales = checkpoint.kv_scales
         if checkpoint.absent:
             names = [f"{entry.module}.{entry.leaf}" for entry in checkpoint.absent]
             for entry in checkpoint.absent:
@@ -249,7 +251,7 @@ class Transformer(Research):
 
     def save_pretrained(self, path: str | Path) -> None:
         """Write a folder that this and transformers load: all of it or nothing. `path` must be new or empty."""
-        save_pretrained(self, self.config, path)
+        save_pretrained(self, self.config, path, kv_scales=self.kv_scales)
 
     @property
     def config(self) -> ModelConfig:  # type: ignore[override]

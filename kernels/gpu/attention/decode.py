@@ -25,6 +25,7 @@ from llama.kernels.gpu.attention import split
 from llama.kernels.gpu.attention.config import LOG2_E, decode_options, padded
 from llama.kernels.gpu.attention.split import NOTHING, chunking, power_of_two
 from llama.kernels.gpu.attention.tiles import key_rows, load_blocks, row_mask
+from llama.kernels.gpu.e4m3 import load_as
 from llama.kernels.types import KVLayer, Ragged
 
 # Sequences that a program looks at together when it finds its share.
@@ -77,8 +78,8 @@ def _attend_chunk(
         blocks = load_blocks(block_table, first + BLOCK_KEYS, end, BLOCK_SIZE, BLOCK_KEYS)
         # Places that are not in use may hold NaN, and 0 * NaN is NaN: they are read as 0.
         mask = row_mask(valid, DIMS, HEAD_DIM)
-        k = tl.load(k_head + rows + dims, mask=mask, other=0.0).to(query.dtype)
-        v = tl.load(v_head + rows + dims, mask=mask, other=0.0).to(query.dtype)
+        k = load_as(k_head + rows + dims, mask, query.dtype)
+        v = load_as(v_head + rows + dims, mask, query.dtype)
 
         scores = tl.dot(query, tl.trans(k), input_precision=PRECISION)
         scores = tl.where(valid[None, :], scores, -float("inf"))
@@ -104,6 +105,7 @@ def _decode_kernel(
     q,
     k_cache,
     v_cache,
+    kv_scales,  # [2, KV_HEADS] float32, where the caches are e4m3
     block_tables,
     context_lens,
     num_sequences,
@@ -125,6 +127,7 @@ def _decode_kernel(
     MIN_CHUNK: tl.constexpr,
     MAX_CHUNKS: tl.constexpr,
     PRECISION: tl.constexpr,
+    HAS_SCALES: tl.constexpr,
 ):
     program = tl.program_id(0)
     # A lone sequence, where each microsecond counts most, is not searched for.
@@ -172,6 +175,11 @@ def _decode_kernel(
         block_table = block_tables + sequence.to(tl.int64) * table_stride
         last = tl.minimum(chunks, tl.cdiv(share_end - pair_start, width))
         has_prefix = chunk == 0
+        k_scale = 1.0
+        v_scale = 1.0
+        if HAS_SCALES:
+            k_scale = tl.load(kv_scales + head)
+            v_scale = tl.load(kv_scales + KV_HEADS + head)
         row = tl.where(num_sequences * KV_HEADS <= num_programs, pair, _owner(pair_start, quotient, remainder))
         top = tl.full([ROWS], NOTHING, tl.float32)
         total = tl.zeros([ROWS], tl.float32)
@@ -184,7 +192,7 @@ def _decode_kernel(
                 block_table,
                 index * width * BLOCK_KEYS,
                 tl.minimum(context, (index + 1) * width * BLOCK_KEYS),
-                scale_log2,
+                scale_log2 * k_scale,
                 HEAD_DIM,
                 BLOCK_SIZE,
                 BLOCK_STRIDE,
@@ -192,6 +200,8 @@ def _decode_kernel(
                 BLOCK_KEYS,
                 PRECISION,
             )
+            if HAS_SCALES:
+                chunk_values *= v_scale
             top = tl.where(has_prefix, top, NOTHING)
             higher = tl.maximum(top, chunk_top)
             old, new = power_of_two(top - higher), power_of_two(chunk_top - higher)
@@ -238,6 +248,8 @@ def decode_attention(
     block_size, kv_heads = k_cache.shape[1:3]
     group = heads // kv_heads
     programs, options = decode_options(head_dim, q.element_size(), group)
+    if kv_layer.scales is not None:  # widening takes a few registers more
+        options = options | {"maxnreg": 255}
     if num_programs is None:
         num_programs = programs * multiprocessor_count(q.device)
     partials = split.allocate(out, sequences * kv_heads, num_programs, kv_heads)
@@ -255,6 +267,7 @@ def decode_attention(
         q,
         k_cache,
         kv_layer.v,
+        kv_layer.k if kv_layer.scales is None else kv_layer.scales,
         block_tables,
         ragged.context_lens,
         sequences,
@@ -268,6 +281,7 @@ def decode_attention(
         SLOT_STRIDE=k_cache.stride(1),
         HEAD_STRIDE=k_cache.stride(2),
         PRECISION="ieee",
+        HAS_SCALES=kv_layer.scales is not None,
         **options,
     )
     # A context within one chunk is never split.

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from llama.kernels.gpu.attention.config import LOG2_E, padded, prefill_options
 from llama.kernels.gpu.attention.tiles import key_rows, load_blocks, row_mask
+from llama.kernels.gpu.e4m3 import load_all_as, load_as
 from llama.kernels.types import KVLayer, Ragged
 
 # Sequences that a program looks at together when it finds its own.
@@ -53,11 +54,11 @@ def _attend(
         if MASKED or DIMS != HEAD_DIM:
             # Places that are not in use may hold NaN, and 0 * NaN is NaN: they are read as 0.
             mask = row_mask(keys < end, DIMS, HEAD_DIM)
-            k = tl.load(k_head + rows + dims, mask=mask, other=0.0).to(query.dtype)
-            v = tl.load(v_head + rows + dims, mask=mask, other=0.0).to(query.dtype)
+            k = load_as(k_head + rows + dims, mask, query.dtype)
+            v = load_as(v_head + rows + dims, mask, query.dtype)
         else:
-            k = tl.load(k_head + rows + dims).to(query.dtype)
-            v = tl.load(v_head + rows + dims).to(query.dtype)
+            k = load_all_as(k_head + rows + dims, query.dtype)
+            v = load_all_as(v_head + rows + dims, query.dtype)
 
         scores = tl.dot(query, tl.trans(k), input_precision=PRECISION)
         if MASKED:
@@ -81,6 +82,7 @@ def _prefill_kernel(
     q,
     k_cache,
     v_cache,
+    kv_scales,  # [2, KV_HEADS] float32, where the caches are e4m3
     block_tables,
     query_starts,
     context_lens,
@@ -101,6 +103,7 @@ def _prefill_kernel(
     DIMS: tl.constexpr,
     BLOCK_KEYS: tl.constexpr,
     PRECISION: tl.constexpr,
+    HAS_SCALES: tl.constexpr,
 ):
     QUERIES: tl.constexpr = ROWS // GROUP
     # The last tiles of a prompt see the most keys: they start first, and short work fills the end.
@@ -130,6 +133,8 @@ def _prefill_kernel(
     q += first_token * q_token_stride + head * GROUP * q_head_stride
     query = tl.load(q + (token * q_token_stride + member * q_head_stride)[:, None] + dims, mask=mask, other=0.0)
 
+    if HAS_SCALES:
+        scale_log2 *= tl.load(kv_scales + head)
     past = context - queries
     visible = past + first_query + token + 1
     seen_by_all = (past + first_query + 1) // BLOCK_KEYS * BLOCK_KEYS
@@ -160,6 +165,8 @@ def _prefill_kernel(
         )
     # Key 0 is visible to every row: the first tile already gave each a finite maximum.
     out += (first_token * KV_HEADS + head) * GROUP * HEAD_DIM
+    if HAS_SCALES:
+        values *= tl.load(kv_scales + KV_HEADS + head)
     result = (values / total[:, None]).to(out.dtype.element_ty)
     tl.store(out + ((token * KV_HEADS * GROUP + member) * HEAD_DIM)[:, None] + dims, result, mask=mask)
 
@@ -178,6 +185,7 @@ def prefill_attention(out: Tensor, q: Tensor, kv_layer: KVLayer, ragged: Ragged,
         q,
         k_cache,
         kv_layer.v,
+        k_cache if kv_layer.scales is None else kv_layer.scales,
         block_tables,
         ragged.query_starts,
         ragged.context_lens,
@@ -195,5 +203,6 @@ def prefill_attention(out: Tensor, q: Tensor, kv_layer: KVLayer, ragged: Ragged,
         HEAD_STRIDE=k_cache.stride(2),
         DIMS=padded(head_dim),
         PRECISION="ieee",
+        HAS_SCALES=kv_layer.scales is not None,
         **options,
     )

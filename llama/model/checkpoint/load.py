@@ -14,6 +14,7 @@ from llama.api.errors import CheckpointError
 from llama.files import read_json, some_of
 from llama.model.checkpoint.layout import Entry, layout
 from llama.model.checkpoint.quantised import CodedSource, find_coded, find_quantization, scheme_for
+from llama.model.checkpoint.quantised.kv_scales import read_kv_scales
 from llama.model.checkpoint.save import stored_rows
 from llama.model.checkpoint.shards import StoredTensor, read_header, read_into
 from llama.model.config import DTYPES, ModelConfig
@@ -35,7 +36,8 @@ class Checkpoint:
 
     Strict: nothing missing, nothing left over, shapes as configured. Raises ConfigError or CheckpointError, one line
     each. Weights that are quantised in one of the published formats stay so in a `Linear`, but for those whose codes
-    stand for a table of values, and those of the embedding: they become dense ones in the module's dtype.
+    stand for a table of values, and those of the embedding: they become dense ones in the module's dtype. `kv_scales`
+    [layers, 2, kv_heads] are those of a KV cache in fp8, None where the folder has none.
     """
 
     def __init__(
@@ -57,7 +59,9 @@ class Checkpoint:
             self.absent = [entry for entry in self._entries if entry not in usual and entry.name not in stored]
             self._entries = [entry for entry in self._entries if entry not in self.absent]
         self._quantization = find_quantization(folder)
-        self._coded, self._stored = find_coded(self._entries, find_tensors(folder), self._quantization)
+        found = find_tensors(folder)
+        self._coded, self._stored = find_coded(self._entries, found, self._quantization)
+        self.kv_scales = None if self._quantization is None else read_kv_scales(found, self.config)
         plain = [entry for entry in self._entries if entry.name not in self._coded]
         _check(folder, self.config, plain, self._stored)
 

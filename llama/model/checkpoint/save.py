@@ -14,7 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from llama.model.checkpoint.layout import Entry, entries_of, layout
-from llama.model.checkpoint.quantised.write import Coded, Scheme, coded_tensors, quantization_config
+from llama.model.checkpoint.quantised.write import (
+    Coded,
+    Scheme,
+    coded_tensors,
+    kv_scale_tensors,
+    quantization_config,
+)
 from llama.model.checkpoint.shards import Stored, write
 from llama.model.config import ModelConfig
 from llama.model.linear import Linear
@@ -24,12 +30,18 @@ MAX_SHARD_BYTES = 5_000_000_000
 
 
 def save_pretrained(
-    module: nn.Module, config: ModelConfig, path: str | Path, *, max_shard_bytes: int = MAX_SHARD_BYTES
+    module: nn.Module,
+    config: ModelConfig,
+    path: str | Path,
+    *,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    kv_scales: Tensor | None = None,
 ) -> None:
     """Write config.json and safetensors (several shards with an index, where one would be too large) to `path`.
 
     The folder appears complete under its name or not at all. It must not exist yet, or be empty: FileExistsError.
-    Quantised weights stay so: in compressed-tensors, or MLX's format where it alone can tell them.
+    Quantised weights stay so: in compressed-tensors, or MLX's format where it alone can tell them. `kv_scales` are
+    a `Checkpoint`'s.
     """
     entries = entries_of(module, config)
     dtype = stored_rows(module, entries[0]).dtype
@@ -47,6 +59,7 @@ def save_pretrained(
             max_shard_bytes,
             coded_of=coded_of,
             entries=entries,
+            kv_scales=kv_scales,
         )
 
 
@@ -75,6 +88,7 @@ def write_checkpoint(
     max_shard_bytes: int = MAX_SHARD_BYTES,
     *,
     coded_of: Callable[[Entry], Coded | None] = lambda entry: None,
+    kv_scales: Tensor | None = None,
     entries: Sequence[Entry] | None = None,
 ) -> None:
     """config.json and weights of one dtype, but for those that `coded_of` says are quantised; `tensor_of` is asked for
@@ -95,6 +109,7 @@ def write_checkpoint(
             room = max_shard_bytes
         shards[-1] |= tensors
         room -= size
+    shards[-1] |= kv_scale_tensors(kv_scales)
     weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, 1):
         name = f"model-{number:05}-of-{len(shards):05}.safetensors" if len(shards) > 1 else "model.safetensors"
@@ -107,7 +122,7 @@ def write_checkpoint(
         )
     document = config.to_hugging_face(str(dtype).removeprefix("torch."))
     if any(scheme is not None for scheme in schemes.values()):
-        document |= quantization_config(schemes)
+        document |= quantization_config(schemes, kv_scales)
     write_json(folder / "config.json", document)
 
 

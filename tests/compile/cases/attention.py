@@ -23,7 +23,7 @@ CONFIGURATIONS = (
 )
 
 
-def _call(configuration: tuple, queries: int, sequences: int, num_decodes: int) -> torch.Tensor:
+def _call(configuration: tuple, queries: int, sequences: int, num_decodes: int, e4m3: bool = False) -> torch.Tensor:
     head_dim, heads, kv_heads, block_size, dtype = configuration
 
     def empty(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
@@ -38,7 +38,9 @@ def _call(configuration: tuple, queries: int, sequences: int, num_decodes: int) 
         num_decodes=num_decodes,
         block_size=block_size,
     )
-    kv_layer = KVLayer(empty(*cache, dtype=dtype), empty(*cache, dtype=dtype))
+    stored = torch.uint8 if e4m3 else dtype
+    scales = empty(2, kv_heads, dtype=torch.float32) if e4m3 else None
+    kv_layer = KVLayer(empty(*cache, dtype=stored), empty(*cache, dtype=stored), scales)
     return paged_attention(empty(queries, heads, head_dim, dtype=dtype), kv_layer, ragged, head_dim**-0.5)
 
 
@@ -60,3 +62,13 @@ def cases() -> Iterator[Case]:
             wide_loads=("_prefill_kernel",),
             warp_group=("_prefill_kernel",) if sixteen_bits else (),
         )
+    for configuration in CONFIGURATIONS[:2]:  # Llama 3.1's
+        head_dim, heads, kv_heads, block_size, dtype = configuration
+        name = f"D={head_dim} heads={heads}/{kv_heads} block={block_size} {str(dtype)[6:]} e4m3"
+        for kernel, sizes in (("decode", (64, 64, 64)), ("prefill", (8192, 8, 0))):
+            yield Case(
+                f"{kernel} {name}",
+                lambda arguments=(configuration, *sizes): _call(*arguments, e4m3=True),
+                wide_loads=(f"_{kernel}_kernel",),
+                tensor_cores=(f"_{kernel}_kernel",),
+            )

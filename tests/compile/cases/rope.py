@@ -10,13 +10,15 @@ from tests.compile.harness import Case
 from tests.paged_attention import only_slots
 
 
-def _call(head_dim: int, heads: int, kv_heads: int, dtype: torch.dtype) -> torch.Tensor:
+def _call(head_dim: int, heads: int, kv_heads: int, dtype: torch.dtype, e4m3: bool = False) -> torch.Tensor:
     qkv = torch.empty(64, heads + 2 * kv_heads, head_dim, dtype=dtype, device="meta")
-    caches = (torch.empty(262_144, 16, kv_heads, head_dim, dtype=dtype, device="meta") for _ in range(2))
+    stored = torch.uint8 if e4m3 else dtype
+    caches = (torch.empty(262_144, 16, kv_heads, head_dim, dtype=stored, device="meta") for _ in range(2))
+    scales = torch.empty(2, kv_heads, device="meta") if e4m3 else None
     cos, sin = (torch.empty(64, 1, head_dim, device="meta") for _ in range(2))
     slots = torch.empty(64, dtype=torch.int64, device="meta")
     q, k, v = qkv.split([heads, kv_heads, kv_heads], dim=1)
-    return rope_and_store(q, k, v, (cos, sin), KVLayer(*caches), only_slots(slots, 16))
+    return rope_and_store(q, k, v, (cos, sin), KVLayer(*caches, scales), only_slots(slots, 16))
 
 
 def cases() -> Iterator[Case]:
@@ -31,3 +33,4 @@ def cases() -> Iterator[Case]:
             lambda shape=(head_dim, heads, kv_heads, dtype): _call(*shape),
             wide_loads=("_rope_and_store_kernel",),
         )
+    yield Case("rope D=128 heads=32/8 bfloat16 e4m3", lambda: _call(128, 32, 8, torch.bfloat16, e4m3=True))

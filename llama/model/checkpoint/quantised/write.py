@@ -15,6 +15,8 @@ from torch import Tensor
 from llama.model.checkpoint.shards import Stored
 from llama.model.weights.quantised import Quantised
 
+_KV_CACHE = {"num_bits": 8, "type": "float", "strategy": "attn_head", "symmetric": True, "dynamic": False}
+
 Scheme = dict[str, Any]  # a group of compressed-tensors' config_groups, or MLX's object
 
 
@@ -34,7 +36,16 @@ def coded_tensors(form: Quantised) -> Coded:
     return _int8(form) if is_plain and form.weight.codes.dtype == torch.int8 else _packed(form)
 
 
-def quantization_config(schemes: Mapping[str, Scheme | None]) -> dict[str, Any]:
+def kv_scale_tensors(kv_scales: Tensor | None) -> dict[str, Stored]:
+    """compressed-tensors' scales of heads, of an fp8 KV cache."""
+    tensors = {}
+    for layer, of_layer in enumerate(() if kv_scales is None else kv_scales):
+        for name, values in zip(("k_scale", "v_scale"), of_layer, strict=True):
+            tensors[f"model.layers.{layer}.self_attn.{name}"] = _stored(values.view(-1, 1, 1))
+    return tensors
+
+
+def quantization_config(schemes: Mapping[str, Scheme | None], kv_scales: Tensor | None = None) -> dict[str, Any]:
     """What config.json says of the modules: `schemes` by name, None = dense."""
     coded = {name: scheme for name, scheme in schemes.items() if scheme is not None}
     if all("mode" in scheme for scheme in coded.values()):
@@ -57,7 +68,7 @@ def quantization_config(schemes: Mapping[str, Scheme | None]) -> dict[str, Any]:
         "quantization_status": "compressed",
         "config_groups": groups,
         "ignore": [name for name, scheme in schemes.items() if scheme is None],
-        "kv_cache_scheme": None,
+        "kv_cache_scheme": None if kv_scales is None else _KV_CACHE,
     }
     return {"quantization_config": values}
 
