@@ -32,8 +32,8 @@ from llama.engine.sampler import Seeds, child_seed
 from llama.engine.scheduler import Scheduler
 from llama.engine.sequence import Sequence, TokenOutput
 from llama.engine.speculative_config import SpeculativeConfig
-from llama.model.module import hooks_of
 from llama.model.kv_cache import KVCache
+from llama.model.module import hooks_of
 from llama.model.transformer import Transformer
 
 logger = logging.getLogger(__name__)
