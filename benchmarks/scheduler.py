@@ -1,7 +1,8 @@
 """Host time per step: the whole engine with a null model, so that only scheduling and bookkeeping are left.
 
-For 1, 32 and 256 running requests: steady decodes, and a stream of requests that come, run 64 tokens and go. Then what
-the prefix cache costs a prompt that hits nothing, and what a long sequence costs to allocate and to free.
+For 1, 32 and 256 running requests: steady decodes, the same with four drafts each that are always right (five tokens
+for each request in a step), and a stream of requests that come, run 64 tokens and go. Then what the prefix cache costs
+a prompt that hits nothing, and what a long sequence costs to allocate and to free.
 """
 
 import argparse
@@ -45,18 +46,23 @@ class NullRunner:
         pass
 
 
-def make_engine(num_seqs: int) -> Engine:
+def make_engine(num_seqs: int, drafts: bool = False) -> Engine:
     config = EngineConfig(
-        max_model_len=8192, max_num_batched_tokens=8192, max_num_seqs=num_seqs, num_blocks=num_seqs * 512
+        max_model_len=8192,
+        max_num_batched_tokens=8192,
+        max_num_seqs=num_seqs,
+        num_blocks=num_seqs * 512,
+        speculative_config={"method": "ngram"} if drafts else None,
     )
     return Engine(None, config, runner=NullRunner(), eos_token_ids={128001, 128008, 128009})
 
 
-def steady(num_seqs: int, steps: int) -> list[float]:
+def steady(num_seqs: int, steps: int, drafts: bool = False) -> list[float]:
     """Microseconds of each step while everybody decodes; prompts differ in length, so that blocks fill at any time."""
-    engine = make_engine(num_seqs)
+    engine = make_engine(num_seqs, drafts)
+    max_tokens = min(8000, (steps + 40) * (5 if drafts else 1))
     for i in range(num_seqs):
-        engine.add(engine.request(str(i), [i] * (100 + i % 16), SamplingParams(max_tokens=steps + 40)))
+        engine.add(engine.request(str(i), [i] * (100 + i % 16), SamplingParams(max_tokens=max_tokens)))
     while engine.metrics().num_waiting:
         engine.step()
     for _ in range(20):
@@ -113,6 +119,7 @@ def main() -> None:
     results = {}
     for num_seqs in (1, 32, 256):
         results[f"steady decode, {num_seqs} running"] = summary(steady(num_seqs, steps))
+        results[f"steady decode with drafts, {num_seqs} running"] = summary(steady(num_seqs, steps, drafts=True))
         results[f"requests come and go, {num_seqs} running"] = summary(stream(num_seqs, steps))
     results["prefix cache, 1,000 tokens without a hit"] = summary(prefix_cache(steps))
     allocations, frees = long_sequence(max(10, steps // 20))
