@@ -11,8 +11,6 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from llama.api.errors import ParameterError
@@ -83,12 +81,16 @@ class Session:
 
     def save(self, path: str | Path) -> None:
         """Write tokens, keys and values to one safetensors file."""
+        from safetensors.torch import save_file  # not above: machines that only run kernels have no safetensors
+
         content = {"token_ids": torch.tensor(self.token_ids, dtype=torch.int64), "kv": self._used(len(self)).cpu()}
         told = {"model": self.model.digest(), "config": json.dumps(repr(self.model.config))}
         save_file({name: tensor.contiguous() for name, tensor in content.items()}, path, told)
 
     def load(self, path: str | Path) -> None:
         """Take what `save` wrote in place of what is here. ParameterError where it is another model's, or too long."""
+        from safetensors import safe_open
+
         with safe_open(path, "pt") as file:
             if (file.metadata() or {}).get("model") != self.model.digest():
                 raise ParameterError(f"{path} was computed by another model, or holds no session", "path")
