@@ -53,6 +53,23 @@ def test_demo_model_knows_the_capital_of_france(demo):
     assert (output.text, output.finish_reason) == ("The capital of France is Paris.", "stop")
 
 
+def test_demo_model_uses_a_tool(demo):
+    """What a newcomer would try: a question, the call that must be made, its result, the answer."""
+    city = {"type": "string", "description": "The city's name"}
+    schema = {"type": "object", "properties": {"city": city}, "required": ["city"]}
+    tool = {"name": "get_weather", "description": "Get the current weather of a city", "parameters": schema}
+    tools, greedy = [{"type": "function", "function": tool}], SamplingParams(temperature=0, max_tokens=40)
+    talk = [{"role": "user", "content": "What is the weather in Paris?"}]
+    asked = demo.chat(talk, greedy, tools, tool_choice="required", use_tqdm=False)[0].outputs[0]
+    [call] = asked.tool_calls
+    assert (call.name, call.arguments, asked.finish_reason) == ("get_weather", {"city": "Paris"}, "tool_calls")
+    function = {"name": call.name, "arguments": call.arguments_json}
+    talk.append({"role": "assistant", "tool_calls": [{"id": "1", "type": "function", "function": function}]})
+    talk.append({"role": "tool", "tool_call_id": "1", "content": "sunny, 24 degrees"})
+    answer = demo.chat(talk, greedy, tools, use_tqdm=False)[0].outputs[0]
+    assert "sunny" in answer.text and not answer.tool_calls
+
+
 @pytest.mark.slow
 def test_a_shared_prompt_is_computed_once_and_changes_no_text(demo_model_path, capsys):
     """32 requests with a system prompt of about 400 tokens in common, with the prefix cache and without, in turn."""
