@@ -12,6 +12,7 @@ from llama.model.generation_config import GenerationConfig
 
 DESCRIPTION = "Say what a model is and what it needs, from its config.json alone."
 BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
+SCHEMES = {"int8": 8, "fp8": 8, "int4": 4}  # bits of a code
 _UNITS = {"": 1, "B": 1} | {
     f"{prefix}{suffix}": base**power
     for power, prefix in enumerate("KMGT", start=1)
@@ -28,6 +29,10 @@ def add_arguments(parser: Parser) -> None:
     text = "folder of a draft model that is to fit beside it (speculative_config)"
     parser.add_argument("--draft-model", metavar="FOLDER", help=text)
     parser.add_argument("--dtype", choices=tuple(BYTES), help="dtype of weights and KV cache (the checkpoint's)")
+    text = "the linear layers rounded, as serve does it"
+    parser.add_argument("--quantization", choices=tuple(SCHEMES), help=text)
+    text = "KV cache in fp8, or as the weights (%(default)s)"
+    parser.add_argument("--kv-cache-dtype", choices=("auto", "fp8"), default="auto", help=text)
 
 
 def run(options: Namespace) -> int:
@@ -41,9 +46,13 @@ def run(options: Namespace) -> int:
         ("architecture", _architecture(config)),
         ("parameters", f"{config.num_parameters:,}"),
         *(("weights", f"{name:9}{config.num_parameters * size:>20,} bytes") for name, size in BYTES.items()),
-        *(("KV per token", f"{name:9}{config.kv_values_per_token * size:>20,} bytes") for name, size in BYTES.items()),
+        *(("weights", f"{name:9}{_weight_bytes(config, dtype, name):>20,} bytes") for name in SCHEMES),
+        *(
+            ("KV per token", f"{name:9}{config.kv_values_per_token * size:>20,} bytes")
+            for name, size in (BYTES | {"fp8": 1}).items()
+        ),
         ("generation", _generation(generation, config)),
-        (f"fits {where}", _fits(models, dtype, memory, is_cpu=options.memory is None)),
+        (f"fits {where}", _fits(models, dtype, memory, options)),
     ]
     width = max(len(name) for name, _ in rows) + 2
     before = None
@@ -74,14 +83,34 @@ def _generation(generation: GenerationConfig, config: ModelConfig) -> str:
     return f"{sampling}; ends at {', '.join(map(str, eos)) or 'no token'}"
 
 
-def _fits(models: list[ModelConfig], dtype: str, memory: int, *, is_cpu: bool) -> str:
+def _weight_bytes(config: ModelConfig, dtype: str, scheme: str | None) -> int:
+    """On a GPU; a CPU may keep a second form of a weight for few tokens. All but the layers' codes is in `dtype`."""
+    if scheme is None:
+        return config.num_parameters * BYTES[dtype]
+    hidden, size = config.hidden_size, config.intermediate_size
+    q, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+    shapes = [(q, hidden), (kv, hidden), (kv, hidden), (hidden, q), (size, hidden), (size, hidden), (hidden, size)]
+    weights = config.num_hidden_layers * sum(rows * columns for rows, columns in shapes)
+
+    def groups(columns: int) -> int:  # of a row, each with a scale
+        sizes = (128, 64, 32) if scheme == "int4" else ()
+        return next((columns // each for each in sizes if columns % each == 0), 1)
+
+    scales = config.num_hidden_layers * sum(rows * groups(columns) for rows, columns in shapes)
+    return weights * SCHEMES[scheme] // 8 + (config.num_parameters - weights + scales) * BYTES[dtype]
+
+
+def _fits(models: list[ModelConfig], dtype: str, memory: int, options: Namespace) -> str:
     """What an engine of default options would allocate; on a GPU it also sets aside what steps take, which it
     measures."""
     config = models[0]
+    is_cpu, scheme = options.memory is None, options.quantization
     engine = EngineConfig().resolved(config, "cpu" if is_cpu else "cuda")
-    weights = sum(model.num_parameters for model in models) * BYTES[dtype]
-    per_block = sum(model.kv_values_per_token for model in models) * engine.block_size * BYTES[dtype]
-    what = f"{dtype} weights of {_gib(weights)} in {_gib(memory)}"
+    weights = _weight_bytes(config, dtype, scheme) + sum(_weight_bytes(model, dtype, None) for model in models[1:])
+    sizes = [1 if options.kv_cache_dtype == "fp8" else BYTES[dtype], *[BYTES[dtype]] * (len(models) - 1)]
+    per_token = sum(model.kv_values_per_token * size for model, size in zip(models, sizes, strict=True))
+    per_block = per_token * engine.block_size
+    what = f"{scheme or dtype} weights of {_gib(weights)} in {_gib(memory)}"
     if is_cpu:
         left = kv_bytes_on_cpu(memory - weights)
     else:

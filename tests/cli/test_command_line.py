@@ -6,11 +6,12 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 import llama
 from llama import LLM
@@ -237,6 +238,23 @@ def test_info_counts_a_draft_model(capsys, llama_70b, tmp_path):
     draft.write_text(json.dumps(ModelConfig.preset("llama-3.2-1b").to_hugging_face("bfloat16")))
     _, out, _ = run(capsys, "info", llama_70b, "--memory", "160GiB", "--draft-model", str(draft))
     assert "30,624 of 131,072 tokens of context" in out and "70,553,706,496" in out
+
+
+@pytest.mark.parametrize("scheme", ["int8", "fp8", "int4"])
+def test_info_counts_the_bytes_of_a_quantised_model(capsys, tmp_path, scheme):
+    config = replace(ModelConfig.preset("tiny"), intermediate_size=384)
+    (tmp_path / "config.json").write_text(json.dumps(config.to_hugging_face("bfloat16")))
+    model = Transformer(config, dtype=torch.bfloat16)
+    model.quantise(scheme)
+    linears = [module for module in model.modules() if getattr(module, "coded", None) is not None]
+    size = sum(module.coded.nbytes for module in linears) + sum(weight.nbytes for weight in model.parameters())
+    assert f"{scheme:9}{size:>20,} bytes" in run(capsys, "info", str(tmp_path))[1]
+
+
+def test_70b_fits_when_it_is_quantised(capsys, llama_70b):
+    _, out, _ = run(capsys, "info", llama_70b, "--memory", "140GiB", "--quantization", "fp8", "--kv-cache-dtype", "fp8")
+    assert "all 131,072 tokens of context, 2 times over, fp8 weights of 67.7 GiB" in out
+    assert "163,840 bytes" in out
 
 
 def test_info_of_70b(capsys, llama_70b):
