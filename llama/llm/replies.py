@@ -21,7 +21,7 @@ from llama.engine.engine import Engine
 from llama.engine.request import Request
 from llama.engine.sequence import TokenOutput
 from llama.text.tokenizer import IncrementalDecoder, StopMatcher, Tokenizer
-from llama.text.tool_calls import PYTHON_TAG, ToolCall, ToolCallParser
+from llama.text.tool_calls import CALL_TOKENS, ToolCall, ToolCallParser
 
 logger = logging.getLogger(__name__)
 
@@ -71,8 +71,9 @@ class _Completion:
     def _new_decoder(self, prompt_token_ids: list[int]) -> IncrementalDecoder | None:
         if self.tokenizer is None:
             return None
-        tag = self.tokenizer.special_tokens.get(PYTHON_TAG) if self.parser else None  # it announces a call
-        keep, skip = {*self.stop_tokens, *(() if tag is None else (tag,))}, self.params.skip_special_tokens
+        special = self.tokenizer.special_tokens
+        tags = [special[token] for token in CALL_TOKENS if token in special] if self.parser else []
+        keep, skip = {*self.stop_tokens, *tags}, self.params.skip_special_tokens
         return IncrementalDecoder(self.tokenizer, prompt_token_ids, skip_special_tokens=skip, keep=keep)
 
     @property

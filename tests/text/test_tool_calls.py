@@ -89,6 +89,21 @@ def test_golden_cases(case):
         (f"{F1}\n\nThat was it.", [CALL_F1, "\n\nThat was it."]),
         (f'{F1}; {{"name": "unknown", "parameters": {{}}}}', [CALL_F1, '; {"name": "unknown", "parameters": {}}']),
         (f"{F1} </functio", [CALL_F1, " </functio"]),
+        # Hermes
+        (f"<tool_call>\n{F1}\n</tool_call>", [CALL_F1]),
+        ('<tool_call>{"arguments": {"a": 1}, "name": "f"}</tool_call>', [CALL_F1]),
+        (f"<tool_call>\n{F1}\n</tool_call>\n<tool_call>\n{F2}\n</tool_call>\n", [CALL_F1, CALL_F2]),
+        (f"<tool_call>{F1}", [CALL_F1]),
+        (f"<tool_call>{F1}</tool_", [CALL_F1, "</tool_"]),
+        (f"I look. <tool_call>{F1}</tool_call> And: <tool_call>{F2}</tool_call> Done.", [
+            "I look. ", CALL_F1, " And: ", CALL_F2, " Done."
+        ]),
+        ('<tool_call>{"name": "f", "arguments": {"s": "a </tool_call> {\\""}}</tool_call>', [
+            ToolCall("f", {"s": 'a </tool_call> {"'})
+        ]),
+        ('<tool_call>{"name": "f", "arguments": {"a": 1', ['<tool_call>{"name": "f", "arguments": {"a": 1']),
+        ("a <tool_call>nothing</tool_call> b", ["a <tool_call>nothing</tool_call> b"]),
+        (f"<tools>{F1}</tools> <tool", [f"<tools>{F1}</tools> <tool"]),
     ],
 )  # fmt: skip
 def test_forms(text, expected):

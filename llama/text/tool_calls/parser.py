@@ -3,13 +3,14 @@
     {"name": N, "parameters": {...}}     also "arguments", {"type": "function", ...}, nested "function"; a JSON array;
                                          several separated by `;`, commas, line breaks or spaces
     <function=N>{...}</function>
+    <tool_call>{...}</tool_call>         as Hermes, Qwen and most small models of today write it
     N.call(key="value")
     any of these, or Python code, after <|python_tag|>
 
-Calls of JSON or `N.call` stand at the beginning or follow another call; `<function=` and `<|python_tag|>` are found
-anywhere. It is a call only if N is among the tools sent and its arguments do not contradict that tool's schema; all
-else is text, passed on as soon as it can be nothing else. Decisions depend on the characters alone, so the events are
-the same however the text was cut.
+Calls of JSON or `N.call` stand at the beginning or follow another call; `<function=`, `<tool_call>` and
+`<|python_tag|>` are found anywhere. A closing tag may be missing. It is a call only if N is among the tools sent and
+its arguments do not contradict that tool's schema; all else is text, passed on as soon as it can be nothing else.
+Decisions depend on the characters alone, so the events are the same however the text was cut.
 """
 
 import re
@@ -23,7 +24,10 @@ from llama.text.tool_calls.forms import BracketScan, NotACall, ToolCall, calls_o
 PYTHON_TAG = "<|python_tag|>"
 CODE_INTERPRETER = "code_interpreter"
 _FUNCTION, _FUNCTION_END = "<function=", "</function>"
-MARKERS = (PYTHON_TAG, _FUNCTION)
+_TOOL_CALL, _TOOL_CALL_END = "<tool_call>", "</tool_call>"
+MARKERS = (PYTHON_TAG, _FUNCTION, _TOOL_CALL)
+# Those that may be tokens of their own; a text that leaves special tokens out must keep them.
+CALL_TOKENS = (PYTHON_TAG, _TOOL_CALL, _TOOL_CALL_END)
 _MARKER = re.compile("|".join(map(re.escape, MARKERS)))
 _SPACE = re.compile(r"\s*")
 _SEPARATORS = re.compile(r"[\s;,]*")
@@ -50,7 +54,7 @@ class ToolCallParser:
         self._buffer = ""
         self._code: list[str] = []
         self._scan: BracketScan | None = None  # of the call that the buffer begins with, perhaps
-        self._closing_tag_is_due = False
+        self._closing_tag = ""  # what may follow the last call and says nothing
         self._events: list[Event] = []
 
     def feed(self, text: str) -> list[Event]:
@@ -101,7 +105,7 @@ class ToolCallParser:
         if marker:
             text_end = marker.start()
         else:
-            text_end = self._buffer.rfind("<")  # both markers begin with it and hold it once
+            text_end = self._buffer.rfind("<")  # all markers begin with it and hold it once
             may_be_marker = text_end >= 0 and any(m.startswith(self._buffer[text_end:]) for m in MARKERS)
             if is_end or not may_be_marker:
                 text_end = len(self._buffer)
@@ -111,7 +115,7 @@ class ToolCallParser:
 
     def _pass_separators(self, is_end: bool) -> int | None:
         """Where a call or text begins after white space or, after a call, separators; None if that is still open."""
-        if self._closing_tag_is_due and not self._pass_closing_tag(is_end):
+        if self._closing_tag and not self._pass_closing_tag(is_end):
             return None
         is_after_call = self._state is _State.AFTER_CALL
         start = _end_of_match(_SEPARATORS if is_after_call else _SPACE, self._buffer, 0)
@@ -123,15 +127,15 @@ class ToolCallParser:
         return None
 
     def _pass_closing_tag(self, is_end: bool) -> bool:
-        """Drops `</function>` after a call that it closes; False if there may still come one."""
+        """Drops the tag after a call that it closes; False if there may still come one."""
         start = _end_of_space(self._buffer, 0)
-        end = start + len(_FUNCTION_END)
-        is_open = _may_start(_FUNCTION_END, self._buffer, start)
+        end = start + len(self._closing_tag)
+        is_open = _may_start(self._closing_tag, self._buffer, start)
         if is_open and end > len(self._buffer) and not is_end:
             return False
         if is_open and end <= len(self._buffer):
             self._buffer = self._buffer[end:]
-        self._closing_tag_is_due = False
+        self._closing_tag = ""
         return True
 
     def _not_a_call(self, start: int) -> int:
@@ -156,10 +160,16 @@ class ToolCallParser:
             start = _end_of_space(text, start + len(PYTHON_TAG))
             if start >= len(text):
                 return None
+        closing_tag = ""
+        if _may_start(_TOOL_CALL, text, start):
+            start, closing_tag = _end_of_space(text, start + len(_TOOL_CALL)), _TOOL_CALL_END
+            if start >= len(text):
+                return None
         if text[start] in "{[":
             end = self._end_of_bracket(start, '"', is_call=True)
             if end is not None:
                 self._emit_calls(calls_of_json(text[start:end], self._known))
+                self._closing_tag = closing_tag
             return end
         if _may_start(_FUNCTION, text, start):
             name_start = start + len(_FUNCTION)
@@ -196,7 +206,7 @@ class ToolCallParser:
         end = self._end_of_bracket(opening, '"', is_call=False)
         if end is not None:
             self._emit_calls([ToolCall(possible[0], load_json(text[opening:end]))])
-            self._closing_tag_is_due = True
+            self._closing_tag = _FUNCTION_END
         return end
 
     def _end_of_bracket(self, opening: int, quotes: str, *, is_call: bool) -> int | None:
