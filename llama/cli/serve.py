@@ -29,6 +29,8 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument("--api-key", metavar="KEY", help="key that requests must bring; the list of processes shows it")
     parser.add_argument("--api-key-file", metavar="FILE", help="file with such keys, one a line")
     parser.add_argument("--lora", **several, type=named_adapter, metavar="NAME=PATH", help="adapters to load at once")
+    text = "origins whose pages may ask from a browser, such as https://example.org, or *"
+    parser.add_argument("--allow-origin", **several, metavar="ORIGIN", help=text)
     for name, most, what in (
         ("--max-waiting-requests", 1024, "requests that may wait beyond those that run (%(default)s)"),
         ("--max-waiting-tokens", 1 << 20, "prompt tokens that may wait for their first answer (%(default)s)"),
@@ -47,7 +49,8 @@ def run(options: Namespace) -> int:
         arguments["max_loras"] = 0
     own_name = options.model if is_hub_id(options.model) else Path(options.model).resolve().name
     names = {"model_names": tuple(options.served_model_name) or (own_name,)}
-    config = checked(ServerConfig, names | {"api_keys": _keys(options)} | given(options, ServerConfig))
+    more = {"api_keys": _keys(options), "allow_origin": tuple(options.allow_origin)}
+    config = checked(ServerConfig, names | more | given(options, ServerConfig))
     taken = take_port(options.host, options.port)
     # What follows imports torch.
     from llama.async_llm.async_llm import AsyncLLM

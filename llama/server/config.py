@@ -1,6 +1,7 @@
 """What a server is started with: its configuration and its port. Imports nothing heavy."""
 
 import math
+import re
 import socket
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,6 +38,10 @@ class ServerConfig:
     )
     step_deadline: float = _option(60.0, "seconds after which a step is reported as hanging and /ready answers 503")
     shutdown_timeout: float = _option(30.0, "seconds for running requests to end, once told to stop")
+    keep_alive_timeout: float = _option(30.0, "seconds that an idle connection stays open for another request")
+    access_log: bool = _option(True, "log a line for each request")
+    allow_origin: tuple[str, ...] = ()  # origins whose pages may ask from a browser, * = any
+    enable_tokenizer_info_endpoint: bool = _option(False, "serve tokenizer_config.json at /tokenizer_info")
     exit_on_engine_death: bool = _option(True, "exit with code 70 once the engine is dead, for whoever restarts it")
 
     def __post_init__(self) -> None:
@@ -54,15 +59,19 @@ class ServerConfig:
             "keep_alive",
             "step_deadline",
             "shutdown_timeout",
+            "keep_alive_timeout",
         ):
             value = getattr(self, name)
             if value is None and name == "keep_alive":
                 continue
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
                 raise ParameterError(f"{name} must be a number above 0, got {value!r}", name)
-        if not isinstance(self.exit_on_engine_death, bool):
-            legal = f"True or False, got {self.exit_on_engine_death!r}"
-            raise ParameterError(f"exit_on_engine_death must be {legal}", "exit_on_engine_death")
+        for name in ("exit_on_engine_death", "access_log", "enable_tokenizer_info_endpoint"):
+            if not isinstance(getattr(self, name), bool):
+                raise ParameterError(f"{name} must be True or False, got {getattr(self, name)!r}", name)
+        if not all(re.fullmatch(r"\*|https?://[^/\s]+", origin) for origin in self.allow_origin):
+            legal = "origins such as https://example.org, or *"
+            raise ParameterError(f"allow_origin must be {legal}, got {self.allow_origin!r}", "allow_origin")
         if self.max_bodies_bytes < self.max_body_bytes:
             raise ParameterError(
                 f"max_bodies_bytes must be at least max_body_bytes, got {self.max_bodies_bytes}", "max_bodies_bytes"

@@ -25,7 +25,8 @@ class Dialect(Enum):
 
 def dialect_of(path: str) -> Dialect:
     """The dialect of a path; unknown paths have one too."""
-    is_openai = path.startswith("/v1/") or (path.startswith("/client/v4/accounts/") and "/ai/v1/" in path)
+    of_openai = ("/v1/", "/tokenize", "/detokenize")
+    is_openai = path.startswith(of_openai) or (path.startswith("/client/v4/accounts/") and "/ai/v1/" in path)
     return Dialect.OPENAI if is_openai else Dialect.CLOUDFLARE
 
 

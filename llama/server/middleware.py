@@ -76,13 +76,16 @@ class RequestMiddleware:
                 self._service.refused(failure, dialect, record)
                 await json_response(failure.body(dialect), 500)(scope, receive, send_on)
         finally:
-            _log(scope, record, status, time.monotonic() - began)
+            if self._service.config.access_log:
+                _log(scope, record, status, time.monotonic() - began)
 
     async def _pass(self, scope: Scope, receive: Receive, send: Send, record: Record) -> None:
         counted = scope["method"] == "POST"
         self._service.num_in_flight += counted
         try:
-            await self._app(scope, receive, send)
+            # A HEAD is a GET whose body uvicorn leaves out.
+            asked = {**scope, "method": "GET"} if scope["method"] == "HEAD" else scope
+            await self._app(asked, receive, send)
         finally:
             self._service.num_in_flight -= counted
             self._service.num_body_bytes -= record.body_bytes

@@ -12,8 +12,9 @@ from llama.server.errors import Dialect, dialect_of
 from llama.server.middleware import OPEN_PATHS
 from llama.server.openai.responses_body import ResponsesRequest
 from llama.server.openai.schema import ChatRequest, CompletionRequest
+from llama.server.openai.tokens import DetokenizeRequest, TokenizeRequest
 
-_BODIES = (RunRequest, ChatRequest, CompletionRequest, ResponsesRequest)
+_BODIES = (RunRequest, ChatRequest, CompletionRequest, ResponsesRequest, TokenizeRequest, DetokenizeRequest)
 _TEXT, _NULLABLE = {"type": "string"}, {"type": ["string", "null"]}
 _ERRORS: dict[Dialect, dict[str, Any]] = {
     Dialect.OPENAI: {
@@ -87,7 +88,7 @@ def _complete(operation: dict[str, Any], method: str, path: str, needs_key: bool
     if path not in OPEN_PATHS:
         operation["security"] = [{"bearer": []}] if needs_key else [{}, {"bearer": []}]
     responses = operation["responses"]
-    if method == "post":
+    if method == "post" and not path.endswith("tokenize"):
         responses["200"]["content"]["text/event-stream"] = {"schema": _TEXT}
     elif path == "/metrics":
         responses["200"]["content"] = {"text/plain": {"schema": _TEXT}}

@@ -27,19 +27,16 @@ def routes(service: Service) -> APIRouter:
         "x-content-type-options": "nosniff",
     }
 
-    @router.head("/", include_in_schema=False, response_model=None)
     @router.get("/", include_in_schema=False, response_model=None)
     async def playground() -> Response:
         return Response(page, headers=headers, media_type="text/html")
 
-    @router.head("/health", response_model=None, include_in_schema=False)
     @router.get("/health", response_model=None)
     async def health() -> Response:
         """The process is alive and its engine not dead."""
         is_dead = service.llm.is_dead
         return json_response({"status": "dead" if is_dead else "ok"}, 503 if is_dead else 200)
 
-    @router.head("/ready", response_model=None, include_in_schema=False)
     @router.get("/ready", response_model=None)
     async def ready() -> Response:
         """The engine steps and takes requests."""

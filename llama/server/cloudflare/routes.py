@@ -1,6 +1,7 @@
 """Cloudflare Workers AI's dialect: one route, one envelope."""
 
 import secrets
+import uuid
 from collections.abc import AsyncGenerator
 from functools import partial
 from typing import Any
@@ -20,6 +21,7 @@ from llama.server.service import Answer, Service, Submit
 from llama.server.streaming import DONE, EventStream, unless_gone
 
 _PADDING = "abcdefghijklmnopqrstuvwxyz0123456789"
+_TASK = "c329a1f9-323d-4e91-b2aa-582dd4188d34"  # Cloudflare's id of text generation
 _FUNCTIONS_IGNORED = {"code": 1000, "message": "'functions' is deprecated and was ignored: use 'tools'"}
 
 
@@ -47,6 +49,14 @@ def routes(service: Service) -> APIRouter:
         messages = [_FUNCTIONS_IGNORED] if body.functions else []
         return json_response({"result": result, "success": True, "errors": [], "messages": messages})
 
+    async def search(request: Request) -> Response:
+        """The models that can be run, by a part of their name."""
+        wanted = request.query_params.get("search", "").lower()
+        found = [_described(name, service) for name in service.config.model_names if wanted in name.lower()]
+        pages = {"count": len(found), "page": 1, "per_page": max(len(found), 1), "total_count": len(found)}
+        listed = {"result": found, "result_info": pages, "success": True, "errors": [], "messages": []}
+        return json_response(listed)
+
     extra = {
         "requestBody": {
             "required": True,
@@ -55,7 +65,22 @@ def routes(service: Service) -> APIRouter:
     }
     for prefix in ("/client/v4/accounts/{account_id}/ai/run", "/ai/run"):
         router.add_api_route(prefix + "/{model:path}", run, methods=["POST"], openapi_extra=extra, response_model=None)
+    path = "/client/v4/accounts/{account_id}/ai/models/search"
+    router.add_api_route(path, search, methods=["GET"], response_model=None)
     return router
+
+
+def _described(name: str, service: Service) -> dict[str, Any]:
+    context = service.llm.llm.engine.config.max_model_len
+    return {
+        "id": str(uuid.uuid5(uuid.NAMESPACE_URL, name)),
+        "source": 1,
+        "name": name,
+        "description": "",
+        "task": {"id": _TASK, "name": "Text Generation", "description": ""},
+        "tags": [],
+        "properties": [{"property_id": "context_window", "value": str(context)}],
+    }
 
 
 async def _submit(body: RunRequest, model: str, service: Service) -> Submit:
@@ -133,16 +158,23 @@ def _result(completion: CompletionOutput, usage: Usage, body: RunRequest) -> dic
             response = from_json(completion.text, allow_inf_nan=False)
         except ValueError:
             raise json_mode_failed() from None
-    return {"response": response, "tool_calls": _calls(completion.tool_calls), "usage": _usage(usage)}
+    return {
+        "response": response,
+        "tool_calls": _calls(completion.tool_calls),
+        "usage": _usage(usage),
+        "finish_reason": completion.finish_reason,
+    }
 
 
 async def _events(answer: Answer) -> AsyncGenerator[Any, None]:
+    reason = None
     async for piece in answer.pieces():
+        reason = piece.finish_reason or reason
         if piece.text:
             yield {"response": piece.text, "p": _PADDING[: 1 + secrets.randbelow(len(_PADDING))]}
         if piece.tool_calls:
             yield {"response": "", "tool_calls": _calls(piece.tool_calls)}
-    yield {"response": "", "usage": _usage(answer.usage())}
+    yield {"response": "", "usage": _usage(answer.usage()), "finish_reason": reason}
     yield DONE
 
 

@@ -148,6 +148,11 @@ class Tokenizer:
         """Whether it has no pattern of its own: see trial.py."""
         return is_plain(self._parsing)
 
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """tokenizer_config.json, over special_tokens_map.json."""
+        return self._config
+
     @cached_property
     def vocab_size(self) -> int:
         """One more than the largest id."""
