@@ -38,7 +38,7 @@ class ServerConfig:
     )
     step_deadline: float = _option(60.0, "seconds after which a step is reported as hanging and /ready answers 503")
     shutdown_timeout: float = _option(30.0, "seconds for running requests to end, once told to stop")
-    keep_alive_timeout: float = _option(30.0, "seconds that an idle connection stays open for another request")
+    timeout_keep_alive: float = _option(30.0, "seconds that an idle connection stays open for another request")
     access_log: bool = _option(True, "log a line for each request")
     allow_origin: tuple[str, ...] = ()  # origins whose pages may ask from a browser, * = any
     enable_tokenizer_info_endpoint: bool = _option(False, "serve tokenizer_config.json at /tokenizer_info")
@@ -59,7 +59,7 @@ class ServerConfig:
             "keep_alive",
             "step_deadline",
             "shutdown_timeout",
-            "keep_alive_timeout",
+            "timeout_keep_alive",
         ):
             value = getattr(self, name)
             if value is None and name == "keep_alive":

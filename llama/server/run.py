@@ -59,7 +59,7 @@ class Server(uvicorn.Server):
                 access_log=False,
                 server_header=False,
                 h11_max_incomplete_event_size=MAX_HEADER_BYTES,
-                timeout_keep_alive=service.config.keep_alive_timeout,  # type: ignore[arg-type]
+                timeout_keep_alive=service.config.timeout_keep_alive,  # type: ignore[arg-type]
                 timeout_graceful_shutdown=_FLUSH_SECONDS,
                 backlog=BACKLOG,
             )

@@ -48,7 +48,7 @@ def test_the_envelope_under_every_route(scripted, path):
     assert response.headers["content-type"] == "application/json"
     (asked,) = scripted.engine.asked[-1:]
     usage = {"prompt_tokens": len(asked.prompt), "completion_tokens": 6, "total_tokens": len(asked.prompt) + 6}
-    result = {"response": "Hello", "tool_calls": [], "usage": usage}
+    result = {"response": "Hello", "tool_calls": [], "usage": usage, "finish_reason": "stop"}
     assert response.json() == {"result": result, "success": True, "errors": [], "messages": []}
 
 
@@ -226,6 +226,7 @@ def test_streams(scripted):
     assert usage == {
         "response": "",
         "usage": {"prompt_tokens": prompt, "completion_tokens": count, "total_tokens": prompt + count},
+        "finish_reason": "stop",
     }
 
 
