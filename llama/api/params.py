@@ -15,7 +15,7 @@ from llama.api.structured import StructuredOutputsParams
 
 MAX_SEED = 2**53 - 1  # of the seeds that are used and come back: JavaScript has no larger integers
 MAX_TOKENS = 2**63 - 1
-MAX_LOGPROBS = 20
+MAX_LOGPROBS = 20  # that an engine gives without being told to give more
 MAX_COMPLETIONS = 128
 
 # Names that users of other libraries type, and what they are called here.
@@ -103,7 +103,7 @@ class SamplingParams:
     truncate_prompt_tokens: int | None = _option(
         None, "keep that many of the prompt's last tokens, -1 = as many as leave room for max_tokens"
     )
-    logprobs: int | None = _option(None, "log-probabilities of that many top tokens")
+    logprobs: int | None = _option(None, "log-probabilities of that many top tokens, -1 = of all")
     prompt_logprobs: int | None = _option(None, "the same for the prompt's tokens")
     logprobs_mode: Literal["raw", "processed"] = _option("raw", "processed: after penalties, temperature and filters")
     response_format: Mapping[str, Any] | None = _option(None, 'constrain the answer, such as {"type": "json_object"}')
@@ -150,7 +150,7 @@ class SamplingParams:
                 raise refusal("truncate_prompt_tokens", "an integer of at least 1, or -1", 0)
         for name in ("logprobs", "prompt_logprobs"):
             wanted = getattr(self, name)
-            put(name, None if wanted is None else _integer(name, wanted, 0, MAX_LOGPROBS))
+            put(name, None if wanted is None else _integer(name, wanted, -1, MAX_TOKENS))
         if self.logprobs_mode not in ("raw", "processed"):
             raise refusal("logprobs_mode", '"raw" or "processed"', self.logprobs_mode)
         put("response_format", _response_format(self.response_format))

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, get_args, get_origin
 
 from llama.api.errors import refusal
+from llama.api.params import MAX_LOGPROBS
 from llama.engine.speculative_config import BATCH_SIZES, SpeculativeConfig
 from llama.model.config import ModelConfig
 
@@ -49,6 +50,9 @@ class EngineConfig:
     speculative_config: Mapping[str, Any] | None = _option(
         None, 'verify drafts of the next tokens, such as {"method": "ngram", "num_speculative_tokens": 4}'
     )
+    max_logprobs: int = _option(
+        MAX_LOGPROBS, "log-probabilities of a token that a request may ask for, -1 = all (on the CPU)", least=-1
+    )
     seed: int | None = _option(None, "makes the whole run repeatable (fresh entropy for requests without a seed)")
 
     def __post_init__(self) -> None:
@@ -79,6 +83,8 @@ class EngineConfig:
         asked = most if self.max_model_len is None else self.max_model_len
         if asked > most:
             raise refusal("max_model_len", f"an integer in [2, {most}] (max_position_embeddings)", asked)
+        if device != "cpu" and not 0 <= self.max_logprobs <= MAX_LOGPROBS:
+            raise refusal("max_logprobs", f"at most {MAX_LOGPROBS} on {device}", self.max_logprobs)
         budget = self.max_num_batched_tokens or BATCHED_TOKENS[device]
         speculative = self.speculative_config
         if speculative is not None:

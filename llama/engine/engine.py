@@ -9,7 +9,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -153,6 +153,7 @@ class Engine:
         check_room(len(prompt_token_ids), None if clip else params.max_tokens, self.config.context_len)
         prompt = checked_ids(prompt_token_ids, self.vocab_size)
         check_params(params, self.vocab_size)
+        params = self._with_logprobs(params)
         limit, capacity = self.limit(len(prompt), params.max_tokens), self._capacity
         if max(limit, len(prompt) + 1) > capacity:
             raise ParameterError(
@@ -160,6 +161,21 @@ class Engine:
                 f"the KV cache holds {capacity - 1} tokens ({self.pool.num_blocks} blocks of {self.pool.block_size})"
             )
         return Request(request_id, prompt, params, adapter, **rest)
+
+    def _with_logprobs(self, params: SamplingParams) -> SamplingParams:
+        """As numbers that the vocabulary has. ParameterError for more than the engine gives."""
+        asked = {name: getattr(params, name) for name in ("logprobs", "prompt_logprobs")}
+        most = self.config.max_logprobs
+        for name, number in asked.items():
+            if number is not None and most != -1 and not 0 <= number <= most:
+                what = f"{name} must be an integer from 0 to {most} (max_logprobs), got {number}"
+                raise ParameterError(what, name)
+        numbers: dict[str, Any] = {
+            name: self.vocab_size if number == -1 else min(number, self.vocab_size)
+            for name, number in asked.items()
+            if number is not None
+        }
+        return params if all(asked[name] == number for name, number in numbers.items()) else replace(params, **numbers)
 
     @property
     def _capacity(self) -> int:

@@ -69,7 +69,6 @@ HARMLESS: dict[str, tuple[Any, ...]] = {
     "long_prefill_token_threshold": (0,),
     "lora_dtype": ("auto", None),
     "max_cpu_loras": (None,),
-    "max_logprobs": (20,),
     "max_long_partial_prefills": (1,),
     "max_num_partial_prefills": (1,),
     "max_parallel_loading_workers": (None,),

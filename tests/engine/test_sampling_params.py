@@ -42,7 +42,7 @@ LEGAL = {
     "ignore_eos": [True, False],
     "speculative": [True, False],
     "prediction": [None, "text", "", [1, 2], ()],
-    "logprobs": [None, 0, 20],
+    "logprobs": [None, -1, 0, 20, 10**6],
     "prompt_logprobs": [None, 0, 20],
     "logprobs_mode": ["raw", "processed"],
     "response_format": [
@@ -91,8 +91,8 @@ ILLEGAL = {
     "ignore_eos": ([0, 1, None, "yes"], "True or False"),
     "speculative": ([0, None, "no"], "True or False"),
     "prediction": ([5, {"a": 1}, b"x"], "a list of token ids, or a text"),
-    "logprobs": ([-1, 21, *NOT_INTEGERS], "an integer from 0 to 20"),
-    "prompt_logprobs": ([-1, 21, *NOT_INTEGERS], "an integer from 0 to 20"),
+    "logprobs": ([-2, *NOT_INTEGERS], "an integer from -1 to"),
+    "prompt_logprobs": ([-2, *NOT_INTEGERS], "an integer from -1 to"),
     "logprobs_mode": (["RAW", None, 1, "raw_logprobs"], '"raw" or "processed"'),
     "response_format": (["json", ["json_object"]], 'a mapping with a "type"'),
     "structured_outputs": (["json", ["json_object"], True], "a StructuredOutputsParams"),
@@ -115,7 +115,7 @@ def test_legal(name, value):
 def test_illegal(name, value):
     with pytest.raises(ValueError) as refusal:
         SamplingParams(**{name: value})
-    assert str(refusal.value).startswith(f"{name} must be {ILLEGAL[name][1]}, got ")
+    assert str(refusal.value).startswith(f"{name} must be {ILLEGAL[name][1]}") and ", got " in str(refusal.value)
     assert len(str(refusal.value)) < 200
 
 

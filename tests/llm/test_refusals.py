@@ -261,7 +261,7 @@ FIELDS = [
             "ignore_eos": None,
             "speculative": 1,
             "prediction": [-1],
-            "logprobs": 10**6,
+            "logprobs": -2,
             "prompt_logprobs": "x",
             "logprobs_mode": "x",
             "response_format": {"type": "regex"},

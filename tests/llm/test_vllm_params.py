@@ -1,10 +1,13 @@
 """Fields of vLLM's SamplingParams and arguments of its LLM that change what is generated or what is told of it."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
 
 from llama import LLM, SamplingParams
+from llama.engine.config import EngineConfig
 from tests.llm.helpers import GREEDY
 
 HOT = {"temperature": 5.0, "max_tokens": 40, "ignore_eos": True}
@@ -60,6 +63,27 @@ def test_ids_alone(llm):
         SamplingParams(stop="a", detokenize=False)
     with pytest.raises(ValueError, match="tools need detokenize=True"):
         llm.chat(TALK, SamplingParams(detokenize=False, truncate_prompt_tokens=9), tools=[{"name": "f"}])
+
+
+def test_log_probabilities_of_all_tokens(llm):
+    wide = LLM(llm.model, llm.tokenizer, num_blocks=50, max_logprobs=-1)
+    fields = {"temperature": 0, "max_tokens": 3, "ignore_eos": True}
+    asked = SamplingParams(**fields, logprobs=-1, prompt_logprobs=-1)
+    (output,) = wide.generate("Hello", asked, use_tqdm=False)
+    (few,) = wide.generate("Hello", SamplingParams(**fields, logprobs=20, prompt_logprobs=20), use_tqdm=False)
+    size = llm.model.config.vocab_size
+    told = [*output.outputs[0].logprobs, *output.prompt_logprobs[1:]]
+    for entries, top in zip(told, [*few.outputs[0].logprobs, *few.prompt_logprobs[1:]], strict=True):
+        assert len(entries) == size and abs(sum(math.exp(e.logprob) for e in entries.values()) - 1) < 1e-5
+        assert {token: entries[token].rank for token in top} == {token: e.rank for token, e in top.items()}
+    (exact,) = wide.generate("Hello", SamplingParams(**fields, logprobs=30), use_tqdm=False)
+    assert all(len(entries) == 30 for entries in exact.outputs[0].logprobs)
+    assert len(wide.generate("Hello", SamplingParams(**fields, logprobs=10**6))[0].outputs[0].logprobs[0]) == size
+    for number in (21, -1):
+        with pytest.raises(ValueError, match=r"logprobs must be an integer from 0 to 20 \(max_logprobs\)"):
+            llm.generate("Hello", SamplingParams(logprobs=number))
+    with pytest.raises(ValueError, match="max_logprobs must be at most 20 on cuda, got -1"):
+        EngineConfig(max_logprobs=-1).resolved(llm.model.config, "cuda")
 
 
 def test_truncated_prompts(llm):
