@@ -12,7 +12,7 @@ JOBS ?= 2
 TRITON ?=
 COMPILER := $(if $(TRITON),.venv-triton-$(TRITON),$(VENV))
 
-.PHONY: setup demo demo-model test test-slow test-kernels test-compile test-browser test-package test-ray test-gpu memcheck lint bench bench-gpu
+.PHONY: setup demo demo-model test test-slow chaos soak test-kernels test-compile test-browser test-package test-ray test-gpu memcheck lint bench bench-gpu
 
 setup: $(READY)
 
@@ -44,6 +44,14 @@ test: demo-model $(READY)
 
 test-slow: demo-model $(READY)
 	$(PYTEST) -m slow --hypothesis-profile new-examples
+
+# Attacks and injected faults on a server of its own, some minutes; `make soak MINUTES=20` goes on with them.
+chaos: $(READY)
+	$(PYTEST) -m "slow or not slow" tests/chaos tests/server/test_server_faults.py tests/text/test_worker.py
+
+MINUTES ?= 20
+soak: $(READY)
+	PYTHONPATH=.:tools $(BIN)/python -m tests.chaos.soak --minutes $(MINUTES)
 
 # The Triton kernels in the interpreter; elsewhere they run on a GPU alone.
 test-kernels: $(READY)
