@@ -14,6 +14,7 @@ from typing import Any, BinaryIO
 from pydantic_core import from_json
 
 from llama.batch.ids import IdSet
+from llama.files import open_regular
 
 URLS = ("/v1/chat/completions", "/v1/completions")
 ID_PREFIX = "batch_req_"
@@ -62,7 +63,7 @@ def read_lines(path: Path, settings: Settings) -> Iterator[Line]:
     """Every line of the file but the blank ones, in order; what is no request, or has the custom_id of an earlier one,
     comes with its refusal."""
     custom_ids = IdSet()
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         for number, (offset, raw) in enumerate(_raw_lines(file), start=1):
             if raw.strip():
                 line = parse_line(raw, number, offset, settings)
@@ -74,7 +75,7 @@ def read_lines(path: Path, settings: Settings) -> Iterator[Line]:
 
 def count_lines(path: Path) -> int:
     """How many lines read_lines gives."""
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         return sum(1 for _, raw in _raw_lines(file) if raw.strip())
 
 

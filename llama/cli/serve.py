@@ -7,6 +7,7 @@ from typing import Any
 
 from llama.cli.common import add_model_flags, llm_options
 from llama.cli.flags import Parser, UsageError, add_fields, checked, given, integer, named_adapter
+from llama.files import named, read_text
 from llama.hub import is_hub_id
 from llama.server.config import ServerConfig, take_port
 from llama.server.logs import LogQueue, open_standard_streams
@@ -73,13 +74,9 @@ def run(options: Namespace) -> int:
 def _keys(options: Namespace) -> tuple[str, ...]:
     keys = [] if options.api_key is None else [options.api_key]
     if options.api_key_file is not None:
-        try:
-            lines = Path(options.api_key_file).read_text(encoding="utf-8").splitlines()
-        except OSError as error:
-            raise ValueError(f"--api-key-file {options.api_key_file}: {error.strerror}") from None
-        except UnicodeDecodeError:
-            raise ValueError(f"--api-key-file {options.api_key_file} is no text in UTF-8") from None
-        found = [line.strip() for line in lines if line.strip()]
+        with named(Path("--api-key-file"), ValueError):
+            text = read_text(Path(options.api_key_file), error=ValueError)
+        found = [line.strip() for line in text.splitlines() if line.strip()]
         if not found:
             raise ValueError(f"{options.api_key_file} holds no key")
         keys += found

@@ -2,7 +2,7 @@
 
 An adapter gets an index when a sequence that needs it starts to run. The index goes to another adapter, least recently
 used first, once no running sequence needs it. An unloaded adapter loses its name at once; the requests that have it
-keep it to their end.
+keep it to their end. As an engine, this is used by one thread at a time; `get` and the checks are legal on any.
 """
 
 import re

@@ -303,15 +303,15 @@ class LLM(Scoring):
         wrong with it. With `replace` one of that name makes way; requests that run with it keep it to their end. Legal
         while requests run."""
         adapter = read_lora(self.engine, self.model, name, path, replace)
-        self.engine.adapters.add(adapter, replace)
+        self.replies.between_steps(lambda: self.engine.adapters.add(adapter, replace))
         return describe(adapter)
 
     def unload_lora(self, name: str) -> None:
         """From now on no request can ask for it; those that run with it keep it to their end."""
-        self.engine.adapters.remove(name)
+        self.replies.between_steps(lambda: self.engine.adapters.remove(name))
 
     def list_loras(self) -> list[LoraInfo]:
-        return [describe(adapter) for adapter in self.engine.adapters.by_name.values()]
+        return [describe(adapter) for adapter in list(self.engine.adapters.by_name.values())]
 
     def _loras(
         self,

@@ -1,6 +1,7 @@
 """What is a request and what is not: each bad line is told off by itself, and the lines around it are read."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -118,3 +119,10 @@ def test_the_lines_of_the_document_are_requests(read):
     shown = [line.strip() for line in document.splitlines() if line.startswith('    {"custom_id"')]
     found = read("\n".join(shown).encode())
     assert [(line.custom_id, line.refusal) for line in found] == [("1", None), ("2", None)]
+
+
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for read in (count_lines, lambda path: list(read_lines(path, {}))):
+        with pytest.raises(OSError, match=r"not a regular file.*pipe"):
+            read(tmp_path / "pipe")

@@ -8,6 +8,7 @@ import re
 import socket
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
 
 import pytest
@@ -325,3 +326,23 @@ def test_a_panic_of_a_native_library_is_one_requests_error(scripted, monkeypatch
         assert 'status="500"' in scripted.server.client.get("/metrics").text
     assert "mine" in caplog.text
     assert scripted.run({"prompt": "x"}, "/v1/completions").status_code == 200
+
+
+def test_a_failure_of_the_tool_call_parser_ends_that_request_alone(scripted, monkeypatch, caplog):
+    from llama.text.tool_calls.parser import ToolCallParser
+
+    really = ToolCallParser.feed
+
+    def feed(self, text):
+        if "B" in text:
+            raise MemoryError
+        return really(self, text)
+
+    monkeypatch.setattr(ToolCallParser, "feed", feed)
+    tools = [{"type": "function", "function": {"name": "f", "parameters": {}}}]
+    good, bad = ({"messages": [user(text)], "tools": tools} for text in ("good", "the B one"))
+    with ThreadPoolExecutor(4) as pool, caplog.at_level(logging.ERROR):
+        answers = list(pool.map(lambda body: scripted.run(body, "/v1/chat/completions"), [good, bad, good, bad]))
+    assert [answer.status_code for answer in answers] == [200, 500] * 2
+    assert answers[0].json()["choices"][0]["message"]["content"].endswith("\n\ngood")
+    assert "its text could not be processed" in caplog.text

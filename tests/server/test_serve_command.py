@@ -45,11 +45,15 @@ def test_a_taken_port_fails_before_the_weights_load():
 def test_what_cannot_be_meant_is_told_in_one_line(tmp_path):
     empty = tmp_path / "keys"
     empty.write_text("\n")
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
     cases = {
         ("--port", "70000"): (2, ""),
         ("--lora", "name"): (2, "--lora: takes NAME=PATH, got 'name'"),
         ("--api-key-file", str(empty)): (1, f"{empty} holds no key"),
-        ("--api-key-file", str(tmp_path / "none")): (1, f"--api-key-file {tmp_path / 'none'}: No such file"),
+        ("--api-key-file", str(tmp_path / "none")): (1, f"--api-key-file: {tmp_path / 'none'}: there is no such"),
+        ("--api-key-file", str(fifo)): (1, f"--api-key-file: {fifo}: cannot be read: it is not a regular file"),
+        ("--api-key-file", "/dev/zero"): (1, "--api-key-file: /dev/zero: cannot be read: it is not a regular file"),
         ("--lora-dir", str(tmp_path / "none")): (1, f"the folder of adapters does not exist: {tmp_path / 'none'}"),
     }
     for arguments, (code, words) in cases.items():
