@@ -55,7 +55,7 @@ soak: $(READY)
 
 # The Triton kernels in the interpreter; elsewhere they run on a GPU alone.
 test-kernels: $(READY)
-	TRITON_INTERPRET=1 $(PYTEST) tests/interpreter
+	TRITON_INTERPRET=1 $(PYTEST) -n $(JOBS) tests/interpreter
 
 # The kernels compiled for GPUs that need not be there. make test-compile TRITON=3.6.0 does it with that version, in a
 # venv of its own; UPDATE=1 writes that version's expectations anew.
