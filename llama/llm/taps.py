@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 from llama.api.errors import ParameterError
 from llama.engine.budget import free_cpu_bytes
@@ -32,6 +33,14 @@ def tapped(
     for request, own, changes in zip(requests, captures, each(interventions, len(requests)), strict=True):
         if own is not None and not isinstance(own, Capture):
             raise ParameterError(f"capture must be a Capture, got {type(own).__name__}", "capture")
+        if (
+            own is not None
+            and isinstance(own.save_to, str | Path)
+            and Path(request.request_id).name != request.request_id
+        ):
+            raise ParameterError(
+                f"capture: save_to names files by request_id, which {request.request_id!r} cannot be", "request_ids"
+            )
         if own is None and not changes:
             asked.append(request)
             continue

@@ -211,6 +211,8 @@ def test_means_dtypes_and_files(model, tmp_path):
     file = load_file(tmp_path / "a.safetensors")
     torch.testing.assert_close(file["layers.1.resid_post"][:37], whole.captured["layers.1.resid_post"])
     assert len(file["layers.1.resid_post"]) == 37 + 8 and len(file["1.layers.1.resid_post"]) == 8
+    with pytest.raises(ParameterError, match=r"names files by request_id, which '../a' cannot be"):
+        llm.generate(asks[0], capture=kept, request_ids=["../a"])
     seen = {}
     llm.generate(asks[0], capture=Capture("embed", save_to=seen.__setitem__), request_ids=["c"], use_tqdm=False)
     assert list(seen) == ["c"] and list(seen["c"]) == ["embed"]
