@@ -47,7 +47,7 @@ class ScriptedEngine:
         self.finished: list[tuple[str, int, FinishReason, int | str | None]] = []
         self.aborted: list[str] = []
         self.before_step: Callable[[], None] = lambda: None
-        self.num_steps = 0
+        self.num_steps = self.graph_bytes = 0
 
     @property
     def has_unfinished(self) -> bool:

@@ -3,7 +3,7 @@
 On the CPU, of what is free when the engine starts, caches of a fixed size come first: compiled grammars
 (llama/text/grammar), kernels by shape (llama/model/weights/packed.py). Of the rest CPU_FRACTION goes to the KV cache,
 whose pages cost nothing until they are written, and LORA_FRACTION to adapters; activations, the page cache and
-everybody else have what remains.
+everybody else have what remains. On CUDA what steps take is measured (memory.py), and graphs have a share (graphs.py).
 """
 
 from pathlib import Path

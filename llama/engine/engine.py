@@ -134,6 +134,11 @@ class Engine:
     def vocab_size(self) -> int:
         return self.runner.vocab_size
 
+    @property
+    def graph_bytes(self) -> int:
+        """Memory of the device that recorded steps take."""
+        return self.runner.graph_bytes if isinstance(self.runner, Runner) else 0
+
     def request(
         self,
         request_id: str,

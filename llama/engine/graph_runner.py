@@ -53,6 +53,10 @@ class GraphRunner(Runner):
             with torch.cuda.device(self.device):
                 self.prepare()
 
+    @property
+    def graph_bytes(self) -> int:
+        return self._graphs.nbytes
+
     @torch.inference_mode()
     def prepare(self) -> None:
         """Record the largest step before all others, of padding alone. They then find room in the memory that it leaves

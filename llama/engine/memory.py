@@ -10,6 +10,7 @@ from llama.api.errors import ParameterError
 from llama.api.params import MAX_LOGPROBS
 from llama.engine.budget import CPU_FRACTION, blocks_in, free_cpu_bytes, kv_bytes_on_cpu
 from llama.engine.config import EngineConfig
+from llama.engine.graphs import GRAPH_BYTES
 from llama.kernels import ops
 from llama.kernels.types import LOGPROBS_PROCESSED, SamplerRows, SamplerState, wide_dtype
 from llama.model.batch import Batch
@@ -131,7 +132,7 @@ def bytes_of_steps(model: Transformer, config: EngineConfig) -> int:
         if not config.enforce_eager:
             total += peak_cuda_bytes(model.device, lambda: worst_step(model, config, is_decode=True))
             logits = config.most_samples * model.config.vocab_size  # between model and sampler
-            total += logits * model.dtype.itemsize
+            total += logits * model.dtype.itemsize + GRAPH_BYTES
     logger.info("memory profile: steps take up to %.2f GiB (%.2f s)", total / 2**30, time.monotonic() - started)
     return total
 

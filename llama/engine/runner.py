@@ -74,6 +74,11 @@ class Runner:
             self._take_over(plan)
             return self._compute(plan)
 
+    @property
+    def graph_bytes(self) -> int:
+        """Memory that recorded steps take."""
+        return 0
+
     def release_memory(self) -> None:
         """Give back what the allocator keeps for later. The KV cache is one fixed allocation and stays."""
         if self.device.type == "cuda":

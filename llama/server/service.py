@@ -58,6 +58,7 @@ class Service:
             gauges={
                 "adapter_bytes": ("Of the adapters that are loaded.", lambda: llm.llm.engine.adapters.nbytes),
                 "grammar_bytes": ("Of the compiled grammars that are kept.", lambda: llm.llm.inputs.grammar_bytes),
+                "graph_bytes": ("Of the recorded steps.", lambda: llm.llm.engine.graph_bytes),
             },
             counters={
                 "workers_lost": (

@@ -37,6 +37,9 @@ class Stand:
         self.num_recorded = self.num_replays = 0
         self.memory_for = 10**6
 
+    def used_bytes(self):
+        return 1000 * self.num_recorded
+
     def __call__(self, function):
         if self.num_recorded == self.memory_for:
             raise torch.OutOfMemoryError("no memory for a graph")
@@ -129,7 +132,7 @@ def run(engine: Engine) -> dict[tuple[str, int], list[int]]:
 
 
 def keys(engine: Engine) -> set:
-    return set(engine.runner._graphs._replays)
+    return set(engine.runner._graphs._graphs)
 
 
 def test_a_bucket_is_the_next_size_that_has_a_graph():
@@ -201,6 +204,24 @@ def test_without_memory_for_more_graphs_the_rest_runs_as_it_is(caplog):
         assert_as_the_oracle(graph_engine(Case(lag=1), stand), Case(lag=1), ASKS[:6])
     assert stand.num_recorded == 1
     assert [record.message for record in caplog.records if "no memory for more than 1 graphs" in record.message]
+
+
+def test_graphs_beyond_their_bytes_are_dropped_the_least_lately_used_first():
+    graphs, ran = Graphs(Stand(), max_bytes=2000), []
+    for key in "aabbabcccaac":
+        graphs.run(key, lambda key=key: ran.append(key))
+        assert graphs.nbytes == 1000 * len(graphs) <= 2000
+    assert "".join(ran) == "aabbabcccaac"
+    assert set(graphs._graphs) == {"a", "c"}  # b was dropped for c, and c used since a
+
+
+def test_an_engine_whose_graphs_find_no_room_answers_all_the_same(monkeypatch):
+    stand = Stand()
+    engine = graph_engine(Case(lag=1), stand)
+    monkeypatch.setattr(engine.runner._graphs, "_max_bytes", 1500)
+    for _ in range(2):
+        assert_as_the_oracle(engine, Case(lag=1), ASKS)
+    assert len(engine.runner._graphs) == 1 and engine.graph_bytes == 1000 and stand.num_recorded > 10
 
 
 def test_what_has_no_fixed_place_is_drawn_without_a_graph():

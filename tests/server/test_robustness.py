@@ -39,6 +39,7 @@ def test_health_readiness_version_metrics(scripted):
     for name in (
         "adapter_bytes",
         "grammar_bytes",
+        "graph_bytes",
         "kv_cache_usage_perc",
         "num_requests_waiting",
         "prompt_tokens_total",

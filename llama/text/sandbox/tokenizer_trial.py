@@ -12,8 +12,8 @@ HOSTILE = "".join(run * length for length in (1, 64, 300) for run in (*_RUNS, *r
 
 
 def start(setup: Mapping[str, Any]) -> Callable[[Mapping[str, Any]], int]:
-    """Reads the file at `path`; the function encodes the hostile text -> its number of tokens."""
-    import tokenizers
+    """Reads the file at `path`, or `text`; the function encodes the hostile text -> its number of tokens."""
+    from tokenizers import Tokenizer
 
-    backend = tokenizers.Tokenizer.from_file(setup["path"])
+    backend = Tokenizer.from_file(setup["path"]) if "path" in setup else Tokenizer.from_str(setup["text"])
     return lambda request: len(backend.encode(HOSTILE, add_special_tokens=False).ids)

@@ -84,6 +84,15 @@ def is_plain(backend: tokenizers.Tokenizer) -> bool:
     )
 
 
+def without_vocabulary(backend: tokenizers.Tokenizer) -> str | None:
+    """A tokenizer.json with the patterns alone, which is read in no time. None where a model other than byte pairs may
+    do something of its own."""
+    if not isinstance(backend.model, tokenizers.models.BPE):
+        return None
+    parts = {"normalizer": state_of(backend.normalizer), "pre_tokenizer": state_of(backend.pre_tokenizer)}
+    return json.dumps(json.loads(tokenizers.Tokenizer(tokenizers.models.BPE()).to_str()) | parts)
+
+
 def state_of(part: Any) -> dict[str, Any] | None:
     """A part of tokenizer.json as it stands there."""
     return None if part is None else json.loads(part.__getstate__())

@@ -17,7 +17,7 @@ import tokenizers
 from llama.api.errors import CheckpointError, ParameterError, is_failure, panics_caught
 from llama.files import named, read_json_if_there, read_text, token_ids
 from llama.text import heap
-from llama.text.tokenizer.bounds import TokenBound, check_expansion, is_plain, state_of, token_bound
+from llama.text.tokenizer.bounds import TokenBound, check_expansion, state_of, token_bound
 from llama.text.tokenizer.incremental import IncrementalDecoder
 from llama.text.tokenizer.pieces import PieceDecoder, piece_decoder
 
@@ -143,10 +143,10 @@ class Tokenizer:
 
     # The vocabulary
 
-    @cached_property
-    def is_plain(self) -> bool:
-        """Whether it has no pattern of its own: see trial.py."""
-        return is_plain(self._parsing)
+    @property
+    def backend(self) -> tokenizers.Tokenizer:
+        """The library's own, which is not to be changed."""
+        return self._parsing
 
     @property
     def config(self) -> Mapping[str, Any]:
