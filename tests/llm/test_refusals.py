@@ -10,9 +10,10 @@ import pytest
 import torch
 
 import llama
-from llama import LLM, ConfigError, ParameterError, SamplingParams
+from llama import LLM, ConfigError, ContextLengthError, ParameterError, SamplingParams
 from llama.llm.loading import resolve_device, resolve_dtype
 from llama.llm.requests import as_prompts
+from llama.text.chat.safe_text import SafeText
 from llama.text.tokenizer import Tokenizer
 from tests.llm.helpers import GREEDY
 from tests.model.models import tiny_model
@@ -334,3 +335,10 @@ def test_what_is_cheap_to_check_is_checked_before_a_long_text_is_encoded(llm, mo
         else:
             llm.generate(**{"prompts": ["y" * 100] * 2, **arguments}, use_tqdm=False)
     assert encoded in ([], ["fits"])
+
+
+@pytest.mark.parametrize("content", ["x" * 200_000, [{"type": "text", "text": "x" * 100_000}] * 2])
+def test_what_a_user_says_last_is_refused_before_it_is_rendered(llm, monkeypatch, content):
+    monkeypatch.setattr(SafeText, "hide", None)
+    with pytest.raises(ContextLengthError, match="at least"):
+        llm.chat([{"role": "user", "content": content}], use_tqdm=False)

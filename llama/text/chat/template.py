@@ -101,9 +101,9 @@ class ChatTemplate:
         **template_arguments: Any,
     ) -> tuple[str, list[int]]:
         """(what `render` gives, what `encode` gives), from one rendering. `check` may refuse the text before it is
-        encoded."""
+        encoded, and what the user says last, which every template shows, before it is rendered."""
         safe, rendered = self._rendered(
-            messages, tools, add_generation_prompt, continue_final_message, template_arguments
+            messages, tools, add_generation_prompt, continue_final_message, template_arguments, check=check
         )
         text = safe.show(rendered)
         check(text)
@@ -126,8 +126,12 @@ class ChatTemplate:
         add_generation_prompt: bool,
         continue_final_message: bool,
         arguments: Mapping[str, Any],
+        *,
+        check: Callable[[str], None] = lambda text: None,
     ) -> tuple[SafeText, str]:
         messages = prepare_messages(messages, self._tokenizer.control_tokens)
+        if messages[-1]["role"] == "user" and isinstance(said := messages[-1]["content"], str):
+            check(said.strip())
         tools = prepare_tools(tools)
         name = _TOOL_USE if tools and _TOOL_USE in self._sources else _DEFAULT
         source = self._sources.get(name)
