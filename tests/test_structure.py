@@ -34,6 +34,8 @@ IMPORT_ORDER = {
     "llama.model": """
         rope_scaling
         config generation_config module
+        parallel
+        communicator
         rope kv_cache weights
         adapters
         linear interventions
@@ -79,6 +81,7 @@ WITHOUT_TORCH = (
     "llama/hub.py",
     "llama/text/",
     "llama/model/config.py",
+    "llama/model/parallel.py",
     "llama/model/rope_scaling.py",
     "llama/engine/config.py",
     "llama/engine/budget.py",

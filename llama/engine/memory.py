@@ -109,7 +109,7 @@ def kv_dtype(model: Transformer, config: EngineConfig) -> torch.dtype:
 def make_kv_cache(model: Transformer, config: EngineConfig, num_blocks: int) -> KVCache:
     dtype = kv_dtype(model, config)
     scales = model.kv_scales if dtype == torch.uint8 else None
-    return KVCache(model.config, num_blocks, config.block_size, dtype=dtype, device=model.device, scales=scales)
+    return KVCache(model.local_config, num_blocks, config.block_size, dtype=dtype, device=model.device, scales=scales)
 
 
 def peak_cuda_bytes(device: torch.device, run: Callable[[], None]) -> int:
@@ -147,7 +147,7 @@ def fitting_blocks(model: Transformer, config: EngineConfig, draft: Transformer 
         share = f"{config.gpu_memory_utilization:.0%} of the device"
     else:
         free, share = kv_bytes_on_cpu(free_cpu_bytes()), f"{CPU_FRACTION:.0%} of the free memory, caches apart"
-    per_block = KVCache.bytes_per_block(model.config, config.block_size, kv_dtype(model, config))
+    per_block = KVCache.bytes_per_block(model.local_config, config.block_size, kv_dtype(model, config))
     if draft is not None:
         per_block += KVCache.bytes_per_block(draft.config, config.block_size, draft.dtype)
     blocks = blocks_in(free, per_block, config)

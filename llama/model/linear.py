@@ -23,6 +23,7 @@ class Linear(Module):
     weight: nn.Parameter
     bias: nn.Parameter | None
     form: WeightForm | None
+    finish: Callable[[Tensor], Tensor] | None  # what other ranks add to the output
 
     def __init__(
         self,
@@ -42,6 +43,7 @@ class Linear(Module):
         if bias:
             self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype), requires_grad=False)
         self.form = None
+        self.finish = None
 
     def forward(self, x: Tensor, adapters: StepAdapters | None = None) -> Tensor:
         """x [tokens, in_features] -> [tokens, out_features]; `adapters` says which tokens use an adapter."""
@@ -51,7 +53,9 @@ class Linear(Module):
             y = self.form(x)
             if self.bias is not None:
                 y = y.add_(self.bias)
-        return y if adapters is None else adapters.add(self, x, y)
+        if adapters is not None:
+            y = adapters.add(self, x, y)
+        return y if self.finish is None else self.finish(y)
 
     def prepare(self) -> None:
         """Take the form that is fastest on this machine, if there is a faster one."""

@@ -18,6 +18,7 @@ from llama.model.batch import Batch, rectangle
 from llama.model.config import ModelConfig
 from llama.model.kv_cache import KVCache
 from llama.model.module import Module
+from llama.model.parallel import Shard
 from llama.model.session import BLOCK_SIZE, ActivationCache, Session, checked_ids, digest
 from llama.model.taps import (
     Interventions,
@@ -35,6 +36,7 @@ class Research(Module):
     """A base of networks: they have `norm`, `lm_head`, `hidden` and `forward` (see Transformer)."""
 
     config: ModelConfig
+    shard: Shard  # the whole model, or one rank's part of it
     norm: Any
     lm_head: Any
 
@@ -86,6 +88,7 @@ class Research(Module):
         """As `logits`, reading the points that names and patterns mean (see `taps.resolve_points`) after all changes
         there -> (logits or None, the points' values [batch, seq, ...]). The vocabulary head is computed only where
         `logits` asks for them or "logits" is among the points."""
+        self.needs_whole("a forward of its own")
         config = self.config
         if not isinstance(token_ids, Tensor):
             raise ParameterError(f"token_ids must be an int64 tensor [batch, seq], got {token_ids!r}", "token_ids")
@@ -137,14 +140,25 @@ class Research(Module):
     def unembed(self, resid: Tensor) -> Tensor:
         """The final norm and the head over a residual [..., hidden] -> logits [..., vocab], float32 (float64 for a
         float64 model): the logit lens."""
+        self.needs_whole("unembed")
         hidden = self.norm(resid.reshape(-1, resid.shape[-1]))[0]
         wide = wide_dtype(self.dtype)
         return self.lm_head(hidden).view(*resid.shape[:-1], -1).to(wide)
 
     def session(self, max_tokens: int) -> Session:
         """An empty sequence of at most `max_tokens` with a cache of its own."""
+        self.needs_whole("session")
         return Session(self, max_tokens)
 
     def digest(self) -> str:
         """Of the config and of a part of every weight. What another model computed has another one."""
+        self.needs_whole("digest")
         return digest(self, self.config)
+
+    def needs_whole(self, what: str) -> None:
+        """ParameterError where this is one rank's part: what is asked of it alone, the other ranks do not do."""
+        if self.shard.size > 1:
+            raise ParameterError(
+                f"{what} needs the whole model in one process, this one has tensor_parallel_size={self.shard.size}",
+                "tensor_parallel_size",
+            )

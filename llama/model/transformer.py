@@ -21,11 +21,13 @@ from llama.kernels.types import CosSin, KVLayer
 from llama.model.adapters import StepAdapters
 from llama.model.batch import Batch
 from llama.model.checkpoint import Checkpoint, save_pretrained
-from llama.model.checkpoint.layout import Entry, entries_of
+from llama.model.checkpoint.layout import Entry, entries_of, layout
+from llama.model.communicator import Communicator
 from llama.model.config import ModelConfig
 from llama.model.kv_cache import KVCache
 from llama.model.linear import Linear
 from llama.model.module import Module
+from llama.model.parallel import Shard
 from llama.model.research import Research
 from llama.model.rope import attention_factor, cos_sin, frequencies
 from llama.model.weights.huge_pages import move_to_huge_pages
@@ -52,13 +54,16 @@ class RMSNorm(Module):
 class Embedding(Module):
     """Rows of a table by token id."""
 
+    lookup: Callable[[Tensor, Tensor], Tensor]  # F.embedding, or a communicator's where the rows are cut
+
     def __init__(self, config: ModelConfig, *, device: torch.device | str, dtype: torch.dtype) -> None:
         super().__init__()
         weight = torch.empty(config.vocab_size, config.hidden_size, device=device, dtype=dtype)
         self.weight = nn.Parameter(weight, requires_grad=False)
+        self.lookup = F.embedding
 
     def forward(self, token_ids: Tensor, adapters: StepAdapters | None = None) -> Tensor:
-        y = F.embedding(token_ids, self.weight)
+        y = self.lookup(token_ids, self.weight)
         return y if adapters is None else adapters.add(self, token_ids, y)
 
 
@@ -160,6 +165,9 @@ class Transformer(Research):
     Parameters are named as Hugging Face names them, but for the fused `qkv_proj` and `gate_up_proj`. They want no
     gradient: this is inference. Forward hooks fire on every module. `attention` and `mlp` are classes with the
     constructor and `forward` of Attention and MLP, in place of these (docs/research.md).
+
+    With a `communicator` it is one rank's part of the model (llama/model/parallel.py); all ranks compute each forward
+    together, and all have its logits.
     """
 
     def __init__(
@@ -171,18 +179,23 @@ class Transformer(Research):
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
         seed: int | None = 0,
+        communicator: Communicator | None = None,
     ) -> None:
         super().__init__()
         if dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
             raise ValueError(f"dtype must be torch.float64, float32, float16 or bfloat16, got {dtype!r}")
         self._config = config
-        self.embed_tokens = Embedding(config, device=device, dtype=dtype)
-        block = partial(Block, config, attention=attention, mlp=mlp, device=device, dtype=dtype)
+        self.shard = Shard(config) if communicator is None else communicator.shard
+        local = self.local_config = config if communicator is None else self.shard.local
+        self.embed_tokens = Embedding(local, device=device, dtype=dtype)
+        block = partial(Block, local, attention=attention, mlp=mlp, device=device, dtype=dtype)
         self.layers = nn.ModuleList(block() for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, device=device, dtype=dtype)
-        self.lm_head = Linear(config.hidden_size, config.vocab_size, device=device, dtype=dtype)
+        self.lm_head = Linear(config.hidden_size, local.vocab_size, device=device, dtype=dtype)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
+        if communicator is not None:
+            self._join(communicator)
         self.requires_grad_(False)
         self.kv_scales: Tensor | None = None  # [layers, 2, kv_heads], where the checkpoint has some for a cache in fp8
         self.register_buffer("frequencies", frequencies(config, device), persistent=False)
@@ -202,13 +215,14 @@ class Transformer(Research):
         dtype: torch.dtype | str = "auto",
         quantization: str | None = None,
         check_weights: bool = False,
+        communicator: Communicator | None = None,
     ) -> "Transformer":
         """Load a Hugging Face folder, strictly; `dtype` "auto" is the checkpoint's, `check_weights` refuses NaN and
         infinities. A quantised folder stays quantised; `quantization` "int8", "int4" or "fp8" rounds the linear layers
         of a dense one while they are read. `config` takes the place of the folder's. Parameters that `attention` or
         `mlp` have and the folder lacks start at random (norms at 1), and one warning names them. Raises ConfigError or
         CheckpointError."""
-        build = partial(cls, attention=attention, mlp=mlp, device="meta", seed=None)
+        build = partial(cls, attention=attention, mlp=mlp, device="meta", seed=None, communicator=communicator)
         entries = None
         if (attention, mlp) != (Attention, MLP):
 
@@ -217,8 +231,10 @@ class Transformer(Research):
 
         checkpoint = Checkpoint(path, config, entries)
         model = build(checkpoint.config, dtype=checkpoint.resolve(dtype))
-        checkpoint.load(model, device=device, quantization=quantization, check_weights=check_weights)
-        model.kv_scales = checkpoint.kv_scales
+        shard = None if communicator is None else communicator.shard
+        checkpoint.load(model, device=device, quantization=quantization, check_weights=check_weights, shard=shard)
+        scales = checkpoint.kv_scales
+        model.kv_scales = scales if scales is None else scales[:, :, model.shard.kv_heads]
         if checkpoint.absent:
             names = [f"{entry.module}.{entry.leaf}" for entry in checkpoint.absent]
             for entry in checkpoint.absent:
@@ -233,6 +249,7 @@ class Transformer(Research):
     def quantise(self, scheme: str) -> None:
         """Round the weights of the linear layers to "int8", "int4" or "fp8", in place; embedding, norms and head stay
         as they are. ValueError for another scheme, or a model that is quantised already."""
+        self.needs_whole("quantise")
         linears = [module for module in self.modules() if isinstance(module, Linear)]
         if scheme not in SCHEMES or any(linear.coded is not None for linear in linears):
             told = f"one of {', '.join(SCHEMES)} for a dense model"
@@ -251,6 +268,7 @@ class Transformer(Research):
 
     def save_pretrained(self, path: str | Path) -> None:
         """Write a folder that this and transformers load: all of it or nothing. `path` must be new or empty."""
+        self.needs_whole("save_pretrained")
         save_pretrained(self, self.config, path, kv_scales=self.kv_scales)
 
     @property
@@ -305,16 +323,39 @@ class Transformer(Research):
         if sum(linear.form.nbytes for linear in linears if linear.form is not None) >= WORTH_MOVING:
             move_to_huge_pages(seconds=2.5)
 
+    def _join(self, communicator: Communicator) -> None:
+        """Have the parts of what ranks compute put together: of embedding, attention, MLP and logits."""
+        self.embed_tokens.lookup = communicator.lookup
+        self.lm_head.finish = communicator.gather
+        for name, module in self.named_modules():
+            if isinstance(module, Linear) and name.endswith(("o_proj", "down_proj")):
+                module.finish = communicator.sum
+
     def _fill_randomly(self, seed: int, names: Collection[str] | None = None) -> None:
-        """All parameters, or those of these names."""
+        """All parameters, or those of these names; a rank's are parts of the same numbers."""
         generator = torch.Generator(self.device).manual_seed(seed)
         for name, parameter in self.named_parameters():
             if names is not None and name not in names:
                 continue
             if name.endswith("norm.weight"):
                 parameter.fill_(1.0)
-            else:
+            elif self.shard.size == 1:
                 parameter.normal_(0.0, 0.02, generator=generator)
+            else:
+                self._fill_part(name, parameter, generator)
+
+    def _fill_part(self, name: str, parameter: Tensor, generator: torch.Generator) -> None:
+        module, _, leaf = name.rpartition(".")
+        pairs = zip(layout(self.config), layout(self.local_config), strict=True)
+        parts = [(whole, own) for whole, own in pairs if (whole.module, whole.leaf) == (module, leaf)]
+        rows = parts[-1][0].start + parts[-1][0].shape[0]
+        drawn = torch.empty(rows, *parts[0][0].shape[1:], dtype=parameter.dtype, device=parameter.device)
+        drawn.normal_(0.0, 0.02, generator=generator)
+        parameter.zero_()
+        for whole, own in parts:
+            cut = self.shard.cut(whole.name)
+            part = drawn[whole.start : whole.start + whole.shape[0]][cut if drawn.dim() > 1 else cut.rows]
+            parameter[own.start : own.start + len(part)] = part
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Transformer":
         # A cast must not round the rotary frequencies, to_empty() must not lose them, a move must not untie the head.

@@ -10,16 +10,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from llama.api.errors import CheckpointError
+from llama.api.errors import CheckpointError, ParameterError
 from llama.files import read_json, some_of
 from llama.model.checkpoint.layout import Entry, layout
 from llama.model.checkpoint.quantised import CodedSource, find_coded, find_quantization, scheme_for
 from llama.model.checkpoint.quantised.kv_scales import read_kv_scales
 from llama.model.checkpoint.save import stored_rows
-from llama.model.checkpoint.shards import StoredTensor, read_header, read_into
+from llama.model.checkpoint.shards import StoredTensor, read_header, read_part
 from llama.model.config import DTYPES, ModelConfig
 from llama.model.linear import Linear
-from llama.model.weights.quantised import Dense, Quantised, join, of_coded
+from llama.model.parallel import WHOLE, Cut, Shard
+from llama.model.weights.coded import CodedWeight
+from llama.model.weights.quantised import Dense, Quantised, join, of_coded, quantise
 
 logger = logging.getLogger(__name__)
 
@@ -84,20 +86,22 @@ class Checkpoint:
         device: torch.device | str | None = None,
         quantization: str | None = None,
         check_weights: bool = False,
+        shard: Shard | None = None,
     ) -> None:
         """Read the weights into `module`, whose parameters lie as `layout` says; those on the meta device are made on
-        `device`, in their dtype.
+        `device`, in their dtype. Of a `shard` the module has one part of each weight, and that alone is read.
 
         `quantization` rounds the linear layers of a dense checkpoint to "int8", "int4" or "fp8", each as soon as it is
         read. `check_weights` refuses NaN and infinities.
         """
-        target = Target(module, device, scheme_for(quantization, self._quantization))
+        target = Target(module, device, scheme_for(quantization, self._quantization), shard)
         sources: dict[str, Source] = {**self._stored, **self._coded}
-        _stream(target, self._entries, sources)
+        entries = self._entries if shard is None else list(layout(shard.local))
+        _stream(target, entries, sources)
         if self.config.tie_word_embeddings and "lm_head.weight" in self._stored:
             embedding = module.get_parameter(f"{self._entries[0].module}.weight").detach()
-            _compare_tied_head(embedding, self._stored["lm_head.weight"])
-        for entry in self._entries if check_weights else ():
+            _compare_tied_head(embedding, self._stored["lm_head.weight"], target.cut(self._entries[0]))
+        for entry in entries if check_weights else ():
             if not bool(stored_rows(module, entry).isfinite().all()):
                 raise CheckpointError(f"{entry.name} holds NaN or infinite weights")
 
@@ -165,6 +169,10 @@ class Target(NamedTuple):
     module: nn.Module
     device: torch.device | str | None
     quantization: str | None
+    shard: Shard | None = None
+
+    def cut(self, entry: Entry) -> Cut:
+        return WHOLE if self.shard is None else self.shard.cut(entry.name)
 
     def fill(self, entries: Sequence[Entry], sources: Mapping[str, Source]) -> int:
         """Read all parts of one of its modules -> their bytes."""
@@ -172,36 +180,70 @@ class Target(NamedTuple):
         weights = [entry for entry in entries if entry.leaf == "weight"]
         if isinstance(owner, Linear) and any(isinstance(sources[entry.name], CodedSource) for entry in weights):
             dtype = owner.weight.dtype
-            owner.take(join([self._part(sources[entry.name], entry, dtype) for entry in weights]))
+            owner.take(join([part for entry in weights for part in self._parts(sources[entry.name], entry, dtype)]))
+            weights = []
+        is_rounded = self.quantization is not None and entries[0].module != "lm_head"
+        if isinstance(owner, Linear) and is_rounded and weights and self.cut(weights[0]).columns != slice(None):
+            self._take_rounded(owner, sources[weights[0].name], self.cut(weights[0]))
             weights = []
         for entry in (*weights, *(entry for entry in entries if entry.leaf != "weight")):
             parameter = owner.get_parameter(entry.leaf)
             if parameter.is_meta:
                 parameter = nn.Parameter(torch.empty_like(parameter, device=self.device), requires_grad=False)
                 setattr(owner, entry.leaf, parameter)
-            _read(sources[entry.name], parameter.detach().narrow(0, entry.start, entry.shape[0]))
-        if weights and self.quantization is not None and isinstance(owner, Linear) and entries[0].module != "lm_head":
-            owner.quantise(self.quantization)
+            source, cut = sources[entry.name], self.cut(entry)
+            count = cut.shape(source.shape)[0]
+            _read(source, cut, parameter.detach().narrow(0, entry.start, count))
+            parameter.detach().narrow(0, entry.start + count, entry.shape[0] - count).zero_()  # padding
+        if weights and isinstance(owner, Linear) and is_rounded:
+            owner.quantise(str(self.quantization))
         return sum(sources[entry.name].nbytes for entry in entries)
 
-    def _part(self, source: Source, entry: Entry, dtype: torch.dtype) -> Quantised | Dense:
-        device = torch.device(self.device or "cpu")
+    def _parts(self, source: Source, entry: Entry, dtype: torch.dtype) -> list[Quantised | Dense]:
+        """The rank's part of a weight, and what pads it."""
+        device, cut = torch.device(self.device or "cpu"), self.cut(entry)
+        count = cut.shape(source.shape)[0]
+        padding = [Dense(torch.zeros(entry.shape[0] - count, entry.shape[1], dtype=dtype, device=device))]
+        padding = padding if count < entry.shape[0] else []
         coded = source.read() if isinstance(source, CodedSource) else None
         if coded is not None and (form := of_coded(coded, dtype)) is not None:
-            return form.to(device, dtype)
-        weight = torch.empty(entry.shape, dtype=dtype, device=device)
+            try:
+                return [form.cut(cut).to(device, dtype), *padding]
+            except ValueError as error:
+                raise CheckpointError(f"{source.place[0]}: {entry.name}: {error}") from None
+        weight = torch.empty(count, entry.shape[1], dtype=dtype, device=device)
         if coded is not None:
-            coded.dense_into(weight)
+            _widen(coded, source.shape, cut, weight)
         else:
-            _read(source, weight)
-        return Dense(weight)
+            _read(source, cut, weight)
+        return [Dense(weight), *padding]
+
+    def _take_rounded(self, owner: Linear, source: Source, cut: Cut) -> None:
+        """Columns of a weight that is rounded as a whole: a scale holds for a whole row, or for a group of columns."""
+        assert self.quantization is not None
+        whole = torch.empty(source.shape, dtype=owner.weight.dtype, device=self.device)
+        _read(source, WHOLE, whole)
+        try:
+            owner.take(quantise(whole, self.quantization).cut(cut))
+        except ValueError as error:
+            told = f"tensor_parallel_size does not fit quantization={self.quantization!r}"
+            raise ParameterError(f"{told}: {error}", "tensor_parallel_size") from None
 
 
-def _read(source: Source, rows: Tensor) -> None:
+def _read(source: Source, cut: Cut, target: Tensor) -> None:
     if isinstance(source, CodedSource):
-        source.read().dense_into(rows)
+        _widen(source.read(), source.shape, cut, target)
     else:
-        read_into(source, rows)
+        read_part(source, cut, target)
+
+
+def _widen(coded: CodedWeight, shape: tuple[int, ...], cut: Cut, target: Tensor) -> None:
+    if cut.is_whole(shape):
+        coded.dense_into(target)
+        return
+    whole = torch.empty(shape, dtype=target.dtype)
+    coded.dense_into(whole)
+    target.copy_(whole[cut])
 
 
 def _stream(target: Target, entries: list[Entry], sources: Mapping[str, Source]) -> None:
@@ -215,8 +257,9 @@ def _stream(target: Target, entries: list[Entry], sources: Mapping[str, Source])
         modules.setdefault(entry.module, []).append(entry)
     order = sorted(modules.values(), key=lambda parts: min(sources[entry.name].place for entry in parts))
     total = sum(sources[entry.name].nbytes for entry in entries)
+    is_silent = True if target.shard is not None and target.shard.rank else None  # None: where there is no terminal
     with (
-        tqdm(total=total, desc="Loading weights", unit="B", unit_scale=True, disable=None, leave=False) as bar,
+        tqdm(total=total, desc="Loading weights", unit="B", unit_scale=True, disable=is_silent, leave=False) as bar,
         ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1)) as threads,
     ):
         try:
@@ -227,10 +270,12 @@ def _stream(target: Target, entries: list[Entry], sources: Mapping[str, Source])
             raise
 
 
-def _compare_tied_head(embedding: Tensor, head: StoredTensor) -> None:
-    copy = torch.empty_like(embedding) if head.shape == tuple(embedding.shape) else None
+def _compare_tied_head(embedding: Tensor, head: StoredTensor, cut: Cut) -> None:
+    shape = cut.shape(head.shape)
+    embedding = embedding[: shape[0]]
+    copy = torch.empty_like(embedding) if shape == tuple(embedding.shape) else None
     if copy is not None:
-        read_into(head, copy)
+        read_part(head, cut, copy)
     if copy is None or not torch.equal(copy, embedding):
         logger.warning(
             "%s: lm_head.weight differs from the embedding, which is used: config.json says tie_word_embeddings",

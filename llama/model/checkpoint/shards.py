@@ -8,7 +8,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from io import BufferedReader
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from llama.api.errors import CheckpointError
 from llama.files import open_regular, unique_keys
+from llama.model.parallel import Cut
 
 DTYPES = {
     "F64": torch.float64,
@@ -153,6 +154,38 @@ def read_into(stored: StoredTensor, target: Tensor) -> None:
             flat[begin : begin + part.numel()].copy_(part)
 
 
+def read_part(stored: StoredTensor, cut: Cut, target: Tensor) -> None:
+    """Fill a contiguous `target` with a part of a stored tensor, of whose bytes no others are read."""
+    rows = range(stored.shape[0])[cut.rows]
+    row_bytes = stored.nbytes // max(1, stored.shape[0])
+    offset, nbytes = stored.offset + rows.start * row_bytes, len(rows) * row_bytes
+    part = replace(stored, shape=(len(rows), *stored.shape[1:]), offset=offset, nbytes=nbytes)
+    if cut.shape(stored.shape) == part.shape:
+        read_into(part, target)
+    else:
+        _read_columns(part, range(stored.shape[1])[cut.columns], target)
+
+
+def _read_columns(stored: StoredTensor, columns: range, target: Tensor) -> None:
+    """A matrix's rows one by one: what lies between is the other ranks'."""
+    (num_rows, width), size = stored.shape, stored.dtype.itemsize
+    stage = torch.empty(max(1, min(num_rows, _STAGE_BYTES // (size * len(columns)))), len(columns), dtype=stored.dtype)
+    data = stage.view(-1).view(torch.uint8).numpy().data
+    row_bytes = size * len(columns)
+    with open_regular(stored.path) as file:
+        for begin in range(0, num_rows, len(stage)):
+            part = target[begin : begin + len(stage)]
+            for row in range(len(part)):
+                offset = stored.offset + ((begin + row) * width + columns.start) * size
+                place = data[row * row_bytes : (row + 1) * row_bytes]
+                while place:
+                    count = os.preadv(file.fileno(), [place], offset)
+                    if not count:
+                        raise _changed(stored)
+                    place, offset = place[count:], offset + count
+            part.copy_(stage[: len(part)])
+
+
 def read_codes(stored: StoredTensor) -> Tensor:
     """The tensor in the dtype that it is stored in, on the CPU."""
     tensor = torch.empty(stored.shape, dtype=_CODE_DTYPES[stored.code])
@@ -167,8 +200,12 @@ def _read_exactly(file: BufferedReader, stored: StoredTensor, flat: Tensor) -> N
     while rest:
         count = file.readinto(rest)  # Linux reads at most 2 GiB at once
         if not count:
-            raise CheckpointError(f"{stored.path}: ends inside {stored.name}; did the file change while it was read?")
+            raise _changed(stored)
         rest = rest[count:]
+
+
+def _changed(stored: StoredTensor) -> CheckpointError:
+    return CheckpointError(f"{stored.path}: ends inside {stored.name}; did the file change while it was read?")
 
 
 class Stored(NamedTuple):

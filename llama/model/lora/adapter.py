@@ -39,7 +39,7 @@ class AdapterWeights:
     """What an adapter computes. `digest` tells two of them apart by content: configuration and weights."""
 
     path: str
-    pairs: Mapping[str, Pair]  # by the module's Hugging Face name
+    pairs: Mapping[str, Pair]  # by the module's Hugging Face name; of a rank's model its parts of them
     rank: int  # the largest of its modules
     targets: tuple[str, ...]  # q_proj, ...
     nbytes: int
@@ -128,15 +128,16 @@ def _is_base_copy(stored: StoredTensor, model: Transformer) -> bool:
     """PEFT stores the embedding's and the head's own weight beside an adapter of theirs; both must be ours."""
     name = stored.name.removeprefix(_PREFIX).replace(".base_layer.", ".")
     if name == "model.embed_tokens.weight":
-        base: Tensor = model.embed_tokens.weight
+        base: Tensor = model.embed_tokens.weight.detach()
     elif name == "lm_head.weight":
         base = model.lm_head.dense_weight()
     else:
         return False
-    if stored.shape != tuple(base.shape):
-        raise AdapterError(f"{stored.path}: {stored.name} is {list(stored.shape)}, the model's is {list(base.shape)}")
-    copy = _load(stored, base.dtype)
-    if not torch.equal(copy, base.cpu()):
+    shape = (model.config.vocab_size, model.config.hidden_size)
+    if stored.shape != shape:
+        raise AdapterError(f"{stored.path}: {stored.name} is {list(stored.shape)}, the model's is {list(shape)}")
+    copy = _load(stored, base.dtype)[model.shard.vocabulary]
+    if not torch.equal(copy, base[: len(copy)].cpu()):
         raise AdapterError(f"{stored.path}: {stored.name} differs from the base model's: it was trained on another one")
     return True
 
@@ -172,11 +173,24 @@ def _read(
             raise AdapterError(f"{folder}: {module.name}, scaled by {module.scale:g}, is too large for {model.dtype}")
     if not any(bool(pair.a.any()) and bool(pair.b.any()) for pair in pairs.values()):
         raise AdapterError(f"{folder}: every lora_A or lora_B is zero: it was never trained and would change nothing")
+    own = pairs if model.shard.size == 1 else {name: _cut(name, pair, model) for name, pair in pairs.items()}
     return AdapterWeights(
         path=str(folder),
-        pairs=pairs,
+        pairs=own,
         rank=max(module.rank for module in modules),
         targets=tuple(dict.fromkeys(module.name.rpartition(".")[2] for module in modules)),
-        nbytes=sum(tensor.nbytes for pair in pairs.values() for tensor in pair),
+        nbytes=sum(tensor.nbytes for pair in own.values() for tensor in pair),
         digest=digest.digest(),
     )
+
+
+def _cut(name: str, pair: Pair, model: Transformer) -> Pair:
+    """A rank's part: B is cut as the rows of its weight, A as the columns. What is added to the embedding is added to
+    the sum over the ranks, and whole on each."""
+    if name == "model.embed_tokens":
+        return pair
+    cut = model.shard.cut(name)
+    b = pair.b[cut.rows]
+    if name == "lm_head":
+        b = torch.nn.functional.pad(b, (0, 0, 0, model.local_config.vocab_size - len(b)))
+    return Pair(pair.a[:, cut.columns].clone(), b.clone())

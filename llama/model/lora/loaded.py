@@ -52,14 +52,14 @@ class LoadedAdapters:
 def module_places(model: Transformer) -> Places:
     """Hugging Face's module name -> our module, which of its fused slices, where each begins and the last ends."""
     fused: dict[str, list[tuple[str, int, int]]] = {}
-    for entry in layout(model.config):
+    for entry in layout(model.local_config):
         if entry.leaf == "bias":
             continue
         name = entry.name.removesuffix(".weight")
         fused.setdefault(entry.module, []).append(
             (name, entry.start, entry.shape[-1 if name.endswith("embed_tokens") else 0])
         )
-    fused.setdefault("lm_head", [("lm_head", 0, model.config.vocab_size)])
+    fused.setdefault("lm_head", [("lm_head", 0, model.local_config.vocab_size)])
     places = {}
     for path, slices in fused.items():
         starts = (*(start for _, start, _ in slices), slices[-1][1] + slices[-1][2])

@@ -5,6 +5,7 @@ where this one would spend its time on widening codes: `prepare` makes it.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Protocol
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 from llama.kernels import ops
 from llama.kernels.cpu.matmul import codes_of, nibble_block, pack_nibbles, widen
 from llama.kernels.types import QuantizedWeight
+from llama.model.parallel import Cut
 from llama.model.weights import fp8, int4, int8
 from llama.model.weights.coded import CodedWeight
 
@@ -80,6 +82,33 @@ class Quantised:
         fields = {name: value[:, start : start + count] for name, value in _fields(self.weight).items()}
         fields["codes"] = self.weight.codes[start : start + count]
         return Quantised(_with(self.weight, fields), self.dtype, self.order)
+
+    def columns(self, columns: slice) -> "Quantised":
+        """Some of the columns, as whole groups. ValueError where that cannot be."""
+        weight, size = self.weight, self.weight.group_size
+        start, stop, _ = columns.indices(weight.shape[1])
+        if self.order is not None:
+            raise ValueError("columns that lie in an order of their own (act-order) are not cut for tensor parallelism")
+        groups = slice(None)
+        if size < weight.shape[1]:
+            if start % size or (stop % size and stop != weight.shape[1]):
+                raise ValueError(f"columns {start} to {stop} are not whole groups of {size}: take fewer ranks")
+            groups = slice(start // size, -(-stop // size))
+        fields = {name: value[groups].contiguous() for name, value in _fields(weight).items() if name != "codes"}
+        size = min(size, stop - start)
+        codes = codes_of(weight)[:, start:stop].contiguous()
+        block = nibble_block(stop - start, size) if weight.codes.dtype == torch.int16 else None
+        fields["codes"] = codes if block is None else pack_nibbles(codes, block)
+        return Quantised(replace(weight, group_size=size, **fields), self.dtype)
+
+    def cut(self, cut: Cut) -> "Quantised":
+        """The part of a tensor that a rank has."""
+        rows, columns = self.weight.shape
+        if cut.is_whole((rows, columns)):
+            return self
+        start, stop, _ = cut.rows.indices(rows)
+        part = self if stop - start == rows else self.rows(start, stop - start)
+        return part if cut.shape((rows, columns))[1] == columns else part.columns(cut.columns)
 
     def codes(self) -> Tensor:
         """q [N, K], columns in the order of x."""

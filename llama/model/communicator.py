@@ -1,0 +1,63 @@
+"""What ranks say to one another inside a forward: sums of partial outputs, and the parts of the logits.
+
+The process group is the library's own, beside any that the caller has made: no environment variable is read, and
+several engines may live in one process. Gloo on the CPU, on the loopback device; NCCL on CUDA.
+"""
+
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from llama.model.parallel import Shard
+
+
+class Communicator:
+    """One rank's end. Every rank must make the same calls in the same order."""
+
+    def __init__(self, shard: Shard, store: Any, device: torch.device, *, seconds: float) -> None:
+        """Meets the others by `store`, one of torch.distributed's. A collective that takes longer than `seconds` is an
+        error, and the end."""
+        self.shard = shard
+        wait = timedelta(seconds=seconds)
+        self._group: Any  # what a process group of either kind does has no common type
+        if device.type == "cuda":
+            nccl = dist.ProcessGroupNCCL.Options()
+            nccl._timeout = wait
+            self._group = dist.ProcessGroupNCCL(store, shard.rank, shard.size, nccl)
+        else:
+            gloo: Any = dist.ProcessGroupGloo
+            options = gloo._Options()
+            options._timeout = wait
+            options._devices = [gloo.create_device(hostname="127.0.0.1")]
+            self._group = gloo(store, shard.rank, shard.size, options)
+        self._check(device)
+
+    def sum(self, x: Tensor) -> Tensor:
+        """x, in place, summed over the ranks: the same bits on each."""
+        self._group.allreduce([x]).wait()
+        return x
+
+    def gather(self, x: Tensor) -> Tensor:
+        """x [rows, columns] -> [rows, vocab_size]: the columns of all ranks in order, without the padding."""
+        parts = x.new_empty(self.shard.size, *x.shape)
+        self._group.allgather([list(parts.unbind(0))], [x.contiguous()]).wait()
+        return parts.transpose(0, 1).flatten(1)[:, : self.shard.config.vocab_size].contiguous()
+
+    def lookup(self, token_ids: Tensor, weight: Tensor) -> Tensor:
+        """Rows of a table by token id, where each rank has the rows of its part of the vocabulary."""
+        start = self.shard.vocabulary.start
+        places = token_ids - start
+        is_here = (places >= 0) & (places < weight.shape[0])
+        rows = torch.nn.functional.embedding(places.where(is_here, 0), weight)
+        return self.sum(rows.masked_fill_(~is_here.unsqueeze(1), 0))
+
+    def _check(self, device: torch.device) -> None:
+        """On some machines the first collective never returns, on others it returns nonsense."""
+        size = self.shard.size
+        found = self.sum(torch.arange(4, dtype=torch.float32, device=device) + self.shard.rank).tolist()
+        wanted = [float(i * size + size * (size - 1) // 2) for i in range(4)]
+        if found != wanted:
+            raise RuntimeError(f"the ranks' first sum is {found} where it should be {wanted}")
