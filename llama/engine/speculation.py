@@ -28,6 +28,25 @@ class Drafter(Protocol):
         """At most so many tokens behind the known ones of each sequence."""
 
 
+class _Lost:
+    """Stands for a matcher that could not be rolled back: the step that would ask it for a mask ends its sequence."""
+
+    def __init__(self, error: Exception) -> None:
+        self._error = error
+
+    def fill_mask(self, words: Ints) -> None:
+        raise self._error
+
+    def advance(self, token_id: int) -> None:
+        raise self._error
+
+    def rollback(self, num_tokens: int) -> None:
+        raise self._error
+
+    def fork(self) -> "_Lost":
+        return self
+
+
 class Speculation:
     def __init__(self, config: SpeculativeConfig, running: Running, eos_token_ids: Iterable[int], mask_words: int):
         self._num_drafts = 0
@@ -93,7 +112,7 @@ class Speculation:
         drafts = self._before_an_end(sequence, drafts)
         masks: list[Ints] = []
         if sequence.matcher is not None:
-            drafts, masks = self._allowed(sequence.matcher, drafts)
+            drafts, masks = self._allowed(sequence, sequence.matcher, drafts)
         if not drafts:
             self._running.shrink(sequence, start + 1)
             return None
@@ -108,7 +127,7 @@ class Speculation:
                 return drafts[:place]
         return drafts
 
-    def _allowed(self, matcher: TokenMatcher, drafts: list[int]) -> tuple[list[int], list[Ints]]:
+    def _allowed(self, sequence: Sequence, matcher: TokenMatcher, drafts: list[int]) -> tuple[list[int], list[Ints]]:
         """The drafts before the first that the grammar forbids, and its masks before each and behind the last. The
         matcher stays where it is."""
         masks: list[Ints] = []
@@ -126,8 +145,8 @@ class Speculation:
             logger.debug("a grammar broke off over a draft", exc_info=True)
         try:
             matcher.rollback(num_advanced)
-        except Exception:
-            logger.exception("a grammar broke off")
+        except Exception as error:
+            sequence.matcher = _Lost(error)
             return [], []
         return drafts[: max(0, len(masks) - 1)], masks
 

@@ -4,12 +4,16 @@ from dataclasses import replace
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from llama.api.errors import ConfigError
 from llama.engine.config import EngineConfig
 from llama.engine.engine import Engine
 from llama.llm.llm import LLM
+from llama.model.linear import Linear
 from llama.model.transformer import Transformer
+from tests.engine.fakes import add
 from tests.engine.test_speculation import Toy, make_engine, run
 from tests.model.models import tiny_model
 from tests.test_equivalence import EOS, Case, Run, ask, check, model, oracle
@@ -128,6 +132,49 @@ def test_a_prompt_longer_than_a_step_is_caught_up_in_several():
     assert engine.metrics().num_accepted_tokens == engine.metrics().num_draft_tokens
 
 
+POOL = [
+    ask(6, 3 + i, **PLAIN | rule, logprobs=i % 2)
+    for i, rule in enumerate([*RULES.values(), {"temperature": 0, "n": 2}])
+]
+
+
+@settings(max_examples=8, deadline=None)
+@given(
+    draft=st.sampled_from(sorted(DRAFTS)),
+    asked=st.lists(st.tuples(st.integers(0, len(POOL) - 1), st.integers(0, 6)), min_size=1, max_size=7),
+    aborted=st.lists(st.tuples(st.integers(0, 6), st.integers(1, 12)), max_size=3),
+    budget=st.sampled_from([20, 64]),
+    block_size=st.sampled_from([2, 4, 16]),
+    spare_blocks=st.integers(0, 12),
+    lag=st.integers(0, 1),
+)
+def test_interleavings_change_no_token(draft, asked, aborted, budget, block_size, spare_blocks, lag):
+    """Requests that come and go at any step, in little memory."""
+    num_blocks = 3 * (48 // block_size + 1) + spare_blocks
+    engine = drafting(
+        DRAFTS[draft](), max_num_batched_tokens=budget, block_size=block_size, num_blocks=num_blocks, max_num_seqs=5,
+        max_model_len=48,
+    )  # fmt: skip
+    engine.runner.lag = lag
+    arrivals, ends = [(delay, i, POOL[number]) for i, (number, delay) in enumerate(asked)], dict(aborted)
+    told: dict[tuple[int, int], list[int]] = {}
+    for step in range(10_000):
+        for _, i, each in [arrival for arrival in arrivals if arrival[0] == step]:
+            add(engine, str(i), list(each.prompt), each.params)
+        for i in [i for i, at in ends.items() if at == step]:
+            engine.abort(str(i))
+        for output in engine.step():
+            told.setdefault((int(output.request_id), output.index), []).extend(output.token_ids)
+        engine.check()
+        if step > 12 and not engine.has_unfinished:
+            break
+    assert engine.metrics().num_used_blocks == 0
+    for i, (number, _) in enumerate(asked):
+        for index in range(POOL[number].params.n):
+            expected, tokens = oracle(POOL[number], index).token_ids, told.get((i, index), [])
+            assert tokens == (expected[: len(tokens)] if i in ends else expected)
+
+
 def test_a_grammar_holds():
     asks = [ask(5, 8, n=2, temperature=1.0, max_tokens=15, min_tokens=3), ask(5, 9, temperature=0, logprobs=1)]
     for draft in DRAFTS.values():
@@ -152,14 +199,21 @@ def folders(tmp_path_factory):
     return folder
 
 
-def test_llm_loads_it_beside_the_model(folders):
-    speculative = {"method": "draft_model", "model": str(folders / "draft")}
+@pytest.mark.parametrize("quantization", [None, "int8", "int4", "fp8"])
+def test_llm_loads_it_beside_the_model(folders, quantization):
+    speculative = {"method": "draft_model", "model": str(folders / "draft"), "quantization": quantization}
     llm = LLM(folders / "target", dtype="float64", max_num_seqs=2, speculative_config=speculative)
     plain = LLM(folders / "target", dtype="float64", max_num_seqs=2)
     params = ask(1, 1, temperature=0.5, max_tokens=20).params
     ours, theirs = (each.generate([[1, 2, 3]], params, use_tqdm=False)[0] for each in (llm, plain))
     assert ours.outputs[0].token_ids == theirs.outputs[0].token_ids and ours.metrics.num_draft_tokens > 0
-    assert llm.engine.scheduler.speculation.draft_model._model.dtype == torch.float64
+    draft = llm.engine.scheduler.speculation.draft_model._model
+    expected = tiny_model(dtype=torch.float32, num_hidden_layers=1).to(torch.float64)
+    if quantization is not None:
+        expected.quantise(quantization)
+    for linear, other in zip((m for m in draft.modules() if isinstance(m, Linear)),
+                             (m for m in expected.modules() if isinstance(m, Linear)), strict=True):  # fmt: skip
+        assert linear.dense_weight().dtype == torch.float64 and torch.equal(linear.dense_weight(), other.dense_weight())
 
 
 @pytest.mark.parametrize(("name", "told"), [("other", "has a vocab_size of 98, the model has 97"), ("no", "no such")])

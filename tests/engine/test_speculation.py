@@ -235,6 +235,8 @@ class Toy:
         self.tokens.append(token_id)
 
     def rollback(self, num_tokens: int) -> None:
+        if self.options[1] == "rollback" and num_tokens and len(self.tokens) >= self.options[0]:
+            raise RuntimeError("cannot go back")
         if num_tokens:
             del self.tokens[-num_tokens:]
 
@@ -281,6 +283,16 @@ def test_a_grammar_that_breaks_ends_its_request_alone_and_only_where_the_answer_
         asks, 9, lambda future, count: (future + [3] * 9)[:count], lambda: Toy(fails_at + 1, fails_in)
     )
     assert answer.finish_reason is FinishReason.LENGTH
+
+
+def test_a_grammar_that_cannot_be_rolled_back_ends_its_request_alone(caplog):
+    asks = [ask(5, 8, temperature=1.0, max_tokens=12), ask(5, 9, temperature=1.0, max_tokens=12)]
+    expected = run(make_engine(), asks, Toy)
+    known = {f"ask {i}/0": answer.token_ids for i, answer in enumerate(expected)}
+    made = iter([Toy(5, "rollback"), Toy()])
+    broken, whole = run(drafting(5, right, known), asks, lambda: next(made))
+    assert broken.finish_reason is FinishReason.ERROR and broken.token_ids == expected[0].token_ids[:1]
+    assert vars(whole) == vars(expected[1]) and "cannot go back" in caplog.text
 
 
 def chains(engine: Engine) -> set[bytes]:
