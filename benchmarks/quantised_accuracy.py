@@ -41,13 +41,20 @@ def in_pieces(model: Transformer, kv_dtype: torch.dtype) -> Callable[[Tensor], T
     return compute
 
 
-def variants(path: Path) -> dict[str, Callable[[Tensor], Tensor]]:
-    def loaded(dtype: str, scheme: str | None = None) -> Transformer:
-        model = Transformer.from_pretrained(path, dtype=dtype, quantization=scheme)
+def variants(path: Path, kept: Path | None) -> dict[str, Callable[[Tensor], Tensor]]:
+    def loaded(dtype: str, scheme: str | None = None, folder: Path = path) -> Transformer:
+        model = Transformer.from_pretrained(folder, dtype=dtype, quantization=scheme)
         model.prepare()
         return model
 
     dense = loaded("float32")
+    if kept is not None:
+        return {
+            "float32": whole(dense),
+            "bfloat16": in_pieces(loaded("bfloat16"), torch.bfloat16),
+            "kept, float32": whole(loaded("float32", folder=kept)),
+            "kept, bfloat16": in_pieces(loaded("bfloat16", folder=kept), torch.bfloat16),
+        }
     return {
         "float32": whole(dense),
         "bfloat16": in_pieces(loaded("bfloat16"), torch.bfloat16),
@@ -64,10 +71,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--windows", type=int, default=12)
+    told = "a folder of the same model whose codes `llama convert --keep-quantised` kept: compare it alone"
+    parser.add_argument("--kept", type=Path, help=told)
     arguments = parser.parse_args()
     ids = torch.tensor(Tokenizer.from_pretrained(arguments.model).encode(TEXT.read_text(encoding="ascii")))
     starts = torch.linspace(0, len(ids) - WINDOW, arguments.windows).long().tolist()
-    models = variants(arguments.model)
+    models = variants(arguments.model, arguments.kept)
     nll, divergence = dict.fromkeys(models, 0.0), dict.fromkeys(models, 0.0)
     for done, start in enumerate(starts, 1):
         window = ids[start : start + WINDOW]

@@ -18,13 +18,15 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument("--tokenizer-only", action="store_true", help="of Meta's release: tokenizer.model alone")
     text = "of a GGUF file: dtype of the weights (bfloat16); those of Meta's release keep theirs"
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), help=text)
+    text = "of a GGUF file: linear layers keep its codes (Q4_0, Q4_1, Q8_0, Q4_K, Q6_K) instead of becoming dense"
+    parser.add_argument("--keep-quantised", action="store_true", help=text)
 
 
 def run(options: Namespace) -> int:
     source, output = Path(options.input), Path(options.output)
     if source.is_dir():
-        if options.dtype is not None:
-            raise UsageError("--dtype is for a GGUF file: the weights of Meta's release keep theirs")
+        if options.dtype is not None or options.keep_quantised:
+            raise UsageError("--dtype and --keep-quantised are for a GGUF file: Meta's weights stay as they are")
         from llama.convert import meta
 
         meta.convert(source, output, tokenizer_only=options.tokenizer_only, rope_factor=options.rope_factor)
@@ -33,7 +35,10 @@ def run(options: Namespace) -> int:
             raise UsageError("--rope-factor and --tokenizer-only are for Meta's release, a folder")
         from llama.convert import gguf
 
-        gguf.convert(source, output, dtype=options.dtype or "bfloat16")
+        kept = options.keep_quantised
+        dense = gguf.convert(source, output, dtype=options.dtype or "bfloat16", keep_quantised=kept)
+        for kind, count in dense.items():
+            print(f"{count} linear layers became dense, for their type is {kind}")
     print(f"wrote {output}")
     if sampling := GenerationConfig.from_pretrained(output).sampling:
         told = ", ".join(f"{name} {value}" for name, value in sampling.items())

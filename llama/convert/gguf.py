@@ -1,11 +1,14 @@
 """Convert a GGUF file of Llama architecture to a Hugging Face folder: config, safetensors, tokenizer, chat template.
 
-Quantised tensors are expanded one by one, so memory holds one at a time. Whatever the file says that a Llama model
-does not have (experts, biases, another RoPE scaling, another tokenizer) is refused by name, never dropped.
+Quantised tensors are expanded, or kept as they are (`gguf_codes`), one by one, so memory holds one at a time. Whatever
+the file says that a Llama model does not have (experts, biases, another RoPE scaling, another tokenizer) is refused by
+name, never dropped.
 """
 
 import re
+from collections import Counter
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +32,17 @@ from llama.convert.folder import (
 )
 from llama.files import open_regular
 from llama.model.checkpoint.layout import Entry, layout
+from llama.model.checkpoint.quantised.write import Coded, coded_tensors
 from llama.model.checkpoint.save import new_folder, write_checkpoint
 from llama.model.config import ModelConfig
 from llama.model.rope_scaling import Llama3Scaling
+from llama.model.weights.quantised import Quantised, of_coded
 
 try:
     import gguf
     from gguf.quants import dequantize
+
+    from llama.convert import gguf_codes
 except ModuleNotFoundError as error:
     message = f"GGUF files need {error.name}: pip install 'llama-engine[tools]'"
     raise ModuleNotFoundError(message, name=error.name) from None
@@ -228,15 +235,66 @@ class Weights:
             raise ValueError(f"missing tensors: {', '.join(missing[:10])}")
 
     def read(self, entry: Entry) -> torch.Tensor:
+        name = self._checked(entry)
+        return self._in_order(name, torch.from_numpy(self.file.array(name))).to(self.dtype)
+
+    def read_coded(self, entry: Entry, *, with_minima: bool) -> Quantised:
+        """Raises KeyError for a type that `gguf_codes` does not keep."""
+        name = self._checked(entry)
+        tensor = self.file.tensors[name]
+        data = torch.from_numpy(np.require(tensor.data, requirements=["C", "W"])).view(entry.shape[0], -1)
+        coded = gguf_codes.read_codes(self._in_order(name, data), tensor.tensor_type, with_minima=with_minima)
+        form = of_coded(coded, self.dtype)
+        assert form is not None, "groups of one size, in order"
+        return form
+
+    def _checked(self, entry: Entry) -> str:
         name = self.names[entry.name]
-        weight = torch.from_numpy(self.file.array(name))
-        if weight.shape != entry.shape:
-            raise ValueError(f"{name} has shape {list(weight.shape)}, expected {list(entry.shape)} by {entry.keys}")
+        shape = tuple(reversed(self.file.tensors[name].shape.tolist()))
+        if shape != entry.shape:
+            raise ValueError(f"{name} has shape {list(shape)}, expected {list(entry.shape)} by {entry.keys}")
+        return name
+
+    def _in_order(self, name: str, rows: torch.Tensor) -> torch.Tensor:
         if name.endswith("attn_q.weight"):
-            weight = unpermute_rope(weight, self.config.num_attention_heads)
-        elif name.endswith("attn_k.weight"):
-            weight = unpermute_rope(weight, self.config.num_key_value_heads)
-        return weight.to(self.dtype)
+            return unpermute_rope(rows, self.config.num_attention_heads)
+        return unpermute_rope(rows, self.config.num_key_value_heads) if name.endswith("attn_k.weight") else rows
+
+
+class Codes:
+    """The linear layers that stay quantised, those of `gguf_codes`; `dense` counts the others by their type."""
+
+    def __init__(self, weights: Weights) -> None:
+        self._weights = weights
+        linear = [entry for entry in layout(weights.config) if len(entry.shape) == 2 and entry.module != "embed_tokens"]
+        kinds = {entry: weights.file.tensors[weights.names[entry.name]].tensor_type for entry in linear}
+        self._kept = {entry: kind for entry, kind in kinds.items() if gguf_codes.can_keep(kind)}
+        self.dense = Counter(kind.name for kind in kinds.values() if not gguf_codes.can_keep(kind))
+        if not self._kept:
+            found = ", ".join(sorted(self.dense))
+            raise ValueError(f"nothing to keep quantised: linear layers are {found}, kept are {gguf_codes.KEPT}")
+        # One format for the whole folder: MLX's where groups have minima, else compressed-tensors.
+        self._with_minima = any(map(gguf_codes.has_minima, self._kept.values()))
+        self._last: tuple[Entry, Coded] | None = None
+
+    def coded_of(self, entry: Entry) -> Coded | None:
+        """What there will be to write; its tensors are made again when their turn comes."""
+        if entry not in self._kept:
+            return None
+        coded = self._read(entry)
+        tensors = {
+            leaf: stored._replace(make=partial(self._tensor, entry, leaf)) for leaf, stored in coded.tensors.items()
+        }
+        return Coded(coded.scheme, tensors)
+
+    def _tensor(self, entry: Entry, leaf: str) -> torch.Tensor:
+        return self._read(entry).tensors[leaf].make()
+
+    def _read(self, entry: Entry) -> Coded:
+        if self._last is None or self._last[0] != entry:
+            form = self._weights.read_coded(entry, with_minima=self._with_minima)
+            self._last = entry, coded_tensors(form)
+        return self._last[1]
 
 
 def read_tokenizer(file: GGUFFile, vocab_size: int) -> Tokenizer:
@@ -275,13 +333,24 @@ def read_sampling(file: GGUFFile) -> dict[str, float]:
 
 
 def convert(
-    source: Path, output: Path, *, dtype: str = "bfloat16", sampling: Mapping[str, float] | None = None
-) -> None:
+    source: Path,
+    output: Path,
+    *,
+    dtype: str = "bfloat16",
+    keep_quantised: bool = False,
+    sampling: Mapping[str, float] | None = None,
+) -> Mapping[str, int]:
     """Make the folder `output` with weights of `dtype`. `sampling`: its generation defaults under Hugging Face's names,
-    None = what `read_sampling` finds. Raises ValueError and OSError."""
+    None = what `read_sampling` finds. Raises ValueError and OSError.
+
+    `keep_quantised` writes linear layers with the file's own codes, where a published format can tell them: Q4_0, Q8_0
+    and Q6_K as compressed-tensors, or all as MLX's affine form where some are Q4_1 or Q4_K. Returns how many had to
+    become dense, by their type.
+    """
     file = GGUFFile(source)
     config = read_config(file)
     weights = Weights(file, config, DTYPES[dtype])
+    codes = Codes(weights) if keep_quantised else None
     tokenizer = read_tokenizer(file, config.vocab_size)
     tokens = file.require("tokenizer.ggml.tokens")
     names = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
@@ -295,4 +364,8 @@ def convert(
             special={name: None if i is None else tokens[i] for name, i in ids.items()},
             chat_template=file.get("tokenizer.chat_template"),
         )
-        write_checkpoint(folder, config, weights.dtype, weights.read)
+        if codes is None:
+            write_checkpoint(folder, config, weights.dtype, weights.read)
+        else:
+            write_checkpoint(folder, config, weights.dtype, weights.read, coded_of=codes.coded_of)
+    return {} if codes is None else codes.dense
