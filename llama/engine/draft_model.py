@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from llama.engine.device import to_device
 from llama.engine.plan import Ints
@@ -30,12 +31,8 @@ class _Feed(NamedTuple):
     place: int  # in what was asked
     row: int
     start: int  # position of the first
-    token_ids: Ints
+    stop: int
     draws: bool
-
-    @property
-    def stop(self) -> int:
-        return self.start + len(self.token_ids)
 
 
 class DraftModel:
@@ -57,36 +54,47 @@ class DraftModel:
         if self._sampler.state is not None:
             rows = np.array([sequence.row for sequence, _ in asked])
             states = self._sampler.state.copy_of(to_device(rows, self._model.device, np.int64))
-        feeds = self._catch_up([sequence for sequence, _ in asked], counts)
+        feeds, known = self._catch_up([sequence for sequence, _ in asked], counts)
+        token_ids = to_device(known, self._model.device, np.int64)
+        drawn: list[tuple[list[_Feed], Tensor]] = []
         while feeds:
-            drawn = self._step(feeds, states)
-            feeds, before = [], feeds
-            for feed, token in zip([feed for feed in before if feed.draws], drawn, strict=True):
-                drafts[feed.place].append(token)
-                if len(drafts[feed.place]) < counts[feed.place]:
-                    feeds.append(_Feed(feed.place, feed.row, feed.stop, np.array([token], np.int32), True))
+            token_ids = self._step(feeds, token_ids, states)
+            drawing = [feed for feed in feeds if feed.draws]
+            drawn.append((drawing, token_ids))
+            going_on = [i for i, feed in enumerate(drawing) if len(drawn) < counts[feed.place]]
+            feeds = [drawing[i]._replace(start=drawing[i].stop, stop=drawing[i].stop + 1) for i in going_on]
+            if 0 < len(feeds) < len(drawing):
+                token_ids = token_ids[to_device(np.array(going_on), self._model.device, np.int64)]
+        if drawn:
+            # One wait for all of them. The host plans with drafts: it cuts them where a text ends, or its grammar.
+            told = iter(torch.cat([tokens for _, tokens in drawn]).tolist())
+            for drawing, _ in drawn:
+                for feed in drawing:
+                    drafts[feed.place].append(next(told))
         return drafts
 
-    def _catch_up(self, sequences: list[Sequence], counts: list[int]) -> list[_Feed]:
+    def _catch_up(self, sequences: list[Sequence], counts: list[int]) -> tuple[list[_Feed], Ints]:
         """The known tokens that the model has not computed, as far as the budget goes, single ones first."""
         feeds, budget = [], self._budget
         for place, sequence in enumerate(sequences):
             start = sequence.num_draft_computed
             stop = min(sequence.num_tokens, start + budget)
             if stop > start and counts[place] > 0:
-                tokens = sequence.tokens_between(start, stop)
-                feeds.append(_Feed(place, sequence.row, start, tokens, stop == sequence.num_tokens))
+                feeds.append(_Feed(place, sequence.row, start, stop, stop == sequence.num_tokens))
                 sequence.num_draft_computed = stop
                 budget -= stop - start
-        return sorted(feeds, key=lambda feed: len(feed.token_ids) > 1)
+        feeds.sort(key=lambda feed: feed.stop - feed.start > 1)
+        pieces = [sequences[feed.place].tokens_between(feed.start, feed.stop) for feed in feeds]
+        return feeds, np.concatenate([np.zeros(0, np.int32), *pieces])
 
-    def _step(self, feeds: list[_Feed], states: SamplerState | None) -> list[int]:
-        """Compute all, and draw behind those that draw. `states` are the penalties' of all that were asked."""
-        batch = self._batch(feeds)
+    def _step(self, feeds: list[_Feed], token_ids: Tensor, states: SamplerState | None) -> Tensor:
+        """Compute the tokens of all, and draw behind those that draw. `states` are the penalties' of all that were
+        asked."""
+        batch = self._batch(feeds, token_ids)
         hidden = self._model.hidden(batch, self._kv)
         drawing = [feed for feed in feeds if feed.draws]
         if not drawing:
-            return []
+            return token_ids[:0]
         logits = self._model.head(hidden, batch, batch.logit_rows)
         rows = self._sampler.rows(
             np.array([feed.row for feed in drawing], np.int32), np.array([feed.stop for feed in drawing], np.int32)
@@ -94,12 +102,11 @@ class DraftModel:
         places = to_device(np.array([feed.place for feed in drawing], np.int32), self._model.device)
         penalty_rows = torch.where(rows.penalty_rows >= 0, places, -1)
         rows = replace(rows, penalty_rows=penalty_rows, num_logprobs=-1, any_processed=False)
-        token_ids: list[int] = ops.sample(logits, rows, states).token_ids.tolist()
-        return token_ids
+        return ops.sample(logits, rows, states).token_ids
 
-    def _batch(self, feeds: list[_Feed]) -> Batch:
+    def _batch(self, feeds: list[_Feed], token_ids: Tensor) -> Batch:
         block_size, device = self._kv.block_size, self._model.device
-        lens = np.array([len(feed.token_ids) for feed in feeds], np.int32)
+        lens = np.array([feed.stop - feed.start for feed in feeds], np.int32)
         stops = np.array([feed.stop for feed in feeds], np.int32)
         starts = np.concatenate([[0], np.cumsum(lens)]).astype(np.int32)
         tables = self._running.table[[feed.row for feed in feeds], : -(-int(stops.max()) // block_size)]
@@ -108,7 +115,7 @@ class DraftModel:
         slots = tables[seqs, positions // block_size].astype(np.int64) * block_size + positions % block_size
         draws = np.array([feed.draws for feed in feeds])
         return Batch(
-            token_ids=to_device(np.concatenate([feed.token_ids for feed in feeds]), device, np.int64),
+            token_ids=token_ids,
             positions=to_device(positions, device, np.int64),
             block_tables=to_device(tables, device),
             query_starts=to_device(starts, device),

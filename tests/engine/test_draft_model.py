@@ -182,6 +182,25 @@ def test_a_grammar_holds():
         assert [answer.token_ids for answer in ours] == [answer.token_ids for answer in theirs]
 
 
+def test_drafts_stay_on_the_device_until_all_are_drawn(monkeypatch):
+    """What one step of the draft model draws is what the next one computes, the tensor itself."""
+    engine = drafting(model())
+    draft_model = engine.scheduler.speculation.draft_model
+    really, drawn, num_fed = draft_model._step, [], 0
+
+    def step(feeds, token_ids, states):
+        nonlocal num_fed
+        num_fed += any(token_ids is tensor for tensor in drawn)
+        drawn.append(really(feeds, token_ids, states))
+        return drawn[-1]
+
+    monkeypatch.setattr(draft_model, "_step", step)
+    asks = [ask(3, 4 + i, temperature=1.0, max_tokens=21, ignore_eos=True) for i in range(3)]
+    for (_, _, outputs), asked in zip(Run(Case(), engine).answers(asks), asks, strict=True):
+        assert [t for o in outputs for t in o.token_ids] == oracle(asked, 0).token_ids
+    assert len(drawn) == 4 * 4 and num_fed == 4 * 3
+
+
 def test_where_its_context_ends_there_are_no_more_drafts():
     short = tiny_model(max_position_embeddings=32)
     engine = drafting(short)
