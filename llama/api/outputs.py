@@ -57,6 +57,7 @@ class Usage:
     # Tokens of `SamplingParams.prediction` that were verified as drafts, and were right or not.
     accepted_prediction_tokens: int = 0
     rejected_prediction_tokens: int = 0
+    reasoning_tokens: int | None = None  # of thoughts, up to their closing tag; None where none are looked for
 
     @property
     def total_tokens(self) -> int:
@@ -65,7 +66,8 @@ class Usage:
 
 @dataclass(slots=True)
 class CompletionOutput:
-    """One completion: `text` is cut before a stop string, `token_ids` are all tokens up to the one that ended it."""
+    """One completion: `text` is cut before a stop string, `token_ids` are all tokens up to the one that ended it. A
+    thought that precedes the text is `reasoning_content`, where thoughts are looked for (LLM's `reasoning_parser`)."""
 
     index: int
     text: str = ""
@@ -75,6 +77,7 @@ class CompletionOutput:
     logprobs: list[dict[int, Logprob]] | None = None
     cumulative_logprob: float | None = None
     tool_calls: list[Any] = field(default_factory=list)
+    reasoning_content: str | None = None
     seed: int | None = None  # the one used, also where none was asked for
     captured: dict[str, Any] = field(default_factory=dict)  # point -> tensor [positions, ...], of generated tokens
 
@@ -109,3 +112,4 @@ class Piece:
     stop_reason: int | str | None = None
     tool_calls: Sequence[Any] = ()
     usage: Usage | None = None
+    reasoning_content: str = ""

@@ -29,8 +29,9 @@ from llama.engine.engine import EngineMetrics
 from llama.engine.request import Request
 from llama.llm.llm import LLM
 from llama.llm.loras import LoraInfo, describe, read_lora
-from llama.llm.requests import Message, Prompt, Rendering, ToolChoice
+from llama.llm.requests import Message, Prompt, Rendering
 from llama.llm.taps import tapped
+from llama.llm.tool_choice import ToolChoice
 from llama.model.capture import Capture
 from llama.model.taps import Interventions
 from llama.model.transformer import Transformer

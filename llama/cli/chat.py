@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from llama.api.outputs import FinishReason
-from llama.cli.common import FAILED, Timed, add_single_request_flags, load, params_for, sampling_values
+from llama.cli.common import FAILED, Timed, add_single_request_flags, load, params_for, sampling_values, show
 from llama.cli.flags import Parser, UsageError, flag
 
 DESCRIPTION = """Talk with a model. /reset forgets the conversation, /save FILE keeps it, /quit leaves; Ctrl-C stops an
@@ -88,6 +88,7 @@ class Conversation:
         was."""
         messages = [*self.messages, {"role": "user", "content": text}]
         answer: list[str] = []
+        thought: list[str] = []
         last = None
         try:
             pieces = Timed(self._llm.stream(messages, self._params, lora=self._lora))
@@ -100,7 +101,8 @@ class Conversation:
         try:
             for last in pieces:
                 answer.append(last.text)
-                print(last.text, end="", flush=True)
+                thought.append(last.reasoning_content)
+                show(last)
         except KeyboardInterrupt:
             print(" [stopped]", end="", file=sys.stderr)
         print(flush=True)
@@ -108,7 +110,8 @@ class Conversation:
             print(FAILED, file=sys.stderr)
             return
         print(f"[{pieces.summary()}]", file=sys.stderr)
-        self.messages = [*messages, {"role": "assistant", "content": "".join(answer)}]
+        said = {"role": "assistant", "content": "".join(answer)}
+        self.messages = [*messages, said | ({"reasoning_content": "".join(thought)} if any(thought) else {})]
 
     def _save(self, path: Path) -> None:
         try:

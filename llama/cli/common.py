@@ -1,6 +1,7 @@
 """What the commands that load a model share: their flags, loading, and the line with the rates."""
 
 import re
+import sys
 import time
 from argparse import Namespace
 from collections.abc import Iterable, Iterator, Sequence
@@ -39,6 +40,9 @@ class LoadOptions:
     )
     check_weights: bool = _option(False, "refuse weights that are NaN or infinite")
     revision: str | None = _option(None, "branch, tag or commit of a model on the hub")
+    reasoning_parser: str | None = _option(
+        None, "deepseek_r1: <think>...</think> is no answer; none: it is (by default what the chat template knows)"
+    )
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"auto|cpu|cuda(:[0-9]+)?", self.device):
@@ -95,6 +99,12 @@ def params_for(llm: Any, values: dict[str, Any]) -> SamplingParams:
     """What the command line names, over the checkpoint's defaults."""
     params: SamplingParams = checked(partial(replace, llm.inputs.defaults), values)
     return params
+
+
+def show(piece: Piece) -> None:
+    """What an answer goes on with; a thought goes to stderr, it is no part of it."""
+    print(piece.reasoning_content, end="", file=sys.stderr, flush=True)
+    print(piece.text, end="", flush=True)
 
 
 class Timed:

@@ -6,7 +6,7 @@ from argparse import Namespace
 from typing import Any
 
 from llama.api.outputs import CompletionOutput, FinishReason, RequestOutput
-from llama.cli.common import FAILED, Timed, add_single_request_flags, load, params_for, sampling_values
+from llama.cli.common import FAILED, Timed, add_single_request_flags, load, params_for, sampling_values, show
 from llama.cli.flags import Parser, UsageError, flag
 
 DESCRIPTION = "Continue a prompt, or answer it with --chat. Streams to stdout; the rates go to stderr."
@@ -41,7 +41,7 @@ def run(options: Namespace) -> int:
         return _code([completion.finish_reason for completion in outputs[0].outputs])
     pieces, last = Timed(llm.stream(prompt, params, lora=lora)), None
     for last in pieces:
-        print(last.text, end="", flush=True)
+        show(last)
     print(flush=True)
     print(pieces.summary(), file=sys.stderr)
     return _code([last.finish_reason if last else None])
@@ -81,6 +81,7 @@ def _completion(completion: CompletionOutput) -> dict[str, Any]:
     answer: dict[str, Any] = {
         "index": completion.index,
         "text": completion.text,
+        **({} if completion.reasoning_content is None else {"reasoning_content": completion.reasoning_content}),
         "token_ids": completion.token_ids,
         "finish_reason": completion.finish_reason,
         "stop_reason": completion.stop_reason,

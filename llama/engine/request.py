@@ -49,7 +49,8 @@ class Taps(Protocol):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Request:
-    """`Engine.request` makes it; each is added once. The engine reads neither `prompt` nor `tools`."""
+    """`Engine.request` makes it; each is added once. The engine does not read the fields from `prompt` to
+    `begins_in_thought`."""
 
     request_id: str
     prompt_token_ids: NDArray[np.int32]
@@ -60,6 +61,7 @@ class Request:
     score_from: int = 1  # prompt_logprobs begin with the token at this position
     prompt: str | None = None
     tools: Mapping[str, Any] = field(default_factory=dict)  # whose calls are to be found: name -> schema of arguments
+    begins_in_thought: bool | None = None  # or may begin with one (False); None: no thought is looked for
     prediction_token_ids: Sequence[int] = ()  # what the answer may be like
 
 

@@ -5,12 +5,9 @@ its engine: a stream that is read while another is open, or a generate() in betw
 """
 
 import inspect
-import signal
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
@@ -27,6 +24,7 @@ from llama.engine.config import EngineConfig
 from llama.engine.engine import Engine
 from llama.engine.request import Request
 from llama.hub import model_folder
+from llama.llm.interrupts import interrupts_held
 from llama.llm.loading import check_draft, check_model, load_defaults, load_model, load_text
 from llama.llm.loras import LoraInfo, LoRARequest, RequestedLoras, describe, read_lora
 from llama.llm.prefixes import read_prefix, write_prefix
@@ -36,7 +34,6 @@ from llama.llm.requests import (
     Message,
     Prompt,
     Rendering,
-    ToolChoice,
     as_conversations,
     as_prompts,
     is_conversation,
@@ -44,6 +41,7 @@ from llama.llm.requests import (
 )
 from llama.llm.scoring import Scoring
 from llama.llm.taps import tapped
+from llama.llm.tool_choice import ToolChoice
 from llama.llm.vllm_names import refuse_foreign
 from llama.llm.weights import update_weights
 from llama.model.capture import Capture
@@ -101,15 +99,18 @@ class Pieces(Iterator[Piece]):
 @_names_options
 class LLM(Scoring):
     """A model with its engine. `model` is a Hugging Face folder, an id of the hub ("org/name", at `revision`: a branch,
-    tag or commit) or a Transformer; without a tokenizer (a Transformer
-    alone, or a folder that has none) prompts and answers are token ids only.
+    tag or commit) or a Transformer; without a tokenizer (a Transformer alone, or a folder that has none) prompts and
+    answers are token ids only.
 
     device: "auto" (CUDA where there is one), "cpu", "cuda", "cuda:0". dtype: "auto" (the checkpoint's), "float64" (on
     the CPU), "float32", "float16", "bfloat16". load_format: "auto", or "dummy" for random weights from config.json
     alone. quantization: "int8", "int4" or "fp8" rounds the linear layers of a dense model as it is loaded (head,
     embedding and norms stay); a quantised folder is taken as it is, and vLLM's word for its method is accepted.
-    check_weights: refuse NaN and infinities. `options` are the fields of `llama.engine.config.EngineConfig`, as
-    the signature lists them. Arguments of vLLM's that are not here are refused by name unless they hold vLLM's default.
+    check_weights: refuse NaN and infinities. reasoning_parser: "deepseek_r1" looks for `<think>...</think>` at the
+    beginning of a chat's answer and gives it as `reasoning_content`; None does so where the chat template knows of
+    `</think>`, "none" never does. Stop strings, grammars and tool calls begin behind the thought. `options` are the
+    fields of `llama.engine.config.EngineConfig`, as the signature lists them. Arguments of vLLM's that are not here are
+    refused by name unless they hold vLLM's default.
     """
 
     def __init__(
@@ -123,6 +124,7 @@ class LLM(Scoring):
         quantization: str | None = None,
         check_weights: bool = False,
         revision: str | None = None,
+        reasoning_parser: str | None = None,
         **options: Any,
     ) -> None:
         ours = {field.name for field in fields(EngineConfig)}
@@ -158,7 +160,7 @@ class LLM(Scoring):
                 speculation.model, where, dtype=self.model.dtype, load_format="auto", quantization=quantised
             )
         self.engine = Engine(self.model, config, eos_token_ids=eos_token_ids, draft=draft)
-        self.inputs = Inputs(self.engine, self.tokenizer, template, defaults)
+        self.inputs = Inputs(self.engine, self.tokenizer, template, defaults, reasoning_parser)
         self.replies = Replies(self.engine, self.tokenizer)
         self._requested = RequestedLoras(self.load_lora)
 
@@ -249,7 +251,7 @@ class LLM(Scoring):
         else:
             request = self.inputs.request(cast(Prompt, prompt_or_messages), sampling_params, lora)
         [request] = tapped(self.engine, [request], capture, interventions)
-        with _interrupts_held():
+        with interrupts_held():
             return Pieces(self.replies, self.replies.add(request), self._step)
 
     def get_tokenizer(self) -> Tokenizer:
@@ -280,7 +282,7 @@ class LLM(Scoring):
             return update_weights(self.model, named_tensors)
 
         while wait and self.engine.has_unfinished:
-            with _interrupts_held():
+            with interrupts_held():
                 self.replies.step(unless=lambda: not self.engine.has_unfinished)
         return self.replies.between_steps(update)
 
@@ -336,7 +338,7 @@ class LLM(Scoring):
     def _run(self, requests: Sequence[Request], use_tqdm: bool) -> list[RequestOutput]:
         replies: list[Reply] = []
         try:
-            with _interrupts_held():
+            with interrupts_held():
                 for request in requests:
                     replies.append(self.replies.add(request))
             self._finish(replies, use_tqdm)
@@ -378,22 +380,5 @@ class LLM(Scoring):
             assert awaited.finished or self.engine.has_unfinished, "a request waits, which the engine does not know"
             return awaited.finished
 
-        with _interrupts_held():
+        with interrupts_held():
             return self.replies.step(unless=has_ended)
-
-
-@contextmanager
-def _interrupts_held() -> Iterator[None]:
-    """Ctrl-C inside a step would leave scheduler and cache half written: it takes effect when the block is left."""
-    handler = signal.getsignal(signal.SIGINT)
-    if threading.current_thread() is not threading.main_thread() or not callable(handler):
-        yield
-        return
-    held: list[tuple[int, Any]] = []
-    signal.signal(signal.SIGINT, lambda number, frame: held.append((number, frame)))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, handler)
-        if held:
-            handler(*held[0])

@@ -1,9 +1,8 @@
-"""One request's way back: token ids -> text decoder -> stop strings -> tool calls -> pieces, gathered into a
-RequestOutput.
+"""One request's way back: the pieces of its completions (completion.py), gathered into a RequestOutput.
 
 Shared by LLM and AsyncLLM. `Replies` is an engine together with the requests that it is answering: it routes a step's
-outputs and tells the engine about ends that only the text shows. Without a tokenizer everything works but text: pieces
-and outputs carry token ids and empty strings. A failure in the text of one request ends that request alone.
+outputs and tells the engine about ends that only the text shows. A failure in the text of one request ends that
+request alone.
 """
 
 import logging
@@ -13,153 +12,19 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from llama.api.errors import is_failure
-from llama.api.outputs import CompletionOutput, FinishReason, Logprob, Piece, RequestMetrics, RequestOutput, Usage
+from llama.api.outputs import FinishReason, Piece, RequestMetrics, RequestOutput, Usage
 from llama.engine.engine import Engine
 from llama.engine.request import Request
 from llama.engine.sequence import TokenOutput
-from llama.text.tokenizer import IncrementalDecoder, StopMatcher, Tokenizer
-from llama.text.tool_calls import CALL_TOKENS, ToolCall, ToolCallParser
+from llama.llm.completion import Completion, named
+from llama.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-
-
-def named(entries: dict[int, Logprob], tokenizer: Tokenizer | None) -> dict[int, Logprob]:
-    """Log-probabilities with the text of their tokens."""
-    if tokenizer is None:
-        return entries
-    return {token: entry._replace(decoded_token=tokenizer.token_text(token)) for token, entry in entries.items()}
-
-
-def tokens_of_stops(stop: Iterable[str], tokenizer: Tokenizer) -> dict[Any, str]:
-    """The stop strings that are control tokens, whose text no answer holds: their ids end it."""
-    known = tokenizer.special_tokens
-    return {known[text]: text for text in stop if text in known}
-
-
-class _Completion:
-    """One completion on its way: decodes, watches for stop strings, finds tool calls, gathers."""
-
-    def __init__(
-        self,
-        index: int,
-        seed: int | None,
-        request: Request,
-        prompt_token_ids: list[int],
-        tokenizer: Tokenizer | None,
-    ) -> None:
-        params = self.params = request.params
-        self.tokenizer = tokenizer
-        self.output = CompletionOutput(index=index, seed=seed)
-        if params.logprobs is not None:
-            self.output.logprobs, self.output.cumulative_logprob = [], 0.0
-        self.text_parts: list[str] = []
-        self.stop_tokens = {} if tokenizer is None else tokens_of_stops(params.stop, tokenizer)
-        self.parser = ToolCallParser(request.tools) if request.tools else None
-        self.decoder = self._new_decoder(prompt_token_ids)
-        self.matcher = self._new_matcher()
-        self.held = ""  # text that the matcher keeps back
-
-    def _new_matcher(self) -> StopMatcher | None:
-        stop = tuple(self.params.stop)
-        return StopMatcher(stop, self.params.include_stop_str_in_output) if stop else None
-
-    def _new_decoder(self, prompt_token_ids: list[int]) -> IncrementalDecoder | None:
-        if self.tokenizer is None:
-            return None
-        special = self.tokenizer.special_tokens
-        tags = [special[token] for token in CALL_TOKENS if token in special] if self.parser else []
-        keep, skip = {*self.stop_tokens, *tags}, self.params.skip_special_tokens
-        return IncrementalDecoder(self.tokenizer, prompt_token_ids, skip_special_tokens=skip, keep=keep)
-
-    @property
-    def ended(self) -> bool:
-        return self.output.finish_reason is not None
-
-    def push(self, new: TokenOutput) -> Piece:
-        """Take a step's tokens. A stop string drops the tokens behind the one that completed it and wins over the
-        engine's own reason to end; the text of a token that ended the completion is hidden, its id is not (both as
-        vLLM does)."""
-        hides_last = new.finish_reason is FinishReason.STOP and not self.params.include_stop_str_in_output
-        texts: list[str] = []
-        taken, stopped_by = 0, None
-        for taken, token in enumerate(new.token_ids, start=1):
-            self.output.token_ids.append(token)
-            if not (hides_last and taken == len(new.token_ids)):
-                text, stopped_by = self._text(self.decoder.push([token]) if self.decoder else "")
-                texts.append(text)
-            if stopped_by is not None:
-                break
-        if stopped_by is not None:
-            self._end(FinishReason.STOP, stopped_by)
-        elif new.finish_reason is not None:
-            text, stopped_by = self._flush()
-            texts.append(text)
-            self._end(FinishReason.STOP if stopped_by else new.finish_reason, stopped_by or new.stop_reason)
-        logprobs = None if new.logprobs is None else [named(entry, self.tokenizer) for entry in new.logprobs[:taken]]
-        return self._gather("".join(texts), new.token_ids[:taken], logprobs)
-
-    def abort(self, reason: FinishReason) -> Piece:
-        """End from outside. What a stop string held back is given out: it did not match."""
-        text, _ = self._flush()
-        self._end(reason, None)
-        return self._gather(text, [], None)
-
-    def fail(self) -> Piece:
-        """End with "error", without what may be broken."""
-        self._end(FinishReason.ERROR, None)
-        return Piece(self.output.index, "", [], None, FinishReason.ERROR)
-
-    def _text(self, text: str) -> tuple[str, str | None]:
-        if self.matcher is None or not text:
-            return text, None
-        shown, stopped_by = self.matcher.push(text)
-        if stopped_by is not None and len(self.output.token_ids) <= self.params.min_tokens:
-            # Before min_tokens nothing stops: give out all that was held and begin to watch anew.
-            shown, stopped_by, self.held = self.held + text, None, ""
-            self.matcher = self._new_matcher()
-        elif stopped_by is None:
-            self.held = (self.held + text)[len(shown) :]
-        return shown, stopped_by
-
-    def _flush(self) -> tuple[str, str | None]:
-        text, stopped_by = self._text(self.decoder.flush() if self.decoder else "")
-        if stopped_by is None and self.matcher is not None:
-            text += self.matcher.flush()
-        return text, stopped_by
-
-    def _end(self, reason: FinishReason, stop_reason: int | str | None) -> None:
-        last = self.output.token_ids[-1:] if reason is FinishReason.STOP and stop_reason is None else [stop_reason]
-        self.output.finish_reason = reason
-        self.output.stop_reason = self.stop_tokens.get(last[0], stop_reason) if last else stop_reason
-
-    def _gather(self, text: str, token_ids: list[int], logprobs: list[dict[int, Logprob]] | None) -> Piece:
-        output = self.output
-        calls: list[ToolCall] = []
-        if self.parser is not None:
-            text, calls = self._find_calls(self.parser, text)
-        if text:
-            self.text_parts.append(text)
-        if logprobs is not None and output.logprobs is not None and output.cumulative_logprob is not None:
-            output.logprobs.extend(logprobs)
-            output.cumulative_logprob += sum(e[t].logprob for t, e in zip(token_ids, logprobs, strict=True))
-        return Piece(output.index, text, token_ids, logprobs, output.finish_reason, output.stop_reason, calls)
-
-    def _find_calls(self, parser: ToolCallParser, text: str) -> tuple[str, list[ToolCall]]:
-        """What the text makes certain: text that is no call, and calls."""
-        output = self.output
-        events = parser.feed(text)
-        if self.ended:
-            events += parser.finish()
-        calls = [event for event in events if isinstance(event, ToolCall)]
-        output.tool_calls.extend(calls)
-        if output.tool_calls and output.finish_reason is FinishReason.STOP:
-            output.finish_reason = FinishReason.TOOL_CALLS
-        return "".join(event for event in events if isinstance(event, str)), calls
 
 
 class Reply:
@@ -171,7 +36,7 @@ class Reply:
         self.streams = False  # set by a stream: then pieces wait in `pending` until they are taken
         self.pending: deque[Piece] = deque()
         prompt_token_ids: list[int] = request.prompt_token_ids.tolist()
-        self._completions = [_Completion(i, seed, request, prompt_token_ids, tokenizer) for i, seed in enumerate(seeds)]
+        self._completions = [Completion(i, seed, request, prompt_token_ids, tokenizer) for i, seed in enumerate(seeds)]
         self._output = RequestOutput(
             request_id=request.request_id,
             prompt=request.prompt,
@@ -189,6 +54,7 @@ class Reply:
         """All that has come so far; complete once `finished`."""
         for completion in self._completions:
             completion.output.text = "".join(completion.text_parts)
+            completion.output.reasoning_content = "".join(completion.thought_parts) or None
         return self._output
 
     def push(self, new: TokenOutput) -> Piece | None:
@@ -246,6 +112,7 @@ class Reply:
             metrics.mean_acceptance_length,
             accepted,
             metrics.num_prediction_tokens - accepted,
+            None if self.request.begins_in_thought is None else sum(c.num_reasoning_tokens for c in self._completions),
         )
 
 
@@ -396,4 +263,5 @@ def _join(parts: list[Piece]) -> Piece:
         last.stop_reason,
         [call for part in parts for call in part.tool_calls],
         last.usage,
+        "".join(part.reasoning_content for part in parts),
     )

@@ -4,7 +4,7 @@ import reprlib
 import threading
 import uuid
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property, partial
 from numbers import Integral
 from typing import Any, TypedDict, TypeGuard, Unpack
@@ -14,16 +14,17 @@ from llama.api.params import SamplingParams
 from llama.engine.engine import Engine
 from llama.engine.request import Request, TokenMatcher, check_room
 from llama.engine.token_rules import TokenRules
-from llama.llm.replies import tokens_of_stops
+from llama.llm.completion import tokens_of_stops
+from llama.llm.tool_choice import ToolChoice, Tools, choose
 from llama.text.chat import ChatTemplate
-from llama.text.chat.prepare import prepare_tools, tool_name
-from llama.text.grammar import GrammarCompiler, is_strict
+from llama.text.grammar import AfterThought, GrammarCompiler, ThoughtMasks, is_strict
+from llama.text.reasoning import Thoughts, thoughts_after, thoughts_continued
 from llama.text.tokenizer import Tokenizer
 
 Message = Mapping[str, Any]
 Prompt = str | Sequence[int] | Mapping[str, Any]
-ToolChoice = str | Mapping[str, Any]  # as OpenAI spells it
 MAX_REQUEST_ID = 256
+REASONING_PARSERS = (None, "", "deepseek_r1", "none")
 _KEPT_TEMPLATES = 4
 
 
@@ -87,53 +88,27 @@ def one_per_prompt(name: str, value: Any, count: int) -> list[Any]:
     return list(value)
 
 
-@dataclass(frozen=True, slots=True)
-class Tools:
-    """`shown` to the model, prepared; None for none. `must_call` one of them, or the one called `name`."""
-
-    shown: list[dict[str, Any]] | None
-    must_call: bool = False
-    name: str | None = None
-
-    @property
-    def parameters(self) -> dict[str, Any]:
-        """The schema of each tool's arguments by its name; None for none. A grammar needs no second look."""
-        return {
-            tool_name(tool): None if self.must_call or is_strict(tool) else tool["function"].get("parameters")
-            for tool in self.shown or ()
-        }
-
-
-def choose(tools: Sequence[Mapping[str, Any]] | None, choice: ToolChoice) -> Tools:
-    """Raises ParameterError for tools that cannot be meant and for a choice that is none of theirs."""
-    prepared = prepare_tools(tools or None)
-    if choice == "auto":
-        return Tools(prepared)
-    if choice == "none":
-        return Tools(None)
-    if prepared is None:
-        raise ParameterError("tool_choice needs tools", "tool_choice")
-    if choice == "required":
-        return Tools(prepared, must_call=True)
-    function = choice.get("function") if isinstance(choice, Mapping) and choice.get("type") == "function" else None
-    name = function.get("name") if isinstance(function, Mapping) else None
-    if not isinstance(name, str) or name not in map(tool_name, prepared):
-        legal = '"auto", "none", "required" or {"type": "function", "function": {"name": ...}} with the name of a tool'
-        raise ParameterError(f"tool_choice must be {legal}", "tool_choice")
-    return Tools(prepared, must_call=True, name=name)
-
-
 class Inputs:
     """What is needed to turn prompts into Requests. Has no mutable state but the grammars and templates that it keeps:
     safe to share between threads."""
 
     def __init__(
-        self, engine: Engine, tokenizer: Tokenizer | None, template: ChatTemplate | None, defaults: SamplingParams
+        self,
+        engine: Engine,
+        tokenizer: Tokenizer | None,
+        template: ChatTemplate | None,
+        defaults: SamplingParams,
+        reasoning_parser: str | None = None,
     ) -> None:
+        """`reasoning_parser`: see LLM."""
+        if reasoning_parser not in REASONING_PARSERS:
+            legal = '"deepseek_r1", "none" or None'
+            raise ParameterError(f"reasoning_parser must be {legal}, got {reasoning_parser!r}", "reasoning_parser")
         self.engine = engine
         self.tokenizer = tokenizer
         self.template = template
         self.defaults = defaults
+        self._reasoning_parser = reasoning_parser or None
         self._templates: dict[str, ChatTemplate] = {}  # that requests brought
         self._lock = threading.Lock()
 
@@ -175,6 +150,7 @@ class Inputs:
             text, token_ids = self.render(messages, chosen.shown, check, **rendering)
             token_ids = self._truncated(token_ids, params)
             request = self.engine.request(request_id, token_ids, params, prompt=text, lora=lora, clip=clip)
+        request = replace(request, begins_in_thought=self._begins_in_thought(text, messages, rendering))
         return self._constrained(request, chosen)
 
     def render(
@@ -185,14 +161,9 @@ class Inputs:
         **rendering: Unpack[Rendering],
     ) -> tuple[str, Sequence[int]]:
         """The prompt that a conversation becomes: as text, which `check` may refuse, and as token ids."""
-        template = self.template
-        if template is None or self.tokenizer is None:
-            raise ParameterError("chat needs a tokenizer: this model takes token ids only", "messages")
         if unknown := sorted(rendering.keys() - Rendering.__annotations__.keys()):
             raise TypeError(f"a chat has no argument {unknown[0]!r}")
-        if (text := rendering.get("chat_template")) is not None:
-            with blamed_on("chat_template"):
-                template = self._other_template(text)
+        template = self._template(rendering)
         continues = rendering.get("continue_final_message", False)
         ends_with_header = rendering.get("add_generation_prompt")
         kwargs = rendering.get("chat_template_kwargs") or {}
@@ -207,6 +178,24 @@ class Inputs:
         if taken := sorted(kwargs.keys() & own):
             raise ParameterError(f"chat_template_kwargs must not hold {taken[0]!r}", "chat_template_kwargs")
         return template.prompt(messages, tools, ends_with_header, bool(continues), check=check, **kwargs)
+
+    def _begins_in_thought(self, prompt: str, messages: Sequence[Message], rendering: Rendering) -> bool | None:
+        """See Request."""
+        knows_thoughts = self._reasoning_parser == "deepseek_r1" or self._template(rendering).knows_thoughts
+        if self._reasoning_parser == "none" or not knows_thoughts:
+            return None
+        thoughts = thoughts_after(prompt)
+        if rendering.get("continue_final_message"):
+            thoughts = thoughts_continued(str(messages[-1].get("content") or ""))
+        return None if thoughts is Thoughts.NONE else thoughts is Thoughts.BEGUN
+
+    def _template(self, rendering: Rendering) -> ChatTemplate:
+        if self.template is None or self.tokenizer is None:
+            raise ParameterError("chat needs a tokenizer: this model takes token ids only", "messages")
+        if (text := rendering.get("chat_template")) is None:
+            return self.template
+        with blamed_on("chat_template"):
+            return self._other_template(text)
 
     def _other_template(self, text: str) -> ChatTemplate:
         if not isinstance(text, str):
@@ -316,6 +305,8 @@ class Inputs:
         except ImportError as error:
             raise ParameterError(str(error), params.constrained_by or "tool_choice") from None
         new_matcher: Callable[[], TokenMatcher] | None = None if grammar is None else grammar.matcher
+        if grammar is not None and request.begins_in_thought is not None:
+            new_matcher = partial(AfterThought.at_start, self._thought_masks, grammar, request.begins_in_thought)
         if params.allowed_token_ids or params.bad_words:
             rules = TokenRules(self.engine.vocab_size, params.allowed_token_ids, self._bad_sequences(params))
             new_matcher = partial(rules.matcher, new_matcher)
@@ -349,6 +340,11 @@ class Inputs:
             if spaced and len(spaced) == len(bare) and spaced[0] != bare[0]:
                 sequences.append(spaced)
         return sequences
+
+    @cached_property
+    def _thought_masks(self) -> ThoughtMasks:
+        assert self.tokenizer is not None
+        return ThoughtMasks(self.tokenizer, self.engine.vocab_size)
 
     @property
     def num_lost_workers(self) -> int:

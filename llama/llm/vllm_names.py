@@ -94,7 +94,6 @@ HARMLESS: dict[str, tuple[Any, ...]] = {
     "prefix_caching_hash_algo": ("builtin", "sha256"),
     "pt_load_map_location": ("cpu",),
     "ray_workers_use_nsight": (False,),
-    "reasoning_parser": (None, ""),
     "rope_scaling": (None, {}),
     "rope_theta": (None,),
     "runner": ("auto",),

@@ -8,7 +8,10 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import WebDriverWait
 
+from llama.text.chat import ChatTemplate
 from tests.browser.browser import chromium
+from tests.server.helpers import TOKENIZER, running, scripted_llm
+from tests.server.test_reasoning import CONTENT, SAID, TEMPLATE, THOUGHT
 
 PATIENCE = 20
 
@@ -42,6 +45,18 @@ def put(driver, name, value):
         name,
         str(value),
     )
+
+
+def test_the_key_field_is_in_sight_where_a_key_is_wanted_and_stays(page, site):
+    assert page.find_element(By.ID, "key").is_displayed()
+    page.get(site.url)
+    wait(page, lambda d: d.find_element(By.ID, "key").is_displayed())
+    llm, _ = scripted_llm()
+    with running(llm) as open_to_all:
+        page.get(open_to_all.url)
+        wait(page, lambda d: d.find_elements(By.CSS_SELECTOR, "#model option"))
+        assert not page.find_element(By.ID, "key").is_displayed()
+        page.get("about:blank")
 
 
 def is_idle(driver):
@@ -140,6 +155,28 @@ def test_errors_are_told_and_the_message_is_kept(page):
     put(page, "temperature", 1)
     page.find_element(By.ID, "send").click()
     wait(page, lambda d: any("API key" in e.text for e in d.find_elements(By.CSS_SELECTOR, ".error")))
+
+
+@pytest.mark.parametrize("with_probabilities", [True, False])
+def test_a_thought_is_shown_and_is_no_part_of_the_answer(page, with_probabilities):
+    llm, engine = scripted_llm()
+    llm.llm.inputs.template = ChatTemplate(TOKENIZER, {"default": TEMPLATE})
+    with running(llm) as thinking:
+        page.get(thinking.url)
+        wait(page, lambda d: d.find_elements(By.CSS_SELECTOR, "#model option"))
+        page.execute_script("document.getElementById('probabilities').checked = arguments[0]", with_probabilities)
+        page.execute_script("send(arguments[0])", SAID)
+        wait(page, lambda d: d.find_elements(By.CSS_SELECTOR, ".copy"))
+        shown = "".join(e.get_attribute("textContent") for e in page.find_elements(By.CSS_SELECTOR, ".thought"))
+        assert shown == THOUGHT
+        whole = page.find_element(By.CSS_SELECTOR, ".assistant .text").get_attribute("textContent")
+        assert whole == shown + CONTENT
+        page.execute_script("send('x</think>y')")
+        wait(page, lambda d: len(d.find_elements(By.CSS_SELECTOR, ".copy")) == 2)
+        assert (
+            f"{CONTENT}<|eot_id|>" in engine.asked[-1].text and "<b" not in engine.asked[-1].text.split(CONTENT)[0][-9:]
+        )
+        page.get("about:blank")
 
 
 def test_the_page_on_a_phone(site):

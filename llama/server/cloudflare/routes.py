@@ -158,8 +158,10 @@ def _result(completion: CompletionOutput, usage: Usage, body: RunRequest) -> dic
             response = from_json(completion.text, allow_inf_nan=False)
         except ValueError:
             raise json_mode_failed() from None
+    thought = completion.reasoning_content
     return {
         "response": response,
+        **({} if thought is None else {"reasoning_content": thought}),
         "tool_calls": _calls(completion.tool_calls),
         "usage": _usage(usage),
         "finish_reason": completion.finish_reason,
@@ -170,12 +172,19 @@ async def _events(answer: Answer) -> AsyncGenerator[Any, None]:
     reason = None
     async for piece in answer.pieces():
         reason = piece.finish_reason or reason
+        if piece.reasoning_content:
+            yield {"response": "", "reasoning_content": piece.reasoning_content, "p": _padding()}
         if piece.text:
-            yield {"response": piece.text, "p": _PADDING[: 1 + secrets.randbelow(len(_PADDING))]}
+            yield {"response": piece.text, "p": _padding()}
         if piece.tool_calls:
             yield {"response": "", "tool_calls": _calls(piece.tool_calls)}
     yield {"response": "", "usage": _usage(answer.usage()), "finish_reason": reason}
     yield DONE
+
+
+def _padding() -> str:
+    """Of random length, so that the lengths of tokens cannot be read off the wire."""
+    return _PADDING[: 1 + secrets.randbelow(len(_PADDING))]
 
 
 def _calls(calls: Any) -> list[dict[str, Any]]:

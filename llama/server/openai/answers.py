@@ -36,8 +36,10 @@ def usage_of(usages: list[Usage], *, has_prediction: bool = False) -> dict[str, 
         "total_tokens": prompt + completion,
         "prompt_tokens_details": {"cached_tokens": sum(usage.cached_tokens for usage in usages)},
     }
-    if has_prediction:
-        names = ("accepted_prediction_tokens", "rejected_prediction_tokens")
+    names = ["accepted_prediction_tokens", "rejected_prediction_tokens"] if has_prediction else []
+    if any(usage.reasoning_tokens is not None for usage in usages):
+        names.append("reasoning_tokens")
+    if names:
         told["completion_tokens_details"] = {name: sum(getattr(usage, name) for usage in usages) for name in names}
     return told
 

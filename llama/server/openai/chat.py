@@ -111,6 +111,9 @@ class _Writer:
         if completion.tool_calls:
             message["tool_calls"] = _calls(completion.tool_calls, self._body)
             message["content"] = completion.text or None
+        if completion.reasoning_content is not None:
+            message["reasoning_content"] = completion.reasoning_content
+            message["content"] = completion.text or None
         return {
             "index": completion.index,
             "message": message,
@@ -130,6 +133,8 @@ class _Writer:
         for completion in outputs:
             yield _delta(completion.index, {"role": "assistant", "content": ""})
         async for piece in answer.pieces():
+            if piece.reasoning_content:  # never beside content: some clients read one of them
+                yield _delta(piece.index, {"reasoning_content": piece.reasoning_content})
             delta: dict[str, Any] = {"content": piece.text} if piece.text else {}
             if calls := _calls(piece.tool_calls, self._body, num_calls[piece.index]):
                 delta["tool_calls"] = calls

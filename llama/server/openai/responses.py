@@ -83,7 +83,10 @@ class _Writer:
         reason = None
         async for piece in answer.pieces():
             reason = piece.finish_reason or reason
-            if self._is_open or (piece.text if not self._num_calls else piece.text.strip()):
+            if piece.reasoning_content:
+                for event in self._thought(piece.reasoning_content):
+                    yield event
+            if self._open_type == "message" or (piece.text if not self._num_calls else piece.text.strip()):
                 for event in self._text(piece):
                     yield event
             for call in piece.tool_calls:
@@ -100,18 +103,34 @@ class _Writer:
     def _open(self, item: dict[str, Any]) -> Event:
         self._output.append(item)
         self._is_open = True
-        empty: dict[str, Any] = {"content": []} if item["type"] == "message" else {"arguments": ""}
+        empty: dict[str, Any] = {"content": []} if "content" in item else {"arguments": ""}
         return self._about_item("added", item | empty)
 
     def _about_item(self, what: str, item: dict[str, Any]) -> Event:
         return {"type": f"response.output_item.{what}", "output_index": len(self._output) - 1, "item": item}
 
-    def _text(self, piece: Piece) -> list[Event]:
+    @property
+    def _open_type(self) -> str | None:
+        """Of the item that is open, if one is."""
+        return self._output[-1]["type"] if self._is_open else None
+
+    def _thought(self, text: str) -> list[Event]:
+        """Log-probabilities of thoughts are not told here."""
         events = []
+        if not self._is_open:
+            part = {"type": "reasoning_text", "text": ""}
+            item = {"id": new_id("rs"), "type": "reasoning", "summary": [], "status": "in_progress"}
+            events = [self._open(item | {"content": [part]})]
+            events.append({"type": "response.content_part.added", **self._place(), "part": dict(part)})
+        self._output[-1]["content"][0]["text"] += text
+        return [*events, {"type": "response.reasoning_text.delta", **self._place(), "delta": text}]
+
+    def _text(self, piece: Piece) -> list[Event]:
+        events = self._close() if self._open_type == "reasoning" else []
         if not self._is_open:
             part: dict[str, Any] = {"type": "output_text", "text": "", "annotations": [], "logprobs": []}
             item = {"id": new_id("msg"), "type": "message", "role": "assistant", "status": "in_progress"}
-            events = [self._open(item | {"content": [part]})]
+            events.append(self._open(item | {"content": [part]}))
             events.append({"type": "response.content_part.added", **self._place(), "part": dict(part, logprobs=[])})
         part = self._output[-1]["content"][0]
         part["text"] += piece.text
@@ -127,15 +146,17 @@ class _Writer:
         return {"item_id": self._output[-1]["id"], "output_index": len(self._output) - 1, "content_index": 0}
 
     def _close(self, status: str = "completed") -> list[Event]:
-        """The end of the message that is open, if one is."""
+        """The end of the message or the thought that is open, if one is."""
         if not self._is_open:
             return []
         self._is_open = False
         item = self._output[-1] = self._output[-1] | {"status": status}
         part = item["content"][0]
-        told = [_without_bytes(entry) for entry in part["logprobs"]]
+        done: dict[str, Any] = {"type": f"response.{part['type']}.done", **self._place(), "text": part["text"]}
+        if "logprobs" in part:
+            done["logprobs"] = [_without_bytes(entry) for entry in part["logprobs"]]
         return [
-            {"type": "response.output_text.done", **self._place(), "text": part["text"], "logprobs": told},
+            done,
             {"type": "response.content_part.done", **self._place(), "part": part},
             self._about_item("done", item),
         ]
@@ -206,7 +227,7 @@ def _usage(answer: Answer) -> dict[str, Any]:
         "input_tokens": usage.prompt_tokens,
         "input_tokens_details": {"cached_tokens": usage.cached_tokens},
         "output_tokens": usage.completion_tokens,
-        "output_tokens_details": {"reasoning_tokens": 0},
+        "output_tokens_details": {"reasoning_tokens": usage.reasoning_tokens or 0},
         "total_tokens": usage.total_tokens,
     }
 

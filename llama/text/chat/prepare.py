@@ -15,6 +15,7 @@ TOOL_ROLES = frozenset({"tool", "ipython"})
 _ROLE = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,63}")
 _ROLES = frozenset({"system", "developer", "user", "assistant", "function", *TOOL_ROLES})
 _TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}  # type -> its key
+_THOUGHTS = ("reasoning_content", "reasoning")
 _REWRITTEN = frozenset({"content", "tool_calls", "function_call"})
 
 
@@ -58,7 +59,18 @@ def _message(message: Any, where: str, control_tokens: Collection[str]) -> dict[
     content = _content(message.get("content"), role, where)
     calls = _tool_calls(message, where)
     kept["content"] = content if calls or content is not None else ""
+    if role == "assistant":
+        kept |= _thought(kept, where)
     return kept | {"tool_calls": calls} if calls else kept
+
+
+def _thought(message: Mapping[str, Any], where: str) -> dict[str, str]:
+    """Under both of its names, for templates read one or the other."""
+    given = {name: message[name] for name in _THOUGHTS if name in message}
+    for name, thought in given.items():
+        if not isinstance(thought, str):
+            raise _mistyped(f"{where}.{name}", "a string", thought, "messages")
+    return {name: next(iter(given.values())) for name in _THOUGHTS if given}
 
 
 def _content(content: Any, role: str, where: str) -> Any:

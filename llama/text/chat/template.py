@@ -17,6 +17,7 @@ from llama.text.chat.prepare import prepare_messages, prepare_tools
 from llama.text.chat.renderer import DEADLINE_SECONDS, TemplateRenderer
 from llama.text.chat.safe_text import SafeText
 from llama.text.chat.source import TemplateSource, read_source
+from llama.text.reasoning import CLOSE
 from llama.text.tokenizer import Tokenizer
 from llama.text.tokenizer.tokenizer import read_tokenizer_config
 
@@ -113,6 +114,11 @@ class ChatTemplate:
     def num_lost_workers(self) -> int:
         """See Worker.num_lost."""
         return 0 if self._renderer is None else self._renderer.worker.num_lost
+
+    @property
+    def knows_thoughts(self) -> bool:
+        """Whether it writes the end of a thought, or cuts one off an earlier answer."""
+        return any(CLOSE in source.text for source in self._sources.values())
 
     def close(self) -> None:
         """Ends the process that renders; the next rendering would start another."""

@@ -3,7 +3,8 @@
 Needs the extra `structured` (llguidance), which is imported when the first grammar is compiled.
 """
 
+from llama.text.grammar.after_thought import AfterThought, ThoughtMasks
 from llama.text.grammar.compiler import Grammar, GrammarCompiler, is_strict
 from llama.text.grammar.matcher import GrammarError, Matcher
 
-__all__ = ["Grammar", "GrammarCompiler", "GrammarError", "Matcher", "is_strict"]
+__all__ = ["AfterThought", "Grammar", "GrammarCompiler", "GrammarError", "Matcher", "ThoughtMasks", "is_strict"]

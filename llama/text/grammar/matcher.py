@@ -74,6 +74,10 @@ class Matcher:
         if not taken:
             self._check()
 
+    def takes(self, token_id: int) -> bool:
+        """Whether this token may come next."""
+        return bool(self._matcher.validate_tokens([token_id]))
+
     def rollback(self, num_tokens: int) -> None:
         """Takes the last tokens back."""
         ignored = min(num_tokens, self._after_end)

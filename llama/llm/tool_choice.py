@@ -1,0 +1,47 @@
+"""Which tools a model is shown, and which of them it must call."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from llama.api.errors import ParameterError
+from llama.text.chat.prepare import prepare_tools, tool_name
+from llama.text.grammar import is_strict
+
+ToolChoice = str | Mapping[str, Any]  # as OpenAI spells it
+
+
+@dataclass(frozen=True, slots=True)
+class Tools:
+    """`shown` to the model, prepared; None for none. `must_call` one of them, or the one called `name`."""
+
+    shown: list[dict[str, Any]] | None
+    must_call: bool = False
+    name: str | None = None
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """The schema of each tool's arguments by its name; None for none. A grammar needs no second look."""
+        return {
+            tool_name(tool): None if self.must_call or is_strict(tool) else tool["function"].get("parameters")
+            for tool in self.shown or ()
+        }
+
+
+def choose(tools: Sequence[Mapping[str, Any]] | None, choice: ToolChoice) -> Tools:
+    """Raises ParameterError for tools that cannot be meant and for a choice that is none of theirs."""
+    prepared = prepare_tools(tools or None)
+    if choice == "auto":
+        return Tools(prepared)
+    if choice == "none":
+        return Tools(None)
+    if prepared is None:
+        raise ParameterError("tool_choice needs tools", "tool_choice")
+    if choice == "required":
+        return Tools(prepared, must_call=True)
+    function = choice.get("function") if isinstance(choice, Mapping) and choice.get("type") == "function" else None
+    name = function.get("name") if isinstance(function, Mapping) else None
+    if not isinstance(name, str) or name not in map(tool_name, prepared):
+        legal = '"auto", "none", "required" or {"type": "function", "function": {"name": ...}} with the name of a tool'
+        raise ParameterError(f"tool_choice must be {legal}", "tool_choice")
+    return Tools(prepared, must_call=True, name=name)
