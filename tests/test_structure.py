@@ -53,11 +53,11 @@ IMPORT_ORDER = {
         sequence token_rules
         plan
         sampler
-        memory verification
+        memory verification logit_changes
         runner
         graph_runner
         running
-        draft_model
+        draft_model guidance
         step
         speculation
         scheduler
@@ -95,6 +95,7 @@ WITHOUT_TORCH = (
     "llama/engine/plan.py",
     "llama/engine/adapters.py",
     "llama/engine/running.py",
+    "llama/engine/guidance.py",
     "llama/engine/step.py",
     "llama/engine/scheduler.py",
 )

@@ -16,7 +16,6 @@ SAMPLING: Neutral = {
     "flat_logprobs": (False,),
     "guided_decoding": (None,),
     "length_penalty": (1.0,),
-    "logits_processors": (None, []),
     "output_kind": (0,),
     "repetition_detection": (None,),
     "skip_clone": (False,),
@@ -29,6 +28,7 @@ SAMPLING: Neutral = {
 _BODY: Neutral = {
     **SAMPLING,
     "detokenize": (True,),
+    "logits_processors": (None, []),
     "cache_salt": (),
     "chat_template": (),
     "guided_whitespace_pattern": (),

@@ -110,6 +110,12 @@ class SamplingParams:
     structured_outputs: StructuredOutputsParams | Mapping[str, Any] | None = _option(  # noqa: RUF009
         None, 'the same as vLLM has it, such as {"choice": ["yes", "no"]}'
     )
+    # f(prompt_ids, output_ids, logits [vocab]) -> logits, in this order, behind penalties and masks, before temperature
+    logits_processors: SequenceOf[Callable[..., Any]] | None = ()
+    guidance_scale: float | None = _option(None, "classifier-free guidance away from negative_prompt, 1 = off")
+    negative_prompt: str | SequenceOf[int] | None = _option(
+        None, "what guidance_scale leads away from (the prompt's last token)"
+    )
     prediction: str | SequenceOf[int] | None = _option(None, "what the answer may be like: a text to draft from")
     speculative: bool = _option(True, "verify drafts of the next tokens, if the engine has a speculative_config")
 
@@ -136,9 +142,12 @@ class SamplingParams:
         ids = _listed("stop_token_ids", self.stop_token_ids, "token ids")
         checked = [_integer("stop_token_ids", each, 0, place=": each id") for each in ids]
         put("stop_token_ids", tuple(dict.fromkeys(checked)))
-        if self.prediction is not None and not isinstance(self.prediction, str):
-            ids = _listed("prediction", self.prediction, "token ids, or a text")
-            put("prediction", tuple(_integer("prediction", each, 0, place=": each id") for each in ids))
+        for name in ("prediction", "negative_prompt"):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, str):
+                ids = _listed(name, value, "token ids, or a text")
+                put(name, tuple(_integer(name, each, 0, place=": each id") for each in ids))
+        self._check_processors()
         for option in fields(self):
             if isinstance(option.default, bool) and not isinstance(getattr(self, option.name), bool):
                 raise refusal(option.name, "True or False", getattr(self, option.name))
@@ -159,6 +168,29 @@ class SamplingParams:
             if self.response_format is not None:
                 both = "structured_outputs and response_format both constrain the answer: give one of them"
                 raise ParameterError(both, "structured_outputs")
+
+    def _check_processors(self) -> None:
+        functions = _listed("logits_processors", self.logits_processors, "functions")
+        if not all(map(callable, functions)):
+            raise refusal("logits_processors", "a list of functions", self.logits_processors)
+        object.__setattr__(self, "logits_processors", tuple(functions))
+        if self.guidance_scale is None:
+            if self.negative_prompt is not None:
+                raise ParameterError("negative_prompt needs guidance_scale", "negative_prompt")
+            return
+        scale = _finite(self.guidance_scale)
+        if scale is None:
+            raise refusal("guidance_scale", "a finite number", self.guidance_scale)
+        if self.negative_prompt is not None and not self.negative_prompt:
+            raise refusal("negative_prompt", "a text or token ids that are not empty", self.negative_prompt)
+        if self.n > 1:
+            raise ParameterError(f"guidance_scale needs n=1, got n={self.n}", "guidance_scale")
+        object.__setattr__(self, "guidance_scale", scale)
+
+    @property
+    def is_guided(self) -> bool:
+        """Its tokens are drawn from the logits of two prompts."""
+        return self.guidance_scale not in (None, 1.0)
 
     @property
     def constraint(self) -> Mapping[str, Any] | None:

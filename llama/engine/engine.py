@@ -12,6 +12,7 @@ from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeVar
 
+import numpy as np
 import torch
 
 from llama.api.errors import EngineDeadError, ParameterError
@@ -23,6 +24,7 @@ from llama.engine.budget import free_cpu_bytes, lora_bytes
 from llama.engine.config import EngineConfig
 from llama.engine.draft_model import DraftModel
 from llama.engine.graph_runner import GraphRunner
+from llama.engine.guidance import check_guided, guided_limit
 from llama.engine.memory import fitting_blocks, make_kv_cache
 from llama.engine.ngrams import DraftLength, Ngrams, Text
 from llama.engine.plan import Plan, StepResult
@@ -160,6 +162,9 @@ class Engine:
         check_params(params, self.vocab_size)
         params = self._with_logprobs(params)
         limit, capacity = self.limit(len(prompt), params.max_tokens), self._capacity
+        if params.is_guided:
+            lens = len(prompt), len(rest.get("negative_token_ids", ())) or 1
+            check_guided(self.config, self.pool.num_blocks, lens, guided_limit(limit, lens, self.config.context_len))
         if max(limit, len(prompt) + 1) > capacity:
             raise ParameterError(
                 f"a prompt of {len(prompt)} tokens and up to {max(1, limit - len(prompt))} new ones can never run: "
@@ -202,6 +207,9 @@ class Engine:
                 if getattr(params, name):
                     raise ParameterError(f"{name} needs a matcher", name)
         limit = self.limit(len(prompt), params.max_tokens)
+        negative = np.array(request.negative_token_ids or prompt[-1:], np.int32)
+        if params.is_guided:
+            limit = guided_limit(limit, (len(prompt), len(negative)), self.config.context_len)
         seed = self._seeds.next() if params.seed is None else params.seed
         sequences = [
             Sequence(
@@ -213,7 +221,10 @@ class Engine:
             sequence.taps = request.taps
         if params.prompt_logprobs is not None:
             sequences[0].prompt_logprobs = [None] * request.score_from
-        if self.config.speculation is not None and params.speculative:
+        if params.is_guided:
+            sequences[0].guide(negative)
+        speculates = params.speculative and not params.is_guided and not params.logits_processors
+        if self.config.speculation is not None and speculates:
             self._let_speculate(sequences, self.config.speculation, request.prediction_token_ids)
         if request.new_matcher is not None:
             first = sequences[0].matcher = request.new_matcher()
@@ -291,7 +302,7 @@ class Engine:
                     raise
                 if isinstance(error, torch.OutOfMemoryError) and attempts_left:
                     self.runner.release_memory()
-                    max_tokens = max(1, plan.num_tokens // 2)
+                    max_tokens = max(2, plan.num_tokens // 2)  # the two of a guided request go together
                     logger.warning("out of memory in a step of %d tokens; trying %d", plan.num_tokens, max_tokens)
                     continue
                 self._fail(members, error, outputs)

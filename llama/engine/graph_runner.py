@@ -77,7 +77,8 @@ class GraphRunner(Runner):
             plan.drafts is not None and np.array_equal(plan.sample_sources, np.arange(plan.num_tokens))
         )
         is_plain = samples_all and plan.prompt_sources is None and not len(plan.copies)
-        if not is_plain or plan.taps or any(self._hooks):  # a recording would keep hooks, or their absence
+        is_plain &= not (plan.taps or plan.processed or plan.guided)
+        if not is_plain or any(self._hooks):  # a recording would keep hooks, or their absence
             return super()._compute(plan)
         has_adapters = plan.adapter_indices is not None and bool(plan.adapter_indices.any())
         if has_adapters and self._generation != self.adapters.generation:

@@ -5,7 +5,7 @@ by consecutive plans. It does not hold the value of the token that a row sampled
 be made before that value is known.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -34,6 +34,24 @@ class Join(NamedTuple):
     output_token_ids: list[int]
 
 
+class Processed(NamedTuple):
+    """A sample whose logits go through functions of its request."""
+
+    sample: int
+    request_id: str
+    functions: Sequence[Callable[..., Any]]
+    prompt: Ints
+    output_token_ids: list[int]
+
+
+class Guided(NamedTuple):
+    """A sample whose logits are led away from those behind the token `source`."""
+
+    sample: int
+    source: int
+    scale: float
+
+
 @dataclass(frozen=True, slots=True)
 class Plan:
     """One step. Sequences that only decode (one token, the row's last sampled one) come first."""
@@ -59,6 +77,8 @@ class Plan:
     prompt_sources: Ints | None = None  # [scored] tokens whose successor in the prompt is to be scored
     prompt_targets: Ints | None = None  # [scored] those successors
     num_prompt_logprobs: int = -1  # the most top entries that any of them wants
+    processed: tuple[Processed, ...] = ()
+    guided: tuple[Guided, ...] = ()
     taps: tuple[tuple[int, Any], ...] = ()  # (sequence of the plan, `Taps.sequence`) where activations are touched
 
     @property
@@ -88,4 +108,5 @@ class StepResult(NamedTuple):
     is_bad: NDArray[np.bool_]  # [samples] NaN, or no finite logit: the token means nothing
     logprobs: Logprobs[Array] | None = None  # [samples]
     prompt_logprobs: Logprobs[Array] | None = None  # [scored]
+    broken: Collection[int] = ()  # samples for which a function of `Plan.processed` failed; they are bad too
     captured: Mapping[int, Mapping[str, Any]] = {}  # by place in Plan.taps: what `Taps.take` gets

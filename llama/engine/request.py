@@ -63,6 +63,7 @@ class Request:
     tools: Mapping[str, Any] = field(default_factory=dict)  # whose calls are to be found: name -> schema of arguments
     begins_in_thought: bool | None = None  # or may begin with one (False); None: no thought is looked for
     prediction_token_ids: Sequence[int] = ()  # what the answer may be like
+    negative_token_ids: Sequence[int] = ()  # what guidance_scale leads away from; none = the prompt's last token
 
 
 def checked_ids(token_ids: Sequence[int], vocab_size: int) -> NDArray[np.int32]:
@@ -102,6 +103,7 @@ def check_params(params: SamplingParams, vocab_size: int) -> None:
         ("logit_bias", params.logit_bias or ()),
         ("allowed_token_ids", params.allowed_token_ids or ()),
         ("prediction", prediction),
+        ("negative_prompt", () if isinstance(params.negative_prompt, str) else params.negative_prompt or ()),
     ):
         for token in ids:
             if token >= vocab_size:

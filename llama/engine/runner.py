@@ -17,6 +17,7 @@ from torch import Tensor
 
 from llama.engine.config import EngineConfig
 from llama.engine.device import fetch, fetch_tensor, pack, to_device
+from llama.engine.logit_changes import change_logits, with_raw_logprobs
 from llama.engine.memory import num_scored_rows
 from llama.engine.plan import Array, Ints, Plan, StepResult
 from llama.engine.sampler import SamplerTable
@@ -110,7 +111,7 @@ class Runner:
             tensors,
             plan.num_decodes,
             num_blocks=-(-int(plan.context_lens.max()) // self.kv.block_size),
-            logit_rows=None if samples_all else self._on_device(plan.sample_sources),
+            logit_rows=None if samples_all else self._on_device(_sources(plan)),
             taps=taps,
         )
         hidden = self.model.hidden(batch, self.kv)
@@ -194,18 +195,31 @@ class Runner:
         if batch.taps is not None:
             logits = batch.taps.logits(self.model, logits, plan.sample_sources.tolist())
         rows = self.sampler.rows(plan.sample_rows, plan.sample_positions, plan.masks)
-        draws = self._draw(logits, rows, self._on_device(plan.sample_rows), plan.drafts)
-        return fetch_result(*draws, len(plan.sample_rows))
+        row_ids, count = self._on_device(plan.sample_rows), len(plan.sample_rows)
+        if not (plan.processed or plan.guided):
+            return fetch_result(*self._draw(logits, rows, row_ids, plan.drafts), count)
+        changed = change_logits(logits, rows, self.sampler.state, plan)
+        draws = self._draw(changed.logits, changed.rows, row_ids, plan.drafts, network=logits[:count])
+        result_of = fetch_result(*draws, count)
+        return lambda: result_of()._replace(broken=changed.broken)
 
     def _draw(
-        self, logits: Tensor, rows: SamplerRows, row_ids: Tensor, drafts: Ints | None = None
+        self,
+        logits: Tensor,
+        rows: SamplerRows,
+        row_ids: Tensor,
+        drafts: Ints | None = None,
+        network: Tensor | None = None,
     ) -> tuple[Tensor, Sampled]:
-        """A token for each row of logits, kept as the last one of its row -> all of it packed, and as it was."""
+        """A token for each row of logits, kept as the last one of its row -> all of it packed, and as it was. `network`
+        are the logits as they came from there, if these are others."""
         if drafts is None:
             sampled = ops.sample(logits, rows, self.sampler.state)
         else:
             sampled, is_last = sample_behind_drafts(logits, rows, self.sampler.state, drafts)
             row_ids = torch.where(is_last, row_ids, self.padding_row)
+        if network is not None:
+            sampled = with_raw_logprobs(sampled, rows, network)
         self.last_tokens.index_copy_(0, row_ids, sampled.token_ids)
         return pack(_tensors(sampled)), sampled
 
@@ -223,6 +237,13 @@ class Runner:
     def _on_device(self, array: np.ndarray, dtype: type | None = np.int64) -> Tensor:
         """Plans share arrays, and a tensor that aliased one could change it: this one does not."""
         return to_device(array, self.device, dtype)
+
+
+def _sources(plan: Plan) -> Ints:
+    """The tokens whose logits are wanted: each sample's, then those that guide some."""
+    if not plan.guided:
+        return plan.sample_sources
+    return np.append(plan.sample_sources, np.array([guided.source for guided in plan.guided], np.int32))
 
 
 def fetch_values(captured: Mapping[int, Mapping[str, tuple[list[int], Tensor]]]) -> Callable[[], dict[int, Any]]:

@@ -11,7 +11,7 @@ from operator import attrgetter
 import numpy as np
 from numpy.typing import NDArray
 
-from llama.engine.blocks import BlockPool, PrefixPath
+from llama.engine.blocks import BlockPool, PrefixPath, Salt
 from llama.engine.config import EngineConfig
 from llama.engine.plan import NO_UPDATES, Ints
 from llama.engine.sequence import Sequence
@@ -30,8 +30,8 @@ class Running:
         self.capacity = np.zeros(num_rows, np.int32)  # tokens that its blocks hold
         self.last = np.zeros(num_rows, np.int32)  # position of the last token that the sequence may have
         self.adapter_indices = np.zeros(num_rows, np.int32)
-        self.watched: NDArray[np.bool_] = np.zeros(num_rows, np.bool_)  # it has stop ids or a matcher
-        # The last step whose result must be known before the sequence runs on: it drew from its matcher's mask, or
+        self.watched: NDArray[np.bool_] = np.zeros(num_rows, np.bool_)  # it has stop ids, a matcher or processors
+        # The last step whose result must be known before the sequence runs on: it drew by what the host knows, or
         # drafts may stand behind its token.
         self.awaited_step = np.full(num_rows, -1, np.int64)
         self.table = np.zeros((num_rows, config.blocks_per_sequence), np.int32)
@@ -56,7 +56,7 @@ class Running:
         self.capacity[row] = 0
         self.last[row] = sequence.limit - 1
         self.adapter_indices[row] = sequence.adapter.index
-        self.watched[row] = bool(sequence.params.stop_token_ids) or sequence.matcher is not None
+        self.watched[row] = bool(sequence.params.stop_token_ids) or sequence.needs_last_token
         self.awaited_step[row] = -1
         self.num_adapters += sequence.adapter.index > 0
         if sequence.adapter.index:
@@ -74,8 +74,22 @@ class Running:
         self.decoding[sequence] = None
         self._decodes = None
 
+    def match(self, sequence: Sequence, root: bytes, salt: Salt) -> list[int]:
+        """The blocks of the prefix cache that a sequence can begin with."""
+        # The last token is computed in any case, since its logits are wanted. Where every block of a prompt is a hit,
+        # the last one is therefore computed again, into a block of its own.
+        max_hits = (min(sequence.num_tokens, sequence.next_to_score) - 1) // self.pool.block_size
+        if sequence.taps is not None:
+            max_hits = min(max_hits, sequence.taps.first_missing(sequence.index) // self.pool.block_size)
+        tokens = sequence.tokens_between(0, max_hits * self.pool.block_size)
+        return self.pool.match(root, tokens.tobytes(), max_hits, salt)
+
     def leave(self, sequence: Sequence) -> None:
-        """Take back row and blocks."""
+        """Take back rows and blocks of a sequence and of the one that guides it."""
+        for one in sequence.contexts:
+            self._leave(one)
+
+    def _leave(self, sequence: Sequence) -> None:
         row = sequence.row
         self.pool.free(self.blocks(row))
         self.num_adapters -= sequence.adapter.index > 0
@@ -149,7 +163,7 @@ class Running:
         missing = -(-(computed + count - int(self.capacity[row])) // block_size)
         while missing > self.pool.num_available:
             newest = max((*self.prefilling, *self.decoding), key=by_order)
-            if newest.order <= sequence.order:
+            if newest.order <= sequence.order or newest.leader is sequence:
                 missing = self.pool.num_available
                 break
             preempt(newest)
@@ -235,6 +249,7 @@ class Running:
             row = sequence.row
             assert not sequence.finished and self.computed[row] <= self.capacity[row]
             is_decoding = self.computed[row] >= self.known[row]
-            assert (sequence in self.decoding) == is_decoding, f"row {row} is in the wrong phase"
+            is_guided = len(sequence.contexts) > 1 or sequence.leader is not None  # see llama.engine.guidance
+            assert (sequence in self.decoding) == (is_decoding and not is_guided), f"row {row} is in the wrong phase"
         assert self.num_adapters == sum(sequence.adapter.index > 0 for sequence in sequences)
         self.pool.check(self.blocks(row) for row in rows)

@@ -20,9 +20,10 @@ from llama.api.outputs import FinishReason
 from llama.engine.adapters import Adapters
 from llama.engine.blocks import BlockPool, prefix_root
 from llama.engine.config import EngineConfig
+from llama.engine.guidance import chunk_sizes
 from llama.engine.plan import Ints, Plan, StepResult, logprob_entry
 from llama.engine.running import Running, by_order
-from llama.engine.sequence import BROKEN_GRAMMAR, Sequence, TokenOutput
+from llama.engine.sequence import BROKEN_GRAMMAR, BROKEN_PROCESSOR, Sequence, TokenOutput
 from llama.engine.speculation import Speculation
 from llama.engine.step import Chunk, Run, StepRecord, decode_constants
 
@@ -117,6 +118,7 @@ class Scheduler:
 
     def _requeue(self, sequence: Sequence) -> None:
         """Back to the queue with all that is known of it; what is in flight must be known before it runs again."""
+        sequence = sequence.leader or sequence
         self.running.leave(sequence)
         sequence.ready_after = self._in_flight[-1].number if self._in_flight else -1
         insort(self.waiting, sequence, key=by_order)
@@ -159,15 +161,16 @@ class Scheduler:
     def _add_chunks(self, step: StepRecord, budget: int) -> None:
         """Spend what the decodes left, first come first served."""
         for sequence in sorted(self.running.prefilling, key=by_order):
-            if budget > 0 and sequence.row >= 0:
+            if budget > 0 and sequence.row >= 0 and sequence.leader is None:
                 budget -= self._add_chunk(step, sequence, budget)
         promised = self.running.num_promised_blocks(self.running.prefilling) if self.waiting else 0
         while self.waiting and budget > 0:
             sequence = self.waiting[0]
-            if len(self.running) >= self.max_running or not self._admit(step, sequence, promised):
+            contexts = sequence.contexts
+            if len(self.running) + len(contexts) > self.max_running or not self._admit(step, sequence, promised):
                 return
             budget -= self._add_chunk(step, sequence, budget)
-            promised += self.running.num_promised_blocks([sequence])
+            promised += self.running.num_promised_blocks(contexts)
 
     def _admit(self, step: StepRecord, sequence: Sequence, promised: int) -> bool:
         """Let the head of the queue run if there is room for all of its known tokens, `promised` blocks aside."""
@@ -176,15 +179,9 @@ class Scheduler:
             return False
         if self._refused is not None and self._refused[0] is sequence and available <= self._refused[1]:
             return False
-        known = sequence.num_tokens
         root, salt = prefix_root(self.model, sequence.adapter.digest), sequence.salt(block_size)
-        # The last token is computed in any case, since its logits are wanted. Where every block of a prompt is a hit,
-        # the last one is therefore computed again, into a block of its own.
-        max_hits = (min(known, sequence.next_to_score) - 1) // block_size
-        if sequence.taps is not None:
-            max_hits = min(max_hits, sequence.taps.first_missing(sequence.index) // block_size)
-        hits = self.pool.match(root, sequence.tokens_between(0, max_hits * block_size).tobytes(), max_hits, salt)
-        needed = -(-known // block_size) - len(hits) + self.pool.count_idle(hits)
+        found = {one: self.running.match(one, root, salt) for one in sequence.contexts}
+        needed = sum(-(-o.num_tokens // block_size) - len(h) + self.pool.count_idle(h) for o, h in found.items())
         if needed + promised > available:
             self._refused = sequence, available
             return False
@@ -192,34 +189,38 @@ class Scheduler:
             return False
         self._refused = None
         del self.waiting[0]
-        self.pool.share(hits)
-        self.running.enter(sequence, hits, len(hits) * block_size, self.pool.path(root, hits, salt))
+        for one, hits in found.items():
+            self.pool.share(hits)
+            self.running.enter(one, hits, len(hits) * block_size, self.pool.path(root, hits, salt))
         step.join(sequence)
         if sequence.num_cached_tokens < 0:
-            sequence.num_cached_tokens = len(hits) * block_size
-            self.num_queried_tokens += known
+            sequence.num_cached_tokens = len(found[sequence]) * block_size
+            self.num_queried_tokens += sequence.num_tokens
             self.num_hit_tokens += sequence.num_cached_tokens
         return True
 
     def _add_chunk(self, step: StepRecord, sequence: Sequence, budget: int) -> int:
         """Compute as many known tokens of a prefilling sequence as budget and blocks allow -> how many."""
+        counts = chunk_sizes(self.running, sequence, budget, self.preempt)
+        for one, count in counts.items():
+            self._compute(step, one, count)
+        return sum(counts.values())
+
+    def _compute(self, step: StepRecord, sequence: Sequence, count: int) -> None:
+        """Put the next known tokens of a prefilling sequence into the step."""
         running, row = self.running, sequence.row
-        start, known = int(running.computed[row]), int(running.known[row])
-        count = running.reserve(sequence, min(known - start, budget), self.preempt)
-        if count == 0:
-            return 0
+        start = int(running.computed[row])
         stop = start + count
         running.computed[row] = stop
         # Published before they are computed, so that requests of one step can share; taken back if the step fails.
         step.published += running.publish(sequence, stop)
-        samples = [sequence, *self._fork(step, sequence)] if stop == known else []
+        samples = [sequence, *self._fork(step, sequence)] if stop == sequence.num_tokens and not sequence.leader else []
         score_from = score_to = 0
         if sequence.prompt_logprobs is not None:
             score_from = max(start + 1, len(sequence.prompt_logprobs))
             score_to = max(score_from, min(stop + 1, len(sequence.prompt)))
         tokens = sequence.tokens_between(start, stop)
         step.chunks.append(Chunk(sequence, row, start, tokens, samples, score_from, score_to))
-        return count
 
     def _fork(self, step: StepRecord, leader: Sequence) -> list[Sequence]:
         """The other completions of a prompt that is computed now draw from the same logits, as far as there is room."""
@@ -244,11 +245,12 @@ class Scheduler:
         running.computed[plan.rows[decodes]] = plan.context_lens[decodes]
         for run in step.runs:
             running.computed[run.row] = run.start + len(run.token_ids)
-        if plan.masks is not None:
-            running.awaited_step[[s.row for s in step.samples if s.matcher is not None]] = step.number
+        if plan.masks is not None or plan.processed:
+            running.awaited_step[[s.row for s in step.samples if s.needs_last_token]] = step.number
         for chunk in step.chunks:
             for sequence in chunk.samples:
-                running.start_decoding(sequence)
+                if sequence.negative is None:
+                    running.start_decoding(sequence)
         step.num_departures = running.num_departures
         self._in_flight.append(step)
         self._num_steps += 1
@@ -339,7 +341,7 @@ class Scheduler:
         sequence = step.samples[i]
         output = TokenOutput(sequence.request_id, sequence.index, [token], num_cached_tokens=sequence.num_cached_tokens)
         if result.is_bad[i]:
-            return self._fail(sequence)
+            return self._fail(sequence, BROKEN_PROCESSOR if i in result.broken else None)
         if i in step.without_mask or not sequence.advance(token):
             return self._fail(sequence, BROKEN_GRAMMAR)
         sequence.output_token_ids.append(token)
@@ -356,7 +358,7 @@ class Scheduler:
     def _fail(self, sequence: Sequence, reason: str | None = None) -> TokenOutput:
         """End a sequence whose numbers cannot be trusted; the prefix cache forgets what it computed."""
         if sequence.row >= 0:
-            self.pool.unpublish(self.running.blocks(sequence.row))
+            self.pool.unpublish([block for one in sequence.contexts for block in self.running.blocks(one.row)])
         self._end(sequence)
         cached = max(0, sequence.num_cached_tokens)
         output = TokenOutput(sequence.request_id, sequence.index, [], num_cached_tokens=cached)
@@ -383,7 +385,7 @@ class Scheduler:
         self.adapters.check()
         running = [*self.running.prefilling, *self.running.decoding]
         following = [follower for sequence in (*self.waiting, *running) for follower in sequence.followers]
-        places = [*self.waiting, *running, *following]
+        places = [*self.waiting, *(one for one in running if one.leader is None), *following]
         assert len(set(places)) == len(places), "a sequence is in two places"
         assert set(places) == {s for siblings in self._requests.values() for s in siblings}, "a sequence is lost"
         assert self.waiting == sorted(self.waiting, key=by_order), "the queue is out of order"

@@ -20,6 +20,7 @@ from llama.engine.request import Taps, TokenMatcher
 logger = logging.getLogger(__name__)
 
 BROKEN_GRAMMAR = "grammar"  # the stop_reason of an error: the grammar exceeded a limit while it ran
+BROKEN_PROCESSOR = "logits_processors"  # one of them raised, or gave no logits
 
 
 @dataclass(slots=True)
@@ -35,7 +36,8 @@ class TokenOutput:
     token_ids: list[int]
     logprobs: list[dict[int, Logprob]] | None = None
     finish_reason: FinishReason | None = None
-    # The id of stop_token_ids that ended it, BROKEN_GRAMMAR with an error; None for the model's own end.
+    # The id of stop_token_ids that ended it, BROKEN_GRAMMAR or BROKEN_PROCESSOR with an error; None for the model's
+    # own end.
     stop_reason: int | str | None = None
     prompt_logprobs: list[dict[int, Logprob] | None] | None = None  # with the first output of index 0 only
     num_cached_tokens: int = 0
@@ -68,6 +70,10 @@ class Sequence:
     matcher: TokenMatcher | None = None
     taps: Taps | None = None  # shared by all completions of the request
     followers: "list[Sequence]" = field(default_factory=list)  # they fork from this one once its prompt is computed
+    # Guidance: the same tokens behind the negative prompt. It runs where its leader runs, draws nothing, and the queue
+    # does not know it.
+    negative: "Sequence | None" = None
+    leader: "Sequence | None" = None  # of a negative one
 
     output_token_ids: list[int] = field(default_factory=list)
     ngrams: Ngrams | None = None  # where its drafts come from; None = not from there
@@ -83,6 +89,22 @@ class Sequence:
     def speculates(self) -> bool:
         """It may have drafts."""
         return self.ngrams is not None or self.draft_length is not None
+
+    @property
+    def needs_last_token(self) -> bool:
+        """The host must know its last token before it draws the next one."""
+        return self.matcher is not None or bool(self.params.logits_processors)
+
+    @property
+    def contexts(self) -> "tuple[Sequence, ...]":
+        """What is computed for it: itself, and the one that guides it."""
+        return (self,) if self.negative is None else (self, self.negative)
+
+    def guide(self, prompt: NDArray[np.int32]) -> None:
+        """Draw its tokens by the logits behind this prompt too."""
+        limit = len(prompt) + self.limit - len(self.prompt)
+        negative = Sequence(self.request_id, 1, self.arrival, self.params, self.seed, prompt, limit, self.adapter)
+        negative.output_token_ids, negative.leader, self.negative = self.output_token_ids, self, negative
 
     @property
     def order(self) -> tuple[int, int]:

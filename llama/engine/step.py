@@ -9,7 +9,7 @@ import numpy as np
 
 from llama.engine.adapters import Adapter
 from llama.engine.ngrams import Match
-from llama.engine.plan import LAST_SAMPLED, NO_COPIES, Array, Ints, Join, Plan, logprob_entry
+from llama.engine.plan import LAST_SAMPLED, NO_COPIES, Array, Guided, Ints, Join, Plan, Processed, logprob_entry
 from llama.engine.running import Running
 from llama.engine.sequence import Sequence
 from llama.kernels.logprobs import Logprobs
@@ -61,8 +61,9 @@ class StepRecord:
 
     @property
     def members(self) -> list[Sequence]:
-        """Every sequence of the step, once."""
-        return list(dict.fromkeys([*self.samples, *(chunk.sequence for chunk in self.chunks)]))
+        """Every sequence of the step that the queue knows, once."""
+        of_chunks = (chunk.sequence.leader or chunk.sequence for chunk in self.chunks)
+        return list(dict.fromkeys([*self.samples, *of_chunks]))
 
     @property
     def num_samples_before_runs(self) -> int:
@@ -91,6 +92,7 @@ class StepRecord:
         contexts = running.computed[rows] + 1
         self.samples = self.decodes
         num_scored = -1
+        guided: tuple[Guided, ...] = ()
         if not self.chunks and not self.runs:
             query_lens, token_ids, sources = constants
             arrays = {"rows": rows, "query_lens": query_lens, "context_lens": contexts, "token_ids": token_ids}
@@ -99,6 +101,7 @@ class StepRecord:
             self.samples = [*self.decodes, *(sequence for chunk in self.chunks for sequence in chunk.samples)]
             self.samples += [run.sequence for run in self.runs for _ in run.token_ids]
             arrays = _flatten(rows, contexts, self.chunks, self.runs)
+            guided = self._guided(arrays["query_lens"])
             if scored := [chunk for chunk in self.chunks if chunk.score_to > chunk.score_from]:
                 arrays |= _scored(self.chunks, arrays["query_lens"][len(rows) :][: len(self.chunks)], len(rows))
                 num_scored = max(chunk.sequence.params.prompt_logprobs or 0 for chunk in scored)
@@ -114,6 +117,8 @@ class StepRecord:
             joins=tuple(self.joins),
             adapters=adapters,
             num_prompt_logprobs=num_scored,
+            processed=self._processed() if running.num_watched else (),
+            guided=guided,
             taps=self._taps() if running.num_tapped else (),
             **arrays,
         )
@@ -154,6 +159,23 @@ class StepRecord:
 
     def _taps(self) -> tuple[tuple[int, Any], ...]:
         return tuple((i, s.taps.sequence) for i, s in enumerate(self.computed) if s.taps is not None)
+
+    def _processed(self) -> tuple[Processed, ...]:
+        return tuple(
+            Processed(i, s.request_id, functions, s.prompt, s.output_token_ids.copy())
+            for i, s in enumerate(self.samples)
+            if (functions := s.params.logits_processors)
+        )
+
+    def _guided(self, query_lens: Ints) -> tuple[Guided, ...]:
+        if all(chunk.sequence.leader is None for chunk in self.chunks):
+            return ()
+        last_tokens = dict(zip(self.computed, (np.cumsum(query_lens) - 1).tolist(), strict=True))
+        return tuple(
+            Guided(i, last_tokens[s.negative], s.params.guidance_scale or 0.0)
+            for i, s in enumerate(self.samples)
+            if s.negative is not None
+        )
 
     def _masks(self, mask_words: int) -> Ints | None:
         if all(sequence.matcher is None for sequence in self.samples):

@@ -126,8 +126,7 @@ class Inputs:
         params, request_id = self._checked(params, request_id, lora)
         with blamed_on("prompt"):
             text, token_ids = self._encode(prompt, self._length_check(params, clip))
-            token_ids = self._truncated(token_ids, params)
-            request = self.engine.request(request_id, token_ids, params, prompt=text, lora=lora, clip=clip)
+            request = self._of_ids(request_id, token_ids, params, prompt=text, lora=lora, clip=clip)
         return self._constrained(request, Tools(None))
 
     def chat_request(
@@ -148,10 +147,23 @@ class Inputs:
         check = self._length_check(params, clip)
         with blamed_on("messages"):
             text, token_ids = self.render(messages, chosen.shown, check, **rendering)
-            token_ids = self._truncated(token_ids, params)
-            request = self.engine.request(request_id, token_ids, params, prompt=text, lora=lora, clip=clip)
+            request = self._of_ids(request_id, token_ids, params, prompt=text, lora=lora, clip=clip)
         request = replace(request, begins_in_thought=self._begins_in_thought(text, messages, rendering))
         return self._constrained(request, chosen)
+
+    def _of_ids(self, request_id: str, token_ids: Sequence[int], params: SamplingParams, **rest: Any) -> Request:
+        asked, negative = params.truncate_prompt_tokens, params.negative_prompt
+        if asked == -1:
+            asked = max(1, self.engine.config.context_len - (params.max_tokens or 1))
+        token_ids = token_ids if asked is None else token_ids[-asked:]
+        if isinstance(negative, str):
+            if self.tokenizer is None:
+                what = "negative_prompt as text needs a tokenizer: this model takes token ids only"
+                raise ParameterError(what, "negative_prompt")
+            negative = self.tokenizer.encode(negative)
+        if params.is_guided and negative:
+            rest["negative_token_ids"] = negative
+        return self.engine.request(request_id, token_ids, params, **rest)
 
     def render(
         self,
@@ -232,12 +244,6 @@ class Inputs:
                 check_room(self.tokenizer.min_tokens(text), max_tokens, most, at_least=True)
 
         return check if params.truncate_prompt_tokens is None else lambda text: None
-
-    def _truncated(self, token_ids: Sequence[int], params: SamplingParams) -> Sequence[int]:
-        asked = params.truncate_prompt_tokens
-        if asked == -1:
-            asked = max(1, self.engine.config.context_len - (params.max_tokens or 1))
-        return token_ids if asked is None else token_ids[-asked:]
 
     def _encode_mapping(
         self, prompt: Mapping[str, Any], check: Callable[[str], None]

@@ -44,6 +44,9 @@ def tapped(
         if own is None and not changes:
             asked.append(request)
             continue
+        if request.params.is_guided:
+            told = "capture and interventions do not go with guidance_scale, which computes two prompts"
+            raise ParameterError(told, "guidance_scale")
         taps = RequestTaps(
             own,
             changes,
