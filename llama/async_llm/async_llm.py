@@ -13,11 +13,14 @@ import atexit
 import math
 import time
 import weakref
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Unpack
+from typing import Any, TypeVar, Unpack, cast
+
+from torch import Tensor
 
 from llama.api.errors import EngineClosedError, EngineDeadError, QueueFullError
 from llama.api.outputs import Piece
@@ -37,6 +40,8 @@ from llama.model.taps import Interventions
 from llama.model.transformer import Transformer
 
 __all__ = ["AsyncLLM", "EngineClosedError", "EngineDeadError", "QueueFullError", "Stream"]
+
+T = TypeVar("T")
 
 _EXIT_SECONDS = 10.0  # for the last step when Python exits
 _INLINE_CHARACTERS = 2_000  # longer prompts are encoded off the event loop: about a millisecond's worth
@@ -72,6 +77,7 @@ class AsyncLLM:
         else:
             self.llm = LLM(model, tokenizer, **llm_arguments)
         self._draining = False
+        self._pause: Future[None] | None = None  # while requests wait for an idle engine's command
         self._preparation = Preparation()
         self._admission = Admission(self.llm.engine.config.max_num_seqs + max_waiting_requests, max_waiting_tokens)
         self._stepper = Stepper(self.llm.replies, self._admission, slow_reader_timeout)
@@ -184,6 +190,7 @@ class AsyncLLM:
 
     async def _submit(self, prepare: Callable[[], Request], size: int, grammar: str | None) -> Stream:
         queued = time.monotonic()
+        await self._not_paused()
         self.check_accepts()
         permit = self._admission.admit()
         stream = None
@@ -212,6 +219,39 @@ class AsyncLLM:
     async def unload_lora(self, name: str) -> None:
         """LLM.unload_lora while requests run."""
         await asyncio.wrap_future(self._stepper.call(partial(self.llm.engine.adapters.remove, name)))
+
+    async def update_weights(self, named_tensors: Iterable[tuple[str, Tensor]], wait: bool = False) -> int:
+        """LLM.update_weights. With `wait` the requests that run end first, and new ones begin afterwards."""
+        return await self._when_idle(partial(self.llm.update_weights, named_tensors), wait)
+
+    async def sleep(self, wait: bool = False) -> None:
+        """LLM.sleep. With `wait` the requests that run end first, and new ones are refused afterwards."""
+        await self._when_idle(self.llm.sleep, wait)
+
+    async def wake_up(self) -> None:
+        """LLM.wake_up."""
+        await asyncio.wrap_future(self._stepper.call(self.llm.wake_up))
+
+    async def _when_idle(self, command: Callable[[], T], wait: bool) -> T:
+        """Run a command that needs an idle engine; with `wait`, as soon as it is idle, new requests held back."""
+        if not wait:
+            return await asyncio.wrap_future(self._stepper.call(command))
+        await self._not_paused()
+        self._pause = pause = Future[None]()
+        try:
+            while True:
+                await asyncio.wrap_future(self._admission.when_empty())
+                # What was admitted in another thread just before is waited for as well.
+                idle = self._stepper.call(lambda: None if self.llm.engine.has_unfinished else (command(),))
+                if (result := await asyncio.wrap_future(idle)) is not None:
+                    return cast(T, result[0])
+        finally:
+            self._pause = None
+            pause.set_result(None)
+
+    async def _not_paused(self) -> None:
+        while (pause := self._pause) is not None:
+            await asyncio.shield(asyncio.wrap_future(pause))  # a reader that is cancelled ends no other's wait
 
     def list_loras(self) -> list[LoraInfo]:
         return self.llm.list_loras()

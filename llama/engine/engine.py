@@ -26,14 +26,13 @@ from llama.engine.draft_model import DraftModel
 from llama.engine.graph_runner import GraphRunner
 from llama.engine.guidance import check_guided, guided_limit
 from llama.engine.memory import fitting_blocks, make_kv_cache
-from llama.engine.ngrams import DraftLength, Ngrams, Text
 from llama.engine.plan import Plan, StepResult
 from llama.engine.request import Request, check_params, check_room, checked_ids
 from llama.engine.runner import Runner
 from llama.engine.sampler import Seeds, child_seed
 from llama.engine.scheduler import Scheduler
 from llama.engine.sequence import Sequence, TokenOutput
-from llama.engine.speculative_config import SpeculativeConfig
+from llama.engine.speculation import let_speculate
 from llama.model.kv_cache import KVCache
 from llama.model.module import hooks_of
 from llama.model.transformer import Transformer
@@ -118,15 +117,18 @@ class Engine:
             model=repr(model.config).encode() if model is not None else b"",
             lora_bytes=lora_bytes(config, free_cpu_bytes()),
         )
+        self._draft_kv: KVCache | None = None
         if config.speculation is not None and config.speculation.method == "draft_model":
             if draft is None or not isinstance(runner, Runner) or self.scheduler.speculation is None:
                 raise ValueError("speculative_config names a draft model, which the engine was not given")
-            kv = KVCache(draft.config, num_blocks, config.block_size, dtype=draft.dtype, device=draft.device)
-            parts = draft, kv, self.scheduler.running, runner.sampler
+            shape = num_blocks, config.block_size
+            self._draft_kv = KVCache(draft.config, *shape, dtype=draft.dtype, device=draft.device)
+            parts = draft, self._draft_kv, self.scheduler.running, runner.sampler
             self.scheduler.speculation.draft_model = DraftModel(*parts, max_num_batched_tokens=config.token_budget)
         self.model = model
         self._hooks = [] if model is None else hooks_of(model)
-        self._has_warned = False
+        self._has_warned = self.is_sleeping = False
+        self._let_speculate = let_speculate  # tests bring drafts of their own
         self._seeds = Seeds(config.seed)
         self._in_flight: deque[tuple[Plan, Callable[[], StepResult]]] = deque()
         self._num_requests = self._num_steps = self._num_prompt_tokens = 0
@@ -199,6 +201,8 @@ class Engine:
     def add(self, request: Request) -> list[int]:
         """Queue a request of `request` -> the seed of each of its completions."""
         self._check_alive()
+        if self.is_sleeping:
+            raise ParameterError("the engine sleeps: wake_up() lets it take requests")
         if request.request_id in self.scheduler:
             raise ParameterError(f"request_id {request.request_id!r} is in use", "request_id")
         params, prompt = request.params, request.prompt_token_ids
@@ -235,24 +239,6 @@ class Engine:
         self._num_prompt_tokens += len(prompt)
         return [sequence.seed for sequence in sequences]
 
-    @staticmethod
-    def _let_speculate(
-        sequences: list[Sequence], config: SpeculativeConfig, prediction_token_ids: SequenceOf[int]
-    ) -> None:
-        """Give each sequence of a request its source of drafts."""
-        if config.method == "draft_model":
-            for sequence in sequences:
-                sequence.draft_length = DraftLength(config.num_speculative_tokens)
-            return
-        sizes = range(config.prompt_lookup_min, config.prompt_lookup_max + 1)
-        prompt, expected = Text(sequences[0].prompt.tolist(), sizes), None
-        if prediction_token_ids:
-            context = prompt.token_ids[-config.prompt_lookup_max :]
-            expected = Text([*context, *prediction_token_ids], sizes, skip=len(context))
-        for sequence in sequences:
-            most = config.num_speculative_tokens
-            sequence.ngrams = Ngrams(prompt, sequence.output_token_ids, most, expected)
-
     @property
     def adapters(self) -> Adapters:
         """The LoRA adapters that requests can name. Adding and removing is legal while requests run."""
@@ -269,6 +255,27 @@ class Engine:
     def finish(self, request_id: str, index: int, reason: FinishReason, stop_reason: int | str | None = None) -> None:
         """End one completion for a reason that only its text shows (the caller reports it). May come late."""
         self.scheduler.finish(request_id, index)
+
+    def sleep(self) -> None:
+        """Give the KV cache's memory back, with all that is in it. No request is taken until `wake_up`."""
+        if self.has_unfinished:
+            raise ParameterError("sleep needs an idle engine: requests run")
+        if not isinstance(self.runner, Runner):
+            raise ParameterError("sleep needs a model")
+        if not self.is_sleeping:
+            self.reset_prefix_cache()
+            self.runner.sleep()
+            if self._draft_kv is not None:
+                self._draft_kv.release()
+            self.is_sleeping = True
+
+    def wake_up(self) -> None:
+        """Take the KV cache's memory again. MemoryError where it is gone: the engine sleeps on."""
+        if self.is_sleeping and isinstance(self.runner, Runner):
+            self.runner.wake_up()
+            if self._draft_kv is not None:
+                self._draft_kv.take_back()
+            self.is_sleeping = False
 
     @property
     def has_unfinished(self) -> bool:

@@ -57,6 +57,10 @@ class GraphRunner(Runner):
     def graph_bytes(self) -> int:
         return self._graphs.nbytes
 
+    def sleep(self) -> None:
+        self._graphs.forget(lambda key: True)  # the cache that they know will be elsewhere
+        super().sleep()
+
     @torch.inference_mode()
     def prepare(self) -> None:
         """Record the largest step before all others, of padding alone. They then find room in the memory that it leaves

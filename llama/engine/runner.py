@@ -85,6 +85,15 @@ class Runner:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
+    def sleep(self) -> None:
+        """Give the KV cache's memory back. No step may run until `wake_up`."""
+        self.kv.release()
+        self.release_memory()
+
+    def wake_up(self) -> None:
+        """MemoryError where the memory is taken by now."""
+        self.kv.take_back()
+
     def check_device(self) -> None:
         """Raise if the device no longer computes: after some errors a CUDA context never works again."""
         if self.device.type == "cuda":

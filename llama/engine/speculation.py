@@ -6,11 +6,12 @@ it. So all that is decided here, rightly or wrongly, costs time and nothing else
 
 import logging
 from collections.abc import Iterable
+from collections.abc import Sequence as SequenceOf
 from typing import Any, Protocol
 
 import numpy as np
 
-from llama.engine.ngrams import Match
+from llama.engine.ngrams import DraftLength, Match, Ngrams, Text
 from llama.engine.plan import Ints
 from llama.engine.request import TokenMatcher
 from llama.engine.running import Running
@@ -173,3 +174,19 @@ class Speculation:
             "num_accepted_tokens": sum(self._num_accepted_at),
             "num_accepted_tokens_per_pos": tuple(self._num_accepted_at),
         }
+
+
+def let_speculate(sequences: list[Sequence], config: SpeculativeConfig, prediction_token_ids: SequenceOf[int]) -> None:
+    """Give each sequence of a request its source of drafts."""
+    if config.method == "draft_model":
+        for sequence in sequences:
+            sequence.draft_length = DraftLength(config.num_speculative_tokens)
+        return
+    sizes = range(config.prompt_lookup_min, config.prompt_lookup_max + 1)
+    prompt, expected = Text(sequences[0].prompt.tolist(), sizes), None
+    if prediction_token_ids:
+        context = prompt.token_ids[-config.prompt_lookup_max :]
+        expected = Text([*context, *prediction_token_ids], sizes, skip=len(context))
+    for sequence in sequences:
+        most = config.num_speculative_tokens
+        sequence.ngrams = Ngrams(prompt, sequence.output_token_ids, most, expected)

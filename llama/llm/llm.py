@@ -7,14 +7,13 @@ its engine: a stream that is read while another is open, or a generate() in betw
 import inspect
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar, Unpack, cast
 
 import torch
-from torch import Tensor
 from tqdm.auto import tqdm
 
 from llama.api.errors import ParameterError
@@ -27,7 +26,6 @@ from llama.hub import model_folder
 from llama.llm.interrupts import interrupts_held
 from llama.llm.loading import check_draft, check_model, load_defaults, load_model, load_text
 from llama.llm.loras import LoraInfo, LoRARequest, RequestedLoras, describe, read_lora
-from llama.llm.prefixes import read_prefix, write_prefix
 from llama.llm.replies import Replies, Reply
 from llama.llm.requests import (
     Inputs,
@@ -42,8 +40,8 @@ from llama.llm.requests import (
 from llama.llm.scoring import Scoring
 from llama.llm.taps import tapped
 from llama.llm.tool_choice import ToolChoice
+from llama.llm.upkeep import Upkeep
 from llama.llm.vllm_names import refuse_foreign
-from llama.llm.weights import update_weights
 from llama.model.capture import Capture
 from llama.model.taps import Interventions
 from llama.model.transformer import Transformer
@@ -97,7 +95,7 @@ class Pieces(Iterator[Piece]):
 
 
 @_names_options
-class LLM(Scoring):
+class LLM(Scoring, Upkeep):
     """A model with its engine. `model` is a Hugging Face folder, an id of the hub ("org/name", at `revision`: a branch,
     tag or commit) or a Transformer; without a tokenizer (a Transformer alone, or a folder that has none) prompts and
     answers are token ids only.
@@ -263,42 +261,6 @@ class LLM(Scoring):
     def get_default_sampling_params(self) -> SamplingParams:
         """What a request without a SamplingParams gets: the checkpoint's generation_config.json over neutral values."""
         return self.inputs.defaults
-
-    def reset_prefix_cache(self) -> bool:
-        """Forget the K and V of earlier prompts, as after a change of weights. Legal while requests run: they keep
-        theirs."""
-        self.replies.between_steps(self.engine.reset_prefix_cache)
-        return True
-
-    def update_weights(self, named_tensors: Iterable[tuple[str, Tensor]], wait: bool = False) -> int:
-        """Put new values into the model's weights, any subset, under their names in a Hugging Face checkpoint -> how
-        many. The prefix cache is dropped. Refused while requests run, unless `wait` lets them end first. ParameterError
-        names what does not fit; tensors before it are in place by then."""
-
-        def update() -> int:
-            if self.engine.has_unfinished:
-                raise ParameterError("update_weights needs an idle engine: requests run (wait=True lets them end)")
-            self.engine.reset_prefix_cache()
-            return update_weights(self.model, named_tensors)
-
-        while wait and self.engine.has_unfinished:
-            with interrupts_held():
-                self.replies.step(unless=lambda: not self.engine.has_unfinished)
-        return self.replies.between_steps(update)
-
-    def save_prefix(self, prompt: Prompt, path: str | Path, lora: str | None = None) -> int:
-        """Compute a prompt and keep its keys and values in a safetensors file, as far as they fill blocks -> how many
-        tokens those are."""
-        [output] = self.generate(prompt, SamplingParams(max_tokens=1), lora, use_tqdm=False)
-        adapter = self.engine.adapters.get(lora)
-        ids = output.prompt_token_ids
-        return self.replies.between_steps(lambda: write_prefix(self.engine, ids, adapter, path))
-
-    def load_prefix(self, path: str | Path, lora: str | None = None) -> int:
-        """Put what save_prefix kept into the prefix cache -> how many tokens. ParameterError where another model or
-        adapter has computed it."""
-        adapter = self.engine.adapters.get(lora)
-        return self.replies.between_steps(lambda: read_prefix(self.engine, adapter, path))
 
     def load_lora(self, name: str, path: str | Path, replace: bool = False) -> LoraInfo:
         """Load a PEFT adapter's folder; requests ask for it with lora=name. AdapterError (a ValueError) says what is

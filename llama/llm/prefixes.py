@@ -54,6 +54,8 @@ def read_prefix(engine: Engine, adapter: Adapter, path: str | Path) -> int:
 def _runner(engine: Engine) -> Runner:
     if not isinstance(engine.runner, Runner) or not engine.pool.enable_prefix_caching:
         raise ParameterError("kept prefixes need a model and enable_prefix_caching", "enable_prefix_caching")
+    if engine.is_sleeping:
+        raise ParameterError("the engine sleeps: wake_up() gives it a KV cache")
     return engine.runner
 
 

@@ -45,6 +45,18 @@ class KVCache:
         scales = scales.to(device, torch.float32)
         self.layers = [KVLayer(k, v, scale) for (k, v), scale in zip(self.data, scales, strict=True)]
 
+    def release(self) -> None:
+        """Give the memory back; the views of `layers` stay, and mean nothing until `take_back`."""
+        self.data.untyped_storage().resize_(0)
+
+    def take_back(self) -> None:
+        """As much memory as before, with nothing in it. MemoryError where it is not there."""
+        size = self.data.numel() * self.data.itemsize
+        try:
+            self.data.untyped_storage().resize_(size)
+        except RuntimeError:
+            raise MemoryError(f"the KV cache takes {size} bytes, more than {self.data.device} has now") from None
+
     @staticmethod
     def bytes_per_block(config: ModelConfig, block_size: int, dtype: torch.dtype) -> int:
         return config.kv_values_per_token * block_size * dtype.itemsize

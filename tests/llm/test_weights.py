@@ -1,11 +1,13 @@
 """New weights for a running engine, and computed prefixes kept in files."""
 
+import asyncio
 import random
 
 import pytest
 import torch
 
-from llama import LLM, ParameterError, SamplingParams
+from llama import LLM, AsyncLLM, ParameterError, SamplingParams
+from llama.model.kv_cache import KVCache
 from tests.model.models import hugging_face_weights, tiny_model
 
 PARAMS = SamplingParams(max_tokens=8, temperature=0.7, seed=1, ignore_eos=True)
@@ -94,3 +96,72 @@ def test_a_prefix_of_another_model_is_refused(tmp_path, changes):
         engine(tiny_model(), num_blocks=7, max_model_len=24).load_prefix(path)
     with pytest.raises(ParameterError, match="enable_prefix_caching"):
         engine(tiny_model(), enable_prefix_caching=False).load_prefix(path)
+
+
+@pytest.mark.parametrize("options", [{}, {"speculative_config": {"method": "draft_model", "model": "DRAFT"}}])
+def test_an_engine_that_slept_goes_on_as_before(options, tmp_path):
+    if options:
+        tiny_model(seed=3).save_pretrained(tmp_path)
+        options = {"speculative_config": {**options["speculative_config"], "model": str(tmp_path)}}
+    runs = engine(tiny_model(), **options)
+    expected = tokens(runs)
+    storages = {cache.data.untyped_storage() for cache in vars(runs.engine).values() if isinstance(cache, KVCache)}
+    storages.add(runs.engine.runner.kv.data.untyped_storage())
+    sizes = [storage.nbytes() for storage in storages]
+    assert len(storages) == 1 + bool(options) and all(sizes)
+    stream = runs.stream(PROMPT, PARAMS)
+    next(stream)
+    with pytest.raises(ParameterError, match="sleep needs an idle engine"):
+        runs.sleep()
+    runs.sleep(wait=True)
+    assert [token for piece in stream for token in piece.token_ids] == expected[1:]
+    runs.sleep()
+    assert runs.is_sleeping() and not any(storage.nbytes() for storage in storages)
+    for call in (lambda: runs.generate(PROMPT, PARAMS), lambda: runs.load_prefix(tmp_path / "none")):
+        with pytest.raises(ParameterError, match="the engine sleeps"):
+            call()
+    runs.update_weights([])
+    runs.wake_up()
+    runs.wake_up()
+    assert not runs.is_sleeping() and [storage.nbytes() for storage in storages] == sizes
+    [output] = runs.generate(PROMPT, PARAMS, use_tqdm=False)
+    assert output.outputs[0].token_ids == expected and output.num_cached_tokens == 0
+
+
+def test_where_the_memory_is_gone_the_engine_sleeps_on(monkeypatch):
+    runs = engine(tiny_model())
+    expected = tokens(runs)
+    runs.sleep()
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.UntypedStorage, "resize_", lambda *_: (_ for _ in ()).throw(RuntimeError("none")))
+        with pytest.raises(MemoryError, match="the KV cache takes"):
+            runs.wake_up()
+    assert runs.is_sleeping()
+    runs.wake_up()
+    assert tokens(runs) == expected
+
+
+def test_async_llm_changes_weights_and_sleeps_between_requests():
+    async def main():
+        async with AsyncLLM(engine(tiny_model())) as llm:
+            old, new = tokens(engine(tiny_model())), tokens(engine(tiny_model(seed=5)))
+            weights = hugging_face_weights(tiny_model(seed=5))
+            first = await llm.submit(PROMPT, PARAMS)
+            with pytest.raises(ParameterError, match="update_weights needs an idle engine"):
+                await llm.update_weights(weights.items())
+            update = asyncio.create_task(llm.update_weights(weights.items(), wait=True))
+            await asyncio.sleep(0)
+            waiting = [asyncio.create_task(llm.submit(PROMPT, PARAMS)) for _ in range(3)]
+            await asyncio.sleep(0)
+            waiting[0].cancel()
+            assert not update.done() and (await first.result()).outputs[0].token_ids == old
+            assert await update == len(weights)
+            for each in waiting[1:]:
+                assert (await (await each).result()).outputs[0].token_ids == new
+            await llm.sleep(wait=True)
+            with pytest.raises(ParameterError, match="the engine sleeps"):
+                await llm.submit(PROMPT, PARAMS)
+            await llm.wake_up()
+            return (await (await llm.submit(PROMPT, PARAMS)).result()).outputs[0].token_ids == new
+
+    assert asyncio.run(main())
