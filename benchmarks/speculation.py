@@ -97,6 +97,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
     parser.add_argument("--rounds", type=int, default=20, help="pairs of each task, a minute each at batch 8")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--tasks", choices=NEW, nargs="+", default=list(NEW))
     parser.add_argument("--peer", action="store_true", help="transformers too")
     args = parser.parse_args()
     dtype = DTYPES[args.dtype]
@@ -106,7 +107,8 @@ def main() -> None:
     plain = LLM(model, tokenizer, **options)
     drafting = LLM(model, tokenizer, speculative_config=SPECULATIVE, **options)
     results: dict[str, dict[str, Any]] = {}
-    for name, task in tasks(tokenizer).items():
+    chosen = {name: task for name, task in tasks(tokenizer).items() if name in args.tasks}
+    for name, task in chosen.items():
         for batch in args.batches:
             row = results[f"{name}, batch {batch}"] = compare(plain, drafting, task, batch, args.rounds)
             print(
