@@ -6,13 +6,15 @@ from functools import cache
 import torch
 from torch import Tensor
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 # Programs of a persistent grid per "multiprocessor" where there is no GPU: few, as the interpreter runs them in turn.
 _WITHOUT_GPU = 4
 
 # Triton reads this once, when it is imported: a process is interpreted or it is not.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+_TAKEN = frozenset((torch.float32, torch.float16) if INTERPRETED else _DTYPES)
 
 
 def require(condition: bool, message: str) -> None:
@@ -27,15 +29,20 @@ def check_tensors(op: str, **tensors: Tensor) -> None:
     they are refused there.
     """
     device = next(iter(tensors.values())).device
-    for name, tensor in tensors.items():
-        told = f"{op}: {name} is {tensor.dtype} {tuple(tensor.shape)} on {tensor.device}"
-        require(tensor.device == device, f"{told}, but another tensor is on {device}")
-        require(tensor.numel() == 0 or tensor.stride(-1) == 1, f"{told}: its last dimension must be contiguous")
-        if tensor.is_floating_point():
+    for name, tensor in tensors.items():  # before each launch: a sentence is made on failure alone
+        if tensor.device != device:
+            raise _refusal(op, name, tensor, f", but another tensor is on {device}")
+        if tensor.stride(-1) != 1 and tensor.numel():
+            raise _refusal(op, name, tensor, ": its last dimension must be contiguous")
+        if tensor.dtype not in _TAKEN and tensor.is_floating_point():
+            legal = "the kernels take float32, float16 and bfloat16"
             if INTERPRETED:
-                usable = tensor.dtype in (torch.float32, torch.float16)
-                require(usable, f"{told}: Triton's interpreter is right for float32 and float16 alone")
-            require(tensor.dtype in DTYPES, f"{told}: the kernels take float32, float16 and bfloat16")
+                legal = "Triton's interpreter is right for float32 and float16 alone"
+            raise _refusal(op, name, tensor, f": {legal}")
+
+
+def _refusal(op: str, name: str, tensor: Tensor, what: str) -> ValueError:
+    return ValueError(f"{op}: {name} is {tensor.dtype} {tuple(tensor.shape)} on {tensor.device}{what}")
 
 
 @cache

@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from llama.kernels.checks import check_tensors
+from llama.kernels.gpu.launch import Launcher, cdiv, next_power_of_2
 
 
 @triton.jit
@@ -25,6 +26,9 @@ def _silu_mul_kernel(out, gate_up, stride, SIZE: tl.constexpr, BLOCK: tl.constex
     tl.store(out + row * SIZE + columns, (activated * up).to(dtype), mask=mask)
 
 
+_launch_silu_mul = Launcher(_silu_mul_kernel)
+
+
 def silu_mul(gate_up: Tensor) -> Tensor:
     """See `ops.silu_mul`."""
     check_tensors("silu_mul", gate_up=gate_up)
@@ -32,8 +36,9 @@ def silu_mul(gate_up: Tensor) -> Tensor:
     out = torch.empty((tokens, size), dtype=gate_up.dtype, device=gate_up.device)
     if out.numel() == 0:
         return out
-    block = min(triton.next_power_of_2(size), 2048)
-    _silu_mul_kernel[(tokens, triton.cdiv(size, block))](
+    block = min(next_power_of_2(size), 2048)
+    _launch_silu_mul(
+        (tokens, cdiv(size, block)),
         out,
         gate_up,
         gate_up.stride(0),

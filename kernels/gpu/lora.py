@@ -23,6 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from llama.kernels.checks import check_tensors, require
+from llama.kernels.gpu.launch import Launcher, cdiv, next_power_of_2
 from llama.kernels.types import TokenAdapters
 
 _TOKENS = 16
@@ -154,15 +155,19 @@ def _expand_kernel(
             tl.store(target, result.to(y.dtype.element_ty), mask=mask)
 
 
+_launch_shrink = Launcher(_shrink_kernel)
+_launch_expand = Launcher(_expand_kernel)
+
+
 def _grid(num_tokens: int, parts: int) -> tuple[tuple[int, int], int]:
     """-> grid, programs that share a tile's adapters."""
-    tiles = triton.cdiv(num_tokens, _TOKENS)
-    jobs = min(_TOKENS, triton.cdiv(_TILES_ALONE, tiles))
+    tiles = cdiv(num_tokens, _TOKENS)
+    jobs = min(_TOKENS, cdiv(_TILES_ALONE, tiles))
     return (tiles * jobs, parts), jobs
 
 
 def _rank_block(rank: int) -> int:
-    return min(64, max(16, triton.next_power_of_2(rank)))
+    return min(64, max(16, next_power_of_2(rank)))
 
 
 def _check(op: str, adapters: TokenAdapters, **tensors: Tensor) -> None:
@@ -175,13 +180,14 @@ def lora_shrink(x: Tensor, a: Tensor, adapters: TokenAdapters) -> Tensor:
     """See `ops.lora_shrink`. -> [splits x tokens, slices, rank] float32; rows without an adapter are not set."""
     _check("lora_shrink", adapters, x=x, a=a)
     tokens, (slices, rank, in_features) = x.shape[0], a.shape[1:]
-    splits = triton.cdiv(in_features, _SPLIT)
+    splits = cdiv(in_features, _SPLIT)
     h = torch.empty((splits * tokens, slices, rank), dtype=torch.float32, device=x.device)
     if h.numel() == 0:
         return h
     block_rank = _rank_block(rank)
-    grid, jobs = _grid(tokens, triton.cdiv(rank, block_rank) * slices * splits)
-    _shrink_kernel[grid](
+    grid, jobs = _grid(tokens, cdiv(rank, block_rank) * slices * splits)
+    _launch_shrink(
+        grid,
         h,
         x,
         a,
@@ -209,7 +215,7 @@ def lora_embedding(token_ids: Tensor, a: Tensor, adapters: TokenAdapters) -> Ten
     h = torch.empty((tokens, 1, rank), dtype=torch.float32, device=a.device)
     if h.numel() == 0:
         return h
-    block = triton.next_power_of_2(rank)
+    block = next_power_of_2(rank)
     _embedding_kernel[(tokens,)](
         h, token_ids, a, adapters.indices, VOCAB=vocab, RANK=rank, BLOCK_RANK=block, num_warps=1
     )
@@ -226,9 +232,10 @@ def lora_expand(h: Tensor, y: Tensor, b: Tensor, adapters: TokenAdapters, slice_
     require(h.shape[0] % tokens == 0, f"lora_expand: h has {h.shape[0]} rows for {tokens} tokens")
     block_rank = _rank_block(rank)
     block_out = 8192 // (block_rank * b.element_size())
-    parts = sum(triton.cdiv(end - start, block_out) for start, end in pairwise(slice_starts))
+    parts = sum(cdiv(end - start, block_out) for start, end in pairwise(slice_starts))
     grid, jobs = _grid(tokens, parts)
-    _expand_kernel[grid](
+    _launch_expand(
+        grid,
         y,
         h,
         b,

@@ -20,6 +20,7 @@ from torch import Tensor
 from llama.kernels.checks import check_tensors, multiprocessor_count, require
 from llama.kernels.cpu.matmul import nibble_block
 from llama.kernels.gpu.e4m3 import from_e4m3
+from llama.kernels.gpu.launch import Launcher, cdiv
 from llama.kernels.types import QuantizedWeight
 
 _FEW = 64
@@ -164,6 +165,10 @@ def _tile(weight: QuantizedWeight, tokens: int) -> Tile:
     return Tile(32, 64, warps=4, stages=2) if has_sums else Tile(64, 32, warps=4, stages=3)
 
 
+_launch_matmul = Launcher(_matmul_kernel)
+_launch_add = Launcher(_add_kernel)
+
+
 def quantized_matmul(x: Tensor, weight: QuantizedWeight) -> Tensor:
     """See `ops.quantized_matmul`."""
     return multiply(x, weight, multiprocessor_count(x.device))
@@ -184,7 +189,8 @@ def multiply(x: Tensor, weight: QuantizedWeight, processors: int) -> Tensor:
     tile, block = _tile(weight, tokens), _columns(weight, way)
     splits = _splits(rows, columns, block, tile.rows, processors) if tokens <= _FEW else 1
     target = y if splits == 1 else torch.empty(splits, tokens, rows, dtype=torch.float32, device=x.device)
-    _matmul_kernel[(triton.cdiv(rows, tile.rows) * splits, triton.cdiv(tokens, tile.tokens))](
+    _launch_matmul(
+        (cdiv(rows, tile.rows) * splits, cdiv(tokens, tile.tokens)),
         target,
         x,
         codes,
@@ -207,7 +213,7 @@ def multiply(x: Tensor, weight: QuantizedWeight, processors: int) -> Tensor:
         num_stages=tile.stages,
     )
     if splits > 1:
-        _add_kernel[(triton.cdiv(y.numel(), 1024),)](y, target, y.numel(), SPLITS=splits, BLOCK=1024, num_warps=4)
+        _launch_add((cdiv(y.numel(), 1024),), y, target, y.numel(), SPLITS=splits, BLOCK=1024, num_warps=4)
     return y
 
 
@@ -227,7 +233,7 @@ def _columns(weight: QuantizedWeight, way: str) -> int:
 
 def _splits(rows: int, columns: int, block: int, tile_rows: int, processors: int) -> int:
     """So many parts of K that there is a program for each processor, if K has so many blocks."""
-    splits, tiles, blocks = 1, triton.cdiv(rows, tile_rows), triton.cdiv(columns, block)
+    splits, tiles, blocks = 1, cdiv(rows, tile_rows), cdiv(columns, block)
     while splits < _MOST_SPLITS and tiles * splits < processors and blocks >= 4 * splits:
         splits *= 2
     return splits

@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from llama.kernels.checks import check_tensors
+from llama.kernels.gpu.launch import Launcher, next_power_of_2
 
 # A row up to this many elements stays in registers between the sum of squares and the scaling.
 _MAX_BLOCK = 16384
@@ -30,12 +31,11 @@ def _load(x, residual, columns, mask, ADD: tl.constexpr):
 
 
 @triton.jit
-def _store(normed, summed, weight, values, scale, columns, mask, ADD: tl.constexpr):
+def _store(normed, summed, weights, values, scale, columns, mask, ADD: tl.constexpr):
     dtype: tl.constexpr = normed.dtype.element_ty
     if ADD:
         tl.store(summed + columns, values.to(dtype), mask=mask)
     scaled = (values * scale).to(dtype).to(tl.float32)
-    weights = tl.load(weight + columns, mask=mask, other=0.0).to(tl.float32)
     tl.store(normed + columns, (scaled * weights).to(dtype), mask=mask)
 
 
@@ -63,8 +63,9 @@ def _norm_kernel(
     if BLOCK >= HIDDEN:
         mask = columns < HIDDEN
         values = _load(x, residual, columns, mask, ADD)
+        weights = tl.load(weight + columns, mask=mask, other=0.0).to(tl.float32)  # under way while the sum is made
         scale = tl.rsqrt(tl.sum(values * values) / HIDDEN + eps)
-        _store(normed, summed, weight, values, scale, columns, mask, ADD)
+        _store(normed, summed, weights, values, scale, columns, mask, ADD)
     else:
         squares = tl.zeros((BLOCK,), tl.float32)
         for start in range(0, HIDDEN, BLOCK):
@@ -74,18 +75,23 @@ def _norm_kernel(
         for start in range(0, HIDDEN, BLOCK):
             mask = start + columns < HIDDEN
             values = _load(x, residual, start + columns, mask, ADD)
-            _store(normed, summed, weight, values, scale, start + columns, mask, ADD)
+            weights = tl.load(weight + start + columns, mask=mask, other=0.0).to(tl.float32)
+            _store(normed, summed, weights, values, scale, start + columns, mask, ADD)
 
 
-def _launch(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+_launch_norm = Launcher(_norm_kernel)
+
+
+def _normalise(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     normed = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     summed = normed if residual is None else torch.empty_like(normed)
     tokens, hidden = x.shape
     if tokens == 0:
         return normed, summed
-    block = min(triton.next_power_of_2(hidden), _MAX_BLOCK)
+    block = min(next_power_of_2(hidden), _MAX_BLOCK)
     source = x if residual is None else residual
-    _norm_kernel[(tokens,)](
+    _launch_norm(
+        (tokens,),
         normed,
         summed,
         x,
@@ -106,10 +112,10 @@ def _launch(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> t
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """See `ops.rms_norm`."""
     check_tensors("rms_norm", x=x, weight=weight)
-    return _launch(x, None, weight, eps)[0]
+    return _normalise(x, None, weight, eps)[0]
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """See `ops.add_rms_norm`."""
     check_tensors("add_rms_norm", x=x, residual=residual, weight=weight)
-    return _launch(x, residual, weight, eps)
+    return _normalise(x, residual, weight, eps)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from llama.kernels.checks import check_tensors, require
 from llama.kernels.gpu.e4m3 import to_e4m3
+from llama.kernels.gpu.launch import Launcher, cdiv, next_power_of_2
 from llama.kernels.types import CosSin, KVLayer, Ragged
 
 
@@ -114,11 +115,15 @@ def _rope_and_store_kernel(
                 _store_halves(v_cache + place, first, second, mask, HALF_DIM)
 
 
+_launch_rope_and_store = Launcher(_rope_and_store_kernel)
+
+
 def rope_and_store(q: Tensor, k: Tensor, v: Tensor, cos_sin: CosSin, kv_layer: KVLayer, ragged: Ragged) -> Tensor:
     """See `ops.rope_and_store`."""
     k_cache, v_cache, slots, (cos, sin) = kv_layer.k, kv_layer.v, ragged.slots, cos_sin
     check_tensors("rope_and_store", q=q, k=k, v=v, cos=cos, sin=sin, slots=slots, cache=k_cache)
-    require(q.shape[2] % 2 == 0, f"rope_and_store: head_dim must be even, got {q.shape[2]}")
+    if q.shape[2] % 2:
+        raise ValueError(f"rope_and_store: head_dim must be even, got {q.shape[2]}")
     require(cos.is_contiguous() and sin.is_contiguous(), "rope_and_store: cos and sin must be contiguous")
     tokens, heads, head_dim = q.shape
     kv_heads, block_size = k.shape[1], k_cache.shape[1]
@@ -126,11 +131,12 @@ def rope_and_store(q: Tensor, k: Tensor, v: Tensor, cos_sin: CosSin, kv_layer: K
     if tokens == 0:
         return out
 
-    half = triton.next_power_of_2(head_dim // 2)
+    half = next_power_of_2(head_dim // 2)
     # Two warps with 16 bytes per thread and half: 512 elements of 16 bits.
     heads_per_program = max(1, 64 * 16 // (half * q.element_size()))
-    parts = triton.cdiv(heads, heads_per_program) + 2 * triton.cdiv(kv_heads, heads_per_program)
-    _rope_and_store_kernel[(tokens, parts)](
+    parts = cdiv(heads, heads_per_program) + 2 * cdiv(kv_heads, heads_per_program)
+    _launch_rope_and_store(
+        (tokens, parts),
         out,
         q,
         k,

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from llama.kernels.checks import check_tensors, require
+from llama.kernels.checks import check_tensors
 from llama.kernels.gpu.attention.decode import decode_attention
 from llama.kernels.gpu.attention.prefill import prefill_attention
 from llama.kernels.types import KVLayer, Ragged
@@ -24,8 +24,10 @@ def paged_attention(q: Tensor, kv_layer: KVLayer, ragged: Ragged, scale: float) 
         context_lens=ragged.context_lens,
     )
     block_size = ragged.block_size
-    require(block_size & (block_size - 1) == 0, f"paged_attention: block size must be a power of two, got {block_size}")
-    require(scale > 0, f"paged_attention: scale must be positive, got {scale}")
+    if block_size & (block_size - 1):
+        raise ValueError(f"paged_attention: block size must be a power of two, got {block_size}")
+    if scale <= 0:
+        raise ValueError(f"paged_attention: scale must be positive, got {scale}")
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if ragged.num_decodes:
         decode_attention(out, q, kv_layer, ragged, scale)

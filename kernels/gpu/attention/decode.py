@@ -26,6 +26,7 @@ from llama.kernels.gpu.attention.config import LOG2_E, decode_options, padded
 from llama.kernels.gpu.attention.split import NOTHING, chunking, power_of_two
 from llama.kernels.gpu.attention.tiles import key_rows, load_blocks, row_mask
 from llama.kernels.gpu.e4m3 import load_as
+from llama.kernels.gpu.launch import Launcher
 from llama.kernels.types import KVLayer, Ragged
 
 # Sequences that a program looks at together when it finds its share.
@@ -233,6 +234,9 @@ def _decode_kernel(
             tiles, width, chunks = chunking(context, BLOCK_KEYS, MIN_CHUNK, MAX_CHUNKS)
 
 
+_launch_decode = Launcher(_decode_kernel)
+
+
 def decode_attention(
     out: Tensor,
     q: Tensor,
@@ -261,7 +265,8 @@ def decode_attention(
         "MIN_CHUNK": split.MIN_CHUNK,
         "MAX_CHUNKS": split.max_chunks(kv_heads),
     }
-    _decode_kernel[(num_programs,)](
+    _launch_decode(
+        (num_programs,),
         out,
         *partials,
         q,

@@ -17,6 +17,7 @@ from torch import Tensor
 from llama.kernels.gpu.attention.config import LOG2_E, padded, prefill_options
 from llama.kernels.gpu.attention.tiles import key_rows, load_blocks, row_mask
 from llama.kernels.gpu.e4m3 import load_all_as, load_as
+from llama.kernels.gpu.launch import Launcher
 from llama.kernels.types import KVLayer, Ragged
 
 # Sequences that a program looks at together when it finds its own.
@@ -171,6 +172,9 @@ def _prefill_kernel(
     tl.store(out + ((token * KV_HEADS * GROUP + member) * HEAD_DIM)[:, None] + dims, result, mask=mask)
 
 
+_launch_prefill = Launcher(_prefill_kernel)
+
+
 def prefill_attention(out: Tensor, q: Tensor, kv_layer: KVLayer, ragged: Ragged, scale: float) -> None:
     """Write the rows of all sequences behind the decodes to `out`."""
     k_cache, block_tables, num_decodes = kv_layer.k, ragged.block_tables, ragged.num_decodes
@@ -180,7 +184,8 @@ def prefill_attention(out: Tensor, q: Tensor, kv_layer: KVLayer, ragged: Ragged,
     group = heads // kv_heads
     options = prefill_options(head_dim, q.element_size(), group)
     programs = (q.shape[0] - num_decodes) // (options["ROWS"] // group) + sequences - num_decodes
-    _prefill_kernel[(programs, kv_heads)](
+    _launch_prefill(
+        (programs, kv_heads),
         out,
         q,
         k_cache,

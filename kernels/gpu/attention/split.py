@@ -5,6 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from llama.kernels.gpu.launch import Launcher, next_power_of_2
+
 MIN_CHUNK = 128
 
 # Below every maximum of scores, yet finite: the difference of two of them is 0, not NaN.
@@ -15,7 +17,7 @@ _UNROLL = tl.constexpr(32)
 
 def max_chunks(kv_heads: int) -> int:
     """Enough for one long sequence to keep a GPU of some 130 multiprocessors busy, few enough to be added quickly."""
-    return min(max(16, triton.next_power_of_2(256 // kv_heads)), 128)
+    return min(max(16, next_power_of_2(256 // kv_heads)), 128)
 
 
 @triton.jit
@@ -96,9 +98,12 @@ def allocate(out: Tensor, pairs: int, num_programs: int, kv_heads: int) -> Parti
     )
 
 
+_launch_merge = Launcher(_merge_kernel)
+
+
 def merge(out: Tensor, partials: Partials, context_lens: Tensor, sizes: dict[str, int]) -> None:
     """Write the rows of `out` whose chunks several programs computed; `sizes` are the kernel's constants."""
     # Four dimensions per lane: registers for all the loads of an unrolled step at once.
     warps = max(1, sizes["DIMS"] // 128)
     grid = (partials[2].shape[0] // sizes["KV_HEADS"], out.shape[1])
-    _merge_kernel[grid](out, *partials, context_lens, **sizes, num_warps=warps, maxnreg=255)
+    _launch_merge(grid, out, *partials, context_lens, **sizes, num_warps=warps, maxnreg=255)

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from llama.kernels.gpu.launch import cdiv
 from llama.kernels.gpu.sampling.draw import count_token
 from llama.kernels.gpu.sampling.filters import NO_CUT, is_alive, pack
 from llama.kernels.gpu.sampling.rules import TILE, Rules, depths, id_bits, load_tile, max_splits, row_maximum
@@ -211,7 +212,7 @@ def compute_logprobs(
     )
     if rows == 0:
         return logprobs
-    num_splits = triton.cdiv(vocab, TILE)
+    num_splits = cdiv(vocab, TILE)
     parts = Parts.allocate(rows, num_splits, num_top, device)
     drawn = draw or Draw(rules.logits, 0, token_ids, token_ids, parts.maxima, token_ids)
     sizes = {"num_splits": num_splits, "num_top": num_top, "DRAWN": draw is not None, "num_warps": 4}

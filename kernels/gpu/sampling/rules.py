@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from llama.kernels.gpu.launch import cdiv, next_power_of_2
 from llama.kernels.types import SamplerRows, SamplerState
 
 # Logits that one program holds at a time, and the programs that a launch aims at: a row of a small batch is split over
@@ -21,19 +22,19 @@ PROGRAMS = 2048
 
 def split_rows(rows: int, vocab: int) -> tuple[int, int]:
     """-> splits, which are the programs of each row, and how many of the row's tiles each of them walks."""
-    num_tiles = triton.cdiv(vocab, TILE)
-    tiles = triton.cdiv(num_tiles, max(1, PROGRAMS // max(rows, 1)))
-    return triton.cdiv(num_tiles, tiles), tiles
+    num_tiles = cdiv(vocab, TILE)
+    tiles = cdiv(num_tiles, max(1, PROGRAMS // max(rows, 1)))
+    return cdiv(num_tiles, tiles), tiles
 
 
 def max_splits(vocab: int) -> int:
     """A power of two, the same for any number of rows."""
-    return triton.next_power_of_2(triton.cdiv(vocab, TILE))
+    return next_power_of_2(cdiv(vocab, TILE))
 
 
 def id_bits(vocab: int) -> int:
     """They hold any id of any tile."""
-    return (triton.cdiv(vocab, TILE) * TILE - 1).bit_length()
+    return (cdiv(vocab, TILE) * TILE - 1).bit_length()
 
 
 class Rules(NamedTuple):
