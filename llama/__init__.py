@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from llama.api.errors import ParameterError as ParameterError
     from llama.api.errors import QueueFullError as QueueFullError
     from llama.api.errors import WorkerLostError as WorkerLostError
+    from llama.api.flat_logprobs import FlatLogprobs as FlatLogprobs
     from llama.api.outputs import CompletionOutput as CompletionOutput
     from llama.api.outputs import FinishReason as FinishReason
     from llama.api.outputs import Logprob as Logprob
@@ -57,6 +58,7 @@ _HOMES = {
     "EngineClosedError": "llama.api.errors",
     "EngineDeadError": "llama.api.errors",
     "FinishReason": "llama.api.outputs",
+    "FlatLogprobs": "llama.api.flat_logprobs",
     "LLM": "llama.llm.llm",
     "LoRARequest": "llama.llm.loras",
     "Logprob": "llama.api.outputs",
@@ -93,6 +95,7 @@ __all__ = [
     "EngineClosedError",
     "EngineDeadError",
     "FinishReason",
+    "FlatLogprobs",
     "LoRARequest",
     "Logprob",
     "ModelConfig",

@@ -13,7 +13,6 @@ SAMPLING: Neutral = {
     "best_of": (None, 1),
     "early_stopping": (False,),
     "extra_args": (None, {}),
-    "flat_logprobs": (False,),
     "guided_decoding": (None,),
     "length_penalty": (1.0,),
     "output_kind": (0,),
@@ -28,6 +27,7 @@ SAMPLING: Neutral = {
 _BODY: Neutral = {
     **SAMPLING,
     "detokenize": (True,),
+    "flat_logprobs": (False,),
     "logits_processors": (None, []),
     "cache_salt": (),
     "chat_template": (),

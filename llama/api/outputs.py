@@ -74,7 +74,7 @@ class CompletionOutput:
     token_ids: list[int] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None  # the stop string or the id of stop_token_ids; None for the model's own end
-    logprobs: list[dict[int, Logprob]] | None = None
+    logprobs: list[dict[int, Logprob]] | None = None  # with flat_logprobs=True a FlatLogprobs
     cumulative_logprob: float | None = None
     tool_calls: list[Any] = field(default_factory=list)
     reasoning_content: str | None = None

@@ -106,6 +106,7 @@ class SamplingParams:
     logprobs: int | None = _option(None, "log-probabilities of that many top tokens, -1 = of all")
     prompt_logprobs: int | None = _option(None, "the same for the prompt's tokens")
     logprobs_mode: Literal["raw", "processed"] = _option("raw", "processed: after penalties, temperature and filters")
+    flat_logprobs: bool = False  # both as a FlatLogprobs, which has arrays and reads as the list of dicts
     response_format: Mapping[str, Any] | None = _option(None, 'constrain the answer, such as {"type": "json_object"}')
     structured_outputs: StructuredOutputsParams | Mapping[str, Any] | None = _option(  # noqa: RUF009
         None, 'the same as vLLM has it, such as {"choice": ["yes", "no"]}'

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from llama.api.flat_logprobs import FlatEntry
 from llama.api.outputs import Logprob
 from llama.api.params import SamplingParams
 from llama.engine.adapters import Adapter
@@ -101,6 +102,23 @@ def logprob_entry(found: Logprobs[Array], row: int, token_id: int, num_top: int)
             rank = place + 1
         entries.setdefault(top_id, Logprob(logprob, rank))
     return entries
+
+
+def flat_entry(found: Logprobs[Array], row: int, token_id: int, num_top: int) -> FlatEntry:
+    """The same as arrays."""
+    best, top_ids = found.top_logprobs[row, :num_top], found.top_ids[row, :num_top]
+    kept = (top_ids >= 0) & (top_ids != token_id)
+    ranks = np.searchsorted(-best, -best) + 1
+    return FlatEntry(
+        np.concatenate([[token_id], top_ids[kept]]),
+        np.concatenate([found.logprob[row : row + 1], best[kept]]),
+        np.concatenate([found.rank[row : row + 1], ranks[kept]]),
+    )
+
+
+def entry_of(params: SamplingParams) -> Callable[[Logprobs[Array], int, int, int], dict[int, Logprob] | FlatEntry]:
+    """How a request wants its log-probabilities."""
+    return flat_entry if params.flat_logprobs else logprob_entry
 
 
 class StepResult(NamedTuple):

@@ -21,7 +21,7 @@ from llama.engine.adapters import Adapters
 from llama.engine.blocks import BlockPool, prefix_root
 from llama.engine.config import EngineConfig
 from llama.engine.guidance import chunk_sizes
-from llama.engine.plan import Ints, Plan, StepResult, logprob_entry
+from llama.engine.plan import Ints, Plan, StepResult, entry_of
 from llama.engine.running import Running, by_order
 from llama.engine.sequence import BROKEN_GRAMMAR, BROKEN_PROCESSOR, Sequence, TokenOutput
 from llama.engine.speculation import Speculation
@@ -347,7 +347,7 @@ class Scheduler:
         sequence.output_token_ids.append(token)
         num_top = sequence.params.logprobs
         if num_top is not None and result.logprobs is not None:
-            output.logprobs = [logprob_entry(result.logprobs, i, token, num_top)]
+            output.logprobs = [entry_of(sequence.params)(result.logprobs, i, token, num_top)]
         if sequence.prompt_logprobs is not None:
             output.prompt_logprobs, sequence.prompt_logprobs = sequence.prompt_logprobs, None
         output.finish_reason, output.stop_reason = sequence.ending(self.eos_token_ids)

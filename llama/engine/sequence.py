@@ -6,11 +6,12 @@ Sequence is the only mutable state of a request, and the scheduler owns it. Ever
 import logging
 from collections.abc import Collection
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from llama.api.outputs import FinishReason, Logprob
+from llama.api.outputs import FinishReason
 from llama.api.params import SamplingParams
 from llama.engine.adapters import NO_ADAPTER, Adapter
 from llama.engine.blocks import NO_SALT, Salt
@@ -34,12 +35,14 @@ class TokenOutput:
     request_id: str
     index: int
     token_ids: list[int]
-    logprobs: list[dict[int, Logprob]] | None = None
+    logprobs: list[Any] | None = None  # a dict token id -> Logprob for each token, or a FlatEntry
     finish_reason: FinishReason | None = None
     # The id of stop_token_ids that ended it, BROKEN_GRAMMAR or BROKEN_PROCESSOR with an error; None for the model's
     # own end.
     stop_reason: int | str | None = None
-    prompt_logprobs: list[dict[int, Logprob] | None] | None = None  # with the first output of index 0 only
+    prompt_logprobs: list[Any] | None = (
+        None  # the same or None for each of the prompt's; with the first output of index 0 only
+    )
     num_cached_tokens: int = 0
     num_draft_tokens: int = 0  # that were verified for it
     num_prediction_tokens: int = 0  # those of them that come from the prediction
@@ -79,7 +82,7 @@ class Sequence:
     ngrams: Ngrams | None = None  # where its drafts come from; None = not from there
     draft_length: DraftLength | None = None  # how many to ask a draft model for; None = none
     num_draft_computed: int = 0  # its first tokens whose K and V the draft model has
-    prompt_logprobs: list[dict[int, Logprob] | None] | None = None  # gathered so far; None once handed out or not asked
+    prompt_logprobs: list[Any] | None = None  # gathered so far; None once handed out or not asked
     num_cached_tokens: int = -1  # -1 = it has never run
     row: int = -1
     ready_after: int = -1  # the step whose result must be known before the sequence may run again

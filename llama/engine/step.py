@@ -9,7 +9,7 @@ import numpy as np
 
 from llama.engine.adapters import Adapter
 from llama.engine.ngrams import Match
-from llama.engine.plan import LAST_SAMPLED, NO_COPIES, Array, Guided, Ints, Join, Plan, Processed, logprob_entry
+from llama.engine.plan import LAST_SAMPLED, NO_COPIES, Array, Guided, Ints, Join, Plan, Processed, entry_of
 from llama.engine.running import Running
 from llama.engine.sequence import Sequence
 from llama.kernels.logprobs import Logprobs
@@ -132,7 +132,7 @@ class StepRecord:
                 if sequence.prompt_logprobs is not None:
                     num_top = sequence.params.prompt_logprobs or 0
                     token = int(sequence.prompt[position])
-                    sequence.prompt_logprobs.append(logprob_entry(scores, row, token, num_top))
+                    sequence.prompt_logprobs.append(entry_of(sequence.params)(scores, row, token, num_top))
                 row += 1
 
     def hand_out(self, plan: Plan, captured: Mapping[int, Mapping[str, Any]]) -> None:

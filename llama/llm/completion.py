@@ -6,12 +6,21 @@ Without a tokenizer everything works but text: pieces and outputs carry token id
 from collections.abc import Iterable
 from typing import Any
 
+from llama.api.flat_logprobs import FlatLogprobs
 from llama.api.outputs import CompletionOutput, FinishReason, Logprob, Piece
+from llama.api.params import SamplingParams
 from llama.engine.request import Request
 from llama.engine.sequence import TokenOutput
 from llama.text.reasoning import THOUGHT_TOKENS, ReasoningParser
 from llama.text.tokenizer import IncrementalDecoder, StopMatcher, Tokenizer
 from llama.text.tool_calls import CALL_TOKENS, ToolCall, ToolCallParser
+
+
+def listed(entries: list[Any], params: SamplingParams, tokenizer: Tokenizer | None) -> Any:
+    """The log-probabilities of several positions, as the request wants them, with the text of their tokens."""
+    if params.flat_logprobs:
+        return FlatLogprobs(entries) if tokenizer is None else FlatLogprobs(entries, tokenizer.token_text)
+    return [entry if entry is None else named(entry, tokenizer) for entry in entries]
 
 
 def named(entries: dict[int, Logprob], tokenizer: Tokenizer | None) -> dict[int, Logprob]:
@@ -43,7 +52,7 @@ class Completion:
         self.tokenizer = tokenizer
         self.output = CompletionOutput(index=index, seed=seed)
         if params.logprobs is not None:
-            self.output.logprobs, self.output.cumulative_logprob = [], 0.0
+            self.output.logprobs, self.output.cumulative_logprob = listed([], params, tokenizer), 0.0
         self.text_parts: list[str] = []
         self.stop_tokens = {} if tokenizer is None else tokens_of_stops(params.stop, tokenizer)
         self.thought_parts: list[str] = []
@@ -94,7 +103,7 @@ class Completion:
             text, stopped_by = self._flush()
             texts.append(text)
             self._end(FinishReason.STOP if stopped_by else new.finish_reason, stopped_by or new.stop_reason)
-        logprobs = None if new.logprobs is None else [named(entry, self.tokenizer) for entry in new.logprobs[:taken]]
+        logprobs = None if new.logprobs is None else listed(new.logprobs[:taken], self.params, self.tokenizer)
         thought = "".join(self.thought_parts[num_thoughts:])
         return self._gather("".join(texts), new.token_ids[:taken], logprobs, thought)
 
@@ -159,7 +168,10 @@ class Completion:
             self.text_parts.append(text)
         if logprobs is not None and output.logprobs is not None and output.cumulative_logprob is not None:
             output.logprobs.extend(logprobs)
-            output.cumulative_logprob += sum(e[t].logprob for t, e in zip(token_ids, logprobs, strict=True))
+            if isinstance(logprobs, FlatLogprobs):
+                output.cumulative_logprob += logprobs.cumulative_logprob
+            else:
+                output.cumulative_logprob += sum(e[t].logprob for t, e in zip(token_ids, logprobs, strict=True))
         ended = output.finish_reason, output.stop_reason
         return Piece(output.index, text, token_ids, logprobs, *ended, calls, reasoning_content=thought)
 

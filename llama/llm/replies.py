@@ -19,7 +19,7 @@ from llama.api.outputs import FinishReason, Piece, RequestMetrics, RequestOutput
 from llama.engine.engine import Engine
 from llama.engine.request import Request
 from llama.engine.sequence import TokenOutput
-from llama.llm.completion import Completion, named
+from llama.llm.completion import Completion, listed
 from llama.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -64,7 +64,7 @@ class Reply:
             return None
         output = self._output
         if new.prompt_logprobs is not None:
-            output.prompt_logprobs = [p if p is None else named(p, self.tokenizer) for p in new.prompt_logprobs]
+            output.prompt_logprobs = listed(new.prompt_logprobs, self.request.params, self.tokenizer)
         if new.index == 0:  # the others may find what it computed
             output.num_cached_tokens = new.num_cached_tokens
         if output.metrics.first_token is None and new.token_ids:
@@ -253,12 +253,15 @@ def merged(pieces: Iterable[Piece]) -> list[Piece]:
 
 def _join(parts: list[Piece]) -> Piece:
     last = parts[-1]
-    logprobs = [entry for part in parts for entry in part.logprobs or ()]
+    logprobs = next((part.logprobs[:0] for part in parts if part.logprobs is not None), None)
+    for part in parts:
+        if logprobs is not None and part.logprobs:
+            logprobs.extend(part.logprobs)
     return Piece(
         last.index,
         "".join(part.text for part in parts),
         [token for part in parts for token in part.token_ids],
-        logprobs if any(part.logprobs is not None for part in parts) else None,
+        logprobs,
         last.finish_reason,
         last.stop_reason,
         [call for part in parts for call in part.tool_calls],

@@ -263,6 +263,7 @@ FIELDS = [
             "speculative": 1,
             "prediction": [-1],
             "logits_processors": [5],
+            "flat_logprobs": 1,
             "guidance_scale": "2",
             "negative_prompt": "x",
             "logprobs": -2,
