@@ -53,6 +53,9 @@ class ScriptedEngine:
     def has_unfinished(self) -> bool:
         return bool(self.running)
 
+    def check_alive(self) -> None:
+        """It never dies between steps."""
+
     def add(self, request: Request) -> list[int]:
         prompt, params = request.prompt_token_ids.tolist(), request.params
         if any(request_id == request.request_id for request_id, _ in self.running):

@@ -52,10 +52,11 @@ IMPORT_ORDER = {
         request budget
         sequence token_rules
         plan
-        sampler
+        wire sampler
         memory verification logit_changes
         runner
         graph_runner
+        parallel_runner
         running
         draft_model guidance
         step
@@ -93,6 +94,7 @@ WITHOUT_TORCH = (
     "llama/engine/token_rules.py",
     "llama/engine/blocks.py",
     "llama/engine/plan.py",
+    "llama/engine/wire.py",
     "llama/engine/adapters.py",
     "llama/engine/running.py",
     "llama/engine/guidance.py",

@@ -30,6 +30,7 @@ from llama.async_llm.preparation import Preparation, grammar_key, size_of
 from llama.async_llm.stepper import Stepper, Stream
 from llama.engine.engine import EngineMetrics
 from llama.engine.request import Request
+from llama.llm.engines import ranks_of
 from llama.llm.llm import LLM
 from llama.llm.loras import LoraInfo, describe, read_lora
 from llama.llm.requests import Message, Prompt, Rendering
@@ -81,6 +82,8 @@ class AsyncLLM:
         self._preparation = Preparation()
         self._admission = Admission(self.llm.engine.config.max_num_seqs + max_waiting_requests, max_waiting_tokens)
         self._stepper = Stepper(self.llm.replies, self._admission, slow_reader_timeout)
+        if (ranks := ranks_of(self.llm.engine)) is not None:
+            ranks.listen(partial(_look, weakref.ref(self._stepper)))
         self._stepper.thread.start()
         # The thread knows the stepper alone, so an AsyncLLM that is dropped takes its thread with it. When Python exits
         # the thread must not be caught inside a step.
@@ -304,6 +307,7 @@ class AsyncLLM:
         self._preparation.stop()
         self._stepper.stop()
         await asyncio.to_thread(self._stepper.thread.join)
+        await asyncio.to_thread(self.llm.close)
 
     async def __aenter__(self) -> "AsyncLLM":
         return self
@@ -320,6 +324,12 @@ def _is_number(value: Any) -> bool:
 
 def _constraint(params: Any) -> Any:
     return params.constraint if isinstance(params, SamplingParams) else None
+
+
+def _look(reference: "weakref.ref[Stepper]", why: str) -> None:
+    """Have the thread see whether its engine lives: it may be waiting for requests."""
+    if (stepper := reference()) is not None:
+        stepper.post(lambda: None)
 
 
 def _end(reference: "weakref.ref[Stepper]") -> None:

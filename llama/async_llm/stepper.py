@@ -198,6 +198,7 @@ class Stepper:
                 _run_command(command, future)
             if stopping:
                 return False
+            self._replies.engine.check_alive()
             if self._replies.engine.has_unfinished:
                 return True
 

@@ -18,7 +18,8 @@ DESCRIPTION = (
 # Options that change how fast answers come, and not what they are.
 SPEED_ONLY = frozenset(
     "device check_weights max_num_seqs max_num_batched_tokens block_size num_blocks gpu_memory_utilization "
-    "enable_prefix_caching enforce_eager max_loras max_lora_rank max_lora_bytes".split()
+    "enable_prefix_caching enforce_eager max_loras max_lora_rank max_lora_bytes "
+    "tensor_parallel_size step_timeout".split()
 )
 _PATHS = {"model": "folder of the checkpoint", "input": "file of requests", "output": "file of answers"}
 

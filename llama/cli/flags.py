@@ -59,7 +59,8 @@ def add_fields(parser: Parser, config: type, title: str, without: Sequence[str] 
             is_shown = option.default is not None and option.default != () and not isinstance(option.default, bool)
             text = f"{option.metadata['help']} ({option.default})" if is_shown else option.metadata["help"]
             kind: dict[str, Any] = {"dest": f"{config.__name__}.{option.name}", "default": argparse.SUPPRESS}
-            group.add_argument(flag(option.name), help=text.replace("%", "%%"), **kind, **_kind(option))
+            short = [option.metadata["short"]] if option.metadata.get("short") else []
+            group.add_argument(*short, flag(option.name), help=text.replace("%", "%%"), **kind, **_kind(option))
 
 
 def given(options: argparse.Namespace, config: type) -> dict[str, Any]:

@@ -2,13 +2,15 @@
 
 import re
 from argparse import ArgumentTypeError, Namespace
+from functools import partial
 
-from llama.cli.flags import Parser
+from llama.cli.flags import Parser, UsageError, checked, integer
 from llama.engine.budget import blocks_in, free_cpu_bytes, kv_bytes_on_cpu
 from llama.engine.config import EngineConfig
 from llama.hub import model_folder
 from llama.model.config import ModelConfig
 from llama.model.generation_config import GenerationConfig
+from llama.model.parallel import Shard
 
 DESCRIPTION = "Say what a model is and what it needs, from its config.json alone."
 BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
@@ -33,6 +35,8 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument("--quantization", choices=tuple(SCHEMES), help=text)
     text = "KV cache in fp8, or as the weights (%(default)s)"
     parser.add_argument("--kv-cache-dtype", choices=("auto", "fp8"), default="auto", help=text)
+    text = "ranks that share it: what each of them holds (%(default)s)"
+    parser.add_argument("-tp", "--tensor-parallel-size", type=integer(1, 1024), default=1, metavar="INT", help=text)
 
 
 def run(options: Namespace) -> int:
@@ -40,16 +44,21 @@ def run(options: Namespace) -> int:
     config = ModelConfig.from_pretrained(folder)
     generation = GenerationConfig.from_pretrained(folder if folder.is_dir() else folder.parent)
     dtype = options.dtype or config.dtype or "bfloat16"
-    models = [config] if options.draft_model is None else [config, ModelConfig.from_pretrained(options.draft_model)]
+    size = options.tensor_parallel_size
+    if size > 1 and options.draft_model is not None:
+        raise UsageError("--draft-model has no place beside --tensor-parallel-size")
+    own = checked(partial(Shard, config, 0), {"size": size}).local if size > 1 else config
+    models = [own] if options.draft_model is None else [own, ModelConfig.from_pretrained(options.draft_model)]
+    of = f" of 1 in {size}" if size > 1 else ""
     memory, where = options.memory or (free_cpu_bytes(), "this machine's CPU")
     rows = [
         ("architecture", _architecture(config)),
         ("parameters", f"{config.num_parameters:,}"),
-        *(("weights", f"{name:9}{config.num_parameters * size:>20,} bytes") for name, size in BYTES.items()),
-        *(("weights", f"{name:9}{_weight_bytes(config, dtype, name):>20,} bytes") for name in SCHEMES),
+        *((f"weights{of}", f"{name:9}{own.num_parameters * each:>20,} bytes") for name, each in BYTES.items()),
+        *((f"weights{of}", f"{name:9}{_weight_bytes(own, dtype, name):>20,} bytes") for name in SCHEMES),
         *(
-            ("KV per token", f"{name:9}{config.kv_values_per_token * size:>20,} bytes")
-            for name, size in (BYTES | {"fp8": 1}).items()
+            (f"KV per token{of}", f"{name:9}{own.kv_values_per_token * each:>20,} bytes")
+            for name, each in (BYTES | {"fp8": 1}).items()
         ),
         ("generation", _generation(generation, config)),
         (f"fits {where}", _fits(models, dtype, memory, options)),
@@ -104,7 +113,7 @@ def _fits(models: list[ModelConfig], dtype: str, memory: int, options: Namespace
     """What an engine of default options would allocate; on a GPU it also sets aside what steps take, which it
     measures."""
     config = models[0]
-    is_cpu, scheme = options.memory is None, options.quantization
+    is_cpu, scheme, ranks = options.memory is None, options.quantization, options.tensor_parallel_size
     engine = EngineConfig().resolved(config, "cpu" if is_cpu else "cuda")
     weights = _weight_bytes(config, dtype, scheme) + sum(_weight_bytes(model, dtype, None) for model in models[1:])
     sizes = [1 if options.kv_cache_dtype == "fp8" else BYTES[dtype], *[BYTES[dtype]] * (len(models) - 1)]
@@ -112,10 +121,12 @@ def _fits(models: list[ModelConfig], dtype: str, memory: int, options: Namespace
     per_block = per_token * engine.block_size
     what = f"{scheme or dtype} weights of {_gib(weights)} in {_gib(memory)}"
     if is_cpu:
-        left = kv_bytes_on_cpu(memory - weights)
+        left = kv_bytes_on_cpu(memory - ranks * weights) // ranks
     else:
         left = int(memory * engine.gpu_memory_utilization) - weights
         what += f" used to {engine.gpu_memory_utilization:.0%}"
+    if ranks > 1:
+        what += f", the memory of all {ranks} ranks" if is_cpu else f", on each of {ranks} ranks"
     if left < per_block:
         return f"no: {what}"
     tokens, context = blocks_in(left, per_block, engine) * engine.block_size, config.max_position_embeddings

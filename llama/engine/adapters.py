@@ -7,6 +7,7 @@ keep it to their end. As an engine, this is used by one thread at a time; `get` 
 
 import re
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +16,7 @@ from llama.api.errors import ParameterError
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, weakref_slot=True)
 class Adapter:
     """A LoRA adapter as the engine sees it. The scheduler says under which index the device holds it."""
 
@@ -33,6 +34,7 @@ NO_ADAPTER = Adapter()
 class Adapters:
     def __init__(self, max_loras: int, max_bytes: int | None = None) -> None:
         self.by_name: dict[str, Adapter] = {}
+        self.share: Callable[[Adapter], None] | None = None  # has other ranks read it too
         self._max_bytes = max_bytes
         self._max_loras = max_loras
         self._free_indices = list(range(max_loras, 0, -1))
@@ -67,6 +69,8 @@ class Adapters:
         self.check_new(adapter.name, replace)
         self.check_room(adapter.name, adapter.nbytes)
         known = self.by_name.get(adapter.name)
+        if self.share is not None and (known is None or known.digest != adapter.digest):
+            self.share(adapter)
         if known is not None and known.digest != adapter.digest:
             self.remove(adapter.name)
         self.by_name.setdefault(adapter.name, adapter)

@@ -12,14 +12,17 @@ from llama.api.errors import refusal
 from llama.api.params import MAX_LOGPROBS
 from llama.engine.speculative_config import BATCH_SIZES, SpeculativeConfig
 from llama.model.config import ModelConfig
+from llama.model.parallel import check_size
 
 # max_num_batched_tokens by the type of the device, which are also the devices that there are.
 BATCHED_TOKENS = {"cpu": 2048, "cuda": 8192}
 
 
-def _option(default: Any, help: str, least: int | None = None, most: int = 2**31 - 1) -> Any:
-    """`least` and `most`: the legal values of an integer."""
-    return field(default=default, metadata={"help": help, "least": least, "most": most})
+def _option(
+    default: Any, help: str, least: int | None = None, most: int = 2**31 - 1, *, short: str | None = None
+) -> Any:
+    """`least` and `most`: the legal values of an integer; `short`: the flag's other name."""
+    return field(default=default, metadata={"help": help, "least": least, "most": most, "short": short})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,6 +56,10 @@ class EngineConfig:
     max_logprobs: int = _option(
         MAX_LOGPROBS, "log-probabilities of a token that a request may ask for, -1 = all (on the CPU)", least=-1
     )
+    tensor_parallel_size: int = _option(
+        1, "ranks that share the model: GPUs, or processes on the CPU", least=1, most=1024, short="-tp"
+    )
+    step_timeout: int = _option(60, "seconds after which ranks that are stuck in a step are given up", least=1)
     seed: int | None = _option(None, "makes the whole run repeatable (fresh entropy for requests without a seed)")
 
     def __post_init__(self) -> None:
@@ -85,6 +92,7 @@ class EngineConfig:
             raise refusal("max_model_len", f"an integer in [2, {most}] (max_position_embeddings)", asked)
         if device != "cpu" and not 0 <= self.max_logprobs <= MAX_LOGPROBS:
             raise refusal("max_logprobs", f"at most {MAX_LOGPROBS} on {device}", self.max_logprobs)
+        check_size(model, self.tensor_parallel_size)
         budget = self.max_num_batched_tokens or BATCHED_TOKENS[device]
         speculative = self.speculative_config
         if speculative is not None:

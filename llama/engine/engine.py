@@ -23,9 +23,10 @@ from llama.engine.blocks import BlockPool
 from llama.engine.budget import free_cpu_bytes, lora_bytes
 from llama.engine.config import EngineConfig
 from llama.engine.draft_model import DraftModel
-from llama.engine.graph_runner import GraphRunner
+from llama.engine.graph_runner import make_runner
 from llama.engine.guidance import check_guided, guided_limit
-from llama.engine.memory import fitting_blocks, make_kv_cache
+from llama.engine.memory import fitting_blocks
+from llama.engine.parallel_runner import RankLostError
 from llama.engine.plan import Plan, StepResult
 from llama.engine.request import Request, check_params, check_room, checked_ids
 from llama.engine.runner import Runner
@@ -102,9 +103,7 @@ class Engine:
             if model is None:
                 raise ValueError("an engine needs a model, or a runner in its place")
             num_blocks = num_blocks or fitting_blocks(model, config, draft)
-            kv = make_kv_cache(model, config, num_blocks)
-            has_graphs = model.device.type == "cuda" and not config.enforce_eager
-            runner = (GraphRunner if has_graphs else Runner)(model, kv, config, eos_token_ids=eos_token_ids)
+            runner = make_runner(model, config, num_blocks, eos_token_ids)
         elif num_blocks is None:
             raise ValueError("num_blocks must be given with a runner")
         self.runner = runner
@@ -161,7 +160,7 @@ class Engine:
         adapter = self.adapters.get(lora)
         check_room(len(prompt_token_ids), None if clip else params.max_tokens, self.config.context_len)
         prompt = checked_ids(prompt_token_ids, self.vocab_size)
-        check_params(params, self.vocab_size)
+        check_params(params, self.vocab_size, self.config.tensor_parallel_size)
         params = self._with_logprobs(params)
         limit, capacity = self.limit(len(prompt), params.max_tokens), self._capacity
         if params.is_guided:
@@ -200,7 +199,7 @@ class Engine:
 
     def add(self, request: Request) -> list[int]:
         """Queue a request of `request` -> the seed of each of its completions."""
-        self._check_alive()
+        self.check_alive()
         if self.is_sleeping:
             raise ParameterError("the engine sleeps: wake_up() lets it take requests")
         if request.request_id in self.scheduler:
@@ -261,7 +260,7 @@ class Engine:
         if self.has_unfinished:
             raise ParameterError("sleep needs an idle engine: requests run")
         if not isinstance(self.runner, Runner):
-            raise ParameterError("sleep needs a model")
+            raise ParameterError("sleep needs a model in one process")
         if not self.is_sleeping:
             self.reset_prefix_cache()
             self.runner.sleep()
@@ -284,7 +283,7 @@ class Engine:
     def step(self) -> list[TokenOutput]:
         """Compute one step. A failure of the model ends the step's requests with "error" and leaves a usable engine;
         EngineDeadError if it does not."""
-        self._check_alive()
+        self.check_alive()
         outputs: list[TokenOutput] = []
         is_launched = self._launch(outputs)
         while len(self._in_flight) > (self.runner.lag if is_launched else 0):
@@ -351,23 +350,26 @@ class Engine:
         try:
             self.runner.check_device()
         except Exception as broken:
-            raise self._die("the device computes no more") from broken
+            is_said = isinstance(broken, RankLostError)
+            raise self.die(str(broken) if is_said else "the device computes no more") from broken
 
     def _keep_books(self, function: Callable[..., T], *arguments: Any) -> T:
         """Bookkeeping that was cut off half-way cannot be trusted any more."""
         try:
             return function(*arguments)
         except BaseException as error:
-            death = self._die("its bookkeeping broke off")
+            death = self.die("its bookkeeping broke off")
             if isinstance(error, Exception):
                 raise death from error
             raise
 
-    def _die(self, why: str) -> EngineDeadError:
+    def die(self, why: str) -> EngineDeadError:
+        """From now on every call raises it."""
         self._death = f"the engine is dead: {why}"
         return EngineDeadError(self._death)
 
-    def _check_alive(self) -> None:
+    def check_alive(self) -> None:
+        """EngineDeadError once it is dead."""
         if self._death is not None:
             raise EngineDeadError(self._death)
 

@@ -19,12 +19,20 @@ from llama.api.params import MAX_LOGPROBS
 from llama.engine.config import EngineConfig
 from llama.engine.device import Mirror
 from llama.engine.graphs import CudaRecord, Graphs, Record, bucket_of
+from llama.engine.memory import make_kv_cache
 from llama.engine.plan import LAST_SAMPLED, Plan, StepResult
 from llama.engine.runner import DTYPES, Runner, fetch_result
 from llama.kernels.types import Sampled, SamplerRows
 from llama.model.kv_cache import KVCache
 from llama.model.module import hooks_of
 from llama.model.transformer import Transformer
+
+
+def make_runner(model: Transformer, config: EngineConfig, num_blocks: int, eos_token_ids: frozenset[int]) -> Runner:
+    """With a KV cache of so many blocks, and with graphs on CUDA unless `enforce_eager`."""
+    kv = make_kv_cache(model, config, num_blocks)
+    has_graphs = model.device.type == "cuda" and not config.enforce_eager
+    return (GraphRunner if has_graphs else Runner)(model, kv, config, eos_token_ids=eos_token_ids)
 
 
 class GraphRunner(Runner):

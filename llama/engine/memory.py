@@ -146,7 +146,10 @@ def fitting_blocks(model: Transformer, config: EngineConfig, draft: Transformer 
         free = free_cuda_bytes(model.device, config.gpu_memory_utilization) - steps
         share = f"{config.gpu_memory_utilization:.0%} of the device"
     else:
-        free, share = kv_bytes_on_cpu(free_cpu_bytes()), f"{CPU_FRACTION:.0%} of the free memory, caches apart"
+        free, share = (
+            kv_bytes_on_cpu(free_cpu_bytes()) // model.shard.size,
+            f"{CPU_FRACTION:.0%} of the free memory, caches apart",
+        )
     per_block = KVCache.bytes_per_block(model.local_config, config.block_size, kv_dtype(model, config))
     if draft is not None:
         per_block += KVCache.bytes_per_block(draft.config, config.block_size, draft.dtype)

@@ -20,11 +20,11 @@ from llama.api.errors import ParameterError
 from llama.api.outputs import Piece, RequestOutput
 from llama.api.params import SamplingParams
 from llama.engine.config import EngineConfig
-from llama.engine.engine import Engine
 from llama.engine.request import Request
 from llama.hub import model_folder
+from llama.llm.engines import load_engine, ranks_of
 from llama.llm.interrupts import interrupts_held
-from llama.llm.loading import check_draft, check_model, load_defaults, load_model, load_text
+from llama.llm.loading import check_draft, check_model, load_defaults, load_text
 from llama.llm.loras import LoraInfo, LoRARequest, RequestedLoras, describe, read_lora
 from llama.llm.replies import Replies, Reply
 from llama.llm.requests import (
@@ -143,21 +143,18 @@ class LLM(Scoring, Upkeep):
         speculation = config.speculation
         if speculation is not None and speculation.model is not None:
             check_draft(speculation.model, model_config.vocab_size, self.tokenizer)
-        self.model = load_model(
+        self.engine = load_engine(
             model,
             where,
+            config,
+            eos_token_ids=eos_token_ids,
             dtype=dtype,
             load_format=load_format,
             quantization=quantization,
             check_weights=check_weights,
         )
-        draft = None
-        if speculation is not None and speculation.model is not None:
-            quantised = speculation.quantization
-            draft = load_model(
-                speculation.model, where, dtype=self.model.dtype, load_format="auto", quantization=quantised
-            )
-        self.engine = Engine(self.model, config, eos_token_ids=eos_token_ids, draft=draft)
+        assert self.engine.model is not None
+        self.model = self.engine.model
         self.inputs = Inputs(self.engine, self.tokenizer, template, defaults, reasoning_parser)
         self.replies = Replies(self.engine, self.tokenizer)
         self._requested = RequestedLoras(self.load_lora)
@@ -276,6 +273,12 @@ class LLM(Scoring, Upkeep):
 
     def list_loras(self) -> list[LoraInfo]:
         return [describe(adapter) for adapter in list(self.engine.adapters.by_name.values())]
+
+    def close(self) -> None:
+        """End the other ranks where there are some (tensor_parallel_size), after which this LLM is of no use. The
+        garbage collector and the end of Python do it too."""
+        if (ranks := ranks_of(self.engine)) is not None:
+            ranks.close()
 
     def _loras(
         self,

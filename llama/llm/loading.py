@@ -13,6 +13,7 @@ from llama.api.errors import CheckpointError, ConfigError
 from llama.api.params import SamplingParams
 from llama.engine.config import BATCHED_TOKENS
 from llama.hub import tokenizer_folder
+from llama.model.communicator import Communicator
 from llama.model.config import ModelConfig
 from llama.model.generation_config import GenerationConfig
 from llama.model.transformer import Transformer
@@ -132,6 +133,7 @@ def load_model(
     load_format: str,
     quantization: str | None = None,
     check_weights: bool = False,
+    communicator: Communicator | None = None,
 ) -> Transformer:
     """Of arguments that `check_model` has accepted, with the device that it found."""
     if isinstance(model, Transformer):
@@ -145,12 +147,18 @@ def load_model(
     wanted = resolve_dtype(dtype)
     if load_format == "dummy":
         config = ModelConfig.from_pretrained(model)
-        loaded = Transformer(config, device=device, dtype=wanted or DTYPES[config.dtype or "float32"], seed=0)
+        made = wanted or DTYPES[config.dtype or "float32"]
+        loaded = Transformer(config, device=device, dtype=made, seed=0, communicator=communicator)
         if quantization is not None:
             loaded.quantise(quantization)
     else:
         loaded = Transformer.from_pretrained(
-            model, device=device, dtype=wanted or "auto", quantization=quantization, check_weights=check_weights
+            model,
+            device=device,
+            dtype=wanted or "auto",
+            quantization=quantization,
+            check_weights=check_weights,
+            communicator=communicator,
         )
     loaded.prepare()
     logger.info("model loaded as %s on %s (%.2f s)", loaded.dtype, device, time.monotonic() - started)

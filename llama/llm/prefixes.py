@@ -52,6 +52,8 @@ def read_prefix(engine: Engine, adapter: Adapter, path: str | Path) -> int:
 
 
 def _runner(engine: Engine) -> Runner:
+    if engine.model is not None:
+        engine.model.needs_whole("a kept prefix")
     if not isinstance(engine.runner, Runner) or not engine.pool.enable_prefix_caching:
         raise ParameterError("kept prefixes need a model and enable_prefix_caching", "enable_prefix_caching")
     if engine.is_sleeping:

@@ -25,7 +25,7 @@ HARMLESS: dict[str, tuple[Any, ...]] = {
     "cudagraph_capture_sizes": (None,),
     "data_parallel_backend": ("mp",),
     "data_parallel_rank": (None,),
-    "data_parallel_size": (1,),
+    "data_parallel_size": (1,),  # engines of their own, and a balancer in front of them
     "data_parallel_size_local": (None,),
     "decode_context_parallel_size": (1,),
     "disable_async_output_proc": (False,),
@@ -37,7 +37,7 @@ HARMLESS: dict[str, tuple[Any, ...]] = {
     "disable_log_stats": (True, False),
     "disable_mm_preprocessor_cache": (False,),
     "disable_sliding_window": (False,),
-    "distributed_executor_backend": (None, "mp", "ray", "uni", "external_launcher"),  # there is one device
+    "distributed_executor_backend": (None, "mp", "uni"),  # ranks are processes of this machine
     "download_dir": (None,),
     "enable_chunked_prefill": (None, True),
     "enable_dbo": (False,),
@@ -108,7 +108,6 @@ HARMLESS: dict[str, tuple[Any, ...]] = {
     "structured_outputs_config": (None, {}),
     "swap_space": (4, 0),
     "task": (None, "auto", "generate"),
-    "tensor_parallel_size": (1,),
     "tokenizer_mode": ("auto",),
     "tokenizer_revision": (None,),
     "trust_remote_code": (False, True),  # none is ever run
@@ -120,6 +119,8 @@ HARMLESS: dict[str, tuple[Any, ...]] = {
 
 # What to do instead, where there is something.
 _INSTEAD = {
+    "distributed_executor_backend": "ranks are processes of one machine; for Ray, llama.batch.build_processor runs "
+    "one engine in each actor",
     "enable_chunked_prefill": "prompts are always computed in chunks of max_num_batched_tokens",
     "generation_config": "it is read from the model's folder; an explicit SamplingParams is taken as it stands",
     "num_gpu_blocks_override": "give num_blocks",

@@ -15,6 +15,7 @@ def update_weights(model: Transformer, named_tensors: Iterable[tuple[str, Tensor
     """Copy tensors under their names in a Hugging Face checkpoint into the model, any subset, on any device and in any
     float dtype -> how many. ParameterError names a tensor that is not the model's or does not fit; those before it
     are in place by then."""
+    model.needs_whole("update_weights")
     entries = {entry.name: entry for entry in entries_of(model, model.config)}
     touched: dict[nn.Module, bool] = {}  # module -> whether it was packed
     count = 0

@@ -309,3 +309,15 @@ def test_flags_that_want_values_need_some():
     for words in (["5=1", "5=2"], ["5=1", "--logit-bias", "5=2"]):
         with pytest.raises(UsageError, match="--logit-bias: names 5 twice"):
             parse(["generate", "m", "p", "--logit-bias", *words])
+
+
+def test_info_counts_what_each_rank_holds(capsys, llama_70b):
+    _, out, _ = run(capsys, "info", llama_70b, "-tp", "8", "--memory", "80GiB")
+    # A layer: 8 of 64 heads and 1 of 8 KV heads of 128, an eighth of the MLP and of both tables; norms are whole.
+    layer = 8192 * 128 * (8 + 1 + 1 + 8) + 3 * 8192 * 28_672 // 8 + 2 * 8192
+    count = 80 * layer + 2 * 128_256 // 8 * 8192 + 8192
+    assert "weights of 1 in 8 " in out and f"{'bfloat16':9}{2 * count:>20,} bytes" in out
+    assert f"{'bfloat16':9}{2 * 2 * 80 * 128:>20,} bytes" in out
+    assert "on each of 8 ranks" in out
+    assert "must be one of 1, 2, 4, 8, 16, 32, 64" in run(capsys, "info", llama_70b, "-tp", "3")[2]
+    assert "no place" in run(capsys, "info", llama_70b, "-tp", "2", "--draft-model", "x")[2]

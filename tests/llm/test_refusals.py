@@ -105,11 +105,13 @@ def test_constructor_refuses_by_name(folder, tmp_path):
         ({"seed": 2**64}, "seed must be .* got 18446744073709551616"),
         ({"seed": 1.0}, "seed must be .* got 1.0"),
         ({"seed": True}, "seed must be .* got True"),
-        ({"tensor_parallel_size": 2}, r"tensor_parallel_size=2 is not supported \(only 1\)"),
+        ({"tensor_parallel_size": 3}, "tensor_parallel_size must be one of 1, 2, 4 for 4 heads, 2 KV heads"),
+        ({"distributed_executor_backend": "ray"}, r"'ray' is not supported .*build_processor"),
+        ({"data_parallel_size": 2}, "data_parallel_size=2 is not supported"),
         ({"trust_remote_code": "yes"}, "trust_remote_code='yes'"),
         ({"quantization": "awq"}, "quantization must be one of int8, int4, fp8 for a dense model, got 'awq'"),
         ({"rope_theta": 5.0}, "edit the model's config.json"),
-        ({"tensor_parallel_size": True}, "tensor_parallel_size=True"),
+        ({"tensor_parallel_size": True}, "tensor_parallel_size must be an integer from 1 to 1024, got True"),
         ({"tokenizer": 5}, "tokenizer must be a folder or a llama Tokenizer, got int"),
     ):
         with pytest.raises(ValueError, match=words):

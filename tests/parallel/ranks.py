@@ -1,12 +1,25 @@
 """Ranks as threads of this process, on gloo: every line of a rank runs, and none waits for an import of torch."""
 
+import contextlib
+import socket
+import tempfile
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch.distributed import HashStore
 
+from llama.engine.config import EngineConfig
+from llama.engine.engine import Engine
+from llama.engine.wire import Message
+from llama.llm.engines import connect
+from llama.llm.rank import serve
+from llama.llm.ranks import Peer, Ranks
 from llama.model.batch import rectangle
 from llama.model.communicator import Communicator
 from llama.model.config import ModelConfig
@@ -49,3 +62,49 @@ def logits(model: Transformer, token_ids: torch.Tensor, kv: torch.Tensor | None 
     first = model(rectangle(token_ids[:, :-1], 0, blocks, 16), cache).view(rows, length - 1, -1)
     last = model(rectangle(token_ids[:, -1:], length - 1, blocks, 16), cache).view(rows, 1, -1)
     return torch.cat([first, last], dim=1)
+
+
+@contextmanager
+def engine_on_ranks(
+    folder: Path, config: EngineConfig, eos_token_ids: frozenset[int] = frozenset()
+) -> Iterator[Engine]:
+    """An engine whose other ranks run `serve` in threads of this process, as their processes do."""
+    peers, threads = [], []
+    with tempfile.TemporaryDirectory() as stores:
+        for rank in range(1, config.tensor_parallel_size):
+            ours, theirs = socket.socketpair()
+            peers.append(Peer(rank, ours))
+            threads.append(threading.Thread(target=_serve, args=(theirs,), daemon=True))
+            threads[-1].start()
+        ranks = Ranks(peers, config.step_timeout)
+        told = {"model": str(folder), "device": "cpu", "size": config.tensor_parallel_size, "engine": asdict(config)}
+        told |= {"loading": {"dtype": "float64", "load_format": "auto"}, "eos_token_ids": sorted(eos_token_ids)}
+        try:
+            yield connect(ranks, told | {"store": f"{stores}/store", "threads": 0})
+        finally:
+            ranks.close()
+            for thread in threads:
+                thread.join(SECONDS)
+    assert not any(thread.is_alive() for thread in threads)
+
+
+def _serve(stream: socket.socket) -> None:
+    lock = threading.Lock()
+
+    def say(content: dict[str, Any]) -> None:
+        with lock:
+            stream.sendall(Message(content, {}).encoded())
+
+    def beat() -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                say({"beat": True})
+                time.sleep(1)
+
+    threading.Thread(target=beat, daemon=True).start()
+    try:
+        serve(stream, say)
+    except Exception as error:
+        say({"error": f"{type(error).__name__}: {error}"})
+    finally:
+        stream.shutdown(socket.SHUT_RDWR)

@@ -1,0 +1,160 @@
+"""Runners of a model that ranks share: rank 0's tells the others each step and computes its part; theirs do as told.
+
+Nothing is sent back. Every rank draws the same tokens: the logits are the same bits on each, and noise is a function
+of seed, position and token. With a step comes a checksum of what rank 0 drew before: ranks that drew anything else end
+the engine, before a wrong text does.
+"""
+
+import weakref
+import zlib
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
+
+from llama.api.errors import AdapterError
+from llama.engine.adapters import Adapter
+from llama.engine.plan import Plan, StepResult
+from llama.engine.runner import Runner
+from llama.engine.wire import Message, decode_plan, encode_plan
+
+
+class RankLostError(RuntimeError):
+    """A rank ended, is silent or failed; the others cannot go on without it."""
+
+
+class Peers(Protocol):
+    """The other ranks, as rank 0 sees them."""
+
+    @property
+    def lost(self) -> str | None:
+        """Why they cannot go on."""
+
+    def send(self, data: bytes) -> None: ...
+    def ask(self, message: Message) -> list[dict[str, Any]]: ...
+    def in_step(self) -> AbstractContextManager[None]: ...
+    def failed(self, error: BaseException) -> RankLostError: ...
+    def listen(self, listener: Callable[[str], None]) -> None: ...
+    def close(self) -> None: ...
+
+
+def checksum(result: StepResult) -> int:
+    return zlib.crc32(result.token_ids.tobytes())
+
+
+class ParallelRunner:
+    """Rank 0's: `runner` computes its own part, `peers` hear of each step. No failure leaves the ranks alike, so that
+    each ends them: RankLostError."""
+
+    def __init__(self, runner: Runner, peers: Peers) -> None:
+        self.vocab_size = runner.vocab_size
+        self.lag = runner.lag
+        self.own = runner
+        self._peers = peers
+        self._drawn: dict[int, int] = {}  # step -> checksum, of which the others have not heard
+        self._numbers: weakref.WeakKeyDictionary[Adapter, int] = weakref.WeakKeyDictionary()
+        self._num_shared = 0
+        self._forgotten: list[int] = []
+
+    @property
+    def lost(self) -> str | None:
+        return self._peers.lost
+
+    def launch(self, plan: Plan) -> Callable[[], StepResult]:
+        def run() -> Callable[[], StepResult]:
+            drawn, self._drawn = self._drawn, {}
+            forgotten = [self._forgotten.pop() for _ in range(len(self._forgotten))]
+            extra = {"drawn": list(drawn.items()), "forget": forgotten}
+            self._peers.send(encode_plan(plan, self._numbers.__getitem__, extra))
+            return self.own.launch(plan)
+
+        result_of = self._guarded(run)
+
+        def result() -> StepResult:
+            found: StepResult = self._guarded(result_of)
+            self._drawn[plan.step] = checksum(found)
+            return found
+
+        return result
+
+    def _guarded(self, run: Callable[[], Any]) -> Any:
+        self.check_device()
+        try:
+            with self._peers.in_step():
+                return run()
+        except BaseException as error:
+            lost = self._peers.failed(error)
+            if isinstance(error, Exception):
+                raise lost from error
+            raise
+
+    def share(self, adapter: Adapter) -> None:
+        """Have the others read an adapter that rank 0 has read, from the same files. AdapterError where they cannot."""
+        self._num_shared += 1
+        told = {"number": self._num_shared, "path": adapter.content.path, "digest": adapter.digest.hex()}
+        for rank, answer in enumerate(self._peers.ask(Message({"adapter": told}, {})), start=1):
+            if answer.get("refused"):
+                self._forgotten.append(self._num_shared)
+                raise AdapterError(f"rank {rank}: {answer['refused']}")
+        self._numbers[adapter] = self._num_shared
+        weakref.finalize(adapter, self._forgotten.append, self._num_shared)
+
+    def close(self) -> None:
+        """End the other ranks; the engine is dead then."""
+        self._peers.close()
+
+    def listen(self, listener: Callable[[str], None]) -> None:
+        """`listener` is called, on another thread, with the reason why ranks are lost, once they are."""
+        self._peers.listen(listener)
+
+    def release_memory(self) -> None:
+        self.own.release_memory()
+
+    def check_device(self) -> None:
+        if self.lost is not None:
+            raise RankLostError(self.lost)
+
+
+class Follower:
+    """Another rank's: does what a message says -> the answer, None where none is awaited."""
+
+    def __init__(self, runner: Runner, read: Callable[[Mapping[str, Any]], Adapter]) -> None:
+        """`read` reads an adapter's files. AdapterError where they are not what rank 0 has read."""
+        self._runner = runner
+        self._read = read
+        self._adapters: dict[int, Adapter] = {}
+        self._in_flight: list[tuple[int, Callable[[], StepResult]]] = []
+        self._drawn: dict[int, int] = {}
+
+    def take(self, message: Message) -> dict[str, Any] | None:
+        content = message.content
+        if "adapter" in content:
+            return self._load(content["adapter"])
+        for number in content["forget"]:
+            self._adapters.pop(number, None)
+        # Looked at before the step: it may wait for ranks that are not there any more.
+        while len(self._in_flight) > self._runner.lag:
+            self._collect()
+        for step, drawn in content["drawn"]:
+            self._compare(step, drawn)
+        plan = decode_plan(message, self._adapters)
+        self._in_flight.append((plan.step, self._runner.launch(plan)))
+        if self._runner.lag == 0:
+            self._collect()
+        return None
+
+    def _collect(self) -> None:
+        step, result_of = self._in_flight.pop(0)
+        self._drawn[step] = checksum(result_of())
+
+    def _compare(self, step: int, drawn: int) -> None:
+        while step not in self._drawn and self._in_flight:
+            self._collect()
+        if self._drawn.pop(step, None) != drawn:
+            raise RuntimeError(f"in step {step} it drew other tokens than rank 0: their devices compute differently")
+
+    def _load(self, told: Mapping[str, Any]) -> dict[str, Any]:
+        try:
+            self._adapters[told["number"]] = self._read(told)
+        except ValueError as error:
+            return {"refused": str(error)}
+        return {"loaded": told["number"]}

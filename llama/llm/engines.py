@@ -1,0 +1,121 @@
+"""From a model's place and a configuration to its engine: in this process alone, or with other ranks."""
+
+import os
+import tempfile
+import weakref
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llama.api.errors import ParameterError
+from llama.engine.config import EngineConfig
+from llama.engine.engine import Engine
+from llama.engine.graph_runner import make_runner
+from llama.engine.memory import fitting_blocks
+from llama.engine.parallel_runner import ParallelRunner
+from llama.llm.loading import load_model
+from llama.llm.rank import load_part
+from llama.llm.ranks import Ranks
+from llama.model.transformer import Transformer
+
+
+def load_engine(
+    model: str | Path | Transformer,
+    where: torch.device,
+    config: EngineConfig,
+    *,
+    eos_token_ids: frozenset[int],
+    **loading: Any,
+) -> Engine:
+    """`loading` are load_model's own; all arguments have been checked, but for what ranks cannot share."""
+    speculation = config.speculation
+    draft_path = None if speculation is None else speculation.model
+    if config.tensor_parallel_size > 1:
+        _check_parallel(model, where, config, draft_path)
+        return _parallel_engine(Path(str(model)), where, config, eos_token_ids, loading)
+    loaded = load_model(model, where, **loading)
+    draft = None
+    if speculation is not None and draft_path is not None:
+        quantised = speculation.quantization
+        draft = load_model(draft_path, where, dtype=loaded.dtype, load_format="auto", quantization=quantised)
+    return Engine(loaded, config, eos_token_ids=eos_token_ids, draft=draft)
+
+
+def ranks_of(engine: Any) -> ParallelRunner | None:
+    """The runner of an engine that has other ranks."""
+    runner = getattr(engine, "runner", None)
+    return runner if isinstance(runner, ParallelRunner) else None
+
+
+def _check_parallel(model: Any, where: torch.device, config: EngineConfig, draft_path: str | None) -> None:
+    size, name = config.tensor_parallel_size, "tensor_parallel_size"
+    if isinstance(model, Transformer):
+        raise ParameterError(f"{name}={size} needs a folder as model: each rank reads its own part", name)
+    if draft_path is not None:
+        raise ParameterError(
+            f'{name}={size} takes no draft model: speculative_config={{"method": "ngram"}} works', name
+        )
+    if where.type == "cuda" and (where.index or torch.cuda.device_count() < size):
+        have = f"device={str(where)!r}" if where.index else f"this machine has {torch.cuda.device_count()}"
+        raise ParameterError(f'{name}={size} needs {size} CUDA devices from "cuda:0" on, {have}', name)
+
+
+def _parallel_engine(
+    path: Path, where: torch.device, config: EngineConfig, eos_token_ids: frozenset[int], loading: Mapping[str, Any]
+) -> Engine:
+    size = config.tensor_parallel_size
+    ranks = Ranks.start(size, config.step_timeout)
+    try:
+        with tempfile.TemporaryDirectory(prefix="llama-ranks-") as folder:
+            told = {
+                "model": os.path.abspath(path),
+                "device": where.type,
+                "size": size,
+                "engine": asdict(config),
+                "loading": {**loading, "dtype": str(loading["dtype"]).removeprefix("torch.")},
+                "eos_token_ids": sorted(eos_token_ids),
+                "store": str(Path(folder) / "store"),
+                "threads": max(1, torch.get_num_threads() // size),
+            }
+            return connect(ranks, told)
+    except (ValueError, MemoryError):
+        ranks.close()
+        raise
+    except BaseException as error:
+        lost = ranks.failed(error)
+        ranks.close()
+        if isinstance(error, Exception):
+            raise lost from error
+        raise
+
+
+def connect(ranks: Ranks, told: Mapping[str, Any]) -> Engine:
+    """Load rank 0's part while the others load theirs -> the engine of all. The step begins as soon as all have room
+    for the same KV blocks: as many as the rank with the least."""
+    config, eos_token_ids = EngineConfig(**told["engine"]), frozenset(told["eos_token_ids"])
+    ranks.tell(lambda rank: {**told, "rank": rank})
+    model = load_part(told, 0)
+    ranks.answers()
+    num_blocks = config.num_blocks
+    if num_blocks is None:
+        ranks.send_all({"measure": True})
+        own = fitting_blocks(model, config)
+        num_blocks = min(own, *(answer["num_blocks"] for answer in ranks.answers()))
+    ranks.send_all({"num_blocks": num_blocks})
+    runner = make_runner(model, config, num_blocks, eos_token_ids)
+    ranks.answers()
+    ranks.started()
+    parallel = ParallelRunner(runner, ranks)
+    engine = Engine(model, replace(config, num_blocks=num_blocks), eos_token_ids=eos_token_ids, runner=parallel)
+    engine.adapters.share = parallel.share
+    ranks.listen(partial(_bury, weakref.ref(engine)))
+    return engine
+
+
+def _bury(engine: "weakref.ref[Engine]", why: str) -> None:
+    if (present := engine()) is not None:
+        present.die(why)

@@ -1,0 +1,69 @@
+"""What a rank other than 0 does: loads its part of the model, and computes the steps that it is told."""
+
+import socket
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed import FileStore  # type: ignore[attr-defined]
+
+from llama.engine.adapters import Adapter
+from llama.engine.config import EngineConfig
+from llama.engine.graph_runner import make_runner
+from llama.engine.memory import fitting_blocks
+from llama.engine.parallel_runner import Follower
+from llama.engine.wire import receive
+from llama.llm.loading import load_model
+from llama.model.communicator import Communicator
+from llama.model.config import ModelConfig
+from llama.model.lora import AdapterError, read_adapter
+from llama.model.parallel import Shard
+from llama.model.transformer import Transformer
+
+START_SECONDS = 600.0  # that ranks wait for one another while weights are read
+
+
+def serve(stream: socket.socket, say: Callable[[dict[str, Any]], None]) -> None:
+    """Until the other side of `stream` goes. It tells first what there is to load, then the number of KV blocks."""
+    first = receive(stream)
+    if first is None:
+        return
+    say({"up": True})
+    told = first.content
+    config = EngineConfig(**told["engine"])
+    model = load_part(told, told["rank"])
+    say({"ready": True})
+    while (message := receive(stream)) is not None:
+        if "measure" in message.content:
+            say({"num_blocks": fitting_blocks(model, config)})
+            continue
+        runner = make_runner(model, config, message.content["num_blocks"], frozenset(told["eos_token_ids"]))
+        say({"started": True})
+        follower = Follower(runner, lambda adapter: _read(adapter, model, config))
+        while (step := receive(stream)) is not None:
+            answer = follower.take(step)
+            if answer is not None:
+                say(answer)
+        return
+
+
+def load_part(told: Mapping[str, Any], rank: int) -> Transformer:
+    """The part of a rank of what `told` describes; the ranks meet here."""
+    device = torch.device(told["device"], rank) if told["device"] == "cuda" else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    elif told["threads"]:
+        torch.set_num_threads(told["threads"])
+    path, loading = Path(told["model"]), told["loading"]
+    shard = Shard(ModelConfig.from_pretrained(path), rank, told["size"])
+    store = FileStore(told["store"], told["size"])
+    communicator = Communicator(shard, store, device, seconds=max(START_SECONDS, told["engine"]["step_timeout"]))
+    return load_model(path, device, communicator=communicator, **loading)
+
+
+def _read(told: Mapping[str, Any], model: Transformer, config: EngineConfig) -> Adapter:
+    content = read_adapter(told["path"], model, max_rank=config.max_lora_rank)
+    if content.digest.hex() != told["digest"]:
+        raise AdapterError(f"{told['path']}: its files changed while they were read")
+    return Adapter(str(told["number"]), content.digest, content, content.nbytes)

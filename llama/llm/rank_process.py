@@ -1,0 +1,54 @@
+"""The process of a rank: run as a script by `llama.llm.ranks`, which gives it one end of a connection.
+
+It lives as long as the connection and the process at the other end: a thread looks after both once a second, and says
+there that this process lives. Ctrl-C and SIGTERM reach whole groups of processes; what they mean is for rank 0 to say.
+"""
+
+import json
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+from typing import Any
+
+BEAT_SECONDS = 1.0
+
+
+def main() -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    stream, parent = socket.socket(fileno=int(sys.argv[1])), int(sys.argv[2])
+    sys.path[:] = json.loads(sys.argv[3])  # that of rank 0's process, whatever made it
+    from llama.engine.wire import Message
+
+    lock = threading.Lock()
+
+    def say(content: dict[str, Any]) -> None:
+        with lock:
+            stream.sendall(Message(content, {}).encoded())
+
+    def beat() -> None:
+        try:
+            while os.getppid() == parent:
+                say({"beat": True})
+                time.sleep(BEAT_SECONDS)
+        finally:
+            os._exit(1)  # the main thread may wait for a rank that is not there any more
+
+    threading.Thread(target=beat, daemon=True).start()
+    try:
+        from llama.llm.rank import serve  # torch comes with it, which takes seconds
+
+        serve(stream, say)
+    except BaseException as error:
+        said = " ".join(str(error).split())[:1000]
+        say({"error": f"{type(error).__name__}: {said}", "trace": traceback.format_exc()[-10_000:]})
+        os._exit(1)
+    os._exit(0)  # no exit handler of a library may wait for others
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,248 @@
+"""The other ranks of a model that several share: rank 0's process starts them, watches them and ends them.
+
+They are processes of our own and import nothing of the caller's. Where one ends, fails, falls silent or is stuck in a
+step, a thread here ends all of them: then no rank waits for another, and the engine says why.
+"""
+
+import contextlib
+import json
+import logging
+import os
+import queue
+import selectors
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from llama.engine.parallel_runner import RankLostError
+from llama.engine.wire import Frames, Message
+
+logger = logging.getLogger(__name__)
+
+SILENCE_SECONDS = 15  # without a sign of life
+START_SILENCE_SECONDS = 120  # while libraries are imported and weights read
+_TICK_SECONDS = 1.0
+_EXIT_SECONDS = 5.0
+_PROGRAM = Path(__file__).with_name("rank_process.py")
+
+
+@dataclass(eq=False)
+class Peer:
+    """One other rank. Without a `process` it is a thread of this one (tests)."""
+
+    rank: int
+    stream: socket.socket
+    process: "subprocess.Popen[bytes] | None" = None
+    frames: Frames = field(default_factory=Frames)
+    answers: "queue.SimpleQueue[dict[str, Any] | None]" = field(default_factory=queue.SimpleQueue)
+    silent_ticks: int = 0
+
+    def ending(self) -> str | None:
+        """How its process ended; None while it has not."""
+        code = None if self.process is None else self.process.poll()
+        if code is None or self.process is None:
+            return None
+        how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+        return f"rank {self.rank} (process {self.process.pid}) {how}"
+
+
+class _State:
+    """What the watching thread knows. It does not know the Ranks, so that these can be dropped."""
+
+    def __init__(self, peers: Sequence[Peer], step_timeout: float) -> None:
+        self.peers = list(peers)
+        self.step_timeout = step_timeout
+        self.step_began: float | None = None
+        self.has_started = self.is_closing = False
+        self.lost: str | None = None
+        self.listeners: list[Callable[[str], None]] = []
+        self._lock = threading.Lock()
+
+    def fail(self, why: str) -> None:
+        """The first reason counts."""
+        with self._lock:
+            if self.lost is not None or self.is_closing:
+                return
+            self.lost = why
+        logger.error("the ranks cannot go on: %s", why)
+        self.kill()
+        for peer in self.peers:
+            peer.answers.put(None)
+        for listener in self.listeners:
+            listener(why)
+
+    def kill(self) -> None:
+        for peer in self.peers:
+            with contextlib.suppress(OSError):
+                peer.stream.shutdown(socket.SHUT_RDWR)
+            if peer.process is not None:
+                peer.process.kill()
+                peer.process.wait()
+
+    def cause(self, said: str, of: Peer | None = None) -> str:
+        """What ended first: a rank that hears of nothing but a closed connection is not it."""
+        deadline = time.monotonic() + 0.5
+        while time.monotonic() < deadline:
+            for peer in self.peers:
+                if peer is not of and (ending := peer.ending()) is not None:
+                    return ending
+            time.sleep(0.02)
+        return said
+
+
+class Ranks:
+    def __init__(self, peers: Sequence[Peer], step_timeout: float) -> None:
+        self._state = _State(peers, step_timeout)
+        threading.Thread(target=_watch, args=(self._state,), name="llama-ranks", daemon=True).start()
+        self._end = weakref.finalize(self, _end, self._state)  # also when Python exits
+
+    @classmethod
+    def start(cls, size: int, step_timeout: float) -> "Ranks":
+        """Processes for the ranks 1 to size - 1."""
+        peers: list[Peer] = []
+        try:
+            for rank in range(1, size):
+                ours, theirs = socket.socketpair()
+                with theirs:
+                    # -P: the script's folder is no place to import from.
+                    arguments = [str(theirs.fileno()), str(os.getpid()), json.dumps([p for p in sys.path if p])]
+                    process = subprocess.Popen(
+                        [sys.executable, "-P", str(_PROGRAM), *arguments],
+                        pass_fds=[theirs.fileno()],
+                        stdin=subprocess.DEVNULL,
+                        stdout=subprocess.DEVNULL,
+                    )
+                peers.append(Peer(rank, ours, process))
+        except BaseException:
+            _State(peers, step_timeout).kill()
+            raise
+        return cls(peers, step_timeout)
+
+    @property
+    def lost(self) -> str | None:
+        return self._state.lost
+
+    def listen(self, listener: Callable[[str], None]) -> None:
+        """`listener` is called, on the watching thread, with the reason why the ranks are lost. It must hold no engine:
+        that would keep the ranks from being dropped."""
+        self._state.listeners.append(listener)
+
+    def started(self) -> None:
+        """From now on a rank must not be silent for long."""
+        self._state.has_started = True
+
+    def send(self, data: bytes) -> None:
+        for peer in self._state.peers:
+            peer.stream.sendall(data)
+
+    def send_all(self, content: dict[str, Any]) -> None:
+        self.send(Message(content, {}).encoded())
+
+    def tell(self, make: Callable[[int], dict[str, Any]]) -> list[dict[str, Any]]:
+        """Send each rank a message of its own -> the answers."""
+        for peer in self._state.peers:
+            peer.stream.sendall(Message(make(peer.rank), {}).encoded())
+        return self.answers()
+
+    def ask(self, message: Message) -> list[dict[str, Any]]:
+        self.send(message.encoded())
+        return self.answers()
+
+    def answers(self) -> list[dict[str, Any]]:
+        """The next one of each rank. RankLostError where one does not come."""
+        found = []
+        for peer in self._state.peers:
+            answer = peer.answers.get()
+            if answer is None:
+                raise RankLostError(self._state.lost or "the ranks were ended")
+            found.append(answer)
+        return found
+
+    @contextlib.contextmanager
+    def in_step(self) -> Iterator[None]:
+        """What takes longer than the step's deadline in here is given up."""
+        self._state.step_began = time.monotonic()
+        try:
+            yield
+        finally:
+            self._state.step_began = None
+
+    def failed(self, error: BaseException) -> RankLostError:
+        """What ended the ranks, after `error` here: this rank may have heard of it before the watching thread has."""
+        said = f"rank 0: {type(error).__name__}: {' '.join(str(error).split())[:1000]}"
+        if isinstance(error, Exception):
+            deadline = time.monotonic() + 2.0
+            while self._state.lost is None and time.monotonic() < deadline:
+                time.sleep(0.02)
+        self._state.fail(said)
+        return RankLostError(self._state.lost or said)
+
+    def close(self) -> None:
+        """End the other ranks; any number of times."""
+        self._end()
+
+
+def _watch(state: _State) -> None:
+    last_tick = time.monotonic()
+    with selectors.DefaultSelector() as selector:
+        for peer in state.peers:
+            selector.register(peer.stream, selectors.EVENT_READ, peer)
+        while state.lost is None and not state.is_closing:
+            for key, _ in selector.select(_TICK_SECONDS):
+                _hear(state, key.data)
+            if time.monotonic() - last_tick >= _TICK_SECONDS:
+                # Counted and not measured: a machine that slept, or is overloaded, held this thread as well.
+                last_tick = time.monotonic()
+                _tick(state)
+
+
+def _hear(state: _State, peer: Peer) -> None:
+    try:
+        data = peer.stream.recv(1 << 16)
+    except OSError:
+        data = b""
+    peer.silent_ticks = 0
+    for message in peer.frames.take(data):
+        if "error" in message.content:
+            logger.error("rank %d:\n%s", peer.rank, message.content.get("trace", ""))
+            state.fail(state.cause(f"rank {peer.rank}: {message.content['error']}", of=peer))
+        elif "beat" not in message.content:
+            peer.answers.put(message.content)
+    if not data and not state.is_closing:
+        state.fail(state.cause(f"rank {peer.rank} closed its connection"))
+
+
+def _tick(state: _State) -> None:
+    limit = SILENCE_SECONDS if state.has_started else START_SILENCE_SECONDS
+    for peer in state.peers:
+        peer.silent_ticks += 1
+        if peer.silent_ticks >= limit:
+            state.fail(f"rank {peer.rank} has given no sign of life for {limit} seconds")
+    began = state.step_began
+    if began is not None and time.monotonic() - began > state.step_timeout:
+        state.fail(f"a step takes longer than {state.step_timeout:g} seconds (step_timeout)")
+
+
+def _end(state: _State) -> None:
+    """A rank ends by itself when its connection does; one that cannot is killed."""
+    state.is_closing, state.lost = True, state.lost or "it was closed"
+    for peer in state.peers:
+        with contextlib.suppress(OSError):
+            peer.stream.shutdown(socket.SHUT_RDWR)
+    deadline = time.monotonic() + _EXIT_SECONDS
+    for peer in state.peers:
+        if peer.process is not None:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                peer.process.wait(max(0.0, deadline - time.monotonic()))
+    state.kill()
+    for peer in state.peers:
+        peer.stream.close()
+        peer.answers.put(None)
