@@ -27,6 +27,7 @@ class RequestMetrics:
     """When things happened to one request, in seconds of `time.monotonic()`, and what became of drafts for it."""
 
     queued: float
+    scheduled: float | None = None  # when the first completion was first let in
     first_token: float | None = None
     finished: float | None = None
     num_drafts: int = 0  # times that some were verified for one of its completions
@@ -39,6 +40,21 @@ class RequestMetrics:
     def time_to_first_token(self) -> float | None:
         """Seconds from being queued to the first token."""
         return None if self.first_token is None else self.first_token - self.queued
+
+    @property
+    def queue_time(self) -> float | None:
+        """Seconds from being queued to being let in."""
+        return None if self.scheduled is None else self.scheduled - self.queued
+
+    @property
+    def prefill_time(self) -> float | None:
+        """Seconds from being let in to the first token."""
+        return None if self.scheduled is None or self.first_token is None else self.first_token - self.scheduled
+
+    @property
+    def decode_time(self) -> float | None:
+        """Seconds from the first token to the last."""
+        return None if self.finished is None or self.first_token is None else self.finished - self.first_token
 
     @property
     def mean_acceptance_length(self) -> float | None:

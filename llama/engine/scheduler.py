@@ -9,6 +9,7 @@ can always go on, so that every scheduled step makes progress.
 between; its token is dropped, and the block that it wrote to was never published.
 """
 
+import time
 from bisect import insort
 from collections import deque
 from collections.abc import Iterable
@@ -194,7 +195,7 @@ class Scheduler:
             self.running.enter(one, hits, len(hits) * block_size, self.pool.path(root, hits, salt))
         step.join(sequence)
         if sequence.num_cached_tokens < 0:
-            sequence.num_cached_tokens = len(found[sequence]) * block_size
+            sequence.num_cached_tokens, sequence.scheduled = len(found[sequence]) * block_size, time.monotonic()
             self.num_queried_tokens += sequence.num_tokens
             self.num_hit_tokens += sequence.num_cached_tokens
         return True
@@ -340,6 +341,7 @@ class Scheduler:
         """Sample i, looked at closely."""
         sequence = step.samples[i]
         output = TokenOutput(sequence.request_id, sequence.index, [token], num_cached_tokens=sequence.num_cached_tokens)
+        output.scheduled = sequence.scheduled
         if result.is_bad[i]:
             return self._fail(sequence, BROKEN_PROCESSOR if i in result.broken else None)
         if i in step.without_mask or not sequence.advance(token):

@@ -46,6 +46,7 @@ class TokenOutput:
     num_cached_tokens: int = 0
     num_draft_tokens: int = 0  # that were verified for it
     num_prediction_tokens: int = 0  # those of them that come from the prediction
+    scheduled: float | None = field(default=None, compare=False)  # see Sequence; with the first output at the latest
 
     def followed_by(self, next: "TokenOutput") -> "TokenOutput":
         """This one, which ended nothing, and the next one in one."""
@@ -84,6 +85,7 @@ class Sequence:
     num_draft_computed: int = 0  # its first tokens whose K and V the draft model has
     prompt_logprobs: list[Any] | None = None  # gathered so far; None once handed out or not asked
     num_cached_tokens: int = -1  # -1 = it has never run
+    scheduled: float | None = None  # when it was first let in, in seconds of `time.monotonic()`
     row: int = -1
     ready_after: int = -1  # the step whose result must be known before the sequence may run again
     finished: bool = False

@@ -67,6 +67,7 @@ class Reply:
             output.prompt_logprobs = listed(new.prompt_logprobs, self.request.params, self.tokenizer)
         if new.index == 0:  # the others may find what it computed
             output.num_cached_tokens = new.num_cached_tokens
+            output.metrics.scheduled = output.metrics.scheduled or new.scheduled
         if output.metrics.first_token is None and new.token_ids:
             output.metrics.first_token = time.monotonic()
         if new.num_draft_tokens:

@@ -10,6 +10,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.exposition import CONTENT_TYPE_LATEST as CONTENT_TYPE
 
+from llama.api.outputs import RequestMetrics
 from llama.engine.engine import EngineMetrics
 
 _TIMES = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0)
@@ -48,12 +49,39 @@ class Metrics:
         self.e2e_latency = self._histogram(
             "llama_e2e_request_latency_seconds", "From the request to the end of its answer.", _TIMES
         )
+        self._queue_time = self._histogram(
+            "llama_request_queue_time_seconds", "From the request to the first step that computes some of it.", _TIMES
+        )
+        self._prefill_time = self._histogram(
+            "llama_request_prefill_time_seconds", "From that step to the first token.", _TIMES
+        )
+        self._decode_time = self._histogram(
+            "llama_request_decode_time_seconds", "From the first token to the last.", _TIMES
+        )
+        self._inference_time = self._histogram(
+            "llama_request_inference_time_seconds", "From that step to the last token.", _TIMES
+        )
+        self._time_per_output_token = self._histogram(
+            "llama_request_time_per_output_token_seconds", "Mean time of the tokens behind the first.", _TIMES
+        )
         self.prompt_tokens = self._histogram("llama_request_prompt_tokens", "Tokens of a prompt.", _SIZES)
         self.generation_tokens = self._histogram("llama_request_generation_tokens", "Tokens of an answer.", _SIZES)
         self.completions = self._histogram("llama_request_params_n", "Completions asked for.", (1, 2, 5, 10, 20, 50))
 
     def ended(self, reason: str) -> None:
         self._ends.labels(self._model_name, reason).inc()
+
+    def timed(self, times: RequestMetrics, num_tokens: int) -> None:
+        """Of a request that has ended, whose longest completion has `num_tokens`."""
+        queue, prefill, decode = times.queue_time, times.prefill_time, times.decode_time
+        if queue is not None:
+            self._queue_time.observe(queue)
+        if prefill is not None and decode is not None:
+            self._prefill_time.observe(prefill)
+            self._decode_time.observe(decode)
+            self._inference_time.observe(prefill + decode)
+        if decode is not None and num_tokens > 1:
+            self._time_per_output_token.observe(decode / (num_tokens - 1))
 
     def refused(self, status: int, code: int) -> None:
         self._errors.labels(self._model_name, str(status), str(code)).inc()

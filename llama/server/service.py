@@ -233,6 +233,8 @@ class Answer:
         if piece.usage is not None:
             self._spent(piece.usage.completion_tokens)
             self._metrics.e2e_latency.observe(now - self._began)
+            output = self.output
+            self._metrics.timed(output.metrics, max(len(c.token_ids) for c in output.outputs))
 
     def _ended(self, reason: FinishReason) -> None:
         self._metrics.ended(reason)

@@ -50,6 +50,29 @@ def test_health_readiness_version_metrics(scripted):
         assert f"llama_{name}_bucket" in names
 
 
+def test_a_request_s_time_is_told_in_parts(tiny):
+    """Under vLLM's names: the parts add up, and a request of one token has no time per token."""
+
+    def sums():
+        lines = [line for line in tiny.client.get("/metrics").text.splitlines() if not line.startswith("#")]
+        told = {line.split("{")[0]: float(line.rsplit(" ", 1)[1]) for line in lines}
+        parts = ("queue_time", "prefill_time", "decode_time", "inference_time", "time_per_output_token")
+        names = [*(f"llama_request_{part}_seconds" for part in parts), "llama_e2e_request_latency_seconds"]
+        return [(told[f"{name}_count"], told[f"{name}_sum"]) for name in names]
+
+    before = sums()
+    for max_tokens in (1, 9):
+        body = {"model": NAME, "prompt": "Hello", "max_tokens": max_tokens, "ignore_eos": True, "temperature": 0}
+        assert tiny.client.post("/v1/completions", json=body).status_code == 200
+    counts, (queue, prefill, decode, inference, per_token, whole) = zip(
+        *[(now - then, total - was) for (then, was), (now, total) in zip(before, sums(), strict=True)], strict=True
+    )
+    assert counts == (2, 2, 2, 2, 1, 2)
+    assert min(queue, prefill, decode) > 0
+    assert inference == pytest.approx(prefill + decode) and per_token <= decode / 8 * (1 + 1e-9)
+    assert queue + inference <= whole * (1 + 1e-9)
+
+
 def test_openapi_names_every_route_and_schema(scripted):
     described = scripted.server.client.get("/openapi.json").json()
     assert {"/ai/run/{model}", "/v1/chat/completions", "/v1/completions", "/v1/models"} <= described["paths"].keys()
