@@ -13,6 +13,7 @@ from functools import cached_property
 import torch
 
 from llama.kernels.cpu.layout import Layout, LoraLayout
+from llama.kernels.cpu.pieces import Pieces
 from llama.kernels.logprobs import Logprobs
 
 LOGPROBS_OFF, LOGPROBS_RAW, LOGPROBS_PROCESSED = 0, 1, 2
@@ -42,6 +43,9 @@ class Ragged:
     slots: torch.Tensor  # [tokens] int64, block id * block_size + offset of each token; -1 = padding, not stored
     num_decodes: int  # the first num_decodes sequences have exactly one query
     block_size: int  # tokens per block
+    # A token's attention has the same bits whoever computes beside it and however its sequence is cut; on the CPU its
+    # rows are computed in such pieces. None = the fastest way.
+    fixed: Pieces | None = None
 
     def __post_init__(self) -> None:
         tables, starts, lens = self.block_tables, self.query_starts, self.context_lens
@@ -62,6 +66,7 @@ class Ragged:
             self.slots,
             num_decodes=self.num_decodes,
             block_size=self.block_size,
+            is_fixed=self.fixed is not None,
         )
 
 
@@ -132,6 +137,7 @@ class TokenAdapters:
     """Which LoRA adapter each token of a step uses."""
 
     indices: torch.Tensor  # [tokens] int32, from 1 on; 0 = none, the base model alone
+    fixed: Pieces | None = None  # see Ragged
 
     def __post_init__(self) -> None:
         if self.indices.dim() != 1 or self.indices.dtype != torch.int32:
@@ -142,7 +148,7 @@ class TokenAdapters:
     @cached_property
     def cpu_layout(self) -> LoraLayout:
         """Tokens brought together by adapter, for all modules; made when the first op on the CPU asks."""
-        return LoraLayout.of(self.indices)
+        return LoraLayout.of(self.indices, self.fixed)
 
 
 @dataclass(frozen=True, slots=True)

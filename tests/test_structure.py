@@ -45,6 +45,7 @@ IMPORT_ORDER = {
         research
         checkpoint
         transformer
+        fixed_rows
         lora""",
     "llama.engine": """
         speculative_config ngrams
@@ -71,6 +72,7 @@ DOCUMENTS = [
     "tests/README.md",
     "docs/architecture.md",
     "docs/http.md",
+    "docs/deterministic.md",
     "docs/speculation.md",
     "docs/research.md",
 ]

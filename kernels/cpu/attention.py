@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from llama.kernels.cpu import fixed_attention
 from llama.kernels.cpu.e4m3 import from_e4m3
 from llama.kernels.cpu.layout import Layout
 from llama.kernels.types import KVLayer, Ragged
@@ -30,6 +31,8 @@ def paged_attention(q: Tensor, kv_layer: KVLayer, ragged: Ragged, scale: float) 
 
 
 def _attention(q: Tensor, kv_layer: KVLayer, ragged: Ragged, scale: float) -> Tensor:
+    if ragged.fixed is not None:
+        return fixed_attention.attention(q, kv_layer, ragged, ragged.fixed, scale)
     num_decodes, layout = ragged.num_decodes, ragged.cpu_layout
     if num_decodes == len(q) and num_decodes:
         return _decode(q, kv_layer, layout, scale)

@@ -1,10 +1,12 @@
 """What the CPU's ops need to know of a step and not of a layer, worked out once for all layers."""
 
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from llama.kernels.cpu.pieces import Pieces
 
 # Rows per adapter that may only fill up a batched matmul: fewer than would cost what a call costs.
 _FILLED = 4
@@ -21,6 +23,7 @@ class Layout:
     prefills: list[tuple[int, int, Rows]]  # first token, end, rows
     stores_all: bool  # no token is padding
     buffers: dict[str, Tensor] = field(default_factory=dict)  # working memory that the layers share
+    groups: dict[int, Any] = field(default_factory=dict)  # of fixed_attention.py, by heads per KV head
 
     @classmethod
     def of(
@@ -32,8 +35,12 @@ class Layout:
         *,
         num_decodes: int,
         block_size: int,
+        is_fixed: bool = False,
     ) -> "Layout":
         """See `Ragged`."""
+        stores_all = -1 not in slots.tolist()
+        if is_fixed:
+            return cls(slice(0), None, [], stores_all)
         starts, lens = query_starts.tolist(), context_lens.tolist()
         prefills = [
             (starts[s], starts[s + 1], _rows(block_tables[s], lens[s], block_size))
@@ -41,7 +48,7 @@ class Layout:
             if starts[s + 1] > starts[s]
         ]
         decodes = _decode_rows(block_tables[:num_decodes], context_lens[:num_decodes], lens[:num_decodes], block_size)
-        return cls(*decodes, prefills, -1 not in slots.tolist())
+        return cls(*decodes, prefills, stores_all)
 
     def gather(self, cache: Tensor, rows: Rows, name: str) -> Tensor:
         """[keys, kv_heads, head_dim]: a view, or a copy that holds until the next gather under the same name."""
@@ -116,21 +123,37 @@ class LoraLayout:
     groups: tuple[LoraGroup, ...]
 
     @classmethod
-    def of(cls, indices: Tensor) -> "LoraLayout":
+    def of(cls, indices: Tensor, fixed: Pieces | None = None) -> "LoraLayout":
         """See `TokenAdapters`."""
         counts = torch.bincount(indices, minlength=1).tolist()
         tokens = torch.argsort(indices, stable=True)[counts[0] :]
-        groups = _groups(counts)
+        if fixed is None:
+            groups = _groups(counts)
+            filled = [count for g in groups for count in counts[g.first : g.last + 1]]
+        else:
+            groups, filled = _groups_in_pieces(counts, fixed)
         num_rows = groups[-1].end if groups else 0
         if num_rows == len(tokens):
             return cls(tokens, tokens, None, tuple(groups))
         firsts = [g.start + i * g.each for g in groups for i in range(g.last - g.first + 1)]
-        lengths = torch.tensor([count for g in groups for count in counts[g.first : g.last + 1]])
+        lengths = torch.tensor(filled)
         shifts = torch.tensor(firsts) - (lengths.cumsum(0) - lengths)
         used = torch.arange(len(tokens)) + shifts.repeat_interleave(lengths)
         rows = tokens[:1].repeat(num_rows)
         rows[used] = tokens
         return cls(rows, tokens, used, tuple(groups))
+
+
+def _groups_in_pieces(counts: list[int], fixed: Pieces) -> tuple[list[LoraGroup], list[int]]:
+    """One adapter a group, whose rows are a piece -> the groups, and how many rows of each are tokens."""
+    groups: list[LoraGroup] = []
+    filled = []
+    for index, count in enumerate(counts[1:], 1):
+        for first in range(0, count, fixed.most):
+            filled.append(min(fixed.most, count - first))
+            start = groups[-1].end if groups else 0
+            groups.append(LoraGroup(index, index, fixed.filled(filled[-1]), start))
+    return groups, filled
 
 
 def _groups(counts: list[int]) -> list[LoraGroup]:

@@ -45,6 +45,7 @@ class EngineConfig:
     )
     enable_prefix_caching: bool = _option(True, "keep K and V of prompts for later ones that begin alike")
     enforce_eager: bool = _option(False, "run without CUDA graphs")
+    deterministic: bool = _option(False, "the same bits for a request alone and in any batch (docs/deterministic.md)")
     max_loras: int = _option(8, "adapters that may work in one step, 0 = none are taken", least=0)
     max_lora_rank: int = _option(64, "the largest rank of an adapter", least=1)
     max_lora_bytes: int | None = _option(
@@ -93,6 +94,10 @@ class EngineConfig:
         if device != "cpu" and not 0 <= self.max_logprobs <= MAX_LOGPROBS:
             raise refusal("max_logprobs", f"at most {MAX_LOGPROBS} on {device}", self.max_logprobs)
         check_size(model, self.tensor_parallel_size)
+        if self.deterministic and device != "cpu":
+            raise refusal("deterministic", f"False on {device}", True)
+        if self.deterministic and self.tensor_parallel_size > 2:  # the order of three summands is the library's
+            raise refusal("tensor_parallel_size", "1 or 2 with deterministic", self.tensor_parallel_size)
         budget = self.max_num_batched_tokens or BATCHED_TOKENS[device]
         speculative = self.speculative_config
         if speculative is not None:

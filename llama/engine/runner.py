@@ -27,6 +27,7 @@ from llama.kernels.logprobs import Logprobs
 from llama.kernels.types import Sampled, SamplerRows
 from llama.model.adapters import StepAdapters
 from llama.model.batch import Batch
+from llama.model.fixed_rows import fix_rows
 from llama.model.kv_cache import KVCache
 from llama.model.lora import LoadedAdapters
 from llama.model.taps import Span, StepTaps, names_of
@@ -51,6 +52,8 @@ class Runner:
         *,
         eos_token_ids: frozenset[int] = frozenset(),
     ) -> None:
+        if config.deterministic and model.fixed is None:
+            fix_rows(model)
         device, count = model.device, config.max_num_seqs
         self.model = model
         self.kv = kv
@@ -183,8 +186,9 @@ class Runner:
             slots=tensors["kv_slots"],
             num_decodes=num_decodes,
             block_size=self.kv.block_size,
+            fixed=self.model.fixed,
             logit_rows=logit_rows,
-            adapters=None if indices is None else StepAdapters.of(self.adapters.stacks, indices),
+            adapters=None if indices is None else StepAdapters.of(self.adapters.stacks, indices, self.model.fixed),
             taps=taps,
         )
 

@@ -66,4 +66,5 @@ def _root(engine: Engine, adapter: Adapter) -> bytes:
 
 
 def _signature(runner: Runner, adapter: Adapter) -> dict[str, str]:
-    return {"model": runner.model.digest(), "adapter": adapter.digest.hex(), "dtype": str(runner.kv.data.dtype)}
+    told = {"model": runner.model.digest(), "adapter": adapter.digest.hex(), "dtype": str(runner.kv.data.dtype)}
+    return told if runner.model.fixed is None else told | {"deterministic": str(runner.model.fixed)}

@@ -10,6 +10,7 @@ from llama.engine.engine import Engine
 from llama.engine.request import Request
 from llama.llm.requests import one_per_prompt
 from llama.model.capture import Capture, RequestTaps
+from llama.model.interventions import Apply, Project
 from llama.model.taps import Interventions, each
 
 MOST_OF_FREE = 0.5  # of the memory that is free now, for what is captured
@@ -48,6 +49,10 @@ def tapped(
         if request.params.is_guided:
             told = "capture and interventions do not go with guidance_scale, which computes two prompts"
             raise ParameterError(told, "guidance_scale")
+        for change in changes or ():
+            if engine.config.deterministic and isinstance(change, Apply | Project):
+                what = f"{type(change).__name__} at {change.point}: its bits follow the chunks of a prompt"
+                raise ParameterError(f"interventions: deterministic=True has no {what}", "interventions")
         taps = RequestTaps(
             own,
             changes,

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from llama.api.errors import ParameterError
 from llama.model.checkpoint.layout import Entry, entries_of
+from llama.model.fixed_rows import fix_rows
 from llama.model.linear import Linear
 from llama.model.transformer import Transformer
 
@@ -43,6 +44,8 @@ def update_weights(model: Transformer, named_tensors: Iterable[tuple[str, Tensor
         for owner, was_packed in touched.items():
             if was_packed and isinstance(owner, Linear):
                 owner.prepare()
+        if model.fixed is not None:
+            fix_rows(model)
     return count
 
 

@@ -10,6 +10,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from llama.kernels import ops
+from llama.kernels.cpu.pieces import Pieces
 from llama.kernels.types import TokenAdapters
 
 RANK_STEP = 16  # ranks are rounded up to it: the smallest that tensor cores multiply
@@ -72,13 +73,13 @@ class StepAdapters(NamedTuple):
     tokens: TokenAdapters
 
     @classmethod
-    def of(cls, stacks: Stacks, indices: Tensor) -> "StepAdapters":
-        """indices [tokens] int32: which adapter of `stacks` each token uses, 0 = none."""
-        return cls(stacks, TokenAdapters(indices))
+    def of(cls, stacks: Stacks, indices: Tensor, fixed: Pieces | None = None) -> "StepAdapters":
+        """indices [tokens] int32: which adapter of `stacks` each token uses, 0 = none; `fixed` is the batch's."""
+        return cls(stacks, TokenAdapters(indices, fixed))
 
     def rows(self, rows: Tensor) -> "StepAdapters":
         """Those of the tokens `rows` alone."""
-        return self.of(self.stacks, self.tokens.indices.index_select(0, rows))
+        return self.of(self.stacks, self.tokens.indices.index_select(0, rows), self.tokens.fixed)
 
     def add(self, module: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         """y with what the adapters of `module` add to it, in place."""

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from llama.kernels.cpu.pieces import Pieces
 from llama.model.adapters import StepAdapters
 from llama.model.module import Module
 from llama.model.weights.form import WeightForm
@@ -24,6 +25,7 @@ class Linear(Module):
     bias: nn.Parameter | None
     form: WeightForm | None
     finish: Callable[[Tensor], Tensor] | None  # what other ranks add to the output
+    pieces: Pieces | None  # of the rows of x, where each is to have the same bits in any crowd
 
     def __init__(
         self,
@@ -44,18 +46,22 @@ class Linear(Module):
             self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype), requires_grad=False)
         self.form = None
         self.finish = None
+        self.pieces = None
 
     def forward(self, x: Tensor, adapters: StepAdapters | None = None) -> Tensor:
         """x [tokens, in_features] -> [tokens, out_features]; `adapters` says which tokens use an adapter."""
-        if self.form is None or x.requires_grad:
+        if x.requires_grad or (self.form is None and self.pieces is None):
             y = F.linear(x, self.dense_weight(), self.bias)
         else:
-            y = self.form(x)
+            y = self._product(x) if self.pieces is None else self.pieces.apply(self._product, x)
             if self.bias is not None:
                 y = y.add_(self.bias)
         if adapters is not None:
             y = adapters.add(self, x, y)
         return y if self.finish is None else self.finish(y)
+
+    def _product(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight) if self.form is None else self.form(x)
 
     def prepare(self) -> None:
         """Take the form that is fastest on this machine, if there is a faster one."""
@@ -99,6 +105,7 @@ class Linear(Module):
             self.take(coded.to(like.device, like.dtype))
         else:
             self.widen()  # a packed weight neither moves nor casts
+        self.pieces = None
         return super()._apply(fn, recurse)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:

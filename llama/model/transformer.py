@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from llama.api.errors import ParameterError
 from llama.kernels import ops
+from llama.kernels.cpu.pieces import Pieces
 from llama.kernels.types import CosSin, KVLayer
 from llama.model.adapters import StepAdapters
 from llama.model.batch import Batch
@@ -198,6 +199,7 @@ class Transformer(Research):
             self._join(communicator)
         self.requires_grad_(False)
         self.kv_scales: Tensor | None = None  # [layers, 2, kv_heads], where the checkpoint has some for a cache in fp8
+        self.fixed: Pieces | None = None  # of batches, where `fixed_rows.fix_rows` has been called
         self.register_buffer("frequencies", frequencies(config, device), persistent=False)
         self.attention_factor = attention_factor(config)
         if seed is not None and self.device.type != "meta":
@@ -360,6 +362,7 @@ class Transformer(Research):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Transformer":
         # A cast must not round the rotary frequencies, to_empty() must not lose them, a move must not untie the head.
         super()._apply(fn, recurse)
+        self.fixed = None
         self._complete()
         return self
 

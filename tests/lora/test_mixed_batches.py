@@ -2,6 +2,7 @@
 
 import asyncio
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -215,3 +216,19 @@ def test_a_batch_without_adapters_runs_the_ops_of_an_engine_without_any(model, p
     llm.generate([[1, 2]], SamplingParams(max_tokens=2), lora="r1")
     monkeypatch.setattr("llama.kernels.ops.lora_shrink", lambda *arguments: pytest.fail("an adapter op ran"))
     llm.generate([[1, 2]], SamplingParams(max_tokens=2))
+
+
+def test_with_deterministic_each_has_the_bits_that_it_has_alone(base_path, paths):
+    model = Transformer.from_pretrained(base_path, dtype=torch.bfloat16)
+    params = [replace(each, prompt_logprobs=1) for each in PARAMS]
+    told = []
+    for size in (1, 8):
+        llm = engine(model, paths, deterministic=True, max_num_batched_tokens=64)
+        parts = [slice(i, i + size) for i in range(0, 8, size)]
+        outputs = [
+            output
+            for part in parts
+            for output in llm.generate(PROMPTS[part], params[part], NAMES[part], use_tqdm=False)
+        ]
+        told.append([(o.outputs[0].token_ids, o.outputs[0].logprobs, o.prompt_logprobs) for o in outputs])
+    assert told[0] == told[1]

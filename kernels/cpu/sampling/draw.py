@@ -135,7 +135,7 @@ def _mass(draws: Draws) -> Tensor:
     w = draws.scaled(draws.blocks.logits).exp_()
     if (draws.min_p > 0).any():
         w *= w >= draws.min_p[:, None]
-    return w.sum(1)
+    return w.unflatten(1, (-1, BLOCK)).sum(2).sum(1)  # one long sum would be cut where a row is alone
 
 
 def _draw_above(

@@ -2,11 +2,14 @@
 
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 
 class WeightForm(Protocol):
     """W [out_features, in_features], laid out for its matmul."""
+
+    dtype: torch.dtype  # of the model
 
     def __call__(self, x: Tensor) -> Tensor:
         """x W^T: x [tokens, in_features] -> [tokens, out_features] in x.dtype."""

@@ -110,6 +110,18 @@ class Quantised:
         part = self if stop - start == rows else self.rows(start, stop - start)
         return part if cut.shape((rows, columns))[1] == columns else part.columns(cut.columns)
 
+    def taking(self, source: Tensor) -> "Quantised":
+        """One of the same kind with the columns `source` of the codes, all in the scales of the first group."""
+        q = codes_of(self.weight).view(torch.uint8)[:, source].view(codes_of(self.weight, slice(1)).dtype)
+        fields = {name: value[:1].expand_as(value).contiguous() for name, value in _fields(self.weight).items()}
+        block = nibble_block(q.shape[1], self.weight.group_size)
+        is_packed = self.weight.codes.dtype == torch.int16 and block is not None
+        fields["codes"] = pack_nibbles(q, block) if is_packed and block is not None else q
+        taken = Quantised(_with(self.weight, fields), self.dtype)
+        if self.is_prepared:
+            taken.prepare()
+        return taken
+
     def codes(self) -> Tensor:
         """q [N, K], columns in the order of x."""
         q = codes_of(self.weight)
@@ -139,6 +151,9 @@ class Dense:
 
     def to(self, device: torch.device, dtype: torch.dtype) -> "Dense":
         return Dense(self.weight.to(device, dtype))
+
+    def taking(self, source: Tensor) -> "Dense":
+        return Dense(self.weight[:, source])
 
     def rows(self, start: int, count: int) -> "Dense":
         return Dense(self.weight[start : start + count])

@@ -1,0 +1,82 @@
+"""Rows in pieces of such sizes that a row has the same bits whatever stands beside it.
+
+Libraries choose their loops, and with them the order of sums, by the number of rows and where a row lies among them.
+Which numbers of rows agree is written nowhere and differs between processors, shapes and dtypes: `find` tries it out.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+Product = Callable[[Tensor], Tensor]  # [rows, columns] -> [rows, ...], each row by itself
+
+# Fewer large pieces cost the least; where the numbers up to one of these do not agree, a smaller one is tried.
+_MOST = (128, 64, 32)
+_MULTIPLES = (1, 3, 4, 6, 8, 12, 16, 32, 64)
+_TRIED = (1, 2, 3, 4, 5, 7, 9, 13, 21, 32)  # multiples of the multiple
+
+
+class Pieces(NamedTuple):
+    """At most `most` rows at once, filled up to a multiple of `multiple`."""
+
+    multiple: int
+    most: int
+
+    def filled(self, rows: int) -> int:
+        return -(-rows // self.multiple) * self.multiple
+
+    def apply(self, product: Product, x: Tensor) -> Tensor:
+        """product(x), piece by piece."""
+        if x.shape[0] <= self.most:
+            return self._piece(product, x)
+        return torch.cat([self._piece(product, part) for part in x.split(self.most)])
+
+    def _piece(self, product: Product, x: Tensor) -> Tensor:
+        rows = x.shape[0]
+        missing = self.filled(rows) - rows
+        if not missing:
+            return product(x)
+        if rows == 1:
+            return product(x.expand(missing + 1, -1))[:1]
+        return product(torch.cat((x, x[:1].expand(missing, -1))))[:rows]
+
+
+def cancelling(columns: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """(x [128, columns], source int64 [columns]): with any W, x W[:, source]^T is rounding errors and nothing else.
+
+    Whatever order a sum has shows in them, even where a result is rounded to 16 bits in the end.
+    """
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(max(_MOST), columns, generator=generator).to(dtype)
+    places, source = torch.randperm(columns, generator=generator), torch.arange(columns)
+    first, second, rest = places.split_with_sizes((columns // 2, columns // 2, columns % 2))
+    source[second] = first
+    x[:, second], x[:, rest] = -x[:, first], 0
+    return x, source
+
+
+@torch.inference_mode()
+def find(product: Product, x: Tensor, most: int | None = None) -> Pieces | None:
+    """The largest pieces, of at most `most` rows, that give a row of product(x) the same bits; None if there are none.
+
+    x [128, columns]; results must be told apart by their bits (see `cancelling`).
+    """
+    for size in [size for size in _MOST if most is None or size <= most]:
+        for multiple in _MULTIPLES:
+            if multiple <= size and _agree(product, x[: size - size % multiple], multiple):
+                return Pieces(multiple, size - size % multiple)
+    return None
+
+
+def _agree(product: Product, x: Tensor, multiple: int) -> bool:
+    """Whether all tried numbers of rows, from different places, have the bits of the whole."""
+    whole, most = product(x), x.shape[0]
+    counts = [multiple * i for i in _TRIED if multiple * i < most]
+    for i, count in enumerate(counts):
+        start = (most - count) * i // len(counts)
+        if not torch.equal(product(x[start : start + count]), whole[start : start + count]):
+            return False
+    order = torch.arange(most, device=x.device).flip(0)  # and where a row lies in a piece
+    return torch.equal(product(x[order]), whole[order])
