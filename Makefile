@@ -12,7 +12,7 @@ JOBS ?= 2
 TRITON ?=
 COMPILER := $(if $(TRITON),.venv-triton-$(TRITON),$(VENV))
 
-.PHONY: setup demo demo-model test test-slow chaos soak test-kernels test-compile test-browser test-package test-ray test-gpu memcheck lint bench bench-gpu
+.PHONY: setup demo demo-model test test-slow chaos soak test-kernels test-compile test-browser test-package test-ray test-lm-eval test-gpu memcheck lint bench bench-gpu
 
 setup: $(READY)
 
@@ -98,6 +98,17 @@ test-ray: .venv-ray/.ready
 	.venv-ray/bin/python -m pip install --quiet --constraint constraints-ray.txt 'ray[data]'
 	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > \
 		$$(.venv-ray/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/project.pth
+	touch $@
+
+# lm-evaluation-harness on a local task, with a venv of its own as well.
+test-lm-eval: .venv-lm-eval/.ready
+	.venv-lm-eval/bin/python -m pytest tests/lm_eval
+
+.venv-lm-eval/.ready: $(READY) constraints-lm-eval.txt
+	$(BIN)/python -m venv .venv-lm-eval
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > \
+		$$(.venv-lm-eval/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/project.pth
+	.venv-lm-eval/bin/python -m pip install --quiet --constraint constraints-lm-eval.txt lm-eval
 	touch $@
 
 lint: $(READY)

@@ -31,6 +31,9 @@ collect_ignore = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["interpre
 # Ray is in a venv of its own (make test-ray).
 if importlib.util.find_spec("ray") is None:
     collect_ignore.append("ray")
+# So is lm-evaluation-harness (make test-lm-eval).
+if importlib.util.find_spec("lm_eval") is None:
+    collect_ignore.append("lm_eval")
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
