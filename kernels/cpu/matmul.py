@@ -13,6 +13,7 @@ from llama.kernels.types import QuantizedWeight, wide_dtype
 
 # Weights widened at once. A strip for few tokens should stay in a core's cache; many tokens want a wide product.
 _STRIP, _WIDE_STRIP, _MANY_TOKENS = 1 << 18, 1 << 20, 64
+_PACKED_ROWS = 256  # at once
 _LARGEST_BLOCK, _SMALLEST_BLOCK = 256, 64
 _SHIFTS = (0, 4, 8, 12)
 
@@ -30,9 +31,10 @@ def nibble_block(columns: int, group_size: int) -> int | None:
 def pack_nibbles(q: Tensor, block: int) -> Tensor:
     """int8 [N, K] of values from -8 to 7 -> int16 [N, K / 4]."""
     words = torch.zeros(q.shape[0], q.shape[1] // 4, dtype=torch.int16, device=q.device)
-    quarters = q.view(q.shape[0], -1, 4, block // 4)
-    for i, shift in enumerate(_SHIFTS):
-        words |= (quarters[:, :, i].to(torch.int16) + 8).flatten(1) << shift
+    for part, target in zip(q.split(_PACKED_ROWS), words.split(_PACKED_ROWS), strict=True):
+        quarters = part.view(part.shape[0], -1, 4, block // 4)
+        for i, shift in enumerate(_SHIFTS):
+            target |= (quarters[:, :, i].to(torch.int16) + 8).flatten(1) << shift
     return words
 
 

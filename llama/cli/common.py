@@ -38,6 +38,9 @@ class LoadOptions:
         None,
         "int8, int4 or fp8: round a dense model's linear layers as it is loaded; or a quantised folder's method",
     )
+    quantization_layout: Literal["compact", "balanced", "fast"] = _option(
+        "balanced", "of quantised weights on a CPU: compact, or with a form for few tokens, or with a dense copy too"
+    )
     check_weights: bool = _option(False, "refuse weights that are NaN or infinite")
     revision: str | None = _option(None, "branch, tag or commit of a model on the hub")
     reasoning_parser: str | None = _option(

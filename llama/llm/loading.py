@@ -132,6 +132,7 @@ def load_model(
     dtype: str | torch.dtype,
     load_format: str,
     quantization: str | None = None,
+    quantization_layout: str = "balanced",
     check_weights: bool = False,
     communicator: Communicator | None = None,
 ) -> Transformer:
@@ -141,7 +142,7 @@ def load_model(
             raise ValueError("check_weights=True needs a folder as model: it looks at weights as they are loaded")
         if quantization is not None:
             model.quantise(quantization)
-        model.prepare()
+        model.prepare(quantization_layout)
         return model
     started = time.monotonic()
     wanted = resolve_dtype(dtype)
@@ -160,7 +161,7 @@ def load_model(
             check_weights=check_weights,
             communicator=communicator,
         )
-    loaded.prepare()
+    loaded.prepare(quantization_layout)
     logger.info("model loaded as %s on %s (%.2f s)", loaded.dtype, device, time.monotonic() - started)
     return loaded
 

@@ -63,10 +63,10 @@ class Linear(Module):
     def _product(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight) if self.form is None else self.form(x)
 
-    def prepare(self) -> None:
-        """Take the form that is fastest on this machine, if there is a faster one."""
+    def prepare(self, layout: str = "balanced") -> None:
+        """Take the form that is fastest on this machine, if there is a faster one; `layout` is for a quantised W."""
         if self.coded is not None:
-            self.coded.prepare()
+            self.coded.prepare(layout)
         elif self.form is None and (form := pack(self.weight)) is not None:
             self.take(form)
 

@@ -31,8 +31,8 @@ from llama.model.module import Module
 from llama.model.parallel import Shard
 from llama.model.research import Research
 from llama.model.rope import attention_factor, cos_sin, frequencies
-from llama.model.weights.huge_pages import move_to_huge_pages
-from llama.model.weights.quantised import SCHEMES
+from llama.model.weights.huge_pages import give_back, move_to_huge_pages
+from llama.model.weights.quantised import LAYOUTS, SCHEMES
 
 WORTH_MOVING = 1 << 26  # bytes of packed weights
 
@@ -310,18 +310,28 @@ class Transformer(Research):
             adapters = None if adapters is None else adapters.rows(rows)
         return self.lm_head(hidden, adapters)
 
-    def prepare(self) -> None:
+    def prepare(self, layout: str = "balanced") -> None:
         """Pack the weights for this machine's CPU, in place, where that is faster; nothing on other devices.
 
-        Each weight is kept once, in its packed form (a head tied to the embedding is a second copy). Idempotent; moving
-        or casting the model undoes it.
+        Each dense weight is kept once, in its packed form (a head tied to the embedding is a second copy). A quantised
+        one keeps its codes: alone ("compact"), with a form for few tokens ("balanced"), or with a dense copy as well
+        ("fast"). Idempotent; moving or casting the model undoes it.
         """
+        if layout not in LAYOUTS:
+            told = f"must be one of {', '.join(LAYOUTS)}, got {layout!r}"
+            raise ParameterError(f"quantization_layout {told}", "quantization_layout")
         linears = [module for module in self.modules() if isinstance(module, Linear) and not module.is_prepared]
+
+        def prepare(linear: Linear) -> None:
+            linear.prepare(layout)
+            if linear.coded is not None:
+                give_back()
+
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "torch.quantize_per_tensor", UserWarning)  # int8 is packed with its help
             # Packing runs on one core per weight.
             with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-                list(pool.map(Linear.prepare, linears))
+                list(pool.map(prepare, linears))
         if sum(linear.form.nbytes for linear in linears if linear.form is not None) >= WORTH_MOVING:
             move_to_huge_pages(seconds=2.5)
 

@@ -21,6 +21,7 @@ from llama.model.config import DTYPES, ModelConfig
 from llama.model.linear import Linear
 from llama.model.parallel import WHOLE, Cut, Shard
 from llama.model.weights.coded import CodedWeight
+from llama.model.weights.huge_pages import give_back
 from llama.model.weights.quantised import Dense, Quantised, join, of_coded, quantise
 
 logger = logging.getLogger(__name__)
@@ -257,6 +258,7 @@ def _stream(target: Target, entries: list[Entry], sources: Mapping[str, Source])
         modules.setdefault(entry.module, []).append(entry)
     order = sorted(modules.values(), key=lambda parts: min(sources[entry.name].place for entry in parts))
     total = sum(sources[entry.name].nbytes for entry in entries)
+    is_quantised = target.quantization is not None or any(isinstance(each, CodedSource) for each in sources.values())
     is_silent = True if target.shard is not None and target.shard.rank else None  # None: where there is no terminal
     with (
         tqdm(total=total, desc="Loading weights", unit="B", unit_scale=True, disable=is_silent, leave=False) as bar,
@@ -265,6 +267,8 @@ def _stream(target: Target, entries: list[Entry], sources: Mapping[str, Source])
         try:
             for count in threads.map(lambda parts: target.fill(parts, sources), order):
                 bar.update(count)
+                if is_quantised:
+                    give_back()  # codes leave more freed memory behind than they take
         except BaseException:
             threads.shutdown(cancel_futures=True)
             raise

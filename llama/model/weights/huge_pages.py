@@ -16,9 +16,8 @@ def move_to_huge_pages(seconds: float) -> None:
     """
     if sys.platform != "linux":
         return
+    give_back()  # first what packing left over
     libc = ctypes.CDLL(None)
-    if hasattr(libc, "malloc_trim"):  # glibc: give back first what packing left over
-        libc.malloc_trim(0)
     madvise = libc.madvise
     madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
     deadline = time.monotonic() + seconds
@@ -28,6 +27,13 @@ def move_to_huge_pages(seconds: float) -> None:
             if time.monotonic() > deadline:
                 break
             madvise(part, min(_STEP, end - part), _MADV_COLLAPSE)
+
+
+def give_back() -> None:
+    """Freed memory, of which glibc keeps pieces of up to 32 MB, to the system."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "malloc_trim"):
+        libc.malloc_trim(0)
 
 
 def _large_mappings() -> list[tuple[int, int]]:

@@ -11,6 +11,7 @@ from llama.kernels.cpu.matmul import codes_of, nibble_block, pack_nibbles
 from llama.kernels.types import QuantizedWeight
 
 GROUP_SIZES = (128, 64, 32)
+_PACKED_ROWS = 256  # a multiple of the rows that lie together in any processor's order
 _CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
 
 
@@ -19,16 +20,18 @@ def quantise(weight: Tensor) -> QuantizedWeight:
     rows, columns = weight.shape
     size = next((size for size in GROUP_SIZES if columns % size == 0), columns)
     groups = columns // size
-    codes = torch.empty(rows, columns, dtype=torch.int8, device=weight.device)
+    block = nibble_block(columns, size)
+    places, dtype = (columns, torch.int8) if block is None else (columns // 4, torch.int16)
+    codes = torch.empty(rows, places, dtype=dtype, device=weight.device)
     scales = torch.empty(rows, groups, dtype=weight.dtype, device=weight.device)
     step = max(1, (1 << 18) // columns)
     for start in range(0, rows, step):
         part = slice(start, start + step)
         w = weight[part].float().unflatten(1, (groups, size))
         best, scale = _clipped(w, weight.dtype)
-        codes[part], scales[part] = best.flatten(1), scale
-    block = nibble_block(columns, size)
-    return QuantizedWeight(codes if block is None else pack_nibbles(codes, block), scales.t().contiguous(), size)
+        q, scales[part] = best.flatten(1).to(torch.int8), scale
+        codes[part] = q if block is None else pack_nibbles(q, block)
+    return QuantizedWeight(codes, scales.t().contiguous(), size)
 
 
 def _clipped(w: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -62,12 +65,16 @@ class FewTokensInt4:
     the middle of the codes, which is where they lie.
     """
 
-    most_tokens = 32
+    most_tokens, most_beside_dense = 32, 4
 
     def __init__(self, weight: QuantizedWeight) -> None:
-        codes = codes_of(weight).int() + 8
-        # The order inside depends on the processor: it is never saved.
-        self._packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
+        rows, columns = weight.shape
+        self._packed = torch.empty(rows, columns // 2, dtype=torch.uint8)
+        # In strips, for it wants int32. The order inside depends on the processor: it is never saved.
+        for start in range(0, rows, _PACKED_ROWS):
+            part = slice(start, min(rows, start + _PACKED_ROWS))
+            codes = codes_of(weight, part).int() + 8
+            self._packed[part] = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
         scales = weight.scales.float()
         offsets = torch.zeros_like(scales) if weight.zeros is None else -weight.zeros.float() * scales
         if weight.minima is not None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from llama.kernels.types import QuantizedWeight
+from llama.model.weights.rows import round_rows
 
 _MIDDLE = 64  # of the uint8 that stand for -64 .. 63
 _PART = 128
@@ -20,15 +21,7 @@ _PART = 128
 
 def quantise(weight: Tensor) -> QuantizedWeight:
     """Round to nearest; scales are rounded to the weight's dtype first, as checkpoints keep them."""
-    rows, columns = weight.shape
-    scales = weight.abs().amax(1, keepdim=True).float().div_(127).to(weight.dtype)
-    scales.masked_fill_(scales == 0, 1)
-    codes = torch.empty(rows, columns, dtype=torch.int8, device=weight.device)
-    step = max(1, (1 << 20) // columns)
-    for start in range(0, rows, step):
-        part = slice(start, start + step)
-        codes[part] = (weight[part].float() / scales[part].float()).round_().clamp_(-127, 127)
-    return QuantizedWeight(codes, scales.t().contiguous(), columns)
+    return round_rows(weight, torch.int8, 127)
 
 
 def few_tokens(weight: QuantizedWeight, dtype: torch.dtype) -> "FewTokensInt8 | None":
@@ -42,7 +35,7 @@ def few_tokens(weight: QuantizedWeight, dtype: torch.dtype) -> "FewTokensInt8 | 
 class FewTokensInt8:
     """Twice the rows cost nothing while memory is what a product waits for; many tokens are better off widened."""
 
-    most_tokens = 64
+    most_tokens, most_beside_dense = 64, 16
 
     def __init__(self, weight: QuantizedWeight) -> None:
         rows = weight.shape[0]

@@ -1,7 +1,11 @@
 """The form of a quantised weight: small codes stay what is kept in memory, whatever wrote them.
 
-`int4`, `int8` and `fp8` say how a dense weight becomes codes. On a CPU a second form may serve few tokens at a time,
-where this one would spend its time on widening codes: `prepare` makes it.
+`int4`, `int8` and `fp8` say how a dense weight becomes codes. Products with codes spend their time on widening them, so
+on a CPU `prepare` makes further forms of a weight, by the layout that is asked for:
+
+    compact    none: a product widens the codes strip by strip
+    balanced   one for few tokens in models of 16 bits (int8, int4); fp8 codes lie in float16 instead, which holds them
+    fast       and a dense copy for many tokens, so that none is slower than the dense model
 """
 
 from collections.abc import Sequence
@@ -18,15 +22,19 @@ from llama.kernels.types import QuantizedWeight
 from llama.model.parallel import Cut
 from llama.model.weights import fp8, int4, int8
 from llama.model.weights.coded import CodedWeight
+from llama.model.weights.form import WeightForm
+from llama.model.weights.packed import pack
 
 _STRIP = 1 << 20  # weights widened at once for dense()
 SCHEMES = ("int8", "int4", "fp8")
+LAYOUTS = ("compact", "balanced", "fast")
 
 
 class FewTokens(Protocol):
-    """A second form for up to `most_tokens` rows of x."""
+    """A second form for up to `most_tokens` rows of x; `most_beside_dense` are those that a dense copy loses to it."""
 
     most_tokens: int
+    most_beside_dense: int
     nbytes: int
 
     def __call__(self, x: Tensor) -> Tensor: ...
@@ -36,52 +44,83 @@ class Quantised:
     """x W^T = x[:, order] W'^T, W' the codes' own order of columns (None = as they are): act-order sorts by group."""
 
     def __init__(self, weight: QuantizedWeight, dtype: torch.dtype, order: Tensor | None = None) -> None:
-        self.weight = weight
+        self._weight: QuantizedWeight | None = weight
         self.dtype = dtype
         self.device = weight.codes.device
         self.order = order
         self.few_tokens: FewTokens | None = None
+        self._most_few = 0
+        self.copy: WeightForm | None = None  # dense, columns in the order of x
+        self._float16: fp8.Float16Codes | None = None  # in place of the weight
         self.is_prepared = False
+        self._layout = "balanced"
+
+    @property
+    def weight(self) -> QuantizedWeight:
+        if self._weight is None:
+            assert self._float16 is not None
+            return self._float16.weight()
+        return self._weight
 
     def __call__(self, x: Tensor) -> Tensor:
+        is_few = 0 < x.shape[0] <= self._most_few
+        if self.copy is not None and not is_few:
+            return self.copy(x)
         if self.order is not None:
             x = x.index_select(1, self.order)
-        if self.few_tokens is not None and 0 < x.shape[0] <= self.few_tokens.most_tokens:
+        if self.few_tokens is not None and is_few:
             return self.few_tokens(x)
-        return ops.quantized_matmul(x, self.weight)
+        return ops.quantized_matmul(x, self.weight) if self._float16 is None else self._float16(x)
 
     def dense(self) -> Tensor:
-        rows, columns = self.weight.shape
-        target = torch.empty(rows, columns, dtype=self.dtype, device=self.weight.codes.device)
+        weight = self.weight
+        rows, columns = weight.shape
+        target = torch.empty(rows, columns, dtype=self.dtype, device=self.device)
         step = max(1, _STRIP // columns)
         for start in range(0, rows, step):
             part = slice(start, min(rows, start + step))
-            w = widen(self.weight, part)
+            w = widen(weight, part)
             target[part] = w if self.order is None else w[:, self.order.argsort()]
         return target
 
     @property
     def nbytes(self) -> int:
-        own = sum(tensor.nbytes for tensor in (*self.weight.tensors, *(() if self.order is None else (self.order,))))
-        return own + (0 if self.few_tokens is None else self.few_tokens.nbytes)
+        own = 0 if self._weight is None else sum(tensor.nbytes for tensor in self._weight.tensors)
+        beside = (self.few_tokens, self.copy, self._float16, self.order)
+        return own + sum(form.nbytes for form in beside if form is not None)
 
-    def prepare(self) -> None:
-        """Add the second form that this machine multiplies fast, if there is one."""
-        if not self.is_prepared:
-            self.few_tokens = int8.few_tokens(self.weight, self.dtype) or int4.few_tokens(self.weight, self.dtype)
-            self.is_prepared = True
+    def prepare(self, layout: str = "balanced") -> None:
+        """Add the forms that this machine multiplies fast."""
+        if self.is_prepared:
+            return
+        self.is_prepared, self._layout = True, layout
+        if layout == "compact" or self.device.type != "cpu":
+            return
+        weight = self.weight
+        if (wide := fp8.float16_codes(weight, self.dtype)) is not None:
+            self._weight, self._float16 = None, wide
+            return
+        self.few_tokens = int8.few_tokens(weight, self.dtype) or int4.few_tokens(weight, self.dtype)
+        if layout == "fast":
+            dense = self.dense()
+            self.copy = pack(dense) or Dense(dense)
+        if self.few_tokens is not None:
+            few = self.few_tokens
+            self._most_few = few.most_tokens if self.copy is None else few.most_beside_dense
 
     def to(self, device: torch.device, dtype: torch.dtype) -> "Quantised":
         """For another device or dtype of the model; codes and scales are neither rounded nor widened."""
-        moved = {name: value.to(device) for name, value in _fields(self.weight).items()}
+        weight = self.weight
+        moved = {name: value.to(device) for name, value in _fields(weight).items()}
         order = None if self.order is None else self.order.to(device)
-        return Quantised(_with(self.weight, moved), dtype, order)
+        return Quantised(_with(weight, moved), dtype, order)
 
     def rows(self, start: int, count: int) -> "Quantised":
         """Some of the rows, views where they can be."""
-        fields = {name: value[:, start : start + count] for name, value in _fields(self.weight).items()}
-        fields["codes"] = self.weight.codes[start : start + count]
-        return Quantised(_with(self.weight, fields), self.dtype, self.order)
+        weight = self.weight
+        fields = {name: value[:, start : start + count] for name, value in _fields(weight).items()}
+        fields["codes"] = weight.codes[start : start + count]
+        return Quantised(_with(weight, fields), self.dtype, self.order)
 
     def columns(self, columns: slice) -> "Quantised":
         """Some of the columns, as whole groups. ValueError where that cannot be."""
@@ -119,7 +158,7 @@ class Quantised:
         fields["codes"] = pack_nibbles(q, block) if is_packed and block is not None else q
         taken = Quantised(_with(self.weight, fields), self.dtype)
         if self.is_prepared:
-            taken.prepare()
+            taken.prepare(self._layout)
         return taken
 
     def codes(self) -> Tensor:
@@ -146,7 +185,7 @@ class Dense:
     def nbytes(self) -> int:
         return self.weight.nbytes
 
-    def prepare(self) -> None:
+    def prepare(self, layout: str = "balanced") -> None:
         """Stays as it is: few modules have such a part."""
 
     def to(self, device: torch.device, dtype: torch.dtype) -> "Dense":
@@ -178,9 +217,9 @@ class Joined:
     def nbytes(self) -> int:
         return sum(part.nbytes for part in self.parts)
 
-    def prepare(self) -> None:
+    def prepare(self, layout: str = "balanced") -> None:
         for part in self.parts:
-            part.prepare()
+            part.prepare(layout)
         self.is_prepared = True
 
     def to(self, device: torch.device, dtype: torch.dtype) -> "Joined":
@@ -231,7 +270,7 @@ def of_coded(coded: CodedWeight, dtype: torch.dtype) -> Quantised | None:
     groups = -(-columns // size)
     middle = 1 << (coded.bits - 1)
     if q.dtype == torch.uint8:  # unsigned: the middle moves to 0
-        q = (q.to(torch.int16) - middle).to(torch.int8)
+        q = (q - middle).view(torch.int8)
         zeros = torch.full((1, groups), -middle) if zeros is None else zeros.to(torch.int16) - middle
         if coded.minima is None and not bool(zeros.any()):
             zeros = None
