@@ -2,11 +2,12 @@
 nothing of it, and blocks computed under a change serve requests with the same change only."""
 
 import asyncio
+import json
 import random
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from llama import LLM, Add, Apply, AsyncLLM, Capture, ParameterError, Project, Replace, SamplingParams, Scale
 from llama.model.taps import all_points, point_shape
@@ -19,6 +20,25 @@ SYSTEM = [random.Random(1).randrange(97) for _ in range(40)]
 @pytest.fixture(scope="module")
 def model():
     return tiny_model()
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory):
+    """A PEFT folder for `model`."""
+    path = tmp_path_factory.mktemp("adapter")
+    generator = torch.Generator().manual_seed(7)
+    sizes = {"self_attn.q_proj": (48, 64), "mlp.down_proj": (80, 48)}
+    tensors = {}
+    for layer in range(2):
+        for module, (columns, rows) in sizes.items():
+            name = f"base_model.model.model.layers.{layer}.{module}"
+            tensors[f"{name}.lora_A.weight"] = torch.randn(4, columns, generator=generator) * 0.2
+            tensors[f"{name}.lora_B.weight"] = torch.randn(rows, 4, generator=generator) * 0.2
+    save_file(tensors, path / "adapter_model.safetensors")
+    modules = [module.split(".")[1] for module in sizes]
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": modules}
+    (path / "adapter_config.json").write_text(json.dumps(config))
+    return path
 
 
 def engine(model, **options):
@@ -51,7 +71,7 @@ def close(found, wanted):
         torch.testing.assert_close(found[point], value, rtol=0, atol=1e-10)
 
 
-CROWD = [  # prompt, sampling, capture, interventions
+CROWD = [  # prompt, sampling, capture, interventions; the last two with an adapter
     (prompt(40, 3, 1), sampled(1), Capture(POINTS), None),
     (
         prompt(40, 3, 1),
@@ -73,18 +93,25 @@ CROWD = [  # prompt, sampling, capture, interventions
     (prompt(30, 30, 5), sampled(5, prompt_logprobs=1), Capture("layers.0.resid_mid", positions="prompt"), None),
     (prompt(30, 2, 6), sampled(6), None, [Replace("layers.0.resid_post", vector(6), positions=[29, 31])]),
     (prompt(30, 2, 6), sampled(6, frequency_penalty=0.5), None, [Apply("layers.1.mlp_act", torch.neg)]),
+    (prompt(40, 3, 1), sampled(1), Capture(POINTS, positions="all"), None),
+    (prompt(40, 3, 1), sampled(7), Capture(POINTS), [Add("layers.0.resid_post", vector(1), scale=2)]),
 ]
+WITH_ADAPTER = CROWD[-2:]
 
 
-def run(llm, asks):
+def run(llm, asks, adapter=None):
     prompts, params, captures, interventions = map(list, zip(*asks, strict=True))
-    return llm.generate(prompts, params, capture=captures, interventions=interventions, use_tqdm=False)
+    lora = None
+    if adapter is not None:
+        llm.load_lora("own", adapter)
+        lora = ["own" if any(ask is one for one in WITH_ADAPTER) else None for ask in asks]
+    return llm.generate(prompts, params, lora, capture=captures, interventions=interventions, use_tqdm=False)
 
 
 @pytest.fixture(scope="module")
-def alone(model):
+def alone(model, adapter):
     """Each of the crowd by itself in an engine without a prefix cache."""
-    return [run(engine(model, enable_prefix_caching=False), [one])[0] for one in CROWD]
+    return [run(engine(model, enable_prefix_caching=False), [one], adapter)[0] for one in CROWD]
 
 
 SETTINGS = {
@@ -98,16 +125,17 @@ SETTINGS = {
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
-def test_in_a_crowd_each_request_gets_what_it_gets_alone(model, alone, setting):
+def test_in_a_crowd_each_request_gets_what_it_gets_alone(model, alone, adapter, setting):
     llm = engine(model, **SETTINGS[setting])
-    order = list(range(len(CROWD))) * 2
+    order = list(range(len(CROWD))) * (2 if setting != "whole" else 4)
     random.Random(setting).shuffle(order)
-    for i, found in zip(order, run(llm, [CROWD[i] for i in order]), strict=True):
+    for i, found in zip(order, run(llm, [CROWD[i] for i in order], adapter), strict=True):
         assert [o.token_ids for o in found.outputs] == [o.token_ids for o in alone[i].outputs], CROWD[i]
         close(found.captured, alone[i].captured)
         for one, other in zip(found.outputs, alone[i].outputs, strict=True):
             close(one.captured, other.captured)
     llm.engine.check()
+    assert alone[-2].outputs[0].token_ids != alone[1].outputs[0].token_ids
     if setting == "pressed":
         assert llm.engine.metrics().num_preemptions > 0
     if setting == "whole":
@@ -128,7 +156,7 @@ def test_what_is_captured_is_what_one_forward_over_all_tokens_leaves(model, alon
     }
 
 
-@pytest.mark.parametrize("i", [i for i, ask in enumerate(CROWD) if ask[3]])
+@pytest.mark.parametrize("i", [i for i, ask in enumerate(CROWD) if ask[3] and i < len(CROWD) - 2])
 def test_a_changed_request_writes_what_the_changed_network_would_write(model, alone, i):
     """Greedily over the same tokens: the network with its changes, without any cache."""
     asked, _, _, changes = CROWD[i]
