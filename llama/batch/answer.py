@@ -6,6 +6,7 @@ from typing import Any
 
 from llama.async_llm.async_llm import AsyncLLM
 from llama.batch.lines import Line
+from llama.model.capture import Capture
 from llama.server.bodies import validated
 from llama.server.config import ServerConfig
 from llama.server.errors import ApiError, Dialect, bad_input
@@ -22,10 +23,13 @@ _ENDPOINTS: dict[str, tuple[type[Any], Callable[..., Awaitable[dict[str, Any]]]]
 
 class Answerer:
     """Answers lines, any number at a time. With a `seed`, a line that names none has one made of it and the custom_id,
-    so that its answer depends on neither order nor neighbours."""
+    so that its answer depends on neither order nor neighbours. What `capture` keeps has the output line's id."""
 
-    def __init__(self, llm: AsyncLLM, config: ServerConfig, seed: int | None = None) -> None:
+    def __init__(
+        self, llm: AsyncLLM, config: ServerConfig, seed: int | None = None, capture: Capture | None = None
+    ) -> None:
         self._service = Service(llm, config)
+        self._service.capture = capture
         self._seed = seed
 
     @property

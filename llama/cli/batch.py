@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from llama.cli.common import add_model_flags, llm_options
-from llama.cli.flags import Parser, UsageError, checked, named_adapter
+from llama.cli.flags import Once, Parser, UsageError, checked, named_adapter
 from llama.server.config import ServerConfig
 
 DESCRIPTION = (
@@ -36,6 +36,13 @@ def add_arguments(parser: Parser) -> None:
         "--served-model-name", **several, metavar="NAME", help="what requests may call the model (the folder's name)"
     )
     parser.add_argument("--lora", **several, type=named_adapter, metavar="NAME=PATH", help="adapters to load")
+    captures = parser.add_argument_group("activations (docs/research.md)")
+    help = "points to keep, such as layers.14.resid_post; one safetensors file for each line, named by its id"
+    captures.add_argument("--capture", action="extend", nargs="+", metavar="POINT", help=help)
+    captures.add_argument("--capture-to", action=Once, metavar="FOLDER", help="where the files go")
+    places = ("last", "prompt", "generated", "all")
+    captures.add_argument("--capture-positions", choices=places, default="last", help="of these tokens (last)")
+    captures.add_argument("--capture-mean", action="store_true", help="their mean alone")
     add_model_flags(parser)
 
 
@@ -50,9 +57,13 @@ def run(options: Namespace) -> int:
         raise UsageError(f"batches need {error.name}: install llama-engine[server]") from None
     settings = {name: value for name, value in arguments.items() if name not in SPEED_ONLY}
     settings |= {"model": str(Path(model).resolve()), "loras": [[n, str(Path(p).resolve())] for n, p in options.lora]}
+    if bool(options.capture) != bool(options.capture_to):
+        raise UsageError("--capture and --capture-to need each other")
+    if options.capture:
+        settings["capture"] = [options.capture, options.capture_positions, options.capture_mean]
     with Job(Path(source), Path(output), settings) as job:
         if job.counts.kept < job.num_lines:
-            _answer(job, model, dict(options.lora), arguments, config)
+            _answer(job, model, options, arguments, config)
         print(f"llama: {output}: {job.counts}", file=sys.stderr)
     return 0
 
@@ -67,15 +78,24 @@ def _paths(options: Namespace) -> list[str]:
     return found
 
 
-def _answer(job: Any, model: str, loras: dict[str, str], arguments: dict[str, Any], config: ServerConfig) -> None:
+def _answer(job: Any, model: str, options: Namespace, arguments: dict[str, Any], config: ServerConfig) -> None:
     # What follows imports torch.
     from llama.batch.answer import Answerer
     from llama.batch.opening import open_llm
+    from llama.model.capture import Capture
+    from llama.model.taps import resolve_points
+
+    capture = None
+    if options.capture:
+        reduce: Any = "mean" if options.capture_mean else None
+        capture = Capture(options.capture, options.capture_positions, reduce=reduce, save_to=options.capture_to)
 
     async def answer_all() -> None:
-        llm = open_llm(model, loras, **arguments)
+        llm = open_llm(model, dict(options.lora), **arguments)
         try:
-            answerer = Answerer(llm, config, arguments.get("seed"))
+            if capture is not None:
+                resolve_points(capture.points, llm.llm.model.config.num_hidden_layers)
+            answerer = Answerer(llm, config, arguments.get("seed"), capture)
             await job.run(answerer, answerer.max_in_flight)
         finally:
             await llm.close()

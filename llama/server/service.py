@@ -10,6 +10,7 @@ from llama.api.outputs import FinishReason, Piece, RequestOutput, Usage
 from llama.api.params import SamplingParams
 from llama.async_llm.async_llm import AsyncLLM, Stream
 from llama.engine.sequence import BROKEN_GRAMMAR
+from llama.model.capture import Capture
 from llama.server.adapters import AdapterRegistry
 from llama.server.config import CLOUDFLARE_PREFIX, ServerConfig
 from llama.server.errors import (
@@ -28,7 +29,7 @@ from llama.server.metrics import Metrics
 
 logger = logging.getLogger(__name__)
 
-Submit = Callable[[], Awaitable[Stream]]  # AsyncLLM.submit or submit_chat with its arguments
+Submit = Callable[..., Awaitable[Stream]]  # AsyncLLM.submit or submit_chat with its arguments
 
 
 class Record:
@@ -37,6 +38,7 @@ class Record:
     def __init__(self, request_id: str) -> None:
         self.request_id = request_id
         self.body_bytes = 0
+        self.num_captures = 0
         self.code: int | None = None
         self.prompt_tokens = 0
         self.completion_tokens = 0
@@ -48,6 +50,7 @@ class Service:
         """`log`: where the process logs to, for the count of dropped lines."""
         self.llm = llm
         self.config = config
+        self.capture: Capture | None = None  # of every request, where the server is a batch
         self.num_in_flight = 0  # POST requests that were let in and are not yet answered
         self.num_body_bytes = 0  # that they hold
         self.parsing = asyncio.Semaphore(1)  # of large bodies
@@ -119,12 +122,19 @@ class Service:
         """Begin to answer. When this returns, the engine has accepted the request. Raises ApiError."""
         began = time.monotonic()
         try:
-            stream = await submit()
+            stream = await (submit() if self.capture is None else self._captured(submit, record, self.capture))
         except BaseException as error:
             if not is_failure(error):
                 raise
             raise _refusal(error, record) from None
         return Answer(stream, self, record, began)
+
+    @staticmethod
+    def _captured(submit: Submit, record: Record, capture: Capture) -> Awaitable[Stream]:
+        """With a capture, kept under the record's request id, with a number behind it where one has several prompts."""
+        record.num_captures += 1
+        number = f".{record.num_captures - 1}" if record.num_captures > 1 else ""
+        return submit(capture=capture, request_id=record.request_id + number)
 
 
 def _refusal(error: BaseException, record: Record) -> ApiError:

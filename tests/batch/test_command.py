@@ -9,7 +9,10 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
+from llama import LLM, Capture, SamplingParams
 from llama.cli.batch import SPEED_ONLY
 from llama.cli.common import LoadOptions
 from llama.engine.config import EngineConfig
@@ -177,3 +180,50 @@ def test_killed_once(capsys, tiny, tmp_path):
 @pytest.mark.slow
 def test_two_thousand_lines_killed_three_times(capsys, tiny, tmp_path):
     killed_and_unbroken(capsys, tiny, tmp_path, 2000, 3)
+
+
+def test_activations_of_each_line_are_kept_and_a_run_that_broke_off_keeps_the_rest(capsys, tiny, files, tmp_path):
+    source, output = files
+    folder = tmp_path / "states"
+    texts = ["hello", "a longer text to read", "x"]
+    lines = [chat(f"chat/{i}", text, max_tokens=2) for i, text in enumerate(texts)]
+    write_lines(source, [*lines, completion("two", ["ab", "cd"], max_tokens=1)])
+    more = ("--capture", "layers.*.resid_post", "norm", "--capture-positions", "prompt", "--capture-to", folder)
+    assert batch(capsys, tiny, source, output, *FLAGS, *more)[0] == 0
+    answers = {line["custom_id"]: line["id"] for line in read_lines(output)}
+    names = [*(answers[f"chat/{i}"] for i in range(3)), answers["two"], f"{answers['two']}.1"]
+    assert {path.stem for path in folder.iterdir()} == set(names)
+    llm = LLM(tiny, dtype="float64", num_blocks=64)
+    read = Capture(["layers.*.resid_post", "norm"], positions="prompt")
+    messages = [[{"role": "user", "content": text}] for text in texts]
+    expected = [
+        *llm.chat(messages, SamplingParams(max_tokens=1), capture=read),
+        *llm.generate(["ab", "cd"], SamplingParams(max_tokens=1), capture=read),
+    ]
+    before = {name: load_file(folder / f"{name}.safetensors") for name in names}
+    for name, wanted in zip(names, expected, strict=True):
+        torch.testing.assert_close(before[name], wanted.captured, rtol=0, atol=1e-10)
+
+    kept = output.read_text().splitlines(keepends=True)
+    output.write_text("".join(kept[:2]) + kept[2][:20])  # as a kill leaves it
+    for line in kept[2:]:
+        (folder / f"{json.loads(line)['id']}.safetensors").unlink()
+    assert batch(capsys, tiny, source, output, *FLAGS, *more)[0] == 0
+    for name in names:
+        torch.testing.assert_close(load_file(folder / f"{name}.safetensors"), before[name], rtol=0, atol=1e-10)
+    code, err = batch(capsys, tiny, source, output, *FLAGS)
+    assert code == 1 and "or not with this model and these settings" in err
+
+
+@pytest.mark.parametrize(
+    ("more", "code", "message"),
+    [
+        (("--capture", "norm"), 2, "--capture and --capture-to need each other"),
+        (("--capture", "layers.9.resid_post", "--capture-to", "x"), 1, "layers.9.resid_post"),
+    ],
+)
+def test_captures_that_cannot_be_are_refused(capsys, tiny, files, more, code, message):
+    source, output = files
+    write_lines(source, [chat("a", "x", max_tokens=1)])
+    found, err = batch(capsys, tiny, source, output, *FLAGS, *more)
+    assert found == code and message in err
