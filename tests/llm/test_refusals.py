@@ -116,6 +116,12 @@ def test_constructor_refuses_by_name(folder, tmp_path):
     ):
         with pytest.raises(ValueError, match=words):
             LLM(folder, **{**small, **arguments})
+    ranks = {**small, "tensor_parallel_size": 2}
+    draft = {"method": "draft_model", "model": str(folder), "num_speculative_tokens": 2}
+    with pytest.raises(ValueError, match=r"tensor_parallel_size=2 takes no draft model: .*ngram"):
+        LLM(folder, **ranks, speculative_config=draft)
+    with pytest.raises(ValueError, match="tensor_parallel_size=2 needs a folder as model"):
+        LLM(LLM(folder, **small).model, num_blocks=50, tensor_parallel_size=2)
     with pytest.raises(TypeError, match="no argument 'temprature'"):
         LLM(folder, temprature=1)
     LLM(folder, **small, tensor_parallel_size=1, trust_remote_code=False, swap_space=4, quantization=None)

@@ -3,6 +3,7 @@
 import json
 import socket
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -201,6 +202,28 @@ def test_blocks_are_counted_by_rank_and_each_has_half_of_the_kv_heads(folder):
     with engine_on_ranks(folder, config) as engine:
         assert engine.pool.num_blocks == 2 * 256 // 4
         assert engine.runner.own.kv.data.shape[-2] == model().config.num_key_value_heads // 2
+
+
+def test_a_step_says_as_little_as_it_can(folder, monkeypatch):
+    """One message; two sums a layer and one for the embedding, each of hidden x tokens; the logits of drawn rows."""
+    sent, sums, gathers = [], [], []
+    with engine_on_ranks(folder, CONFIG) as engine:
+        config, send = model().config, engine.runner._peers.send
+        for i in range(3):
+            params = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
+            engine.add(engine.request(f"{i}", [i, 2, 3, 4], params))
+        engine.step()  # all prompts
+        monkeypatch.setattr(engine.runner._peers, "send", lambda data: (sent.append(len(data)), send(data)))
+        group = engine.model.lm_head.finish.__self__._group
+        ours = SimpleNamespace(
+            allreduce=lambda tensors: (sums.append(tensors[0].nbytes), group.allreduce(tensors))[1],
+            allgather=lambda parts, tensors: (gathers.append(tensors[0].nbytes), group.allgather(parts, tensors))[1],
+        )
+        engine.model.lm_head.finish.__self__._group = ours
+        engine.step()  # three decodes
+        assert len(sent) == 1 and sent[0] < 1000
+        assert sums == [3 * config.hidden_size * 8] * (2 * config.num_hidden_layers + 1)
+        assert gathers == [3 * -(-config.vocab_size // 2) * 8]
 
 
 def test_what_ranks_cannot_do_is_refused_by_name(folder):
