@@ -26,7 +26,7 @@ from llama.engine.draft_model import DraftModel
 from llama.engine.graph_runner import make_runner
 from llama.engine.guidance import check_guided, guided_limit
 from llama.engine.memory import fitting_blocks
-from llama.engine.parallel_runner import RankLostError
+from llama.engine.parallel_runner import ParallelRunner, RankLostError
 from llama.engine.plan import Plan, StepResult
 from llama.engine.request import Request, check_params, check_room, checked_ids
 from llama.engine.runner import Runner
@@ -140,7 +140,7 @@ class Engine:
     @property
     def graph_bytes(self) -> int:
         """Memory of the device that recorded steps take."""
-        return self.runner.graph_bytes if isinstance(self.runner, Runner) else 0
+        return self.runner.graph_bytes if isinstance(self.runner, Runner | ParallelRunner) else 0
 
     def request(
         self,

@@ -59,6 +59,10 @@ class ParallelRunner:
     def lost(self) -> str | None:
         return self._peers.lost
 
+    @property
+    def graph_bytes(self) -> int:
+        return self.own.graph_bytes
+
     def launch(self, plan: Plan) -> Callable[[], StepResult]:
         def run() -> Callable[[], StepResult]:
             drawn, self._drawn = self._drawn, {}

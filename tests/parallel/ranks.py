@@ -66,7 +66,7 @@ def logits(model: Transformer, token_ids: torch.Tensor, kv: torch.Tensor | None 
 
 @contextmanager
 def engine_on_ranks(
-    folder: Path, config: EngineConfig, eos_token_ids: frozenset[int] = frozenset()
+    folder: Path, config: EngineConfig, eos_token_ids: frozenset[int] = frozenset(), dtype: str = "float64"
 ) -> Iterator[Engine]:
     """An engine whose other ranks run `serve` in threads of this process, as their processes do."""
     peers, threads = [], []
@@ -78,7 +78,7 @@ def engine_on_ranks(
             threads[-1].start()
         ranks = Ranks(peers, config.step_timeout)
         told = {"model": str(folder), "device": "cpu", "size": config.tensor_parallel_size, "engine": asdict(config)}
-        told |= {"loading": {"dtype": "float64", "load_format": "auto"}, "eos_token_ids": sorted(eos_token_ids)}
+        told |= {"loading": {"dtype": dtype, "load_format": "auto"}, "eos_token_ids": sorted(eos_token_ids)}
         try:
             yield connect(ranks, told | {"store": f"{stores}/store", "threads": 0})
         finally:

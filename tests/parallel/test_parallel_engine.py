@@ -204,6 +204,25 @@ def test_blocks_are_counted_by_rank_and_each_has_half_of_the_kv_heads(folder):
         assert engine.runner.own.kv.data.shape[-2] == model().config.num_key_value_heads // 2
 
 
+def test_two_ranks_give_the_same_bits_alone_and_in_a_crowd(folder):
+    config = replace(CONFIG, deterministic=True, enable_prefix_caching=False)
+    prompts = [[(7 * i + j) % 97 for j in range(5 + 9 * i)] for i in range(6)]
+
+    def logprobs(engine, numbers):
+        found = {number: [] for number in numbers}
+        for number in numbers:
+            params = SamplingParams(temperature=1.0, seed=number, max_tokens=6, logprobs=2, ignore_eos=True)
+            engine.add(engine.request(str(number), prompts[number], params))
+        while engine.has_unfinished:
+            for output in engine.step():
+                found[int(output.request_id)] += [(t, e.logprob) for entry in output.logprobs for t, e in entry.items()]
+        return found
+
+    with engine_on_ranks(folder, config, dtype="float32") as engine:
+        crowd = logprobs(engine, range(6))
+        assert all(logprobs(engine, [number])[number] == crowd[number] for number in range(6))
+
+
 def test_a_step_says_as_little_as_it_can(folder, monkeypatch):
     """One message; two sums a layer and one for the embedding, each of hidden x tokens; the logits of drawn rows."""
     sent, sums, gathers = [], [], []
@@ -231,6 +250,8 @@ def test_what_ranks_cannot_do_is_refused_by_name(folder):
         request = engine.request("0", [1, 2, 3], SamplingParams())
         with pytest.raises(ParameterError, match="capture or interventions needs the whole model"):
             tapped(engine, [request], Capture("embed"), None)
+        with pytest.raises(ParameterError, match="sleep needs a model in one process"):
+            engine.sleep()
         with pytest.raises(ParameterError, match="logits_processors are functions of one process"):
             engine.request("0", [1, 2, 3], SamplingParams(logits_processors=[lambda *rest: rest[-1]]))
 
