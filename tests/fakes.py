@@ -42,6 +42,7 @@ class ScriptedEngine:
     def __init__(self, script: Callable[[Sequence[int], int], Sequence[int]], *, lag: int = 0) -> None:
         self.script = script
         self.lag = lag
+        self.longest_prompt = 1000
         self.config = SimpleNamespace(max_num_seqs=4, max_model_len=4096, context_len=4096, speculative_config=None)
         self.running: dict[tuple[str, int], SimpleNamespace] = {}
         self.finished: list[tuple[str, int, FinishReason, int | str | None]] = []
@@ -60,8 +61,8 @@ class ScriptedEngine:
         prompt, params = request.prompt_token_ids.tolist(), request.params
         if any(request_id == request.request_id for request_id, _ in self.running):
             raise ParameterError(f"request_id {request.request_id!r} is in use", "request_id")
-        if len(prompt) > 1000:
-            raise ValueError("1000 tokens can never fit")
+        if len(prompt) > self.longest_prompt:
+            raise ValueError(f"{self.longest_prompt} tokens can never fit")
         for index in range(params.n):
             said = list(self.script(prompt, index))
             self.running[request.request_id, index] = SimpleNamespace(said=said, at=0, params=params, ends_in=None)

@@ -80,6 +80,8 @@ class EngineConfig:
         share = self.gpu_memory_utilization
         if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share <= 1:
             raise refusal("gpu_memory_utilization", "in (0, 1]", share)
+        if self.seed == -1:  # as others write None
+            object.__setattr__(self, "seed", None)
         if self.seed is not None and (not _is_integer(self.seed) or not 0 <= self.seed < 1 << 64):
             raise refusal("seed", "an integer from 0 to 2**64 - 1, or None", self.seed)
         if self.speculative_config is not None:

@@ -41,7 +41,7 @@ from llama.llm.scoring import Scoring
 from llama.llm.taps import tapped
 from llama.llm.tool_choice import ToolChoice
 from llama.llm.upkeep import Upkeep
-from llama.llm.vllm_names import refuse_foreign
+from llama.llm.vllm_names import METHOD_ARGUMENTS, refuse_foreign, without_foreign
 from llama.model.capture import Capture
 from llama.model.taps import Interventions
 from llama.model.transformer import Transformer
@@ -50,6 +50,7 @@ from llama.text.tokenizer import Tokenizer
 __all__ = ["LLM"]
 
 T = TypeVar("T")
+ProgressBar = bool | Callable[..., Any]  # whether, or what makes one
 
 
 def _names_options(cls: type[T]) -> type[T]:
@@ -167,19 +168,22 @@ class LLM(Scoring, Upkeep):
         prompts: Prompt | Sequence[Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         lora: str | Sequence[str | None] | None = None,
-        use_tqdm: bool = True,
+        use_tqdm: ProgressBar = True,
         lora_request: LoRARequest | Sequence[LoRARequest | None] | None = None,
         *,
         request_ids: Sequence[str] | None = None,
         capture: Capture | Sequence[Capture | None] | None = None,
         interventions: Interventions = None,
+        **foreign: Any,
     ) -> list[RequestOutput]:
         """Write on from each prompt; the outputs come in the order asked. Prompts are a string (encoded as the
         checkpoint's tokenizer does it, special-token text parsed), token ids, {"prompt_token_ids": [...]}, or a list of
         these. One mistake in any of them is a ValueError before anything runs.
 
         capture and interventions (see `llama.model.capture`, `llama.model.interventions`) are one for all prompts or a
-        list with one (or None) for each; what is captured comes as `captured` of the outputs and their completions."""
+        list with one (or None) for each; what is captured comes as `captured` of the outputs and their completions.
+        `foreign`: vLLM's other arguments, at the values that change nothing."""
+        refuse_foreign(foreign, METHOD_ARGUMENTS, "LLM.generate")
         listed = as_prompts(prompts)
         each_params = one_per_prompt("sampling_params", sampling_params, len(listed))
         each_lora = self._loras(lora, lora_request, len(listed))
@@ -194,7 +198,7 @@ class LLM(Scoring, Upkeep):
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         tools: Sequence[Mapping[str, Any]] | None = None,
         lora: str | Sequence[str | None] | None = None,
-        use_tqdm: bool = True,
+        use_tqdm: ProgressBar = True,
         lora_request: LoRARequest | Sequence[LoRARequest | None] | None = None,
         *,
         tool_choice: ToolChoice = "auto",
@@ -214,7 +218,8 @@ class LLM(Scoring, Upkeep):
         listed = as_conversations(messages)
         each_params = one_per_prompt("sampling_params", sampling_params, len(listed))
         each_lora = self._loras(lora, lora_request, len(listed))
-        ask = partial(self.inputs.chat_request, tools=tools, tool_choice=tool_choice, **rendering)
+        own = without_foreign(rendering, "LLM.chat")
+        ask = partial(self.inputs.chat_request, tools=tools, tool_choice=tool_choice, **own)
         ids = [None] * len(listed) if request_ids is None else one_per_prompt("request_ids", request_ids, len(listed))
         asked = zip(listed, each_params, each_lora, ids, strict=True)
         requests = [ask(*rest, request_id=request_id) for *rest, request_id in asked]
@@ -303,7 +308,7 @@ class LLM(Scoring, Upkeep):
             names.append(None if request is None else self._requested.name(request, path))
         return names
 
-    def _run(self, requests: Sequence[Request], use_tqdm: bool) -> list[RequestOutput]:
+    def _run(self, requests: Sequence[Request], use_tqdm: ProgressBar) -> list[RequestOutput]:
         replies: list[Reply] = []
         try:
             with interrupts_held():
@@ -315,13 +320,14 @@ class LLM(Scoring, Upkeep):
                 self.replies.abort(reply)
         return [reply.output for reply in replies]
 
-    def _finish(self, replies: Sequence[Reply], use_tqdm: bool) -> None:
+    def _finish(self, replies: Sequence[Reply], use_tqdm: ProgressBar) -> None:
         awaited = {reply.request.request_id for reply in replies}
         in_order = deque(replies)
         prompt_tokens = output_tokens = 0
         started = time.monotonic()
         # disable=None lets tqdm itself be silent where stderr is no terminal
-        with tqdm(total=len(replies), desc="Prompts", unit="prompt", disable=None if use_tqdm else True) as bar:
+        bar_of: Callable[..., Any] = use_tqdm if callable(use_tqdm) else tqdm
+        with bar_of(total=len(replies), desc="Prompts", unit="prompt", disable=None if use_tqdm else True) as bar:
             while in_order:
                 if in_order[0].finished:  # perhaps in a step of another thread
                     ended = [in_order.popleft()]

@@ -1,10 +1,10 @@
 """Scoring: what LLM offers beside writing: log-likelihoods, perplexity, embeddings. All of it is ordinary requests."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,7 +36,7 @@ class Scoring:
 
     inputs: Inputs
 
-    def _run(self, requests: Sequence[Request], use_tqdm: bool) -> list[RequestOutput]:
+    def _run(self, requests: Sequence[Request], use_tqdm: bool | Callable[..., Any]) -> list[RequestOutput]:
         raise NotImplementedError
 
     def score(

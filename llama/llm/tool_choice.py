@@ -6,7 +6,6 @@ from typing import Any
 
 from llama.api.errors import ParameterError
 from llama.text.chat.prepare import prepare_tools, tool_name
-from llama.text.grammar import is_strict
 
 ToolChoice = str | Mapping[str, Any]  # as OpenAI spells it
 
@@ -21,11 +20,8 @@ class Tools:
 
     @property
     def parameters(self) -> dict[str, Any]:
-        """The schema of each tool's arguments by its name; None for none. A grammar needs no second look."""
-        return {
-            tool_name(tool): None if self.must_call or is_strict(tool) else tool["function"].get("parameters")
-            for tool in self.shown or ()
-        }
+        """The schema of each tool's arguments by its name; None for none."""
+        return {tool_name(tool): tool["function"].get("parameters") for tool in self.shown or ()}
 
 
 def choose(tools: Sequence[Mapping[str, Any]] | None, choice: ToolChoice) -> Tools:

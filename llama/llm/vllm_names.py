@@ -1,5 +1,6 @@
 """Arguments of vLLM's LLM that this one does not have: harmless at vLLM's default, refused by name otherwise."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from llama.api.neutral import is_neutral
@@ -117,6 +118,15 @@ HARMLESS: dict[str, tuple[Any, ...]] = {
     "worker_extension_cls": ("",),
 }
 
+# The same of arguments of its methods `generate` and `chat`.
+METHOD_ARGUMENTS: dict[str, tuple[Any, ...]] = {
+    "chat_template_content_format": ("auto",),  # the template decides
+    "mm_processor_kwargs": (None, {}),
+    "priority": (None, 0),
+    "prompt_adapter_request": (None,),
+    "tokenization_kwargs": (None, {}),
+}
+
 # What to do instead, where there is something.
 _INSTEAD = {
     "distributed_executor_backend": "ranks are processes of one machine; for Ray, llama.batch.build_processor runs "
@@ -132,12 +142,21 @@ _INSTEAD = {
 }
 
 
-def refuse_foreign(given: dict[str, Any]) -> None:
+def without_foreign(given: Mapping[str, Any], whose: str) -> dict[str, Any]:
+    """The keyword arguments of a method but vLLM's, which are refused unless they change nothing."""
+    own = {name: value for name, value in given.items() if name not in METHOD_ARGUMENTS}
+    refuse_foreign({name: value for name, value in given.items() if name not in own}, METHOD_ARGUMENTS, whose)
+    return own
+
+
+def refuse_foreign(
+    given: Mapping[str, Any], known: Mapping[str, tuple[Any, ...]] = HARMLESS, whose: str = "LLM"
+) -> None:
     """ValueError for an argument of vLLM's that asks for something; TypeError for an unknown name."""
     for name, value in given.items():
-        if name not in HARMLESS:
-            raise TypeError(f"LLM has no argument {name!r}")
-        harmless = HARMLESS[name]
+        if name not in known:
+            raise TypeError(f"{whose} has no argument {name!r}")
+        harmless = known[name]
         if not is_neutral(value, harmless):
             instead = _INSTEAD.get(name)
             legal = " or ".join(repr(default) for default in harmless)

@@ -6,6 +6,7 @@ import shutil
 import pytest
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as Backend
+from tqdm.auto import tqdm
 
 from llama import LLM, ParameterError, SamplingParams
 from tests.llm.helpers import GREEDY
@@ -48,6 +49,30 @@ def test_arguments_that_change_nothing(folder):
     config = LLM(folder, num_blocks=8, load_format="safetensors", **nothing, **foreign).engine.config
     assert (config.max_num_seqs, config.block_size, config.enable_prefix_caching) == (256, 16, True)
     assert config.enforce_eager is False
+
+
+def test_arguments_of_methods_that_change_nothing(llm):
+    bars = []
+
+    def bar(**asked):
+        bars.append(asked)
+        return tqdm(disable=True)
+
+    hello = [{"role": "user", "content": "Hello"}]
+    nothing = {"priority": None, "tokenization_kwargs": None}
+    plain = llm.generate("Hello", GREEDY, use_tqdm=False)[0].outputs[0].text
+    assert llm.generate("Hello", GREEDY, use_tqdm=bar, **nothing)[0].outputs[0].text == plain
+    assert [asked["total"] for asked in bars] == [1]
+    llm.chat(hello, GREEDY, use_tqdm=False, chat_template_content_format="auto", mm_processor_kwargs=None, **nothing)
+    for ask, prompt in ((llm.generate, "Hello"), (llm.chat, hello)):
+        with pytest.raises(ValueError, match="priority=5 is not supported"):
+            ask(prompt, GREEDY, priority=5)
+        with pytest.raises(TypeError, match="no argument 'max_new_tokens'"):
+            ask(prompt, GREEDY, max_new_tokens=5)
+
+
+def test_a_seed_of_minus_one_is_none(folder):
+    assert LLM(folder, num_blocks=8, seed=-1).engine.config.seed is None
 
 
 @pytest.mark.parametrize("role", ["bos_token", "eos_token"])

@@ -80,7 +80,7 @@ class ServedEngine(ScriptedEngine):
 
     def __init__(self) -> None:
         super().__init__(say_what_the_user_says)
-        self.config = SimpleNamespace(max_num_seqs=8, max_model_len=4096, context_len=4096)
+        self.config = SimpleNamespace(max_num_seqs=8, max_model_len=4096, context_len=4096, max_logprobs=20)
         self.adapters = Adapters(0)
         self.asked: list[SimpleNamespace] = []
 

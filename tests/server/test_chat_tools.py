@@ -67,3 +67,12 @@ def test_calls_that_must_be_made(tiny_client, choice):
         (call,) = answer.choices[0].message.tool_calls
         assert call.function.name == "get_weather"
         assert json.loads(call.function.arguments)["city"] in ("Paris", "Rome")
+
+
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "get_weather"}}])
+def test_a_call_that_must_be_made_is_looked_at_again(client, choice):
+    """What contradicts the tool's schema is no call, whoever let it through (here an engine without grammars)."""
+    wrong = CALL.replace("Rome", "Oslo")
+    message = chat(client, wrong, tools=[WEATHER], tool_choice=choice).choices[0].message
+    assert (message.content, message.tool_calls) == (wrong, None)
+    assert len(chat(client, CALL, tools=[WEATHER], tool_choice=choice).choices[0].message.tool_calls) == 1

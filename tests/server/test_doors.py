@@ -4,7 +4,7 @@ import logging
 
 import pytest
 
-from tests.server.helpers import NAME, RUN, TOKENIZER, running, scripted_llm, user
+from tests.server.helpers import NAME, RUN, TOKENIZER, VOCAB_SIZE, real_llm, running, scripted_llm, user
 
 
 def post(scripted, path, **body):
@@ -93,3 +93,18 @@ def test_pages_of_allowed_origins_may_ask(caplog):
 def test_without_flags_there_is_neither(scripted):
     response = scripted.server.client.get("/tokenizer_info", headers={"Origin": "https://a.example"})
     assert response.status_code == 404 and "access-control-allow-origin" not in response.headers
+
+
+@pytest.mark.parametrize(("most", "bound"), [(50, 50), (-1, VOCAB_SIZE)])
+def test_logprobs_up_to_what_the_engine_gives(most, bound):
+    with running(real_llm(max_logprobs=most)) as server:
+        for path, body, name in (
+            ("chat/completions", {"messages": [user("x")], "logprobs": True}, "top_logprobs"),
+            ("completions", {"prompt": "x"}, "logprobs"),
+        ):
+            asked = {"model": NAME, "max_tokens": 1, **body, name: bound}
+            told = server.client.post(f"/v1/{path}", json=asked).json()["choices"][0]["logprobs"]
+            assert len(told["content"][0]["top_logprobs"] if name == "top_logprobs" else told["top_logprobs"][0]) > 20
+            if most == bound:
+                refused = server.client.post(f"/v1/{path}", json=asked | {name: 51})
+                assert refused.status_code == 400 and refused.json()["error"]["message"] == f"'/{name}' must be <= 50"

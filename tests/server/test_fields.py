@@ -19,7 +19,7 @@ from openai.types.responses import response_create_params
 
 from llama import LLM, AdapterError, CheckpointError, SamplingParams
 from llama.engine.config import EngineConfig
-from llama.llm.vllm_names import HARMLESS, refuse_foreign
+from llama.llm.vllm_names import HARMLESS, METHOD_ARGUMENTS, refuse_foreign
 from llama.model.generation_config import GenerationConfig
 from llama.model.lora.adapter_config import read_adapter_config
 from llama.server.cloudflare.schema import RunRequest
@@ -208,6 +208,7 @@ def test_arguments_of_llm():
     own = inspect.signature(LLM.__init__).parameters.keys() - {"self", "options"}
     assert fields("LLM", USED) == own | {field.name for field in dataclasses.fields(EngineConfig)}
     assert fields("LLM", ALONE) == HARMLESS.keys()
+    assert fields("LLM.generate and LLM.chat", ALONE) == METHOD_ARGUMENTS.keys()
     for name, values in TABLES["LLM"][ALONE].items():
         for value in values.split(" or "):
             refuse_foreign({name: ast.literal_eval(value)})

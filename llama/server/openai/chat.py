@@ -11,7 +11,7 @@ from llama.api.outputs import CompletionOutput, Logprob, RequestOutput
 from llama.server.bodies import json_response, read_body
 from llama.server.errors import Dialect, bad_input
 from llama.server.openai.answers import chunks, frame, new_id, now, top_of, usage_of, value_of
-from llama.server.openai.sampling import sampling_params
+from llama.server.openai.sampling import check_logprobs, sampling_params
 from llama.server.openai.schema import ChatRequest
 from llama.server.service import Answer, Record, Service, Submit
 from llama.server.streaming import EventStream, unless_gone
@@ -42,6 +42,7 @@ async def answer_chat(body: ChatRequest, service: Service, record: Record) -> di
 
 async def submit_chat(body: ChatRequest, service: Service) -> Submit:
     lora = await service.adapter(body.model, body.lora)
+    check_logprobs("top_logprobs", body.top_logprobs, service)
     wanted = {"max_tokens": _max_tokens(body), "logprobs": _num_logprobs(body), "prediction": _prediction(body)}
     params = sampling_params(body, service.defaults, **wanted)
     tool_choice: Any = "auto" if body.tool_choice is None else body.tool_choice

@@ -14,7 +14,7 @@ from llama.api.params import SamplingParams
 from llama.server.bodies import json_response, read_body
 from llama.server.errors import Dialect, bad_input
 from llama.server.openai.answers import chunks, frame, new_id, now, top_of, usage_of, value_of
-from llama.server.openai.sampling import sampling_params
+from llama.server.openai.sampling import check_logprobs, sampling_params
 from llama.server.openai.schema import CompletionRequest
 from llama.server.service import Answer, Record, Service, Submit
 from llama.server.streaming import EventStream, interleaved, unless_gone
@@ -69,6 +69,7 @@ async def _submits(body: CompletionRequest, service: Service) -> list[Submit]:
 
 
 def _params(body: CompletionRequest, service: Service) -> SamplingParams:
+    check_logprobs("logprobs", body.logprobs, service)
     if body.best_of not in (None, body.n or 1):
         raise bad_input("best_of is not supported: it must be absent or equal n", "best_of")
     if body.suffix:

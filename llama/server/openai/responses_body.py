@@ -11,7 +11,7 @@ from pydantic import BaseModel, BeforeValidator, Field, model_validator
 
 from llama.api.neutral import RESPONSES, Neutral, is_neutral
 from llama.server.errors import bad_input
-from llama.server.fields import MAX_LOGPROBS, MAX_MESSAGES, MAX_TOOLS, STRICT, Integer, Number, refusal
+from llama.server.fields import MAX_MESSAGES, MAX_TOOLS, STRICT, Integer, Number, refusal
 from llama.server.openai.schema import ChatRequest
 
 _ROLES = ("user", "assistant", "system", "developer")
@@ -60,7 +60,7 @@ class ResponsesRequest(BaseModel):
     max_output_tokens: Integer | None = Field(None, ge=1)
     temperature: Number | None = None
     top_p: Number | None = None
-    top_logprobs: Integer | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    top_logprobs: Integer | None = Field(None, ge=0)
     include: list[str] | None = Field(None, max_length=16)
     stream: bool | None = None
     text: TextOptions | None = None

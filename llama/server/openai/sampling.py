@@ -7,6 +7,7 @@ from llama.api.errors import ParameterError
 from llama.api.params import SamplingParams
 from llama.server.errors import bad_input
 from llama.server.openai.schema import CommonRequest
+from llama.server.service import Service
 
 _SAME = (
     "n",
@@ -40,6 +41,13 @@ def sampling_params(body: CommonRequest, defaults: SamplingParams, **wanted: Any
         return replace(defaults, **given)
     except ParameterError as error:
         raise bad_input(str(error), error.param) from None
+
+
+def check_logprobs(name: str, asked: int | None, service: Service) -> None:
+    """Raises ApiError for more than the engine gives."""
+    most = service.llm.llm.engine.config.max_logprobs
+    if asked is not None and asked > most != -1:
+        raise bad_input(f"'/{name}' must be <= {most}", name)
 
 
 def _structured_outputs(body: CommonRequest) -> dict[str, Any] | None:

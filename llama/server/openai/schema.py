@@ -13,7 +13,6 @@ from llama.api.neutral import CHAT, COMPLETION, Neutral, is_neutral
 from llama.server.fields import (
     MAX_BIASES,
     MAX_COMPLETIONS,
-    MAX_LOGPROBS,
     MAX_MESSAGES,
     MAX_PROMPTS,
     MAX_STOP_CHARACTERS,
@@ -154,7 +153,7 @@ class ChatRequest(CommonRequest):
     messages: list[dict[str, Any]] = Field(min_length=1, max_length=MAX_MESSAGES)
     max_completion_tokens: Integer | None = Field(None, ge=1)
     logprobs: bool | None = None
-    top_logprobs: Integer | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    top_logprobs: Integer | None = Field(None, ge=0)  # at most the engine's max_logprobs
     tools: list[dict[str, Any]] | None = Field(None, max_length=MAX_TOOLS)
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
@@ -170,7 +169,7 @@ class CompletionRequest(CommonRequest):
     neutral = COMPLETION
 
     prompt: Prompts
-    logprobs: Integer | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    logprobs: Integer | None = Field(None, ge=0)  # at most the engine's max_logprobs
     echo: bool | None = None
     best_of: Integer | None = Field(None, ge=1, le=MAX_COMPLETIONS)
     suffix: str | None = None
