@@ -38,6 +38,9 @@ class Case:
     tensor_cores: tuple[str, ...] = ()  # any matrix instruction
     warp_group: tuple[str, ...] = ()  # the matrix instructions of a warp group
     resident: tuple[tuple[str, int], ...] = ()  # how many programs an sm_90 multiprocessor must hold at once
+    # A kernel, how many weights a thread widens in a turn of its main loop, and the instructions that sm_90 may spend
+    # on each.
+    per_weight: tuple[str, int, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,7 @@ class Row:
     tensor_cores: int
     warp_group: int
     instructions: int
+    loop: int  # instructions of its longest loop
 
     @property
     def key(self) -> str:
@@ -136,7 +140,19 @@ def _read(case: str, name: str, arch: int, kernel: Any) -> Row:
         tensor_cores=count(r"HMMA|IMMA|QMMA|[HQ]GMMA|UTC[A-Z0-9]*MMA"),
         warp_group=count(WARP_GROUP[arch]),
         instructions=sum(opcodes.values()),
+        loop=_longest_loop(code),
     )
+
+
+def _longest_loop(code: str) -> int:
+    """Instructions between a jump back and its target."""
+    lines = re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+(.*?);", code, re.MULTILINE)
+    places = [int(place, 16) for place, _ in lines]
+    jumps = [
+        (place, re.search(r"\bBRA\b.*?0x([0-9a-f]+)", text)) for place, (_, text) in zip(places, lines, strict=True)
+    ]
+    loops = [(int(jump[1], 16), place) for place, jump in jumps if jump is not None and int(jump[1], 16) < place]
+    return max((sum(start <= place <= end for place in places) for start, end in loops), default=0)
 
 
 def compile_case(case: Case, arch: int) -> list[Row]:
@@ -192,6 +208,10 @@ def complaints(row: Row, case: Case, expected: tuple[int, int, int] | None) -> l
     for kernel, programs in case.resident:
         if (kernel, 90) == (row.kernel, row.arch) and row.resident < programs:
             found.append(f"{row.resident} programs fit a multiprocessor at once, not {programs}")
+    if case.per_weight is not None and (case.per_weight[0], 90) == (row.kernel, row.arch):
+        _, weights, most = case.per_weight
+        if not 0 < row.loop <= most * weights:
+            found.append(f"{row.loop / weights:.2f} instructions per weight, at most {most}")
     if expected is not None:
         registers, shared, instructions = expected
         if row.registers > registers + REGISTER_SLACK:

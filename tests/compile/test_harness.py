@@ -7,7 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
-from tests.compile.harness import Case, Row, compile_case, complaints
+from tests.compile.harness import Case, Row, _longest_loop, compile_case, complaints
 
 GOOD = Row(
     case="case",
@@ -21,6 +21,7 @@ GOOD = Row(
     tensor_cores=8,
     warp_group=8,
     instructions=1000,
+    loop=500,
 )
 CASE = Case(
     "case",
@@ -29,6 +30,7 @@ CASE = Case(
     tensor_cores=("kernel",),
     warp_group=("kernel",),
     resident=(("kernel", 4),),
+    per_weight=("kernel", 128, 4.0),
 )
 
 
@@ -47,6 +49,8 @@ def test_nothing_to_complain_of():
         ({"warp_group": 0}, "warp_group"),
         ({"registers": 136}, "3 programs fit"),
         ({"shared": 60_000}, "3 programs fit"),
+        ({"loop": 513}, "4.01 instructions per weight, at most 4.0"),
+        ({"loop": 0}, "0.00 instructions per weight"),
     ],
 )
 def test_hard_limits(change, message):
@@ -68,6 +72,19 @@ def test_regressions(expected, message):
 
 def test_kernels_that_are_not_named_may_lack_instructions():
     assert complaints(replace(GOOD, kernel="other", wide_loads=0, tensor_cores=0, warp_group=0), CASE, None) == []
+
+
+def test_the_longest_loop():
+    code = """
+        /*0000*/                   MOV R1, c[0x0][0x28] ;
+        /*0010*/                   IADD3 R2, R2, 0x1, RZ ;
+        /*0020*/                   FFMA R3, R3, R4, R5 ;
+        /*0030*/               @P0 BRA 0x20 ;
+        /*0040*/              @!P1 BRA `(.L_x_1) ;
+        /*0050*/               @P2 BRA 0x10 ;
+        /*0060*/                   BRA 0x60;
+    """
+    assert _longest_loop(code) == 5
 
 
 @triton.jit

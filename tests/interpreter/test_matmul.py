@@ -1,5 +1,6 @@
 """quantized_matmul of every form against its twin, in the interpreter."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -75,6 +76,46 @@ def test_all_values_of_int8_and_of_nibbles():
     weight = QuantizedWeight(cpu.pack_nibbles(codes, 64), torch.ones(4, 4), 16)
     for dtype in TOLERANCE:
         assert torch.equal(ops.quantized_matmul(torch.eye(64, dtype=dtype), weight).float(), codes.float().T)
+
+
+def emulated(assembly, word):
+    """The assembly's four results for registers `word` uint32, by its instructions; `sub.bf16x2` by float32."""
+    registers = {"$4": word}
+
+    def value(name):
+        return registers[name] if name in registers else np.uint32(int(name, 0))
+
+    def halves(pairs):
+        return [(half.astype(np.uint32) << 16).view(np.float32) for half in (pairs & 0xFFFF, pairs >> 16)]
+
+    for line in assembly.strip("{} \n").split(";"):
+        op, _, rest = line.strip().partition(" ")
+        names = [name.strip() for name in rest.split(",")]
+        if op == "mov.b32":
+            registers[names[0]] = np.broadcast_to(value(names[1]), word.shape)
+        elif op == "shr.b32":
+            registers[names[0]] = value(names[1]) >> value(names[2])
+        elif op == "lop3.b32":
+            assert names[4] == "0xEA"
+            registers[names[0]] = value(names[1]) & value(names[2]) | value(names[3])
+        elif op == "sub.bf16x2":
+            found = [a - b for a, b in zip(halves(value(names[1])), halves(value(names[2])), strict=True)]
+            bits = [half.view(np.uint32) for half in found]
+            assert not any((half & 0xFFFF).any() for half in bits)  # bfloat16 holds them
+            registers[names[0]] = bits[0] >> 16 | bits[1]
+        else:
+            assert op in (".reg", ""), line
+    return [halves(registers[f"${i}"]) for i in range(4)]
+
+
+def test_the_assembly_that_unpacks_nibbles():
+    """All words in both halves of a register: eight values, whatever the other half holds."""
+    words = np.arange(65536, dtype=np.uint32)
+    other = np.random.default_rng(0).permutation(words)
+    found = emulated(matmul.UNPACK_PAIRS.value, other << 16 | words)
+    for i, (low, high) in enumerate(found):
+        assert (low == (words >> 4 * i & 15).astype(np.float32) - 8).all()
+        assert (high == (other >> 4 * i & 15).astype(np.float32) - 8).all()
 
 
 @pytest.mark.parametrize("way", SHAPES)
