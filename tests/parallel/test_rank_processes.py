@@ -227,5 +227,6 @@ def test_starts_and_stops_leave_nothing(folder, expected):
         del llm
         gc.collect()
         assert children_of(os.getpid()) == before
-    assert set(os.listdir("/dev/shm")) == shared
+    # Other programs of the machine come and go: theirs are semaphores of multiprocessing, which ranks do not use.
+    assert {name for name in os.listdir("/dev/shm") if not name.startswith("sem.mp-")} <= shared
     assert len(os.listdir("/proc/self/fd")) <= descriptors + 12
