@@ -12,7 +12,7 @@ JOBS ?= 2
 TRITON ?=
 COMPILER := $(if $(TRITON),.venv-triton-$(TRITON),$(VENV))
 
-.PHONY: setup demo demo-model test test-slow chaos soak test-kernels test-compile test-browser test-package test-ray test-lm-eval test-gpu memcheck lint bench bench-gpu
+.PHONY: setup clients demo demo-model test test-slow chaos soak test-kernels test-compile test-browser test-package test-ray test-lm-eval test-gpu memcheck lint bench bench-gpu
 
 setup: $(READY)
 
@@ -88,6 +88,18 @@ test-browser: $(READY)
 	{ command -v chromium && command -v chromedriver; } > /dev/null || \
 		{ apt-get update && apt-get install -y chromium chromium-driver; }
 	$(PYTEST) -m browser tests/browser
+
+# Client packages of Python and npm against a server, unchanged. They have an environment of their own.
+clients: demo-model .venv-clients/.ready
+	$(BIN)/python -m tests.clients.run --output docs/clients.md $(if $(MODELS),--models $(MODELS))
+
+.venv-clients/.ready: $(READY) constraints-clients.txt tests/clients/package.json
+	$(BIN)/python -m venv .venv-clients
+	.venv-clients/bin/python -m pip install --quiet --constraint constraints-clients.txt openai cloudflare \
+		langchain-openai openai-agents litellm 'pydantic-ai-slim[openai]' instructor 'lm-eval[api]'
+	mkdir -p .venv-clients/npm && cp tests/clients/package.json .venv-clients/npm
+	npm install --prefix .venv-clients/npm --no-package-lock --no-audit --no-fund
+	touch $@
 
 # Rows on Ray Data, on a cluster of this machine. All but Ray and what it brings comes from the project's own venv.
 test-ray: .venv-ray/.ready
