@@ -101,7 +101,7 @@ def test_constructor_refuses_by_name(folder, tmp_path):
         ({"gpu_memory_utilization": "0.9"}, r"gpu_memory_utilization must be in \(0, 1\], got '0.9'"),
         ({"enable_prefix_caching": "no"}, "enable_prefix_caching must be True or False, got 'no'"),
         ({"enforce_eager": 1}, "enforce_eager must be True or False, got 1"),
-        ({"seed": -1}, r"seed must be an integer from 0 to 2\*\*64 - 1, or None, got -1"),
+        ({"seed": -2}, r"seed must be an integer from 0 to 2\*\*64 - 1, or None, got -2"),
         ({"seed": 2**64}, "seed must be .* got 18446744073709551616"),
         ({"seed": 1.0}, "seed must be .* got 1.0"),
         ({"seed": True}, "seed must be .* got True"),
@@ -156,7 +156,7 @@ def test_arguments_are_refused_before_weights_are_read(folder, monkeypatch):
     monkeypatch.setattr("llama.llm.loading.Transformer.from_pretrained", read)
     with pytest.raises(AssertionError):
         LLM(folder)
-    for arguments in ({"max_model_len": 257}, {"max_num_seqs": 0}, {"seed": -1}, {"block_size": 3}, {"max_loras": -1}):
+    for arguments in ({"max_model_len": 257}, {"max_num_seqs": 0}, {"seed": -2}, {"block_size": 3}, {"max_loras": -1}):
         (name,) = arguments
         with pytest.raises(ValueError, match=name):
             LLM(folder, **arguments)
