@@ -43,7 +43,9 @@ class ScriptedEngine:
         self.script = script
         self.lag = lag
         self.longest_prompt = 1000
-        self.config = SimpleNamespace(max_num_seqs=4, max_model_len=4096, context_len=4096, speculative_config=None)
+        self.config = SimpleNamespace(
+            max_num_seqs=4, max_model_len=4096, context_len=4096, speculative_config=None, max_logprobs=20
+        )
         self.running: dict[tuple[str, int], SimpleNamespace] = {}
         self.finished: list[tuple[str, int, FinishReason, int | str | None]] = []
         self.aborted: list[str] = []

@@ -224,7 +224,7 @@ def test_the_command_converts_and_tells_the_defaults(tmp_path, capsys):
     assert capsys.readouterr().out.startswith(said)
     assert json.loads((tmp_path / "hf" / "config.json").read_text())["rope_scaling"]["factor"] == 32
     assert command(["convert", str(tmp_path / "meta"), str(tmp_path / "again"), "--dtype", "float32"]) == 2
-    assert "--dtype is for a GGUF file" in capsys.readouterr().err
+    assert "--dtype and --keep-quantised are for a GGUF file" in capsys.readouterr().err
     (tmp_path / "meta" / "params.json").unlink()
     assert command(["convert", str(tmp_path / "meta"), str(tmp_path / "again")]) == 1
     assert capsys.readouterr().err.startswith(f"llama: {tmp_path}/meta/params.json is missing")

@@ -22,7 +22,7 @@ from tests.model.models import tiny_model
         ({"max_num_seqs": True}, "max_num_seqs must be an integer from 1 to 65536, got True"),
         ({"num_blocks": 0}, "num_blocks must be an integer from 1 to 2147483647, got 0"),
         ({"block_size": 24}, "block_size must be a power of two, got 24"),
-        ({"seed": -1}, r"seed must be an integer from 0 to 2\*\*64 - 1, or None, got -1"),
+        ({"seed": -2}, r"seed must be an integer from 0 to 2\*\*64 - 1, or None, got -2"),
         ({"gpu_memory_utilization": 1.5}, r"gpu_memory_utilization must be in \(0, 1\], got 1.5"),
     ],
 )

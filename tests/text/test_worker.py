@@ -46,7 +46,7 @@ def process_of(worker):
 
 
 class Visitor:
-    """Does something to each of the next `count` processes, as soon as they are there."""
+    """Does something to each of the next `count` processes, once they have a request."""
 
     def __init__(self, worker, count, action):
         self.worker, self.count, self.action = worker, count, action
@@ -58,8 +58,9 @@ class Visitor:
         latest = time.monotonic() + PATIENCE
         while len(self.seen) < self.count and time.monotonic() < latest:
             process = self.worker._process
-            if process is not None and process.pid not in self.seen:
+            if self.worker._lock.locked() and process is not None and process.pid not in self.seen:
                 self.seen.append(process.pid)
+                time.sleep(0.05)  # it looks first whether its process has ended
                 self.action(process.pid)
             time.sleep(0.005)
 
