@@ -6,7 +6,7 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
-from llama.cli.common import add_model_flags, llm_options
+from llama.cli.common import add_model_flags, add_replicas_flag, check_replicas, llm_options
 from llama.cli.flags import Once, Parser, UsageError, checked, named_adapter
 from llama.server.config import ServerConfig
 
@@ -36,6 +36,7 @@ def add_arguments(parser: Parser) -> None:
         "--served-model-name", **several, metavar="NAME", help="what requests may call the model (the folder's name)"
     )
     parser.add_argument("--lora", **several, type=named_adapter, metavar="NAME=PATH", help="adapters to load")
+    add_replicas_flag(parser)
     captures = parser.add_argument_group("activations (docs/research.md)")
     help = "points to keep, such as layers.14.resid_post; one safetensors file for each line, named by its id"
     captures.add_argument("--capture", action="extend", nargs="+", metavar="POINT", help=help)
@@ -49,6 +50,7 @@ def add_arguments(parser: Parser) -> None:
 def run(options: Namespace) -> int:
     model, source, output = _paths(options)
     arguments = llm_options(options)
+    check_replicas(options)
     names = tuple(options.served_model_name) or (Path(model).resolve().name,)
     config = checked(ServerConfig, {"model_names": names})
     try:

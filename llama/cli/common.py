@@ -12,7 +12,7 @@ from typing import Any, Literal
 from llama.api.errors import ParameterError
 from llama.api.outputs import Piece, Usage
 from llama.api.params import SamplingParams
-from llama.cli.flags import Once, Parser, UsageError, add_fields, checked, given, named_adapter
+from llama.cli.flags import Once, Parser, UsageError, add_fields, checked, given, integer, named_adapter
 from llama.engine.config import EngineConfig
 
 # Beyond any that is published: who names one adapter of their own needs no limit on what requests may ask for.
@@ -56,6 +56,16 @@ def add_model_flags(parser: Parser, without: Sequence[str] = ()) -> None:
     """Where and how the model runs."""
     add_fields(parser, LoadOptions, "loading")
     add_fields(parser, EngineConfig, "engine", without)
+
+
+def add_replicas_flag(parser: Parser) -> None:
+    text = "engines that share the work, each with a model of its own: processes of this machine (%(default)s)"
+    parser.add_argument("--replicas", type=integer(1, 1024), default=1, metavar="INT", help=text)
+
+
+def check_replicas(options: Namespace) -> None:
+    if options.replicas > 1:
+        raise UsageError("--replicas above 1 is not there yet: start a server for each GPU, and a balancer")
 
 
 def add_single_request_flags(parser: Parser) -> None:

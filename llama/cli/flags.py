@@ -18,6 +18,8 @@ from llama.api.structured import StructuredOutputsParams
 
 T = TypeVar("T")
 
+_OURS = {"--data-parallel-size": "--replicas"}  # others' flags that have another name here
+
 
 class UsageError(Exception):
     """A command line that cannot be meant; the message is one line."""
@@ -42,6 +44,7 @@ class Parser(argparse.ArgumentParser):
             word = unknown[0].partition("=")[0]
             flags = [name for name in options.command._option_string_actions if name.startswith("--")]
             near = [name for name in flags if name.startswith(word)] or difflib.get_close_matches(word, flags)
+            near = [_OURS[word]] if word in _OURS else near
             hint = f" (perhaps {near[0]})" if word.startswith("--") and near else ""
             raise UsageError(f"{unknown[0]!r} is not understood{hint}")
         return options

@@ -5,7 +5,7 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
-from llama.cli.common import add_model_flags, llm_options
+from llama.cli.common import add_model_flags, add_replicas_flag, check_replicas, llm_options
 from llama.cli.flags import Parser, UsageError, add_fields, checked, given, integer, named_adapter
 from llama.files import named, read_text
 from llama.hub import is_hub_id
@@ -37,6 +37,7 @@ def add_arguments(parser: Parser) -> None:
         ("--max-waiting-tokens", 1 << 20, "prompt tokens that may wait for their first answer (%(default)s)"),
     ):
         parser.add_argument(name, type=integer(0), default=most, metavar="INT", help=what)
+    add_replicas_flag(parser)
     add_fields(parser, ServerConfig, "server")
     add_model_flags(parser)
 
@@ -46,6 +47,7 @@ def run(options: Namespace) -> int:
     if not options.host:  # it would mean every address
         raise UsageError("--host must be an address to listen on, got ''")
     arguments = llm_options(options)
+    check_replicas(options)
     if not options.lora and "lora_dir" not in given(options, ServerConfig):
         arguments["max_loras"] = 0
     own_name = options.model if is_hub_id(options.model) else Path(options.model).resolve().name

@@ -129,6 +129,7 @@ METHOD_ARGUMENTS: dict[str, tuple[Any, ...]] = {
 
 # What to do instead, where there is something.
 _INSTEAD = {
+    "data_parallel_size": "llama serve and llama batch have --replicas",
     "distributed_executor_backend": "ranks are processes of one machine; for Ray, llama.batch.build_processor runs "
     "one engine in each actor",
     "enable_chunked_prefill": "prompts are always computed in chunks of max_num_batched_tokens",

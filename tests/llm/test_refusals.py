@@ -107,7 +107,7 @@ def test_constructor_refuses_by_name(folder, tmp_path):
         ({"seed": True}, "seed must be .* got True"),
         ({"tensor_parallel_size": 3}, "tensor_parallel_size must be one of 1, 2, 4 for 4 heads, 2 KV heads"),
         ({"distributed_executor_backend": "ray"}, r"'ray' is not supported .*build_processor"),
-        ({"data_parallel_size": 2}, "data_parallel_size=2 is not supported"),
+        ({"data_parallel_size": 2}, "data_parallel_size=2 is not supported .only 1.: llama serve and"),
         ({"trust_remote_code": "yes"}, "trust_remote_code='yes'"),
         ({"quantization": "awq"}, "quantization must be one of int8, int4, fp8 for a dense model, got 'awq'"),
         ({"rope_theta": 5.0}, "edit the model's config.json"),
