@@ -13,6 +13,7 @@ from llama.api.params import MAX_LOGPROBS
 from llama.engine.speculative_config import BATCH_SIZES, SpeculativeConfig
 from llama.model.config import ModelConfig
 from llama.model.parallel import check_size
+from llama.model.rope_scaling import DynamicScaling
 
 # max_num_batched_tokens by the type of the device, which are also the devices that there are.
 BATCHED_TOKENS = {"cpu": 2048, "cuda": 8192}
@@ -89,10 +90,15 @@ class EngineConfig:
 
     def resolved(self, model: ModelConfig, device: str) -> "EngineConfig":
         """With the context of this model and the budget of this type of device where none is given."""
-        most = model.max_position_embeddings
-        asked = most if self.max_model_len is None else self.max_model_len
+        most = model.longest_context
+        asked = model.max_position_embeddings if self.max_model_len is None else self.max_model_len
         if asked > most:
-            raise refusal("max_model_len", f"an integer in [2, {most}] (max_position_embeddings)", asked)
+            why = "max_position_embeddings"
+            if most > model.max_position_embeddings:
+                why = "the context that RoPE was stretched to"
+            elif isinstance(model.rope_scaling, DynamicScaling):
+                why += "; beyond it dynamic RoPE would make a text depend on its neighbours"
+            raise refusal("max_model_len", f"an integer in [2, {most}] ({why})", asked)
         if device != "cpu" and not 0 <= self.max_logprobs <= MAX_LOGPROBS:
             raise refusal("max_logprobs", f"at most {MAX_LOGPROBS} on {device}", self.max_logprobs)
         check_size(model, self.tensor_parallel_size)

@@ -47,7 +47,7 @@ class DraftModel:
     def propose(self, asked: list[tuple[Sequence, int]]) -> list[list[int]]:
         """At most so many tokens behind the known ones of each sequence; there is room for their K and V. A sequence
         of which more is to be computed first than a step may gets none yet."""
-        most = self._model.config.max_position_embeddings
+        most = self._model.config.longest_context
         counts = [min(count, most + 1 - sequence.num_tokens) for sequence, count in asked]  # the last one is not fed
         drafts: list[list[int]] = [[] for _ in asked]
         states: SamplerState | None = None

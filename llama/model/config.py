@@ -11,7 +11,15 @@ from typing import Any
 
 from llama.api.errors import ConfigError
 from llama.files import named, read_json, token_ids
-from llama.model.rope_scaling import Llama3Scaling, RopeScaling, checked_integer, checked_number, read_rope
+from llama.model.rope_scaling import (
+    LinearScaling,
+    Llama3Scaling,
+    RopeScaling,
+    YarnScaling,
+    checked_integer,
+    checked_number,
+    read_rope,
+)
 
 DTYPES = ("float64", "float32", "float16", "bfloat16")
 
@@ -148,6 +156,16 @@ class ModelConfig:
             layer += 2 * self.intermediate_size + self.hidden_size
         embeddings = self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2)
         return self.num_hidden_layers * layer + embeddings + self.hidden_size
+
+    @property
+    def longest_context(self) -> int:
+        """The most tokens of a text. max_position_embeddings are the default and never multiplied, as in transformers;
+        where RoPE is stretched that may be the context before (Vicuna 16k) or behind it (DeepSeek-Coder)."""
+        scaling = self.rope_scaling
+        before = self.max_position_embeddings if isinstance(scaling, LinearScaling) else 0
+        if isinstance(scaling, YarnScaling):
+            before = scaling.original_max_position_embeddings
+        return max(self.max_position_embeddings, int(before * scaling.factor) if scaling else 0)
 
     @property
     def kv_values_per_token(self) -> int:

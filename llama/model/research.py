@@ -64,7 +64,7 @@ class Research(Module):
 
         The research entry: no engine, no sampling; the same forward over a cache made for this one call.
         adapter_indices [batch] says which adapter of `stacks` each sequence uses (0 = none). seq is at most
-        max_position_embeddings; to try longer ones, change the config. `interventions` are one list for all
+        config.longest_context; to try longer ones, change the config. `interventions` are one list for all
         sequences or a list (or None) for each. With `grad` every op is differentiable: in parameters that require it,
         in tensors of interventions, in what `run_with_cache` reads.
         """
@@ -93,8 +93,7 @@ class Research(Module):
         if not isinstance(token_ids, Tensor):
             raise ParameterError(f"token_ids must be an int64 tensor [batch, seq], got {token_ids!r}", "token_ids")
         rows, length = checked_ids(token_ids, config.vocab_size).shape
-        if length > config.max_position_embeddings:
-            most = config.max_position_embeddings
+        if length > (most := config.longest_context):
             raise ParameterError(f"token_ids has {length} tokens a row, the model's context is {most}", "token_ids")
         read = resolve_points(points, config.num_hidden_layers) if points else ()
         per_row = [bind(i, {}, config, length, like=self.norm.weight) for i in each(interventions, rows)]

@@ -43,8 +43,8 @@ class Session:
     float64 model). It holds at most `max_tokens`."""
 
     def __init__(self, model: Network, max_tokens: int) -> None:
-        if not 1 <= max_tokens <= model.config.max_position_embeddings:
-            legal = f"1 to {model.config.max_position_embeddings}, the model's context"
+        if not 1 <= max_tokens <= model.config.longest_context:
+            legal = f"1 to {model.config.longest_context}, the model's context"
             raise ParameterError(f"max_tokens must be {legal}, got {max_tokens}", "max_tokens")
         self.model = model
         self.max_tokens = max_tokens

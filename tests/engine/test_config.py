@@ -1,6 +1,7 @@
 """EngineConfig: each option has its help, LLM shows them all, and what is left open is filled in once."""
 
 import inspect
+import re
 from dataclasses import fields
 
 import pytest
@@ -10,9 +11,12 @@ from llama.api.errors import ParameterError
 from llama.engine.adapters import Adapter
 from llama.engine.config import EngineConfig
 from llama.engine.speculative_config import SpeculativeConfig
+from llama.model.rope_scaling import DynamicScaling, LinearScaling, Llama3Scaling, YarnScaling
 from tests.engine.fakes import add, make
 from tests.llm.helpers import GREEDY
 from tests.model.models import tiny_config, tiny_model
+
+LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 
 
 def test_each_option_has_one_line_of_help():
@@ -39,6 +43,28 @@ def test_what_is_left_open_is_the_models_and_the_devices():
     assert asked.resolved(model, "cpu") == asked
     with pytest.raises(ValueError, match=r"max_model_len must be an integer in .*, got 1000000"):
         EngineConfig(max_model_len=10**6).resolved(model, "cpu")
+
+
+@pytest.mark.parametrize(
+    ("rope", "most", "why"),
+    [
+        (None, 512, "max_position_embeddings"),
+        (Llama3Scaling(**LLAMA3, original_max_position_embeddings=64), 512, "max_position_embeddings"),
+        (LinearScaling(factor=4.0), 2048, "the context that RoPE was stretched to"),
+        (LinearScaling(factor=0.5), 512, "max_position_embeddings"),
+        (YarnScaling(factor=4.0, original_max_position_embeddings=128), 512, "max_position_embeddings"),
+        (YarnScaling(factor=4.0, original_max_position_embeddings=512), 2048, "the context that RoPE was stretched to"),
+        (DynamicScaling(factor=4.0), 512, "max_position_embeddings; beyond it dynamic RoPE would make a text depend"),
+    ],
+    ids=str,
+)
+def test_the_longest_context_that_may_be_asked_for(rope, most, why):
+    model = tiny_config(rope_scaling=rope)
+    assert EngineConfig().resolved(model, "cpu").max_model_len == model.max_position_embeddings == 512
+    assert EngineConfig(max_model_len=most).resolved(model, "cpu").max_model_len == most
+    with pytest.raises(ParameterError, match=re.escape(f"max_model_len must be an integer in [2, {most}] ({why}")):
+        EngineConfig(max_model_len=most + 1).resolved(model, "cpu")
+    assert model.longest_context == most
 
 
 def test_what_can_never_run_is_refused_before_any_of_its_call_is_queued():

@@ -157,3 +157,28 @@ def test_a_format_that_cannot_be_is_refused_before_anything_runs(llm):
     with pytest.raises(ValueError, match=r"response_format\.json_schema"):
         llm.chat([TALK, TALK], [asking(SCHEMA, 1), asking({"type": "json_schema", "json_schema": {"type": "x"}}, 1)])
     assert not llm.engine.has_unfinished
+
+
+@pytest.mark.parametrize(
+    ("wanted", "text"),
+    [
+        ({"choice": ["<|eot_id|>x", "<|eot_id|>y"]}, r"<\|eot_id\|>[xy]"),
+        ({"json": {"const": "<|python_tag|>"}}, r'"<\|python_tag\|>"'),
+        ({"grammar": 'start: "a" <|python_tag|> "b<|eot_id|>"'}, r"ab<\|eot_id\|>"),
+        ({"grammar": 'start: "a" <|eot_id|> "b"'}, "a"),  # it ends the text
+    ],
+    ids=str,
+)
+def test_control_tokens_in_a_grammar(llm, wanted, text):
+    """Their text in an answer is text, then as history too; others see nothing of it."""
+    params = [SamplingParams(structured_outputs=wanted, max_tokens=30, seed=3), SamplingParams(max_tokens=9, seed=1)]
+    answer, other = (output.outputs[0] for output in llm.chat([TALK, TALK], params, use_tqdm=False))
+    assert re.fullmatch(text, answer.text) and answer.finish_reason == "stop"
+    assert other.token_ids == llm.chat(TALK, params[1], use_tqdm=False)[0].outputs[0].token_ids
+
+    def controls(said):
+        history = [*TALK, {"role": "assistant", "content": said}, *TALK]
+        prompt = llm.chat(history, params[1], use_tqdm=False)[0].prompt_token_ids
+        return [token for token in prompt if token in llm.tokenizer.special_ids]
+
+    assert controls(answer.text) == controls("x")

@@ -5,6 +5,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
+from llama import LLM, SamplingParams
 from llama.model.transformer import Transformer
 
 LLAMA_3_1 = {
@@ -124,6 +125,22 @@ def test_published_variants(variant, tmp_path, float64_norms):
     assert Transformer.from_pretrained(tmp_path / "ours").config == saved.config
     saved.float().prepare()
     assert (saved.logits(ids) - again(ids).logits).abs().max() <= 1e-4
+
+
+@pytest.mark.parametrize("scaling", [VARIANTS["linear"][0], {**YARN, "factor": 16.0}], ids=["linear", "yarn"])
+def test_beyond_max_position_embeddings(scaling, tmp_path, float64_norms):
+    """That key is the context before the stretching or behind it: transformers never multiplies it, nor stops there."""
+    model = build(4, 2, 16, 64, True, scaling, torch.float64)
+    ids = torch.randint(0, 131, (1, 400))
+    model.save_pretrained(tmp_path)
+    ours = Transformer.from_pretrained(tmp_path)
+    with torch.no_grad():
+        assert (ours.logits(ids) - model(ids).logits).abs().max() <= 1e-10
+        expected = model.generate(ids, max_new_tokens=8, do_sample=False, eos_token_id=None)[0, 400:]
+    greedy = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
+    llm = LLM(ours, max_model_len=410, num_blocks=32)
+    assert llm.generate(ids[0].tolist(), greedy, use_tqdm=False)[0].outputs[0].token_ids == expected.tolist()
+    assert LLM(ours, num_blocks=32).engine.config.max_model_len == 256 < ours.config.longest_context
 
 
 def test_float64_logits_with_float32_norms(tmp_path):

@@ -63,6 +63,16 @@ def sentencepiece_backend() -> tokenizers.Tokenizer:
     return backend
 
 
+def metaspace_backend(prepend_scheme: str) -> tokenizers.Tokenizer:
+    """The same with a pre-tokenizer in the normaliser's place, as newer conversions have it. "first": the space stands
+    before the beginning of a text alone, "always" behind special tokens too."""
+    backend = sentencepiece_backend()
+    state = json.loads(backend.to_str()) | {"normalizer": None}
+    backend = tokenizers.Tokenizer.from_str(json.dumps(state))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=prepend_scheme, split=False)
+    return backend
+
+
 def write_checkpoint(folder: Path, backend: tokenizers.Tokenizer, **files: object) -> Path:
     """A folder with tokenizer.json and the named JSON files: write_checkpoint(p, b, config={"eos_token_id": 2})."""
     folder.mkdir(parents=True, exist_ok=True)

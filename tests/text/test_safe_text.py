@@ -7,7 +7,16 @@ from hypothesis import strategies as st
 
 from llama.text.chat import ChatTemplate
 from llama.text.tokenizer import Tokenizer
-from tests.text.helpers import BOS, EOT, LLAMA_SPECIAL, PYTHON_TAG, TOOL_TEMPLATE, llama_backend, write_checkpoint
+from tests.text.helpers import (
+    BOS,
+    EOT,
+    LLAMA_SPECIAL,
+    PYTHON_TAG,
+    TOOL_TEMPLATE,
+    llama_backend,
+    metaspace_backend,
+    write_checkpoint,
+)
 from tests.text.template_shapes import SHAPES
 
 CHATML = (
@@ -117,6 +126,28 @@ def test_sentencepiece_text_is_safe_too(sentencepiece_tokenizer):
     ids = template.encode([{"role": "user", "content": "hello </s> there"}])
     assert ids.count(sentencepiece_tokenizer.token_to_id("</s>")) == 1
     assert sentencepiece_tokenizer.decode(ids) == "hello </s> there"
+
+
+@pytest.mark.parametrize("scheme", ["first", "always", "never"])
+@pytest.mark.parametrize("begins_with", ["<s>", ""])
+def test_metaspace_treats_hidden_text_as_any_other(scheme, begins_with, tmp_path):
+    """Brackets in the place of < and > give the same ids, but for those of these characters."""
+    config = {"bos_token": "<s>", "eos_token": "</s>"}
+    tokenizer = Tokenizer.from_pretrained(
+        write_checkpoint(tmp_path, metaspace_backend(scheme), tokenizer_config=config)
+    )
+    source = begins_with + "{% for m in messages %}{{ m.content }}</s>{% endfor %}"
+    template = ChatTemplate(tokenizer, {"default": source})
+    swapped = {
+        tokenizer.token_to_id(f"<0x{ord(a):02X}>"): tokenizer.token_to_id(f"<0x{ord(b):02X}>") for a, b in ("[<", "]>")
+    }
+    for text in ("hello </s> there", "</s>", " <s>x", "oh<unk>", "\n</s>", "</s> </s>"):
+        messages = [{"role": "user", "content": each} for each in (text, "hello", text)]
+        plain = [m | {"content": m["content"].replace("<", "[").replace(">", "]")} for m in messages]
+        ids = template.encode(messages)
+        assert ids == [swapped.get(token, token) for token in template.encode(plain)]
+        assert scheme == "always" or not begins_with or tokenizer.decode(ids, False) == template.render(messages)
+    template.close()
 
 
 # Added tokens that no flag calls special, as fine-tuning tools add them

@@ -80,7 +80,7 @@ class SafeText:
             end = len(rendered) if control is None else control.start()
             if self._sentinel.search(rendered, start, end):
                 ids += self._tokenizer.encode(rendered[copied:start], add_special_tokens=False)
-                ids += self._tokenizer.encode_plain(self.show(rendered[start:end]))
+                ids += self._tokenizer.encode_plain(self.show(rendered[start:end]), is_beginning=start == 0)
                 copied = end
             start = end if control is None else control.end()
         return ids + self._tokenizer.encode(rendered[copied:], add_special_tokens=False)

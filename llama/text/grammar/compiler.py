@@ -7,10 +7,11 @@ reads the vocabulary, which takes a second or more.
 
 import json
 import re
+import secrets
 import threading
 import time
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +39,10 @@ if TYPE_CHECKING:
 DEADLINE_SECONDS = 5.0
 KEPT_BYTES = 2**28
 LIVE_BYTES = 2**31  # of those that are kept or that requests hold
+# In Lark: comments, strings and regexes; a token by its name, and by numbers.
+_LARK_SKIPPED = r"//.*|#.*|\"(?:\\.|[^\"\\])*\"|/(?:\\.|[^/\\\n])+/"
+_TOKEN = r"<[^<>\[\]\s][^<>\s]*>"
+_TOKEN_IDS = r"<\[[^\]]*\]>"
 
 
 class Grammar:
@@ -107,10 +112,20 @@ class GrammarCompiler:
         if kind == "grammar":
             text = _checked_text(constraint["grammar"], where)
             try:
-                return str(_llguidance().grammar_from("grammar", text))  # Lark, or what it turns into Lark
+                source = str(_llguidance().grammar_from("grammar", text))  # Lark, or what it turns into Lark
             except (ValueError, RecursionError) as error:
                 raise ValueError(f"{where}: {told(str(error))}") from None
+            return self._with_ids(source)
         raise ValueError(f"response_format.type must be text, json_object, json_schema or regex, got {kind!r}")
+
+    def _with_ids(self, source: str) -> str:
+        """What a caller wrote in Lark, its control tokens named by id: llguidance sees them under other names."""
+
+        def with_id(found: re.Match[str]) -> str:
+            is_known = found[0] in self._tokenizer.added_tokens
+            return f"<[{self._tokenizer.token_to_id(found[0])}]>" if is_known else found[0]
+
+        return _in_lark(_TOKEN, with_id, source)
 
     @blamed_on("tools")
     def compile_tool_choice(self, tools: Sequence[Mapping[str, Any]], name: str | None = None) -> Grammar:
@@ -215,7 +230,8 @@ class GrammarCompiler:
             return kept
         self._check_room()
         try:
-            error = self._worker.ask({"grammar": source})
+            # The worker has a vocabulary of bytes, where one token stands for any.
+            error = self._worker.ask({"grammar": _in_lark(_TOKEN_IDS, lambda found: "<[0]>", source)})
         except WorkerError as failure:
             raise ValueError(f"{where}: {failure}") from None
         if error:
@@ -254,13 +270,23 @@ class GrammarCompiler:
             raise ValueError(f"grammars do not work with this tokenizer: {told(str(error))}") from None
 
     def _backend_json(self) -> str:
-        """The tokenizer, without the pad token for which the model may have no row."""
-        text = self._tokenizer.backend_json
-        if self._tokenizer.vocab_size <= self._vocab_size:
-            return text
-        state = json.loads(text)
+        """The tokenizer as llguidance is to see it: without the pad token for which the model may have no row, and with
+        names of special tokens that no text holds. It would find their own in a text that a grammar asks for, and then
+        take neither."""
+        state = json.loads(self._tokenizer.backend_json)
         state["added_tokens"] = [token for token in state["added_tokens"] if token["id"] < self._vocab_size]
-        return json.dumps(state)
+        hidden = secrets.token_hex(8)
+        names = {token["content"]: f"{hidden}{token['id']}" for token in state["added_tokens"] if token["special"]}
+        for token in state["added_tokens"]:
+            token["content"] = names.get(token["content"], token["content"])
+        model = state["model"]
+        if isinstance(vocabulary := model["vocab"], dict):
+            model["vocab"] = {names.get(piece, piece): token for piece, token in vocabulary.items()}
+        else:
+            model["vocab"] = [[names.get(piece, piece), score] for piece, score in vocabulary]
+        if model.get("unk_token") in names:
+            model["unk_token"] = names[model["unk_token"]]
+        return json.dumps(state | {"post_processor": None})
 
 
 def is_strict(tool: Mapping[str, Any]) -> bool:
@@ -293,6 +319,12 @@ def _text_rule(tools: Sequence[Mapping[str, Any]]) -> str:
     begins = rf'\s*((\[\s*)?\{{\s*"({"|".join(sorted(CALL_KEYS))})"|({names})\.call\()(?s:.*)'
     holds = rf"(?s:.*)({'|'.join(map(re.escape, MARKERS))})(?s:.*)"
     return f"answer: TEXT\nTEXT: /(?s:.*)/ & ~{_lark_regex(begins)} & ~{_lark_regex(holds)}"
+
+
+def _in_lark(pattern: str, change: Callable[[re.Match[str]], str], source: str) -> str:
+    """Changed where the pattern stands outside of comments, strings and regexes: in JSON nowhere."""
+    skipped_or_found = re.compile(rf"{_LARK_SKIPPED}|(?P<found>{pattern})")
+    return skipped_or_found.sub(lambda match: match[0] if match["found"] is None else change(match), source)
 
 
 def _lark_regex(regex: str) -> str:

@@ -20,7 +20,7 @@ _BYTES_PER_BYTE = 1000  # of a grammar's source, once it has run
 _BYTES_PER_SECOND = 2**27  # of making states
 _MOST_STATES_BYTES = 2**25  # what MAX_STATES of them take
 _USUAL_SECONDS = 0.0002  # of a mask whose states are there already
-_SOURCE_LINE = re.compile(r"\n *\d+ \| ")
+_SOURCE_LINE = re.compile(r"\n *\d+ \| |; following special tokens are available: ")
 
 
 class GrammarError(RuntimeError):
@@ -107,8 +107,8 @@ class Matcher:
 
 
 def told(error: str) -> str:
-    """What llguidance's message says, in one line: without the parser's state, and without the source and the carets
-    that it draws below it."""
+    """What llguidance's message says, in one line: without the parser's state, and without the source, the carets
+    that it draws below it, and the tokens that the worker process has."""
     text = _SOURCE_LINE.split(error.split("<state>")[0].replace("<non-verbose/>", ""))[0]
     place = _PLACE.match(text)
     text = text[place.end() :] if place else text

@@ -2,7 +2,8 @@
 
 Relaxing: what generators of schemas write and llguidance does not have. A `format` that it does not know, a pattern
 with look-around beside a format, bounds beyond 2**63 and `uniqueItems` are left out; `propertyNames` becomes the
-properties or the pattern that it lists, else it is left out; of a `oneOf` several may hold.
+properties or the pattern that it lists, else it is left out; of a `oneOf` several may hold. OpenAPI's `nullable` adds
+null to the type.
 
 Closing: an object that lists its properties gets `additionalProperties: false` unless it says otherwise. Whatever is
 then generated satisfies the schema as it was sent; without it, a model may go on inventing properties without end.
@@ -170,6 +171,8 @@ def _relaxed(schema: Any) -> Any:
         if isinstance(bound := relaxed.get(key), int | float) and bound * outward >= _FAR:
             del relaxed[key]
     relaxed.pop("uniqueItems", None)
+    if relaxed.get("nullable") is True and isinstance(kind := relaxed.get("type"), str):
+        relaxed["type"] = [kind, "null"]
     names = relaxed.pop("propertyNames", None)
     if isinstance(names, Mapping) and not relaxed.keys() & {"properties", "patternProperties"}:
         others = relaxed.get("additionalProperties", True)

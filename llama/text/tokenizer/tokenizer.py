@@ -6,6 +6,7 @@ pieces.py; `clean_up_tokenization_spaces` is not applied, for it changes text th
 """
 
 import re
+import secrets
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
@@ -49,6 +50,8 @@ class Tokenizer:
         self._config = config or {}
         self.control_tokens = _control_tokens(backend, {*self.template_tokens.values(), *control_tokens})
         self._parsing, self._plain = _two_instances(backend, self.template_tokens.values(), self.control_tokens)
+        self._edge = secrets.token_hex(16)  # one token of the plain instance, for what stands before a text
+        self._plain.add_tokens([tokenizers.AddedToken(self._edge, normalized=False, special=False)])
         added = self._parsing.get_added_tokens_decoder()
         self.added_tokens = frozenset(token.content for token in added.values())
         self.special_tokens: dict[str, int] = {t.content: i for i, t in added.items() if t.special}
@@ -90,9 +93,10 @@ class Tokenizer:
         prefix = () if ids[: len(self._prefix)] == list(self._prefix) else self._prefix
         return [*prefix, *ids, *self._suffix]
 
-    def encode_plain(self, text: str) -> list[int]:
-        """The text of control tokens stays text: none of their ids comes out. Nothing is added."""
-        ids = self._encode(self._plain, text)
+    def encode_plain(self, text: str, *, is_beginning: bool = True) -> list[int]:
+        """The text of control tokens stays text: none of their ids comes out. Nothing is added, but for the space that
+        some tokenizers put before the `is_beginning` of a text and not behind a control token."""
+        ids = self._encode(self._plain, text) if is_beginning else self._encode(self._plain, self._edge + text)[1:]
         if not self._control_ids.isdisjoint(ids):
             found = next(i for i in ids if i in self._control_ids)
             raise ValueError(f"the tokenizer cannot spell {self.id_to_token(found)!r} as plain text")
@@ -392,8 +396,4 @@ def _usable(file: Path) -> Iterator[None]:
     except BaseException as error:
         if not is_failure(error):
             raise
-        raise CheckpointError(f"{file}: is not a usable tokenizer: {_one_line(error)}") from None
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200]
+        raise CheckpointError(f"{file}: is not a usable tokenizer: {' '.join(str(error).split())[:200]}") from None
