@@ -35,7 +35,7 @@ from llama.engine.scheduler import Scheduler
 from llama.engine.sequence import Sequence, TokenOutput
 from llama.engine.speculation import let_speculate
 from llama.model.kv_cache import KVCache
-from llama.model.module import hooks_of
+from llama.model.module import hooks_of, num_hooks_made
 from llama.model.transformer import Transformer
 
 logger = logging.getLogger(__name__)
@@ -294,6 +294,7 @@ class Engine:
         """Schedule a step and set the device to it. Out of memory, it tries again with fewer tokens."""
         max_tokens = None
         for attempts_left in reversed(range(STEP_ATTEMPTS)):
+            num_hooks = num_hooks_made()
             self.scheduler.running.close_cache(self._is_hooked())
             plan = self._keep_books(self.scheduler.schedule, max_tokens)
             if plan is None:
@@ -301,6 +302,8 @@ class Engine:
             try:
                 self._in_flight.append((plan, self.runner.launch(plan)))
                 self._num_steps += 1
+                if num_hooks_made() != num_hooks:
+                    self._keep_books(self.scheduler.distrust)
                 return True
             except BaseException as error:
                 members = self._keep_books(self.scheduler.revert)

@@ -377,6 +377,11 @@ class Scheduler:
                 self._requeue(sequence)
         return members
 
+    def distrust(self) -> None:
+        """Hooks have come while the newest step was computed: the prefix cache forgets it."""
+        self.pool.unpublish(self._in_flight[-1].published)
+        self.running.close_cache(True)
+
     def fail(self, sequences: Iterable[Sequence]) -> list[TokenOutput]:
         """End sequences with an error."""
         return [self._fail(sequence) for sequence in sequences if not sequence.finished]

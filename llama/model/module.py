@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import nn
 from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
+from torch.utils.hooks import RemovableHandle
 
 
 class Module(nn.Module):
@@ -25,5 +26,12 @@ class Module(nn.Module):
 
 
 def hooks_of(model: nn.Module) -> list[Mapping[int, Any]]:
-    """The forward hooks of every module, live: `any` of them tells whether there is one."""
-    return [hooks for module in model.modules() for hooks in (module._forward_hooks, module._forward_pre_hooks)]
+    """The forward hooks of every module, and those for all modules there are, live: `any` of them tells whether there
+    is one."""
+    own = [hooks for module in model.modules() for hooks in (module._forward_hooks, module._forward_pre_hooks)]
+    return [_global_forward_hooks, _global_forward_pre_hooks, *own]
+
+
+def num_hooks_made() -> int:
+    """Hooks of any kind since torch was imported: where it has not changed, none has come."""
+    return RemovableHandle.next_id
