@@ -49,7 +49,7 @@ IMPORT_ORDER = {
         lora""",
     "llama.engine": """
         speculative_config ngrams
-        config adapters blocks device graphs
+        config adapters blocks device graphs metrics
         request budget
         sequence token_rules
         plan

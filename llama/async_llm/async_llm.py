@@ -28,7 +28,7 @@ from llama.api.params import SamplingParams
 from llama.async_llm.admission import Admission
 from llama.async_llm.preparation import Preparation, grammar_key, size_of
 from llama.async_llm.stepper import Stepper, Stream
-from llama.engine.engine import EngineMetrics
+from llama.engine.metrics import EngineMetrics
 from llama.engine.request import Request
 from llama.llm.engines import ranks_of
 from llama.llm.llm import LLM

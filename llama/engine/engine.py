@@ -9,13 +9,13 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
 
-from llama.api.errors import EngineDeadError, ParameterError
+from llama.api.errors import EngineDeadError, ParameterError, refusal
 from llama.api.outputs import FinishReason
 from llama.api.params import SamplingParams
 from llama.engine.adapters import Adapters
@@ -26,6 +26,7 @@ from llama.engine.draft_model import DraftModel
 from llama.engine.graph_runner import make_runner
 from llama.engine.guidance import check_guided, guided_limit
 from llama.engine.memory import fitting_blocks
+from llama.engine.metrics import EngineMetrics
 from llama.engine.parallel_runner import ParallelRunner, RankLostError
 from llama.engine.plan import Plan, StepResult
 from llama.engine.request import Request, check_params, check_room, checked_ids
@@ -43,32 +44,6 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 STEP_ATTEMPTS = 3  # of a step that runs out of memory, each with half the tokens of the one before
-
-
-@dataclass(frozen=True, slots=True)
-class EngineMetrics:
-    """Counts of now (waiting, running, blocks) and totals since the start (all others)."""
-
-    num_waiting: int
-    num_running: int
-    num_blocks: int
-    num_used_blocks: int
-    num_cached_blocks: int  # without an owner, but their content can be used again
-    num_steps: int
-    num_preemptions: int
-    num_prompt_tokens: int
-    num_generated_tokens: int
-    num_prefix_queries: int  # tokens looked up in the prefix cache
-    num_prefix_hits: int  # tokens found there
-    num_drafts: int = 0  # times that drafts of a sequence were verified
-    num_draft_tokens: int = 0
-    num_accepted_tokens: int = 0  # of these, those that were right
-    num_accepted_tokens_per_pos: tuple[int, ...] = ()  # the same by place behind the last token; () = no drafts at all
-
-    @property
-    def kv_usage(self) -> float:
-        """Fraction of the blocks that running requests own."""
-        return self.num_used_blocks / self.num_blocks
 
 
 class StepRunner(Protocol):
@@ -102,6 +77,8 @@ class Engine:
         if runner is None:
             if model is None:
                 raise ValueError("an engine needs a model, or a runner in its place")
+            if config.tensor_parallel_size > 1:
+                raise refusal("tensor_parallel_size", "1 for a model in one process", config.tensor_parallel_size)
             num_blocks = num_blocks or fitting_blocks(model, config, draft)
             runner = make_runner(model, config, num_blocks, eos_token_ids)
         elif num_blocks is None:
@@ -131,6 +108,8 @@ class Engine:
         self._seeds = Seeds(config.seed)
         self._in_flight: deque[tuple[Plan, Callable[[], StepResult]]] = deque()
         self._num_requests = self._num_steps = self._num_prompt_tokens = 0
+        self._num_attempts = 0  # at the present step, all without memory for it
+        self._max_tokens: int | None = None  # that the next attempt may have
         self._death: str | None = None
 
     @property
@@ -292,11 +271,10 @@ class Engine:
 
     def _launch(self, outputs: list[TokenOutput]) -> bool:
         """Schedule a step and set the device to it. Out of memory, it tries again with fewer tokens."""
-        max_tokens = None
-        for attempts_left in reversed(range(STEP_ATTEMPTS)):
+        while True:
             num_hooks = num_hooks_made()
             self.scheduler.running.close_cache(self._is_hooked())
-            plan = self._keep_books(self.scheduler.schedule, max_tokens)
+            plan = self._keep_books(self.scheduler.schedule, self._max_tokens)
             if plan is None:
                 return False
             try:
@@ -309,14 +287,20 @@ class Engine:
                 members = self._keep_books(self.scheduler.revert)
                 if not isinstance(error, Exception):
                     raise
-                if isinstance(error, torch.OutOfMemoryError) and attempts_left:
-                    self.runner.release_memory()
-                    max_tokens = max(2, plan.num_tokens // 2)  # the two of a guided request go together
-                    logger.warning("out of memory in a step of %d tokens; trying %d", plan.num_tokens, max_tokens)
-                    continue
-                self._fail(members, error, outputs)
-                return False
-        return False
+                if not self._tries_again(plan, error):
+                    self._fail(members, error, outputs)
+                    return False
+
+    def _tries_again(self, plan: Plan, error: Exception) -> bool:
+        """Whether a step that failed, and has been taken back, is made again with fewer tokens."""
+        self._num_attempts += 1
+        if not isinstance(error, torch.OutOfMemoryError) or self._num_attempts >= STEP_ATTEMPTS:
+            self._num_attempts, self._max_tokens = 0, None
+            return False
+        self.runner.release_memory()
+        self._max_tokens = max(2, plan.num_tokens // 2)  # the two of a guided request go together
+        logger.warning("out of memory in a step of %d tokens; trying %d", plan.num_tokens, self._max_tokens)
+        return True
 
     def _is_hooked(self) -> bool:
         is_hooked = any(self._hooks)
@@ -342,8 +326,10 @@ class Engine:
                 members += self._keep_books(self.scheduler.revert)
             if not isinstance(error, Exception):
                 raise
-            self._fail(members, error, outputs)
+            if not self._tries_again(plan, error):
+                self._fail(members, error, outputs)
             return
+        self._num_attempts, self._max_tokens = 0, None
         outputs += self._keep_books(self.scheduler.update, plan, result)
 
     def _fail(self, members: list[Sequence], error: Exception, outputs: list[TokenOutput]) -> None:

@@ -23,6 +23,7 @@ from llama.engine.memory import make_kv_cache
 from llama.engine.plan import LAST_SAMPLED, Plan, StepResult
 from llama.engine.runner import DTYPES, Runner, fetch_result
 from llama.kernels.types import Sampled, SamplerRows
+from llama.model.communicator import Call
 from llama.model.kv_cache import KVCache
 from llama.model.module import hooks_of
 from llama.model.transformer import Transformer
@@ -84,13 +85,20 @@ class GraphRunner(Runner):
             self._run_model(len(self._logits), has_adapters=False)
             self._run_sampler(len(self._logits), flags)
 
-    def _compute(self, plan: Plan) -> Callable[[], StepResult]:
+    def calls(self, plan: Plan) -> list[Call] | None:
+        return None if self._is_plain(plan) else super().calls(plan)
+
+    def _is_plain(self, plan: Plan) -> bool:
+        """Whether graphs can run it."""
         samples_all = plan.only_decodes or (
             plan.drafts is not None and np.array_equal(plan.sample_sources, np.arange(plan.num_tokens))
         )
         is_plain = samples_all and plan.prompt_sources is None and not len(plan.copies)
-        is_plain &= not (plan.taps or plan.processed or plan.guided)
-        if not is_plain or any(self._hooks):  # a recording would keep hooks, or their absence
+        # A recording would keep hooks, or their absence.
+        return is_plain and not (plan.taps or plan.processed or plan.guided or any(self._hooks))
+
+    def _compute(self, plan: Plan) -> Callable[[], StepResult]:
+        if not self._is_plain(plan):
             return super()._compute(plan)
         has_adapters = plan.adapter_indices is not None and bool(plan.adapter_indices.any())
         if has_adapters and self._generation != self.adapters.generation:

@@ -1,15 +1,19 @@
 """Runners of a model that ranks share: rank 0's tells the others each step and computes its part; theirs do as told.
 
-Nothing is sent back. Every rank draws the same tokens: the logits are the same bits on each, and noise is a function
-of seed, position and token. With a step comes a checksum of what rank 0 drew before: ranks that drew anything else end
-the engine, before a wrong text does.
+Nothing is sent back, but that a rank has no memory for a step, which is then tried again on all. Every rank draws the
+same tokens: the logits are the same bits on each, and noise is a function of seed, position and token. With a step
+comes a checksum of what rank 0 drew before: ranks that drew anything else end the engine, before a wrong text does.
 """
 
+import contextlib
+import logging
 import weakref
 import zlib
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
+
+import torch
 
 from llama.api.errors import AdapterError
 from llama.engine.adapters import Adapter
@@ -17,9 +21,37 @@ from llama.engine.plan import Plan, StepResult
 from llama.engine.runner import Runner
 from llama.engine.wire import Message, decode_plan, encode_plan
 
+logger = logging.getLogger(__name__)
+
 
 class RankLostError(RuntimeError):
     """A rank ended, is silent or failed; the others cannot go on without it."""
+
+
+def launch_alike(
+    runner: Runner, plan: Plan, tell: Callable[[torch.OutOfMemoryError], None]
+) -> Callable[[], StepResult]:
+    """runner.launch(plan). A rank that has no memory for it tells so, and then says nothing but zeros to the end of the
+    forward: the others are in it, and can stop no more than a device can. What they draw is not taken."""
+    communicator = runner.model.communicator
+    before = 0 if communicator is None else communicator.num_calls
+    try:
+        return runner.launch(plan)
+    except torch.OutOfMemoryError as error:
+        calls = runner.calls(plan)
+        left = None if calls is None or communicator is None else calls[communicator.num_calls - before :]
+        if not left or communicator is None:  # the others may have drawn their tokens
+            raise
+        logger.warning("rank %d ran out of memory in a step of %d tokens", communicator.shard.rank, plan.num_tokens)
+        tell(error)
+        message = str(error)
+    runner.release_memory()
+    communicator.stand_in(left, runner.model.dtype)
+
+    def starved() -> StepResult:
+        raise torch.OutOfMemoryError(message)
+
+    return starved
 
 
 class Peers(Protocol):
@@ -31,6 +63,9 @@ class Peers(Protocol):
 
     def send(self, data: bytes) -> None: ...
     def ask(self, message: Message) -> list[dict[str, Any]]: ...
+    def starved(self, step: int) -> str | None:
+        """Which of them had no memory for this step, which rank 0 has computed."""
+
     def in_step(self) -> AbstractContextManager[None]: ...
     def failed(self, error: BaseException) -> RankLostError: ...
     def listen(self, listener: Callable[[str], None]) -> None: ...
@@ -42,8 +77,8 @@ def checksum(result: StepResult) -> int:
 
 
 class ParallelRunner:
-    """Rank 0's: `runner` computes its own part, `peers` hear of each step. No failure leaves the ranks alike, so that
-    each ends them: RankLostError."""
+    """Rank 0's: `runner` computes its own part, `peers` hear of each step. A step that any rank has no memory for is an
+    OutOfMemoryError of its result, and none has taken it. No other failure leaves the ranks alike: RankLostError."""
 
     def __init__(self, runner: Runner, peers: Peers) -> None:
         self.vocab_size = runner.vocab_size
@@ -54,6 +89,7 @@ class ParallelRunner:
         self._numbers: weakref.WeakKeyDictionary[Adapter, int] = weakref.WeakKeyDictionary()
         self._num_shared = 0
         self._forgotten: list[int] = []
+        self._is_short = False
 
     @property
     def lost(self) -> str | None:
@@ -67,14 +103,20 @@ class ParallelRunner:
         def run() -> Callable[[], StepResult]:
             drawn, self._drawn = self._drawn, {}
             forgotten = [self._forgotten.pop() for _ in range(len(self._forgotten))]
-            extra = {"drawn": list(drawn.items()), "forget": forgotten}
+            extra = {"drawn": list(drawn.items()), "forget": forgotten, "release": self._is_short}
+            self._is_short = False
             self._peers.send(encode_plan(plan, self._numbers.__getitem__, extra))
-            return self.own.launch(plan)
+            return launch_alike(self.own, plan, starving.append)
 
+        starving: list[torch.OutOfMemoryError] = []
         result_of = self._guarded(run)
 
         def result() -> StepResult:
+            if starving:
+                raise starving[0]
             found: StepResult = self._guarded(result_of)
+            if (who := self._peers.starved(plan.step)) is not None:
+                raise torch.OutOfMemoryError(f"{who} ran out of memory")
             self._drawn[plan.step] = checksum(found)
             return found
 
@@ -111,6 +153,8 @@ class ParallelRunner:
         self._peers.listen(listener)
 
     def release_memory(self) -> None:
+        """The others do so before their next step."""
+        self._is_short = True
         self.own.release_memory()
 
     def check_device(self) -> None:
@@ -121,10 +165,16 @@ class ParallelRunner:
 class Follower:
     """Another rank's: does what a message says -> the answer, None where none is awaited."""
 
-    def __init__(self, runner: Runner, read: Callable[[Mapping[str, Any]], Adapter]) -> None:
-        """`read` reads an adapter's files. AdapterError where they are not what rank 0 has read."""
+    def __init__(
+        self,
+        runner: Runner,
+        read: Callable[[Mapping[str, Any]], Adapter],
+        say: Callable[[dict[str, Any]], None],
+    ) -> None:
+        """`read` reads an adapter's files. AdapterError where they are not what rank 0 has read. `say` tells rank 0."""
         self._runner = runner
         self._read = read
+        self._say = say
         self._adapters: dict[int, Adapter] = {}
         self._in_flight: list[tuple[int, Callable[[], StepResult]]] = []
         self._drawn: dict[int, int] = {}
@@ -140,15 +190,19 @@ class Follower:
             self._collect()
         for step, drawn in content["drawn"]:
             self._compare(step, drawn)
+        if content["release"]:
+            self._runner.release_memory()
         plan = decode_plan(message, self._adapters)
-        self._in_flight.append((plan.step, self._runner.launch(plan)))
+        result_of = launch_alike(self._runner, plan, lambda error: self._say({"starved": plan.step}))
+        self._in_flight.append((plan.step, result_of))
         if self._runner.lag == 0:
             self._collect()
         return None
 
     def _collect(self) -> None:
         step, result_of = self._in_flight.pop(0)
-        self._drawn[step] = checksum(result_of())
+        with contextlib.suppress(torch.OutOfMemoryError):  # nobody takes its tokens
+            self._drawn[step] = checksum(result_of())
 
     def _compare(self, step: int, drawn: int) -> None:
         while step not in self._drawn and self._in_flight:

@@ -27,6 +27,7 @@ from llama.kernels.logprobs import Logprobs
 from llama.kernels.types import Sampled, SamplerRows
 from llama.model.adapters import StepAdapters
 from llama.model.batch import Batch
+from llama.model.communicator import Call
 from llama.model.fixed_rows import fix_rows
 from llama.model.kv_cache import KVCache
 from llama.model.lora import LoadedAdapters
@@ -77,6 +78,17 @@ class Runner:
         with torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext():
             self._take_over(plan)
             return self._compute(plan)
+
+    def calls(self, plan: Plan) -> list[Call] | None:
+        """What ranks say to one another in a step, in order; None where it is not known."""
+        if plan.taps or plan.guided:
+            return None
+        gathered = [len(plan.sample_rows)] if len(plan.sample_rows) else []
+        if plan.prompt_sources is not None:
+            count, most = len(plan.prompt_sources), self._scored_rows
+            gathered += [min(most, count - start) for start in range(0, count, most)]
+        sums = [Call(plan.num_tokens, False)] * (1 + 2 * self.model.config.num_hidden_layers)
+        return [*sums, *(Call(rows, True) for rows in gathered)]
 
     @property
     def graph_bytes(self) -> int:

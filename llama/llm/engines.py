@@ -1,7 +1,6 @@
 """From a model's place and a configuration to its engine: in this process alone, or with other ranks."""
 
 import os
-import tempfile
 import weakref
 from collections.abc import Mapping
 from dataclasses import asdict, replace
@@ -17,6 +16,7 @@ from llama.engine.engine import Engine
 from llama.engine.graph_runner import make_runner
 from llama.engine.memory import fitting_blocks
 from llama.engine.parallel_runner import ParallelRunner
+from llama.llm import torchrun
 from llama.llm.loading import load_model
 from llama.llm.rank import load_part
 from llama.llm.ranks import Ranks
@@ -59,38 +59,46 @@ def _check_parallel(model: Any, where: torch.device, config: EngineConfig, draft
         raise ParameterError(
             f'{name}={size} takes no draft model: speculative_config={{"method": "ngram"}} works', name
         )
-    if where.type == "cuda" and (where.index or torch.cuda.device_count() < size):
-        have = f"device={str(where)!r}" if where.index else f"this machine has {torch.cuda.device_count()}"
-        raise ParameterError(f'{name}={size} needs {size} CUDA devices from "cuda:0" on, {have}', name)
+    first = where.index or 0
+    if where.type == "cuda" and first + size > torch.cuda.device_count():
+        have = f"this machine has {torch.cuda.device_count()}"
+        raise ParameterError(f'{name}={size} needs {size} CUDA devices from "cuda:{first}" on, {have}', name)
 
 
 def _parallel_engine(
     path: Path, where: torch.device, config: EngineConfig, eos_token_ids: frozenset[int], loading: Mapping[str, Any]
 ) -> Engine:
     size = config.tensor_parallel_size
-    ranks = Ranks.start(size, config.step_timeout)
+    rank = torchrun.rank_of_this(size)
+    if rank:
+        torchrun.serve_sibling(rank)
+    ranks = (Ranks.start if rank is None else torchrun.join)(size, config.step_timeout)
+    store = os.memfd_create("llama-ranks")  # where the ranks meet: a file that nobody has to remove
     try:
-        with tempfile.TemporaryDirectory(prefix="llama-ranks-") as folder:
-            told = {
-                "model": os.path.abspath(path),
-                "device": where.type,
-                "size": size,
-                "engine": asdict(config),
-                "loading": {**loading, "dtype": str(loading["dtype"]).removeprefix("torch.")},
-                "eos_token_ids": sorted(eos_token_ids),
-                "store": str(Path(folder) / "store"),
-                "threads": max(1, torch.get_num_threads() // size),
-            }
-            return connect(ranks, told)
+        told = {
+            "model": os.path.abspath(path),
+            "device": where.type,
+            "first_device": where.index or 0,
+            "size": size,
+            "engine": asdict(config),
+            "loading": {**loading, "dtype": str(loading["dtype"]).removeprefix("torch.")},
+            "eos_token_ids": sorted(eos_token_ids),
+            "store": f"/proc/{os.getpid()}/fd/{store}",
+            "threads": max(1, torch.get_num_threads() // size),
+        }
+        return connect(ranks, told)
     except (ValueError, MemoryError):
         ranks.close()
         raise
-    except BaseException as error:
+    except Exception as error:
         lost = ranks.failed(error)
         ranks.close()
-        if isinstance(error, Exception):
-            raise lost from error
+        raise lost from error
+    except BaseException:
+        ranks.close()
         raise
+    finally:
+        os.close(store)
 
 
 def connect(ranks: Ranks, told: Mapping[str, Any]) -> Engine:
@@ -98,7 +106,7 @@ def connect(ranks: Ranks, told: Mapping[str, Any]) -> Engine:
     for the same KV blocks: as many as the rank with the least."""
     config, eos_token_ids = EngineConfig(**told["engine"]), frozenset(told["eos_token_ids"])
     ranks.tell(lambda rank: {**told, "rank": rank})
-    model = load_part(told, 0)
+    model = load_part(told, 0, ranks.patient)
     ranks.answers()
     num_blocks = config.num_blocks
     if num_blocks is None:

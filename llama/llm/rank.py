@@ -40,7 +40,7 @@ def serve(stream: socket.socket, say: Callable[[dict[str, Any]], None]) -> None:
             continue
         runner = make_runner(model, config, message.content["num_blocks"], frozenset(told["eos_token_ids"]))
         say({"started": True})
-        follower = Follower(runner, lambda adapter: _read(adapter, model, config))
+        follower = Follower(runner, lambda adapter: _read(adapter, model, config), say)
         while (step := receive(stream)) is not None:
             answer = follower.take(step)
             if answer is not None:
@@ -48,17 +48,22 @@ def serve(stream: socket.socket, say: Callable[[dict[str, Any]], None]) -> None:
         return
 
 
-def load_part(told: Mapping[str, Any], rank: int) -> Transformer:
-    """The part of a rank of what `told` describes; the ranks meet here."""
-    device = torch.device(told["device"], rank) if told["device"] == "cuda" else torch.device("cpu")
-    if device.type == "cuda":
+def load_part(
+    told: Mapping[str, Any],
+    rank: int,
+    patient: Callable[[Callable[[], Communicator]], Communicator] = lambda meet: meet(),
+) -> Transformer:
+    """The part of a rank of what `told` describes; the ranks meet here, as long as `patient` lets them wait."""
+    device = torch.device("cpu")
+    if told["device"] == "cuda":
+        device = torch.device("cuda", told["first_device"] + rank)
         torch.cuda.set_device(device)
     elif told["threads"]:
         torch.set_num_threads(told["threads"])
     path, loading = Path(told["model"]), told["loading"]
     shard = Shard(ModelConfig.from_pretrained(path), rank, told["size"])
-    store = FileStore(told["store"], told["size"])
-    communicator = Communicator(shard, store, device, seconds=max(START_SECONDS, told["engine"]["step_timeout"]))
+    seconds = max(START_SECONDS, told["engine"]["step_timeout"])
+    communicator = patient(lambda: Communicator(shard, FileStore(told["store"], told["size"]), device, seconds=seconds))
     return load_model(path, device, communicator=communicator, **loading)
 
 

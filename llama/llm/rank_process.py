@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 import traceback
-from typing import Any
+from typing import Any, NoReturn
 
 BEAT_SECONDS = 1.0
 
@@ -22,6 +22,11 @@ def main() -> None:
         signal.signal(number, signal.SIG_IGN)
     stream, parent = socket.socket(fileno=int(sys.argv[1])), int(sys.argv[2])
     sys.path[:] = json.loads(sys.argv[3])  # that of rank 0's process, whatever made it
+    live(stream, parent)
+
+
+def live(stream: socket.socket, parent: int) -> NoReturn:
+    """Do as rank 0 says at the other end of `stream`, until that or the process that started this one is gone."""
     from llama.engine.wire import Message
 
     lock = threading.Lock()

@@ -20,12 +20,14 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 from llama.engine.parallel_runner import RankLostError
 from llama.engine.wire import Frames, Message
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 SILENCE_SECONDS = 15  # without a sign of life
 START_SILENCE_SECONDS = 120  # while libraries are imported and weights read
@@ -64,6 +66,8 @@ class _State:
         self.has_started = self.is_closing = False
         self.lost: str | None = None
         self.listeners: list[Callable[[str], None]] = []
+        self.starved: dict[int, int] = {}  # step -> the rank that had no memory for it
+        self.hearing = threading.Lock()
         self._lock = threading.Lock()
 
     def fail(self, why: str) -> None:
@@ -166,6 +170,34 @@ class Ranks:
             found.append(answer)
         return found
 
+    def starved(self, step: int) -> str | None:
+        """Which other rank had no memory for a step that this one has computed. It said so before it said anything else
+        in that step, so what it said is here, if not heard yet."""
+        for peer in self._state.peers:
+            _hear(self._state, peer)
+        rank = self._state.starved.pop(step, None)
+        return None if rank is None else f"rank {rank}"
+
+    def patient(self, work: Callable[[], T]) -> T:
+        """work(), where it waits for the other ranks: it is left alone once they are lost."""
+        done: queue.SimpleQueue[tuple[T | None, BaseException | None]] = queue.SimpleQueue()
+
+        def run() -> None:
+            try:
+                done.put((work(), None))
+            except BaseException as error:
+                done.put((None, error))
+
+        threading.Thread(target=run, name="llama-meet", daemon=True).start()
+        while True:
+            with contextlib.suppress(queue.Empty):
+                result, error = done.get(timeout=0.05)
+                if error is not None:
+                    raise error
+                return cast(T, result)
+            if self._state.lost is not None:
+                raise RankLostError(self._state.lost)
+
     @contextlib.contextmanager
     def in_step(self) -> Iterator[None]:
         """What takes longer than the step's deadline in here is given up."""
@@ -205,19 +237,29 @@ def _watch(state: _State) -> None:
 
 
 def _hear(state: _State, peer: Peer) -> None:
-    try:
-        data = peer.stream.recv(1 << 16)
-    except OSError:
-        data = b""
-    peer.silent_ticks = 0
-    for message in peer.frames.take(data):
-        if "error" in message.content:
-            logger.error("rank %d:\n%s", peer.rank, message.content.get("trace", ""))
-            state.fail(state.cause(f"rank {peer.rank}: {message.content['error']}", of=peer))
-        elif "beat" not in message.content:
-            peer.answers.put(message.content)
+    """What has come from a rank. On any thread; it does not wait."""
+    with state.hearing:
+        try:
+            data = peer.stream.recv(1 << 16, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        peer.silent_ticks = 0
+        for message in peer.frames.take(data):
+            _take(state, peer, message.content)
     if not data and not state.is_closing:
         state.fail(state.cause(f"rank {peer.rank} closed its connection"))
+
+
+def _take(state: _State, peer: Peer, content: dict[str, Any]) -> None:
+    if "error" in content:
+        logger.error("rank %d:\n%s", peer.rank, content.get("trace", ""))
+        state.fail(state.cause(f"rank {peer.rank}: {content['error']}", of=peer))
+    elif "starved" in content:
+        state.starved[content["starved"]] = peer.rank
+    elif "beat" not in content:
+        peer.answers.put(content)
 
 
 def _tick(state: _State) -> None:

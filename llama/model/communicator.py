@@ -4,14 +4,22 @@ The process group is the library's own, beside any that the caller has made: no 
 several engines may live in one process. Gloo on the CPU, on the loopback device; NCCL on CUDA.
 """
 
+from collections.abc import Sequence
 from datetime import timedelta
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from llama.model.parallel import Shard
+
+
+class Call(NamedTuple):
+    """One sum or gathering of a forward."""
+
+    rows: int
+    is_gathering: bool
 
 
 class Communicator:
@@ -21,6 +29,8 @@ class Communicator:
         """Meets the others by `store`, one of torch.distributed's. A collective that takes longer than `seconds` is an
         error, and the end."""
         self.shard = shard
+        self.num_calls = 0  # of `sum` and `gather`
+        self._device = device
         wait = timedelta(seconds=seconds)
         self._group: Any  # what a process group of either kind does has no common type
         if device.type == "cuda":
@@ -37,12 +47,14 @@ class Communicator:
 
     def sum(self, x: Tensor) -> Tensor:
         """x, in place, summed over the ranks: the same bits on each."""
+        self.num_calls += 1
         self._group.allreduce([x]).wait()
         return x
 
     def gather(self, x: Tensor) -> Tensor:
         """x [rows, columns] -> [rows, vocab_size]: the columns of all ranks in order, without the padding."""
         parts = x.new_empty(self.shard.size, *x.shape)
+        self.num_calls += 1
         self._group.allgather([list(parts.unbind(0))], [x.contiguous()]).wait()
         return parts.transpose(0, 1).flatten(1)[:, : self.shard.config.vocab_size].contiguous()
 
@@ -53,6 +65,14 @@ class Communicator:
         is_here = (places >= 0) & (places < weight.shape[0])
         rows = torch.nn.functional.embedding(places.where(is_here, 0), weight)
         return self.sum(rows.masked_fill_(~is_here.unsqueeze(1), 0))
+
+    def stand_in(self, calls: Sequence[Call], dtype: torch.dtype) -> None:
+        """Make the calls that the others make, with zeros: this rank has no memory for what should be in them."""
+        local = self.shard.local
+        for call in calls:
+            columns = local.vocab_size if call.is_gathering else local.hidden_size
+            x = torch.zeros(call.rows, columns, dtype=dtype, device=self._device)
+            self.gather(x) if call.is_gathering else self.sum(x)
 
     def _check(self, device: torch.device) -> None:
         """On some machines the first collective never returns, on others it returns nonsense."""

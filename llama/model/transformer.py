@@ -186,6 +186,7 @@ class Transformer(Research):
         if dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
             raise ValueError(f"dtype must be torch.float64, float32, float16 or bfloat16, got {dtype!r}")
         self._config = config
+        self.communicator = communicator
         self.shard = Shard(config) if communicator is None else communicator.shard
         local = self.local_config = config if communicator is None else self.shard.local
         self.embed_tokens = Embedding(local, device=device, dtype=dtype)

@@ -11,7 +11,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.exposition import CONTENT_TYPE_LATEST as CONTENT_TYPE
 
 from llama.api.outputs import RequestMetrics
-from llama.engine.engine import EngineMetrics
+from llama.engine.metrics import EngineMetrics
 
 _TIMES = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0)
 _SIZES = tuple(float(digit * 10**power) for power in range(6) for digit in (1, 2, 5))

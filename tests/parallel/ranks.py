@@ -74,10 +74,16 @@ def engine_on_ranks(
         for rank in range(1, config.tensor_parallel_size):
             ours, theirs = socket.socketpair()
             peers.append(Peer(rank, ours))
-            threads.append(threading.Thread(target=_serve, args=(theirs,), daemon=True))
+            threads.append(threading.Thread(target=_serve, args=(theirs,), name=f"rank {rank}", daemon=True))
             threads[-1].start()
         ranks = Ranks(peers, config.step_timeout)
-        told = {"model": str(folder), "device": "cpu", "size": config.tensor_parallel_size, "engine": asdict(config)}
+        told = {
+            "model": str(folder),
+            "device": "cpu",
+            "first_device": 0,
+            "size": config.tensor_parallel_size,
+            "engine": asdict(config),
+        }
         told |= {"loading": {"dtype": dtype, "load_format": "auto"}, "eos_token_ids": sorted(eos_token_ids)}
         try:
             yield connect(ranks, told | {"store": f"{stores}/store", "threads": 0})

@@ -1,7 +1,10 @@
 """An engine across ranks gives the oracle's tokens, and log-probabilities to 1e-9, however its requests are run."""
 
+import itertools
 import json
 import socket
+import threading
+import time
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -15,8 +18,10 @@ from llama.api.params import SamplingParams
 from llama.engine import runner as runners
 from llama.engine.config import EngineConfig
 from llama.engine.engine import Engine
+from llama.engine.parallel_runner import RankLostError
 from llama.engine.plan import Guided, Join, Plan
 from llama.engine.wire import Frames, decode_plan, encode_plan, receive
+from llama.llm import rank
 from llama.llm.loras import read_lora
 from llama.llm.taps import tapped
 from llama.model.capture import Capture
@@ -28,6 +33,7 @@ from tests.test_equivalence import ALONE, ASKS, DRAFTED, EOS, SPECULATIVE_CONFIG
 CONFIG = EngineConfig(
     max_model_len=256, max_num_batched_tokens=32, max_num_seqs=8, block_size=4, num_blocks=200, tensor_parallel_size=2
 )
+IN_ONE = replace(CONFIG, tensor_parallel_size=1)
 MANY = pytest.param(4, marks=pytest.mark.slow)
 
 
@@ -102,12 +108,12 @@ class Every:
         return Every(self.count)
 
 
-def make_adapter(path, modules, seed, rank):
+def make_adapter(path, modules, seed, r):
     sizes = module_sizes(model().config)
     generator = torch.Generator().manual_seed(seed)
     path.mkdir()
     names = [name for name in sizes if name.rpartition(".")[2] in modules]
-    options = {"peft_type": "LORA", "r": rank, "lora_alpha": 8, "target_modules": list(modules)}
+    options = {"peft_type": "LORA", "r": r, "lora_alpha": 8, "target_modules": list(modules)}
     (path / "adapter_config.json").write_text(json.dumps(options))
     tensors = {}
     for name in names:
@@ -115,8 +121,8 @@ def make_adapter(path, modules, seed, rank):
         if name == "model.embed_tokens":
             a, b = "lora_embedding_A", "lora_embedding_B"
         in_features, out_features = sizes[name]
-        tensors[f"base_model.model.{name}.{a}"] = torch.randn(rank, in_features, generator=generator) / 4
-        tensors[f"base_model.model.{name}.{b}"] = torch.randn(out_features, rank, generator=generator) / 4
+        tensors[f"base_model.model.{name}.{a}"] = torch.randn(r, in_features, generator=generator) / 4
+        tensors[f"base_model.model.{name}.{b}"] = torch.randn(out_features, r, generator=generator) / 4
     save_file(tensors, path / "adapter_model.safetensors")
     return path
 
@@ -152,9 +158,9 @@ def test_adapters_of_every_module_are_cut_as_their_weights(folder, tmp_path, siz
     folders = {"all": make_adapter(tmp_path / "all", MODULES, 1, 5)}
     modules = MODULES if size == 4 else ("o_proj", "embed_tokens", "lm_head")
     folders |= {name: make_adapter(tmp_path / name, (name,), i, 3) for i, name in enumerate(modules)}
-    config = replace(CONFIG, max_loras=2)
-    alone = Engine(model(), config, eos_token_ids={EOS})
-    with engine_on_ranks(folder, replace(config, tensor_parallel_size=size), frozenset({EOS})) as engine:
+    alone = Engine(model(), replace(IN_ONE, max_loras=2), eos_token_ids={EOS})
+    config = replace(CONFIG, max_loras=2, tensor_parallel_size=size)
+    with engine_on_ranks(folder, config, frozenset({EOS})) as engine:
         for each in (alone, engine):
             for name, path in folders.items():
                 each.adapters.add(read_lora(each, each.model, name, path))
@@ -178,13 +184,64 @@ def test_an_adapter_that_another_rank_cannot_read_is_refused(folder, tmp_path):
         (tmp_path / "other" / "adapter_model.safetensors").rename(path / "adapter_model.safetensors")
         with pytest.raises(AdapterError, match=r"^rank 1: .*changed"):
             engine.adapters.add(adapter)
-        assert_same(answers(engine), answers(Engine(model(), CONFIG)))
+        assert_same(answers(engine), answers(Engine(model(), IN_ONE)))
 
 
 def test_grammars(folder):
     matcher = {"new_matcher": Every}
     with engine_on_ranks(folder, CONFIG) as engine:
-        assert_same(answers(engine, **matcher), answers(Engine(model(), CONFIG), **matcher))
+        assert_same(answers(engine, **matcher), answers(Engine(model(), IN_ONE), **matcher))
+
+
+def test_a_whole_model_is_refused_for_several_ranks():
+    with pytest.raises(ParameterError, match="tensor_parallel_size must be 1 for a model in one process, got 2"):
+        Engine(model(), CONFIG)
+
+
+def starve(model, place, calls):
+    """Have no memory at these calls of a module."""
+    module = {"embedding": model.embed_tokens, "layer": model.layers[1].mlp, "head": model.lm_head}[place]
+    plain, numbers = module.forward, itertools.count()
+
+    def forward(*arguments):
+        if next(numbers) in calls:
+            raise torch.OutOfMemoryError("none left")
+        return plain(*arguments)
+
+    module.forward = forward
+
+
+@pytest.mark.parametrize(
+    ("place", "whose", "lag"),
+    [("embedding", (1,), 0), ("layer", (0,), 0), ("layer", (1,), 1), ("head", (0,), 1), ("head", (0, 1), 0)],
+)
+def test_a_step_without_memory_is_made_again_on_all_ranks(folder, monkeypatch, caplog, place, whose, lag):
+    """Whoever had none, and wherever: the same tokens and log-probabilities, of prompts and of decodes."""
+    runners, make = [], rank.make_runner
+    monkeypatch.setattr(rank, "make_runner", lambda *arguments: runners.append(make(*arguments)) or runners[-1])
+    with engine_on_ranks(folder, CONFIG) as engine:
+        for runner in (engine.runner.own, *runners):
+            runner.lag = lag
+            if runner.model.shard.rank in whose:
+                starve(runner.model, place, {0, 1, 5})
+        engine.runner.lag = lag
+        found = answers(engine)
+        engine.check()
+        assert engine.pool.num_used == 0
+    assert_same(found, answers(Engine(model(), IN_ONE)))
+    tried = [r.args[1] for r in caplog.records if "out of memory in a step of" in r.message and "trying" in r.message]
+    assert tried[0] == 16 and len(tried) in (2, 3)
+
+
+def test_a_step_that_never_finds_memory_fails_alone(folder, monkeypatch):
+    runners, make = [], rank.make_runner
+    monkeypatch.setattr(rank, "make_runner", lambda *arguments: runners.append(make(*arguments)) or runners[-1])
+    with engine_on_ranks(folder, CONFIG) as engine:
+        starve(runners[0].model, "layer", range(3))
+        engine.add(engine.request("0", [1, 2, 3], SamplingParams(max_tokens=5)))
+        outputs = [output for _ in range(3) for output in engine.step()]
+        assert [output.finish_reason for output in outputs] == ["error"] and not engine.has_unfinished
+        assert_same(answers(engine), answers(Engine(model(), IN_ONE)))
 
 
 def test_guidance(folder):
@@ -194,7 +251,7 @@ def test_guidance(folder):
         return answers(engine)
 
     with engine_on_ranks(folder, CONFIG) as engine:
-        assert_same(guided(engine), guided(Engine(model(), CONFIG)))
+        assert_same(guided(engine), guided(Engine(model(), IN_ONE)))
 
 
 def test_blocks_are_counted_by_rank_and_each_has_half_of_the_kv_heads(folder):
@@ -265,6 +322,26 @@ def test_ranks_that_draw_other_tokens_end_the_engine(folder, caplog):
             engine.step()
         with pytest.raises(EngineDeadError, match="drew other tokens"):
             engine.add(engine.request("1", [1], SamplingParams()))
+
+
+@pytest.mark.parametrize("name", ["Communicator", "load_model", "fitting_blocks", "make_runner"])
+def test_a_rank_that_fails_before_the_first_step_is_named(folder, monkeypatch, name):
+    """Where ranks meet, while weights are read, in profiling, in the constructor: none waits for it."""
+    plain = getattr(rank, name)
+
+    def of_rank_1(*arguments, **named):
+        if threading.current_thread().name == "rank 1":
+            raise ZeroDivisionError("division by zero")
+        return plain(*arguments, **named)
+
+    monkeypatch.setattr(rank, name, of_rank_1)
+    started = time.monotonic()
+    with (
+        pytest.raises(RankLostError, match="rank 1: ZeroDivisionError: division by zero"),
+        engine_on_ranks(folder, replace(CONFIG, num_blocks=None)),
+    ):
+        pass
+    assert time.monotonic() - started < 30
 
 
 def test_a_step_past_its_deadline_ends_the_engine(folder, monkeypatch):

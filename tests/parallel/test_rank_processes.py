@@ -1,8 +1,10 @@
 """Ranks as processes: they start wherever Python runs, and none outlives what it was started for."""
 
 import asyncio
+import contextlib
 import gc
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -10,13 +12,16 @@ import threading
 import time
 from pathlib import Path
 
+import httpx
 import pytest
 
 from llama import LLM, AsyncLLM, SamplingParams
-from llama.api.errors import EngineDeadError
+from llama.api.errors import EngineDeadError, ParameterError
 from llama.engine.parallel_runner import RankLostError
 from llama.llm import ranks as ranks_module
+from llama.llm import torchrun
 from tests.model.models import tiny_model
+from tests.tiny_checkpoint import make_model
 
 REPOSITORY = Path(__file__).parents[2]
 GREEDY = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
@@ -75,6 +80,28 @@ def is_gone(pid: int) -> bool:
         return (Path("/proc") / str(pid) / "stat").read_text().rpartition(")")[2].split()[0] == "Z"
     except OSError:
         return True
+
+
+def shared_memory_of(pid: int) -> set[str]:
+    """What a process has in /dev/shm, open or mapped."""
+    found = set()
+    with contextlib.suppress(OSError):
+        for line in (Path("/proc") / str(pid) / "maps").read_text().splitlines():
+            found |= {word for word in line.split() if word.startswith("/dev/shm/")}
+        for entry in (Path("/proc") / str(pid) / "fd").iterdir():
+            with contextlib.suppress(OSError):
+                found |= {target} if (target := os.readlink(entry)).startswith("/dev/shm/") else set()
+    return found
+
+
+def ports_of(pid: int) -> int:
+    """How many TCP ports a process listens on."""
+    links = []
+    for entry in (Path("/proc") / str(pid) / "fd").iterdir():
+        with contextlib.suppress(OSError):
+            links.append(os.readlink(entry))
+    rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+    return sum(f"socket:[{row[9]}]" in links for row in rows if row[3] == "0A")
 
 
 def environment(**more) -> dict[str, str]:
@@ -147,16 +174,42 @@ def test_a_stopped_rank_is_given_up_after_its_silence(folder):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", ["script", "-c", "stdin"])
+@pytest.mark.parametrize("how", ["script", "-c", "stdin", "-i"])
 def test_ranks_start_from_anything_that_runs_python(folder, expected, tmp_path, how):
     """No guard around the script's main part; and what an outer torchrun or Slurm left behind is no matter."""
     text = SCRIPT.format(folder=folder)
     (tmp_path / "script.py").write_text(text)
-    arguments = {"script": [str(tmp_path / "script.py")], "-c": ["-c", text], "stdin": ["-"]}[how]
-    left_over = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "3", "MASTER_ADDR": "nowhere", "MASTER_PORT": "1"}
+    arguments = {"script": [str(tmp_path / "script.py")], "-c": ["-c", text], "stdin": ["-"], "-i": ["-i"]}[how]
+    left_over = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "nowhere", "MASTER_PORT": "1"}
     options = {"capture_output": True, "text": True, "env": environment(**left_over), "cwd": tmp_path, "timeout": 300}
     done = subprocess.run([sys.executable, *arguments], input=text, check=False, **options)
     assert (done.returncode, done.stdout) == (0, f"{expected}\n"), done.stderr
+
+
+@pytest.mark.slow
+def test_torchrun_starts_the_ranks_and_rank_0_has_the_user(folder, expected, tmp_path):
+    """The others serve where they make their LLM, and end with rank 0, be it by an error."""
+    (tmp_path / "script.py").write_text(SCRIPT.format(folder=folder) + "import sys; sys.exit(int(sys.argv[1]))\n")
+    for code in (0, 3):
+        arguments = ["-m", "torch.distributed.run", "--nproc-per-node", "2", str(tmp_path / "script.py"), str(code)]
+        options = {"capture_output": True, "text": True, "env": environment(), "cwd": tmp_path, "timeout": 300}
+        done = subprocess.run([sys.executable, *arguments], check=False, **options)
+        assert done.stdout == f"{expected}\n", done.stderr
+        assert (done.returncode == 0) == (code == 0)
+
+
+def test_what_an_outer_job_left_behind_is_no_torchrun(monkeypatch):
+    for name, value in {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    assert torchrun.rank_of_this(2) is None
+    monkeypatch.setattr(torchrun, "_is_started_by_torchrun", lambda: True)
+    assert torchrun.rank_of_this(2) == 1
+    assert torchrun.rank_of_this(4) is None
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    with pytest.raises(ParameterError, match="ranks are processes of one machine, got RANK=1 with LOCAL_RANK=0"):
+        torchrun.rank_of_this(2)
+    monkeypatch.delenv("RANK")
+    assert torchrun.rank_of_this(2) is None
 
 
 WAITING = """
@@ -174,33 +227,108 @@ time.sleep(600)
 
 @pytest.mark.slow
 @pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGINT])
-@pytest.mark.parametrize("busy", [False, True])
-def test_no_rank_outlives_rank_0(folder, busy, sent):
-    text = WAITING.format(folder=folder, busy=busy)
+@pytest.mark.parametrize("state", ["loading", "idle", "busy"])
+def test_no_rank_outlives_rank_0(folder, state, sent):
+    text = WAITING.format(folder=folder, busy=state == "busy")
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "process_group": 0}
     with subprocess.Popen([sys.executable, "-c", text], env=environment(), **options) as process:
-        assert process.stdout.readline() == "ready\n"
+        if state == "loading":
+            wait_until(lambda: len(children_of(process.pid)) == 3, 120)
+            time.sleep(random.uniform(0, 3))
+        else:
+            assert process.stdout.readline() == "ready\n"
         pids = children_of(process.pid)
         assert len(pids) == 3
+        assert not any(map(shared_memory_of, [process.pid, *pids]))
         # Ctrl-C goes to the whole group, as a terminal sends it.
         os.killpg(process.pid, sent) if sent == signal.SIGINT else process.kill()
         _, err = process.communicate(timeout=60)
         wait_until(lambda: all(map(is_gone, pids)), 10)
         assert process.returncode != 0
         assert err.count("KeyboardInterrupt") == (sent == signal.SIGINT), err
+        assert "rank" not in err.replace("rank_process", "").partition("Traceback")[0], err
 
 
 @pytest.mark.slow
-def test_a_rank_that_cannot_load_is_named(folder, monkeypatch, tmp_path):
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_server_whose_rank_is_killed_ends_with_an_error_for_all(victim, tmp_path):
+    """20 requests stream; within 10 seconds all have ended, the exit code is not 0, and no process is left."""
+    options = ("--port", "0", "--num-blocks", "400", "-tp", "2", "--no-access-log")
+    code = "import sys; from llama.cli import main; sys.exit(main())"
+    command = [sys.executable, "-c", code, "serve", make_model(tmp_path), *options]
+    with subprocess.Popen(command, env=environment(), stderr=subprocess.PIPE, text=True) as process:
+        lines = iter(process.stderr.readline, "")
+        url = next(line for line in lines if "serving" in line).split()[-1]
+        [rank] = children_of(process.pid)
+        body = {"prompt": "Hello", "max_tokens": 200, "ignore_eos": True, "stream": True}
+        ended, all_stream = [], threading.Barrier(21)
+
+        def ask():
+            said = ""
+            with (
+                contextlib.suppress(httpx.HTTPError),
+                httpx.stream("POST", f"{url}/v1/completions", json=body) as answer,
+            ):
+                for line in answer.iter_lines():
+                    if not said:
+                        all_stream.wait(60)
+                    said += line
+            ended.append("[DONE]" not in said or "error" in said)
+
+        threads = [threading.Thread(target=ask, daemon=True) for _ in range(20)]
+        for thread in threads:
+            thread.start()
+        all_stream.wait(60)
+        os.kill(process.pid if victim == 0 else rank, signal.SIGKILL)
+        killed = time.monotonic()
+        for thread in threads:
+            thread.join(max(0.0, killed + 10 - time.monotonic()))
+        assert ended == [True] * 20
+        assert process.wait(30) == (-signal.SIGKILL if victim == 0 else os.EX_SOFTWARE)
+        wait_until(lambda: is_gone(rank), 5)
+
+
+BROKEN = """
+    import llama.llm.rank as broken
+    broken.{name} = lambda *_, **__: {action}
+    try:
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["ModelConfig", "Communicator", "load_model", "fitting_blocks", "make_runner"])
+def test_a_rank_that_dies_before_the_first_step_is_named_at_once(folder, monkeypatch, tmp_path, name):
+    """Also one that the others wait for where they meet."""
     program = tmp_path / "rank_process.py"
     text = Path(ranks_module._PROGRAM).read_text()
-    broken = "from llama.model import checkpoint; checkpoint.Checkpoint.load = lambda *_, **__: 1 / 0\n        serve("
-    program.write_text(text.replace("serve(", broken, 1).replace("import serve  #", "import serve as serve  #"))
+    at, action = "    try:\n        from llama.llm.rank import serve", "os._exit(7)"
+    assert at in text
+    program.write_text(text.replace(at, BROKEN.format(name=name, action=action).strip("\n") + at[8:]))
     monkeypatch.setattr(ranks_module, "_PROGRAM", program)
     before = children_of(os.getpid())
-    with pytest.raises(RankLostError, match="rank 1: ZeroDivisionError: division by zero"):
-        LLM(folder, **SMALL)
+    started = time.monotonic()
+    with pytest.raises(RankLostError, match=r"rank 1 \(process [0-9]+\) ended with exit code 7"):
+        LLM(folder, **{name: value for name, value in SMALL.items() if name != "num_blocks"})
+    assert time.monotonic() - started < 60
     wait_until(lambda: children_of(os.getpid()) == before, 10)
+
+
+@pytest.mark.slow
+def test_engines_that_start_at_once_do_not_meet_one_another(folder, expected, monkeypatch):
+    for name, value in {"MASTER_ADDR": "nowhere", "MASTER_PORT": "1", "RANK": "0", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    found = []
+
+    def start():
+        with contextlib.closing(LLM(folder, **SMALL)) as llm:
+            found.append(llm.generate(PROMPT, GREEDY, use_tqdm=False)[0].outputs[0].token_ids)
+
+    threads = [threading.Thread(target=start) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(300)
+    assert found == [expected] * 8
 
 
 @pytest.mark.slow
@@ -215,18 +343,22 @@ def test_ranks_live_on_when_the_thread_that_made_them_ends(folder, expected):
 
 @pytest.mark.slow
 def test_starts_and_stops_leave_nothing(folder, expected):
-    shared, before = set(os.listdir("/dev/shm")), children_of(os.getpid())
-    descriptors = len(os.listdir("/proc/self/fd"))
-    for i in range(12):
+    """No process, no shared memory, no port, no descriptor."""
+    me = os.getpid()
+    before, descriptors = children_of(me), 0
+    for i in range(50):
         llm = LLM(folder, **SMALL)
         assert llm.generate(PROMPT, GREEDY, use_tqdm=False)[0].outputs[0].token_ids == expected
+        # What a process does not make it cannot leave behind; what others have in /dev/shm comes and goes.
+        assert not any(map(shared_memory_of, children_of(me)))
         if i % 2:
             llm.close()
             with pytest.raises(EngineDeadError, match="closed"):
                 llm.generate(PROMPT, GREEDY, use_tqdm=False)
         del llm
         gc.collect()
-        assert children_of(os.getpid()) == before
-    # Other programs of the machine come and go: theirs are semaphores of multiprocessing, which ranks do not use.
-    assert {name for name in os.listdir("/dev/shm") if not name.startswith("sem.mp-")} <= shared
-    assert len(os.listdir("/proc/self/fd")) <= descriptors + 12
+        assert children_of(me) == before
+        if i == 1:
+            descriptors, ports = len(os.listdir("/proc/self/fd")), ports_of(me)
+    assert len(os.listdir("/proc/self/fd")) <= descriptors
+    assert ports_of(me) <= ports

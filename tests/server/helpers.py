@@ -15,7 +15,7 @@ from llama import LLM
 from llama.api.outputs import FinishReason
 from llama.async_llm.async_llm import AsyncLLM
 from llama.engine.adapters import Adapters
-from llama.engine.engine import EngineMetrics
+from llama.engine.metrics import EngineMetrics
 from llama.engine.sequence import TokenOutput
 from llama.llm.replies import Replies
 from llama.server.config import ServerConfig, take_port
