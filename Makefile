@@ -101,13 +101,13 @@ clients: demo-model .venv-clients/.ready
 	npm install --prefix .venv-clients/npm --no-package-lock --no-audit --no-fund
 	touch $@
 
-# Rows on Ray Data, on a cluster of this machine. All but Ray and what it brings comes from the project's own venv.
+# Batches, rows and servers on Ray, on clusters of this machine. All but Ray and what it brings comes from the project's own venv.
 test-ray: .venv-ray/.ready
 	.venv-ray/bin/python -m pytest tests/ray
 
 .venv-ray/.ready: $(READY) constraints-ray.txt
 	$(BIN)/python -m venv .venv-ray
-	.venv-ray/bin/python -m pip install --quiet --constraint constraints-ray.txt 'ray[data]'
+	.venv-ray/bin/python -m pip install --quiet --constraint constraints-ray.txt 'ray[data,serve]'
 	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > \
 		$$(.venv-ray/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/project.pth
 	touch $@

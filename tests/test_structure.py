@@ -28,8 +28,8 @@ IMPORT_ORDER = {
         engine
         llm
         async_llm
-        server
-        batch convert
+        server ray_cluster
+        batch convert serve_ray
         cli""",
     "llama.model": """
         rope_scaling

@@ -12,6 +12,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from llama.batch import parquet
 from llama.batch.lines import Line, Settings, count_lines, read_lines
 from llama.batch.output import OutputFile
 
@@ -42,9 +43,10 @@ class Job:
         if output.exists() and source.samefile(output):
             raise ValueError(f"the output is the input: {output}")
         self._source = source
+        self._target = output
         self._settings = settings
         self.num_lines = count_lines(source)
-        self.output = OutputFile(output)
+        self.output = OutputFile(parquet.open_journal(output) if parquet.is_parquet(output) else output)
         try:
             self.counts = Counts(kept=self._num_answered(output))
         except BaseException:
@@ -54,8 +56,10 @@ class Job:
     def __enter__(self) -> "Job":
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self.output.close()
+        if kind is None and parquet.is_parquet(self._target):
+            parquet.close_journal(self._target)
 
     def pending(self) -> Iterator[Line]:
         """The lines that have no answer yet, in order."""

@@ -9,10 +9,11 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from pydantic_core import from_json
 
+from llama.batch import parquet
 from llama.batch.ids import IdSet
 from llama.files import open_regular
 
@@ -34,10 +35,9 @@ class Refusal:
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """One line of the input, `offset` bytes from its beginning. With a `refusal` it has neither url nor body."""
+    """One line of the input. With a `refusal` it has neither url nor body."""
 
     id: str
-    offset: int
     custom_id: str | None
     url: str = ""
     body: Mapping[str, Any] | None = None
@@ -63,23 +63,21 @@ def read_lines(path: Path, settings: Settings) -> Iterator[Line]:
     """Every line of the file but the blank ones, in order; what is no request, or has the custom_id of an earlier one,
     comes with its refusal."""
     custom_ids = IdSet()
-    with open_regular(path) as file:
-        for number, (offset, raw) in enumerate(_raw_lines(file), start=1):
-            if raw.strip():
-                line = parse_line(raw, number, offset, settings)
-                if line.refusal is None and not custom_ids.add(line.custom_id or ""):
-                    message = f"line {number}: an earlier line has the custom_id {line.custom_id!r}"
-                    line = _refused(raw, number, offset, line.custom_id, Refusal("duplicate_custom_id", message))
-                yield line
+    for number, raw in enumerate(_raw_lines(path), start=1):
+        if raw.strip():
+            line = parse_line(raw, number, settings)
+            if line.refusal is None and not custom_ids.add(line.custom_id or ""):
+                message = f"line {number}: an earlier line has the custom_id {line.custom_id!r}"
+                line = _refused(raw, number, line.custom_id, Refusal("duplicate_custom_id", message))
+            yield line
 
 
 def count_lines(path: Path) -> int:
     """How many lines read_lines gives."""
-    with open_regular(path) as file:
-        return sum(1 for _, raw in _raw_lines(file) if raw.strip())
+    return sum(1 for raw in _raw_lines(path) if raw.strip())
 
 
-def parse_line(raw: bytes, number: int, offset: int, settings: Settings) -> Line:
+def parse_line(raw: bytes, number: int, settings: Settings) -> Line:
     """A line by itself: whether its custom_id is new is not asked."""
     custom_id = None
     try:
@@ -89,9 +87,9 @@ def parse_line(raw: bytes, number: int, offset: int, settings: Settings) -> Line
         custom_id = _custom_id(value)
         url, body = _request(value)
     except _LineError as error:
-        return _refused(raw, number, offset, custom_id, Refusal(error.code, f"line {number}: {error}"))
+        return _refused(raw, number, custom_id, Refusal(error.code, f"line {number}: {error}"))
     line_id = _digest([custom_id, url, body, settings])
-    return Line(line_id, offset, custom_id, url, body)
+    return Line(line_id, custom_id, url, body)
 
 
 class _LineError(ValueError):
@@ -132,9 +130,9 @@ def _shown(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False)[:100]
 
 
-def _refused(raw: bytes, number: int, offset: int, custom_id: str | None, refusal: Refusal) -> Line:
+def _refused(raw: bytes, number: int, custom_id: str | None, refusal: Refusal) -> Line:
     # The number, because a file may hold the same bad line twice.
-    return Line(_digest([number, raw.hex()]), offset, custom_id, refusal=refusal)
+    return Line(_digest([number, raw.hex()]), custom_id, refusal=refusal)
 
 
 def _digest(value: Any) -> str:
@@ -142,13 +140,14 @@ def _digest(value: Any) -> str:
     return ID_PREFIX + hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
-def _raw_lines(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
-    """(offset, line) of each; of one that is too long only its beginning."""
-    offset = len(_BOM) if file.read(len(_BOM)) == _BOM else 0
-    file.seek(offset)
-    while raw := file.readline(MAX_LINE_BYTES + 1):
-        yield offset, raw
-        offset += len(raw)
-        while len(raw) > MAX_LINE_BYTES and not raw.endswith(b"\n"):
-            raw = file.readline(MAX_LINE_BYTES + 1)
-            offset += len(raw)
+def _raw_lines(path: Path) -> Iterator[bytes]:
+    """Of a line that is too long only the beginning."""
+    if parquet.is_parquet(path):
+        yield from parquet.input_lines(path)
+        return
+    with open_regular(path) as file:
+        file.seek(len(_BOM) if file.read(len(_BOM)) == _BOM else 0)
+        while raw := file.readline(MAX_LINE_BYTES + 1):
+            yield raw
+            while len(raw) > MAX_LINE_BYTES and not raw.endswith(b"\n"):
+                raw = file.readline(MAX_LINE_BYTES + 1)

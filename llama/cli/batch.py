@@ -6,7 +6,7 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
-from llama.cli.common import add_model_flags, add_replicas_flag, check_replicas, llm_options
+from llama.cli.common import add_model_flags, add_ray_flags, add_replicas_flag, check_replicas, llm_options
 from llama.cli.flags import Once, Parser, UsageError, checked, named_adapter
 from llama.server.config import ServerConfig
 
@@ -37,6 +37,7 @@ def add_arguments(parser: Parser) -> None:
     )
     parser.add_argument("--lora", **several, type=named_adapter, metavar="NAME=PATH", help="adapters to load")
     add_replicas_flag(parser)
+    add_ray_flags(parser)
     captures = parser.add_argument_group("activations (docs/research.md)")
     help = "points to keep, such as layers.14.resid_post; one safetensors file for each line, named by its id"
     captures.add_argument("--capture", action="extend", nargs="+", metavar="POINT", help=help)
@@ -61,11 +62,14 @@ def run(options: Namespace) -> int:
     settings |= {"model": str(Path(model).resolve()), "loras": [[n, str(Path(p).resolve())] for n, p in options.lora]}
     if bool(options.capture) != bool(options.capture_to):
         raise UsageError("--capture and --capture-to need each other")
+    if options.capture and options.ray:
+        raise UsageError("--capture is not there with --ray: run it on one machine")
     if options.capture:
         settings["capture"] = [options.capture, options.capture_positions, options.capture_mean]
     with Job(Path(source), Path(output), settings) as job:
         if job.counts.kept < job.num_lines:
-            _answer(job, model, options, arguments, config)
+            answer = _answer_on_ray if options.ray else _answer
+            answer(job, model, options, arguments, config)
         print(f"llama: {output}: {job.counts}", file=sys.stderr)
     return 0
 
@@ -103,3 +107,11 @@ def _answer(job: Any, model: str, options: Namespace, arguments: dict[str, Any],
             await llm.close()
 
     asyncio.run(answer_all())
+
+
+def _answer_on_ray(job: Any, model: str, options: Namespace, arguments: dict[str, Any], config: ServerConfig) -> None:
+    from llama.batch.on_ray import answer_on_ray
+    from llama.ray_cluster import connect
+
+    connect(options.ray_address)
+    asyncio.run(answer_on_ray(job, model, config.model_names, dict(options.lora), arguments, options.replicas))

@@ -7,6 +7,7 @@ from argparse import Namespace
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from importlib.util import find_spec
 from typing import Any, Literal
 
 from llama.api.errors import ParameterError
@@ -63,8 +64,21 @@ def add_replicas_flag(parser: Parser) -> None:
     parser.add_argument("--replicas", type=integer(1, 1024), default=1, metavar="INT", help=text)
 
 
+def add_ray_flags(parser: Parser) -> Any:
+    """-> the group, for more of them."""
+    group = parser.add_argument_group("Ray (docs/scaling.md)")
+    text = "each of --replicas on a Ray cluster, with as many GPUs as it has ranks: the one here, else one of its own"
+    group.add_argument("--ray", action="store_true", help=text)
+    group.add_argument("--ray-address", action=Once, metavar="ADDRESS", help="another cluster; local: one of its own")
+    return group
+
+
 def check_replicas(options: Namespace) -> None:
-    if options.replicas > 1:
+    if options.ray_address is not None and not options.ray:
+        raise UsageError("--ray-address needs --ray")
+    if options.ray and find_spec("ray") is None:
+        raise UsageError("--ray needs Ray: pip install 'llama-engine[ray]'")
+    if options.replicas > 1 and not options.ray:
         raise UsageError("--replicas above 1 is not there yet: start a server for each GPU, and a balancer")
 
 

@@ -5,7 +5,7 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
-from llama.cli.common import add_model_flags, add_replicas_flag, check_replicas, llm_options
+from llama.cli.common import add_model_flags, add_ray_flags, add_replicas_flag, check_replicas, llm_options
 from llama.cli.flags import Parser, UsageError, add_fields, checked, given, integer, named_adapter
 from llama.files import named, read_text
 from llama.hub import is_hub_id
@@ -38,6 +38,12 @@ def add_arguments(parser: Parser) -> None:
     ):
         parser.add_argument(name, type=integer(0), default=most, metavar="INT", help=what)
     add_replicas_flag(parser)
+    group = add_ray_flags(parser)
+    text = "with --ray: as many replicas as there are requests for, from --min-replicas (1) on"
+    group.add_argument("--max-replicas", type=integer(1, 1024), metavar="INT", help=text)
+    group.add_argument("--min-replicas", type=integer(0, 1024), default=1, metavar="INT", help="how few of them")
+    text = "of each replica, above and below which their number changes (--max-num-seqs)"
+    group.add_argument("--target-ongoing-requests", type=integer(1), metavar="INT", help=text)
     add_fields(parser, ServerConfig, "server")
     add_model_flags(parser)
 
@@ -54,6 +60,9 @@ def run(options: Namespace) -> int:
     names = {"model_names": tuple(options.served_model_name) or (own_name,)}
     more = {"api_keys": _keys(options), "allow_origin": tuple(options.allow_origin)}
     config = checked(ServerConfig, names | more | given(options, ServerConfig))
+    waiting = {name: getattr(options, name) for name in ("max_waiting_requests", "max_waiting_tokens")}
+    if options.ray:
+        return _serve_on_ray(options, arguments | given(options, ServerConfig) | waiting | more | names)
     taken = take_port(options.host, options.port)
     # What follows imports torch.
     from llama.async_llm.async_llm import AsyncLLM
@@ -69,8 +78,23 @@ def run(options: Namespace) -> int:
         llm.load_lora(name, path)
     host, port = taken.getsockname()[:2]
     logger.info("llama: serving %s on http://%s:%d", config.name, f"[{host}]" if ":" in host else host, port)
-    waiting = {name: getattr(options, name) for name in ("max_waiting_requests", "max_waiting_tokens")}
     return serve(AsyncLLM(llm, **waiting), config, taken, log)
+
+
+def _serve_on_ray(options: Namespace, told: dict[str, Any]) -> int:
+    if options.port == 0:
+        raise UsageError("--port must be a port with --ray, got 0")
+    from llama.ray_cluster import connect
+
+    _log_to_stderr()
+    connect(options.ray_address)
+    from llama.serve_ray import Arguments, run
+
+    scale = {name: getattr(options, name) for name in ("replicas", "min_replicas", "max_replicas")}
+    scale["target_ongoing_requests"] = options.target_ongoing_requests
+    names = {"served_model_name": told.pop("model_names"), "loras": dict(options.lora)}
+    run(Arguments(model=options.model, **told, **names, **scale), options.host, options.port)
+    return 0
 
 
 def _keys(options: Namespace) -> tuple[str, ...]:

@@ -89,6 +89,13 @@ class Metrics:
     def exposition(self) -> bytes:
         return generate_latest(self._registry)
 
+    def samples(self) -> Iterator[tuple[str, str, dict[str, str], float]]:
+        """(name, documentation, labels, value) of all that exposition() shows."""
+        for family in self._registry.collect():
+            for sample in family.samples:
+                if not sample.name.endswith("_created"):
+                    yield sample.name, family.documentation, sample.labels, sample.value
+
     def _histogram(self, name: str, documentation: str, buckets: tuple[float, ...]) -> Histogram:
         family = Histogram(name, documentation, ["model_name"], buckets=buckets, registry=self._registry)
         return family.labels(self._model_name)

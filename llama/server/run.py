@@ -182,7 +182,7 @@ async def _close_stalled(connections: set[Any], config: ServerConfig) -> None:
 def serve(llm: AsyncLLM, config: ServerConfig, taken: socket.socket, log: LogQueue) -> int:
     """Serve until told to stop -> the exit code: 70 if the engine died. A dead engine's process ends in any case."""
     _allow_many_connections()
-    _read_vocabulary(llm)
+    read_vocabulary(llm)
     server = Server(Service(llm, config, log))
     threading.Thread(target=_end_if_dead, args=(server, log), name="llama-end", daemon=True).start()
     asyncio.run(server.serve([taken]))
@@ -208,7 +208,7 @@ def _stacks() -> str:
         return file.read().decode(errors="replace").rstrip()
 
 
-def _read_vocabulary(llm: AsyncLLM) -> None:
+def read_vocabulary(llm: AsyncLLM) -> None:
     """llguidance reads it for the first grammar, which takes a second or two in which no other thread can run: better
     now than when requests stream. Those who ask for a grammar hear why if it cannot be done."""
     with contextlib.suppress(ValueError):

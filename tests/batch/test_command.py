@@ -36,9 +36,9 @@ def batch(capsys, *arguments) -> tuple[int, str]:
 def test_a_file_in_a_file_out(capsys, tiny, adapter, files):
     source, output = files
     lines = [
-        chat("chat", "hello", max_tokens=4, model="name"),
+        chat("chat", "hello", max_tokens=8, temperature=0, model="name"),
         completion("text", ["ab", "cd"], max_tokens=3),
-        chat("tuned", "hello", max_tokens=4, model="tuned"),
+        chat("tuned", "hello", max_tokens=8, temperature=0, model="tuned"),
         chat("model", "x", model="tiny"),
         "{",
     ]
@@ -84,6 +84,21 @@ def test_paths_by_flags(capsys, tiny, files):
 def test_usage_errors(capsys, arguments, told):
     code, err = batch(capsys, *arguments)
     assert code == 2 and one_line(err) and told in err
+
+
+def test_what_is_missing_is_told_before_any_work(capsys, monkeypatch, tiny, files):
+    source, output = files
+    write_lines(source, [chat("a", "x", max_tokens=1)])
+    monkeypatch.setattr("llama.cli.common.find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    for arguments, told in (
+        ((source, output, "--ray"), "--ray needs Ray: pip install 'llama-engine[ray]'"),
+        ((source, output, "--ray-address", "auto"), "--ray-address needs --ray"),
+        ((source, output.with_suffix(".parquet")), "Parquet files need pyarrow: pip install 'llama-engine[ray]'"),
+        ((source.with_suffix(".parquet"), output), "Parquet files need pyarrow: pip install 'llama-engine[ray]'"),
+    ):
+        code, err = batch(capsys, tiny, *arguments)
+        assert code in (1, 2) and one_line(err) and told in err and [*output.parent.glob("output*")] == []
 
 
 def test_failures_are_one_line_and_leave_the_files_alone(capsys, tiny, files):

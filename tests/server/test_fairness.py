@@ -13,7 +13,7 @@ from llama.server.bodies import parse_body
 from llama.server.cloudflare.schema import RunRequest
 from llama.server.errors import ApiError
 from llama.server.openai.schema import ChatRequest
-from llama.server.run import _read_vocabulary
+from llama.server.run import read_vocabulary
 from llama.text.sandbox import LOW_PRIORITY, Worker, WorkerError
 from tests.model.models import tiny_model
 from tests.server.helpers import PATIENCE, RUN, begin, read_all, real_llm, running, scripted_llm, until, user
@@ -167,10 +167,10 @@ def test_bodies_that_are_too_large_together():
 
 def test_the_vocabulary_is_read_before_anyone_asks():
     llm = real_llm()
-    _read_vocabulary(llm)
+    read_vocabulary(llm)
     assert "_vocabulary" in vars(llm.llm.inputs._grammars)
     without = AsyncLLM(tiny_model(), num_blocks=4)
-    _read_vocabulary(without)  # without a tokenizer there is none, and that is no failure
+    read_vocabulary(without)  # without a tokenizer there is none, and that is no failure
     for made in (llm, without):
         asyncio.run(made.close())
 
