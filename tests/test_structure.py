@@ -56,7 +56,7 @@ IMPORT_ORDER = {
         wire sampler
         memory verification logit_changes
         runner
-        graph_runner
+        graph_runner tap_messages
         parallel_runner
         running
         draft_model guidance

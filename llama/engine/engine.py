@@ -139,7 +139,7 @@ class Engine:
         adapter = self.adapters.get(lora)
         check_room(len(prompt_token_ids), None if clip else params.max_tokens, self.config.context_len)
         prompt = checked_ids(prompt_token_ids, self.vocab_size)
-        check_params(params, self.vocab_size, self.config.tensor_parallel_size)
+        check_params(params, self.vocab_size)
         params = self._with_logprobs(params)
         limit, capacity = self.limit(len(prompt), params.max_tokens), self._capacity
         if params.is_guided:
@@ -238,9 +238,7 @@ class Engine:
         """Give the KV cache's memory back, with all that is in it. No request is taken until `wake_up`."""
         if self.has_unfinished:
             raise ParameterError("sleep needs an idle engine: requests run")
-        if not isinstance(self.runner, Runner):
-            raise ParameterError("sleep needs a model in one process")
-        if not self.is_sleeping:
+        if not self.is_sleeping and isinstance(self.runner, Runner | ParallelRunner):
             self.reset_prefix_cache()
             self.runner.sleep()
             if self._draft_kv is not None:
@@ -249,7 +247,7 @@ class Engine:
 
     def wake_up(self) -> None:
         """Take the KV cache's memory again. MemoryError where it is gone: the engine sleeps on."""
-        if self.is_sleeping and isinstance(self.runner, Runner):
+        if self.is_sleeping and isinstance(self.runner, Runner | ParallelRunner):
             self.runner.wake_up()
             if self._draft_kv is not None:
                 self._draft_kv.take_back()

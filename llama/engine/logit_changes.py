@@ -13,6 +13,7 @@ from llama.kernels import ops
 from llama.kernels.cpu.sampling.rules import adjust
 from llama.kernels.logprobs import Logprobs
 from llama.kernels.types import LOGPROBS_RAW, Sampled, SamplerRows, SamplerState, wide_dtype
+from llama.model.communicator import Communicator
 
 logger = logging.getLogger(__name__)
 
@@ -26,12 +27,18 @@ class ChangedLogits:
     broken: frozenset[int]
 
 
-def change_logits(logits: Tensor, rows: SamplerRows, state: SamplerState | None, plan: Plan) -> ChangedLogits:
+def change_logits(
+    logits: Tensor,
+    rows: SamplerRows,
+    state: SamplerState | None,
+    plan: Plan,
+    communicator: Communicator | None = None,
+) -> ChangedLogits:
     """Of logits [samples + guided, vocab], those behind negative prompts last.
 
     Guidance comes first: log-probabilities p of the prompt and n of the negative prompt become scale * (p - n) + n, as
     transformers' UnbatchedClassifierFreeGuidanceLogitsProcessor has it. Functions get a row behind bias, penalties and
-    masks, and what is masked stays so.
+    masks, and what is masked stays so. Of ranks that share a model, rank 0 has the functions.
     """
     count = len(plan.sample_rows)
     changed = logits[:count].to(wide_dtype(logits.dtype), copy=True)
@@ -43,12 +50,14 @@ def change_logits(logits: Tensor, rows: SamplerRows, state: SamplerState | None,
     broken = set()
     if plan.processed:
         adjusted = adjust(changed, rows, state)  # plain PyTorch on every device: Python goes on with it
-        for one in plan.processed:
+        at = torch.tensor([one.sample for one in plan.processed], device=logits.device)
+        processed = adjusted[at]
+        for place, one in enumerate(plan.processed if communicator is None or communicator.shard.rank == 0 else ()):
             row = _processed(one, adjusted[one.sample].clone())
             if row is None:
                 broken.add(one.sample)
-            changed[one.sample] = torch.nan if row is None else row
-        at = torch.tensor([one.sample for one in plan.processed], device=logits.device)
+            processed[place] = torch.nan if row is None else row
+        changed[at] = processed if communicator is None else communicator.spread(processed)
         rows = _without_rules(rows, at)
     return ChangedLogits(changed, rows, frozenset(broken))
 

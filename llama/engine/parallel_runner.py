@@ -11,15 +11,18 @@ import weakref
 import zlib
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
 
 from llama.api.errors import AdapterError
 from llama.engine.adapters import Adapter
-from llama.engine.plan import Plan, StepResult
+from llama.engine.plan import Array, Plan, StepResult
 from llama.engine.runner import Runner
+from llama.engine.tap_messages import decode_taps, encode_taps
 from llama.engine.wire import Message, decode_plan, encode_plan
+from llama.model.taps import SequenceTaps
 
 logger = logging.getLogger(__name__)
 
@@ -86,7 +89,7 @@ class ParallelRunner:
         self.own = runner
         self._peers = peers
         self._drawn: dict[int, int] = {}  # step -> checksum, of which the others have not heard
-        self._numbers: weakref.WeakKeyDictionary[Adapter, int] = weakref.WeakKeyDictionary()
+        self._numbers: weakref.WeakKeyDictionary[Adapter | SequenceTaps, int] = weakref.WeakKeyDictionary()
         self._num_shared = 0
         self._forgotten: list[int] = []
         self._is_short = False
@@ -103,9 +106,10 @@ class ParallelRunner:
         def run() -> Callable[[], StepResult]:
             drawn, self._drawn = self._drawn, {}
             forgotten = [self._forgotten.pop() for _ in range(len(self._forgotten))]
-            extra = {"drawn": list(drawn.items()), "forget": forgotten, "release": self._is_short}
+            taps, arrays = self._tell_taps(plan)
+            extra = {"drawn": list(drawn.items()), "forget": forgotten, "release": self._is_short, **taps}
             self._is_short = False
-            self._peers.send(encode_plan(plan, self._numbers.__getitem__, extra))
+            self._peers.send(encode_plan(plan, self._numbers.__getitem__, extra, arrays))
             return launch_alike(self.own, plan, starving.append)
 
         starving: list[torch.OutOfMemoryError] = []
@@ -122,6 +126,25 @@ class ParallelRunner:
 
         return result
 
+    def _tell_taps(self, plan: Plan) -> tuple[dict[str, Any], dict[str, Array]]:
+        """By number; those that the others do not know yet in full."""
+        new, arrays = [], {}
+        for _, taps in plan.taps:
+            if taps not in self._numbers:
+                number = self._number(taps)
+                told, own = encode_taps(taps)
+                named = {f"taps {number} {i}": array for i, array in enumerate(own)}
+                arrays |= named
+                new.append([number, told, list(named)])
+        return {"taps": [[place, self._numbers[taps]] for place, taps in plan.taps], "new_taps": new}, arrays
+
+    def _number(self, shared: Adapter | SequenceTaps) -> int:
+        """What the others know it by, until it goes."""
+        self._num_shared += 1
+        self._numbers[shared] = self._num_shared
+        weakref.finalize(shared, self._forgotten.append, self._num_shared)
+        return self._num_shared
+
     def _guarded(self, run: Callable[[], Any]) -> Any:
         self.check_device()
         try:
@@ -135,14 +158,35 @@ class ParallelRunner:
 
     def share(self, adapter: Adapter) -> None:
         """Have the others read an adapter that rank 0 has read, from the same files. AdapterError where they cannot."""
-        self._num_shared += 1
-        told = {"number": self._num_shared, "path": adapter.content.path, "digest": adapter.digest.hex()}
+        number = self._num_shared + 1
+        told = {"number": number, "path": adapter.content.path, "digest": adapter.digest.hex()}
         for rank, answer in enumerate(self._peers.ask(Message({"adapter": told}, {})), start=1):
             if answer.get("refused"):
-                self._forgotten.append(self._num_shared)
+                self._num_shared = number
+                self._forgotten.append(number)
                 raise AdapterError(f"rank {rank}: {answer['refused']}")
-        self._numbers[adapter] = self._num_shared
-        weakref.finalize(adapter, self._forgotten.append, self._num_shared)
+        self._number(adapter)
+
+    def ask(self, content: Mapping[str, Any]) -> None:
+        """Have the others do what is no step. MemoryError where one of them cannot."""
+        answers = self._peers.ask(Message(dict(content), {}))
+        refused = [f"rank {rank}: {answer['refused']}" for rank, answer in enumerate(answers, 1) if "refused" in answer]
+        if refused:
+            raise MemoryError(refused[0])
+
+    def sleep(self) -> None:
+        """See Runner."""
+        self.own.sleep()
+        self.ask({"sleep": True})
+
+    def wake_up(self) -> None:
+        """See Runner: all of them, or none."""
+        self.own.wake_up()
+        try:
+            self.ask({"wake_up": True})
+        except MemoryError:
+            self.sleep()
+            raise
 
     def close(self) -> None:
         """End the other ranks; the engine is dead then."""
@@ -176,6 +220,7 @@ class Follower:
         self._read = read
         self._say = say
         self._adapters: dict[int, Adapter] = {}
+        self._taps: dict[int, SequenceTaps] = {}
         self._in_flight: list[tuple[int, Callable[[], StepResult]]] = []
         self._drawn: dict[int, int] = {}
 
@@ -185,6 +230,7 @@ class Follower:
             return self._load(content["adapter"])
         for number in content["forget"]:
             self._adapters.pop(number, None)
+            self._taps.pop(number, None)
         # Looked at before the step: it may wait for ranks that are not there any more.
         while len(self._in_flight) > self._runner.lag:
             self._collect()
@@ -192,7 +238,10 @@ class Follower:
             self._compare(step, drawn)
         if content["release"]:
             self._runner.release_memory()
+        for number, told, names in content["new_taps"]:
+            self._taps[number] = decode_taps(told, [message.arrays[name] for name in names], self._runner.model)
         plan = decode_plan(message, self._adapters)
+        plan = replace(plan, taps=tuple((place, self._taps[number]) for place, number in content["taps"]))
         result_of = launch_alike(self._runner, plan, lambda error: self._say({"starved": plan.step}))
         self._in_flight.append((plan.step, result_of))
         if self._runner.lag == 0:

@@ -95,11 +95,8 @@ def check_room(prompt_len: int, max_tokens: int | None, context_len: int, *, at_
         )
 
 
-def check_params(params: SamplingParams, vocab_size: int, num_ranks: int = 1) -> None:
-    """ParameterError for a token id that the vocabulary does not have, and for functions that other ranks lack."""
-    if num_ranks > 1 and params.logits_processors:
-        told = f"logits_processors are functions of one process, this engine has tensor_parallel_size={num_ranks}"
-        raise ParameterError(told, "logits_processors")
+def check_params(params: SamplingParams, vocab_size: int) -> None:
+    """ParameterError for a token id that the vocabulary does not have."""
     prediction = () if isinstance(params.prediction, str) else params.prediction or ()
     for name, ids in (
         ("stop_token_ids", params.stop_token_ids),

@@ -81,7 +81,7 @@ class Runner:
 
     def calls(self, plan: Plan) -> list[Call] | None:
         """What ranks say to one another in a step, in order; None where it is not known."""
-        if plan.taps or plan.guided:
+        if plan.taps or plan.guided or plan.processed:
             return None
         gathered = [len(plan.sample_rows)] if len(plan.sample_rows) else []
         if plan.prompt_sources is not None:
@@ -211,7 +211,7 @@ class Runner:
             Span(taps, int(firsts[seq]), int(starts[seq]), int(plan.query_lens[seq]), key)
             for key, (seq, taps) in enumerate(plan.taps)
         ]
-        return StepTaps(self._names, spans)
+        return StepTaps(self._names, spans, in_engine=True, communicator=self.model.communicator)
 
     def _sample(self, plan: Plan, batch: Batch, hidden: Tensor) -> Callable[[], StepResult]:
         if not len(plan.sample_rows):
@@ -223,7 +223,7 @@ class Runner:
         row_ids, count = self._on_device(plan.sample_rows), len(plan.sample_rows)
         if not (plan.processed or plan.guided):
             return fetch_result(*self._draw(logits, rows, row_ids, plan.drafts), count)
-        changed = change_logits(logits, rows, self.sampler.state, plan)
+        changed = change_logits(logits, rows, self.sampler.state, plan, self.model.communicator)
         draws = self._draw(changed.logits, changed.rows, row_ids, plan.drafts, network=logits[:count])
         result_of = fetch_result(*draws, count)
         return lambda: result_of()._replace(broken=changed.broken)

@@ -8,13 +8,14 @@ import json
 import socket
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 
 from llama.api.params import SamplingParams
 from llama.engine.adapters import Adapter
-from llama.engine.plan import Array, Guided, Join, Plan
+from llama.engine.plan import Array, Guided, Join, Plan, Processed
 
 _LENGTH, _JSON_LENGTH = 8, 4
 _ITEM = 4  # bytes
@@ -94,8 +95,14 @@ def _exactly(stream: socket.socket, count: int) -> bytes | None:
     return bytes(data)
 
 
-def encode_plan(plan: Plan, number_of: Callable[[Adapter], int], extra: Mapping[str, Any]) -> bytes:
-    """One step. `number_of`: the number that an adapter was shared under; `extra` is more JSON beside it."""
+def encode_plan(
+    plan: Plan,
+    number_of: Callable[[Adapter], int],
+    extra: Mapping[str, Any],
+    more: Mapping[str, Array] = MappingProxyType({}),
+) -> bytes:
+    """One step. `number_of`: the number that an adapter was shared under; `extra` is more JSON beside it, `more` are
+    arrays that are not the plan's."""
     arrays = {name: value for name in _ARRAYS if (value := getattr(plan, name)) is not None}
     joins = []
     for i, join in enumerate(plan.joins):
@@ -108,13 +115,15 @@ def encode_plan(plan: Plan, number_of: Callable[[Adapter], int], extra: Mapping[
     content = {name: getattr(plan, name) for name in _NUMBERS}
     content["joins"] = joins
     content["guided"] = plan.guided
+    content["processed"] = [one.sample for one in plan.processed]
     content["adapters"] = [[number_of(adapter), adapter.index] for adapter in plan.adapters]
-    return Message({"plan": content, **extra}, arrays).encoded()
+    return Message({"plan": content, "more": list(more), **extra}, {**arrays, **more}).encoded()
 
 
 def decode_plan(message: Message, adapters: Mapping[int, Adapter]) -> Plan:
     """`adapters` by the numbers that they were shared under."""
-    content, arrays = message.content["plan"], dict(message.arrays)
+    content = message.content["plan"]
+    arrays = {name: array for name, array in message.arrays.items() if name not in message.content["more"]}
     joins = []
     for i, join in enumerate(content["joins"]):
         bias = dict(join["logit_bias"])
@@ -126,5 +135,7 @@ def decode_plan(message: Message, adapters: Mapping[int, Adapter]) -> Plan:
         adapters[number].index = index
         used.append(adapters[number])
     guided = tuple(Guided(*one) for one in content["guided"])
+    nothing = np.zeros(0, np.int32)
+    processed = tuple(Processed(sample, "", (), nothing, []) for sample in content["processed"])
     told: dict[str, Any] = {name: content[name] for name in _NUMBERS} | arrays
-    return Plan(**told, joins=tuple(joins), adapters=tuple(used), guided=guided)
+    return Plan(**told, joins=tuple(joins), adapters=tuple(used), guided=guided, processed=processed)

@@ -13,8 +13,10 @@ from llama.engine.config import EngineConfig
 from llama.engine.graph_runner import make_runner
 from llama.engine.memory import fitting_blocks
 from llama.engine.parallel_runner import Follower
+from llama.engine.runner import Runner
 from llama.engine.wire import receive
 from llama.llm.loading import load_model
+from llama.llm.weights import Update
 from llama.model.communicator import Communicator
 from llama.model.config import ModelConfig
 from llama.model.lora import AdapterError, read_adapter
@@ -41,11 +43,40 @@ def serve(stream: socket.socket, say: Callable[[dict[str, Any]], None]) -> None:
         runner = make_runner(model, config, message.content["num_blocks"], frozenset(told["eos_token_ids"]))
         say({"started": True})
         follower = Follower(runner, lambda adapter: _read(adapter, model, config), say)
+        upkeep = Upkeep(model, runner)
         while (step := receive(stream)) is not None:
-            answer = follower.take(step)
+            answer = upkeep.take(step.content) or follower.take(step)
             if answer is not None:
                 say(answer)
         return
+
+
+class Upkeep:
+    """What changes under a rank between its steps."""
+
+    def __init__(self, model: Transformer, runner: Runner) -> None:
+        self._model, self._runner = model, runner
+        self._update: Update | None = None
+
+    def take(self, content: Mapping[str, Any]) -> dict[str, Any] | None:
+        """The answer; None where the message is something else."""
+        if "weights" in content:
+            self._update = self._update or Update(self._model)
+            if (name := content["weights"]) is not None:
+                self._update.read(name, content["path"])
+            else:
+                self._update.finish()
+                self._update = None
+        elif "sleep" in content:
+            self._runner.sleep()
+        elif "wake_up" in content:
+            try:
+                self._runner.wake_up()
+            except MemoryError as error:
+                return {"refused": str(error)}
+        else:
+            return None
+        return {"done": True}
 
 
 def load_part(

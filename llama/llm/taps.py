@@ -29,7 +29,6 @@ def tapped(
         return list(requests)
     if engine.model is None:
         raise ParameterError("capture and interventions need a model", "capture")
-    engine.model.needs_whole("capture or interventions")
     needed: list[int] = []
     asked = []
     for request, own, changes in zip(requests, captures, each(interventions, len(requests)), strict=True):

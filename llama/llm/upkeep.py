@@ -10,6 +10,7 @@ from llama.api.outputs import RequestOutput
 from llama.api.params import SamplingParams
 from llama.engine.engine import Engine
 from llama.engine.request import Request
+from llama.llm.engines import ranks_of
 from llama.llm.interrupts import interrupts_held
 from llama.llm.prefixes import read_prefix, write_prefix
 from llama.llm.replies import Replies
@@ -44,7 +45,8 @@ class Upkeep:
             if self.engine.has_unfinished:
                 raise ParameterError("update_weights needs an idle engine: requests run (wait=True lets them end)")
             self.engine.reset_prefix_cache()
-            return update_weights(self.model, named_tensors)
+            ranks = ranks_of(self.engine)
+            return update_weights(self.model, named_tensors, None if ranks is None else ranks.ask)
 
         self._drain(wait)
         return self.replies.between_steps(update)

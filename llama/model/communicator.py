@@ -58,6 +58,17 @@ class Communicator:
         self._group.allgather([list(parts.unbind(0))], [x.contiguous()]).wait()
         return parts.transpose(0, 1).flatten(1)[:, : self.shard.config.vocab_size].contiguous()
 
+    def whole(self, name: str, x: Tensor) -> Tensor:
+        """x [tokens, heads or columns, ...], this rank's part of the point `name` -> all of it."""
+        parts = x.new_empty(self.shard.size, *x.shape)
+        self._group.allgather([list(parts.unbind(0))], [x.contiguous()]).wait()
+        return parts[:: self.shard.num_copies(name)].transpose(0, 1).flatten(1, 2).contiguous()
+
+    def spread(self, x: Tensor) -> Tensor:
+        """x, in place, as rank 0 has it."""
+        self._group.broadcast(x, 0).wait()
+        return x
+
     def lookup(self, token_ids: Tensor, weight: Tensor) -> Tensor:
         """Rows of a table by token id, where each rank has the rows of its part of the vocabulary."""
         start = self.shard.vocabulary.start

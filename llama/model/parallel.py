@@ -96,6 +96,22 @@ class Shard:
         count = -(-most // self.size)
         return slice(min(most, self.rank * count), min(most, (self.rank + 1) * count))
 
+    def part_of(self, name: str) -> slice | None:
+        """Of the heads or columns of a point of the network (llama/model/taps.py), those that the rank computes; None
+        where every rank has the whole."""
+        if name in ("k_pre", "k", "v"):
+            return self.kv_heads
+        whole = {"mlp_act": self.config.intermediate_size}
+        whole |= dict.fromkeys(("q_pre", "q", "z"), self.config.num_attention_heads)
+        if name not in whole:
+            return None
+        count = whole[name] // self.size
+        return slice(self.rank * count, (self.rank + 1) * count)
+
+    def num_copies(self, name: str) -> int:
+        """How many ranks compute the same part of a point."""
+        return max(1, self.size // self.config.num_key_value_heads) if name in ("k_pre", "k", "v") else 1
+
     def cut(self, name: str) -> Cut:
         """The rank's part of the tensor that a checkpoint calls `name`, or of a module's weight."""
         leaf = "weight"

@@ -5,18 +5,25 @@ names are aliases by meaning. What a sequence wants is a `SequenceTaps`; one for
 one `StepTaps`, in which equal kinds of change at a point are one op. A forward without taps runs none of this.
 """
 
+import logging
 import math
 import re
 from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from llama.api.errors import ParameterError
+from llama.api.errors import ParameterError, is_failure
+from llama.kernels.cpu.e4m3 import from_e4m3, to_e4m3
+from llama.kernels.types import KVLayer
+from llama.model.communicator import Communicator
 from llama.model.config import ModelConfig
-from llama.model.interventions import Add, Intervention, Positions, Rows, checked
+from llama.model.interventions import Add, Apply, Intervention, Positions, Rows, checked
+
+logger = logging.getLogger(__name__)
 
 # The points of a layer in the order in which a forward meets them. q_pre and k_pre are before the rotary embedding,
 # z is the heads' output before o_proj, attn_in and mlp_in are the normed inputs; a residual is the whole sum.
@@ -105,11 +112,15 @@ class Edit(NamedTuple):
     positions: Rows
 
 
-class SequenceTaps(NamedTuple):
+@dataclass(eq=False)
+class SequenceTaps:
     """What one sequence wants: which changes at which point, in order, and what is to be read where."""
 
-    edits: Mapping[str, list[Edit]] = {}
-    captures: Mapping[str, Rows] = {}
+    edits: Mapping[str, list[Edit]] = field(default_factory=dict)
+    captures: Mapping[str, Rows] = field(default_factory=dict)
+    interventions: Sequence[Intervention] = ()  # that `edits` were made of, for a prompt of this length
+    prompt_len: int = 0
+    has_failed: bool = False  # a function of the caller's; see `StepTaps.logits`
 
     @property
     def first_change(self) -> float:
@@ -135,6 +146,7 @@ def bind(
 ) -> SequenceTaps:
     """Interventions checked against the model, for a sequence with a prompt of this length."""
     edits: dict[str, list[Edit]] = {}
+    interventions = tuple(interventions)
     for given in interventions:
         if not isinstance(given, Intervention):
             raise ParameterError(f"an intervention must be Add, Replace, ..., got {given!r}", "interventions")
@@ -142,7 +154,7 @@ def bind(
             positions = rows_of(given.positions, prompt_len)
             one = checked(given, point_shape(point, config), positions, like)
             edits.setdefault(point, []).append(Edit(one, positions))
-    return SequenceTaps(edits, captures)
+    return SequenceTaps(edits, captures, interventions, prompt_len)
 
 
 def each(interventions: Interventions, count: int) -> list[Sequence[Intervention]]:
@@ -209,11 +221,17 @@ class StepTaps:
         *,
         whole: Mapping[str, tuple[int, int]] | None = None,
         grad: bool = False,
+        in_engine: bool = False,
+        communicator: Communicator | None = None,
     ) -> None:
-        """`names`: see `names_of`. With `grad` everything from the embedding on is part of autograd's graph."""
+        """`names`: see `names_of`. With `grad` everything from the embedding on is part of autograd's graph.
+        `in_engine`: a function that fails is the end of its own sequence. With a `communicator` the model is one rank's
+        part; points that are cut are put together where they are wanted, so that all is as in one process."""
         self.whole: dict[str, Tensor] = {}
         self._shapes = whole or {}
         self._grad = grad
+        self._in_engine = in_engine
+        self._communicator = communicator
         self._names = names
         self._spans = [span for span in spans if span.taps.edits or span.taps.captures]
         self._wanted = {point for span in self._spans for point in (*span.taps.edits, *span.taps.captures)}
@@ -228,6 +246,13 @@ class StepTaps:
             return value
         if self._grad and not value.requires_grad:
             value = value.requires_grad_()
+        part = None if self._communicator is None else self._communicator.shard.part_of(name)
+        if part is not None:
+            assert self._communicator is not None
+            whole = self._communicator.whole(name, value)
+            changed = self._changed(point, whole, self._spans)
+            self._capture(point, changed, self._spans)
+            return value if changed is whole else changed[:, part].contiguous()
         value = self._changed(point, value, self._spans)
         if point in self._shapes:  # what goes on is made of what is kept: gradients reach it
             self.whole[point] = value.view(*self._shapes[point], *value.shape[1:])
@@ -236,8 +261,9 @@ class StepTaps:
         return value
 
     def logits(self, module: nn.Module, logits: Tensor, sources: Sequence[int]) -> Tensor:
-        """The same for logits that only some tokens of the batch have, row i those of the token `sources[i]`."""
-        if "logits" not in self._wanted:
+        """The same for logits that only some tokens of the batch have, row i those of the token `sources[i]`. Those of
+        a sequence whose function has failed are NaN."""
+        if "logits" not in self._wanted and not any(span.taps.has_failed for span in self._spans):
             return logits
         rows: dict[int, list[int]] = {}
         for row, source in enumerate(sources):
@@ -250,7 +276,8 @@ class StepTaps:
         ]
         logits = self._changed("logits", logits, spans)
         self._capture("logits", logits, spans)
-        return logits
+        failed = [span.row for span in spans if span.taps.has_failed]
+        return logits.index_fill(0, torch.tensor(failed, device=logits.device), math.nan) if failed else logits
 
     def _capture(self, point: str, value: Tensor, spans: Sequence[Span]) -> None:
         for span in spans:
@@ -271,14 +298,18 @@ class StepTaps:
             return x, residual
         return self.at(module, name, x if residual is None else x + residual), None
 
-    def stored(self, module: nn.Module, name: str, cache: Tensor, slots: Tensor) -> None:
-        """The same for what the step's tokens have put into a cache [blocks, block_size, ...] at `slots`."""
-        if self.wants(module, name):
-            places = cache.flatten(0, 1)
-            value = places.index_select(0, slots)
-            changed = self.at(module, name, value)
-            if changed is not value:
-                places.index_copy_(0, slots, changed)
+    def stored(self, module: nn.Module, name: str, kv_layer: KVLayer, slots: Tensor, dtype: torch.dtype) -> None:
+        """The same for the keys that the step's tokens have put into a cache at `slots`; in `dtype` where it holds
+        codes."""
+        if not self.wants(module, name):
+            return
+        places, scales = kv_layer.k.flatten(0, 1), kv_layer.scales
+        value = places.index_select(0, slots)
+        if scales is not None:
+            value = (from_e4m3(value, dtype) * scales[0][:, None]).to(dtype)
+        changed = self.at(module, name, value)
+        if changed is not value:
+            places.index_copy_(0, slots, changed if scales is None else to_e4m3(changed, scales[0]))
 
     def _changed(self, point: str, value: Tensor, spans: Sequence[Span]) -> Tensor:
         rounds: list[list[tuple[Span, Edit]]] = []
@@ -293,8 +324,35 @@ class StepTaps:
                 value = _add(value, sums)
             for span, edit in edits:
                 if (span, edit) not in sums:
-                    value = _edit(value, span, edit)
+                    value = self._edit(value, span, edit)
         return value
+
+    def _edit(self, value: Tensor, span: Span, edit: Edit) -> Tensor:
+        found = span.rows(edit.positions)
+        if not found:
+            return value
+        rows = torch.tensor([row for row, _ in found], device=value.device)
+        old = value.index_select(0, rows)
+        if isinstance(edit.intervention, Apply):
+            return value.index_copy(0, rows, self._applied(edit.intervention, old, span.taps))
+        return value.index_copy(0, rows, edit.intervention.of(old, [place for _, place in found]))
+
+    def _applied(self, given: Apply, old: Tensor, taps: SequenceTaps) -> Tensor:
+        """What the caller's function, which rank 0 has, makes of `old`."""
+        if not self._in_engine:
+            return _checked(given, old, given.of(old, []))
+        new = torch.full_like(old, math.nan)
+        if self._communicator is None or self._communicator.shard.rank == 0:
+            try:
+                new = _checked(given, old, given.of(old, [])).contiguous()
+            except BaseException as error:  # the caller's function: whatever it raises is the end of its own request
+                if not is_failure(error):
+                    raise
+                logger.exception("a function of Apply at %s failed; its request ends with an error", given.point)
+        if self._communicator is not None:
+            self._communicator.spread(new)
+        taps.has_failed |= bool(new.isnan().all())
+        return new
 
 
 def _add(value: Tensor, sums: list[tuple[Span, Edit]]) -> Tensor:
@@ -311,20 +369,12 @@ def _add(value: Tensor, sums: list[tuple[Span, Edit]]) -> Tensor:
     return value.index_add(0, torch.tensor(rows, device=value.device), torch.cat(deltas))
 
 
-def _edit(value: Tensor, span: Span, edit: Edit) -> Tensor:
-    found = span.rows(edit.positions)
-    if not found:
-        return value
-    rows = torch.tensor([row for row, _ in found], device=value.device)
-    old = value.index_select(0, rows)
-    new = edit.intervention.of(old, [place for _, place in found])
-    if new.shape != old.shape or new.dtype != old.dtype:
-        raise ParameterError(
-            f"{edit.intervention.name} at {edit.intervention.point} must give {old.dtype} {list(old.shape)}, "
-            f"got {new.dtype} {list(new.shape)}",
-            "interventions",
-        )
-    return value.index_copy(0, rows, new)
+def _checked(given: Intervention, old: Tensor, new: Tensor) -> Tensor:
+    if not isinstance(new, Tensor) or new.shape != old.shape or new.dtype != old.dtype:
+        found = f"{new.dtype} {list(new.shape)}" if isinstance(new, Tensor) else type(new).__name__
+        told = f"{given.name} at {given.point} must give {old.dtype} {list(old.shape)}, got {found}"
+        raise ParameterError(told, "interventions")
+    return new
 
 
 def names_of(model: nn.Module) -> dict[nn.Module, str]:

@@ -92,7 +92,7 @@ class Attention(Module):
         q = ops.rope_and_store(q, k, v, cos_sin, kv_layer, batch)
         if taps is not None:
             q = taps.at(self, "q", q)
-            taps.stored(self, "k", kv_layer.k, batch.slots)
+            taps.stored(self, "k", kv_layer, batch.slots, q.dtype)
         mixed = ops.paged_attention(q, kv_layer, batch, self.scale)
         if taps is not None:
             mixed = taps.at(self, "z", mixed)

@@ -275,15 +275,43 @@ def test_misuse_is_one_clear_error(model, asked, message):
     assert not llm.engine.has_unfinished
 
 
-def test_a_function_that_fails_ends_its_step_with_an_error_and_the_engine_goes_on(model):
-    llm = engine(model)
-
-    def fails(x):
-        raise RuntimeError("a bug")
-
-    [output] = llm.generate(prompt(5, 5, 0), interventions=[Apply("embed", fails)], use_tqdm=False)
-    assert output.outputs[0].finish_reason == "error"
+@pytest.mark.parametrize(
+    ("function", "told"),
+    [
+        (lambda x: 1 / 0, "division by zero"),
+        (lambda x: x[:, :1], r"Apply at layers.0.resid_post must give torch.float64 \[10, 48\], got torch.float64"),
+        (lambda x: None, "got NoneType"),
+        (lambda x: x * torch.nan, None),
+    ],
+)
+@pytest.mark.parametrize("positions", ["all", [0]])
+def test_a_function_that_fails_ends_its_own_request_alone(model, alone, caplog, function, told, positions):
+    """Also one at a position from which nothing is drawn, in a chunk before the last one."""
+    llm = engine(model, max_num_batched_tokens=64 if positions == "all" else 7)
+    broken = (prompt(5, 5, 0), sampled(0), None, [Apply("layers.0.resid_post", function, positions=positions)])
+    found = run(llm, [CROWD[0], broken, CROWD[1]])
+    assert [output.outputs[0].finish_reason for output in found] == ["length", "error", "length"]
+    assert [found[i].outputs[0].token_ids for i in (0, 2)] == [alone[i].outputs[0].token_ids for i in (0, 1)]
+    if told is not None:
+        assert positions == [0] or pytest.raises(Exception, match=told).matches(caplog.records[0].exc_info[1])
     assert llm.generate(prompt(5, 5, 0), sampled(1), use_tqdm=False)[0].outputs[0].finish_reason == "length"
+    llm.engine.check()
+
+
+def test_keys_of_a_cache_in_fp8_are_read_and_changed_as_numbers():
+    model = tiny_model(dtype=torch.bfloat16)
+    whole, rounded = (engine(model, kv_cache_dtype=dtype) for dtype in ("auto", "fp8"))
+    read = Capture("layers.0.k", positions="prompt")
+    asked = prompt(9, 9, 1), sampled(1)
+    [expected], [found] = (llm.generate(*asked, capture=read, use_tqdm=False) for llm in (whole, rounded))
+    keys, close_to = found.captured["layers.0.k"], expected.captured["layers.0.k"]
+    assert keys.dtype == torch.bfloat16 and not torch.equal(keys, close_to)
+    torch.testing.assert_close(keys, close_to, rtol=2**-4, atol=2**-9)
+    same, other = (
+        rounded.generate(*asked, interventions=[Scale("layers.0.k", factor)], use_tqdm=False)[0] for factor in (1, 8)
+    )
+    assert found.outputs[0].token_ids == same.outputs[0].token_ids != other.outputs[0].token_ids
+    assert other.outputs[0].finish_reason == "length"
 
 
 def test_the_async_engine_captures_too(model):

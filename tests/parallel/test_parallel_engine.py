@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from llama.api.errors import AdapterError, EngineDeadError, ParameterError
+from llama.api.errors import AdapterError, EngineDeadError
 from llama.api.params import SamplingParams
 from llama.engine import runner as runners
 from llama.engine.config import EngineConfig
@@ -23,8 +23,6 @@ from llama.engine.plan import Guided, Join, Plan
 from llama.engine.wire import Frames, decode_plan, encode_plan, receive
 from llama.llm import rank
 from llama.llm.loras import read_lora
-from llama.llm.taps import tapped
-from llama.model.capture import Capture
 from llama.model.lora.adapter import module_sizes
 from tests import test_equivalence
 from tests.parallel.ranks import engine_on_ranks
@@ -300,17 +298,6 @@ def test_a_step_says_as_little_as_it_can(folder, monkeypatch):
         assert len(sent) == 1 and sent[0] < 1000
         assert sums == [3 * config.hidden_size * 8] * (2 * config.num_hidden_layers + 1)
         assert gathers == [3 * -(-config.vocab_size // 2) * 8]
-
-
-def test_what_ranks_cannot_do_is_refused_by_name(folder):
-    with engine_on_ranks(folder, CONFIG) as engine:
-        request = engine.request("0", [1, 2, 3], SamplingParams())
-        with pytest.raises(ParameterError, match="capture or interventions needs the whole model"):
-            tapped(engine, [request], Capture("embed"), None)
-        with pytest.raises(ParameterError, match="sleep needs a model in one process"):
-            engine.sleep()
-        with pytest.raises(ParameterError, match="logits_processors are functions of one process"):
-            engine.request("0", [1, 2, 3], SamplingParams(logits_processors=[lambda *rest: rest[-1]]))
 
 
 def test_ranks_that_draw_other_tokens_end_the_engine(folder, caplog):

@@ -112,7 +112,6 @@ def test_two_ranks_answer_as_one_process_and_a_killed_one_ends_the_engine(folder
     llm = LLM(folder, **SMALL)
     assert llm.generate(PROMPT, GREEDY, use_tqdm=False)[0].outputs[0].token_ids == expected
     for call, what in (
-        (lambda: llm.update_weights([]), "update_weights"),
         (lambda: llm.save_prefix(PROMPT, "never.safetensors"), "a kept prefix"),
         (lambda: llm.model.session(8), "session"),
     ):
