@@ -43,7 +43,9 @@ class Taps(Protocol):
         """What a step computed for completion `index`: point -> (positions, values). Positions from `stop` on hold
         drafts that were refused."""
 
-    def finish(self, request_id: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    is_kept: bool  # what it reads was written to a file before: it need not be computed
+
+    def finish(self, request_id: str, is_whole: bool = True) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         """What was captured of the prompt and of each completion."""
 
 

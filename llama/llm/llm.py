@@ -38,7 +38,7 @@ from llama.llm.requests import (
     one_per_prompt,
 )
 from llama.llm.scoring import Scoring
-from llama.llm.taps import tapped
+from llama.llm.taps import kept_output, tapped
 from llama.llm.tool_choice import ToolChoice
 from llama.llm.upkeep import Upkeep
 from llama.llm.vllm_names import METHOD_ARGUMENTS, refuse_foreign, without_foreign
@@ -310,15 +310,18 @@ class LLM(Scoring, Upkeep):
 
     def _run(self, requests: Sequence[Request], use_tqdm: ProgressBar) -> list[RequestOutput]:
         replies: list[Reply] = []
+        kept = {one.request_id: kept_output(one) for one in requests if one.taps is not None and one.taps.is_kept}
         try:
             with interrupts_held():
                 for request in requests:
-                    replies.append(self.replies.add(request))
+                    if request.request_id not in kept:
+                        replies.append(self.replies.add(request))
             self._finish(replies, use_tqdm)
         finally:
             for reply in replies:
                 self.replies.abort(reply)
-        return [reply.output for reply in replies]
+        outputs = kept | {reply.request.request_id: reply.output for reply in replies}
+        return [outputs[request.request_id] for request in requests]
 
     def _finish(self, replies: Sequence[Reply], use_tqdm: ProgressBar) -> None:
         awaited = {reply.request.request_id for reply in replies}

@@ -95,7 +95,9 @@ class Reply:
         if piece.finish_reason is None or not all(c.ended for c in self._completions):
             return piece
         if self.request.taps is not None:
-            self._output.captured, each = self.request.taps.finish(self.request.request_id)
+            broken = (FinishReason.ABORT, FinishReason.ERROR)
+            is_whole = all(c.output.finish_reason not in broken for c in self._completions)
+            self._output.captured, each = self.request.taps.finish(self.request.request_id, is_whole)
             for completion, values in zip(self._completions, each, strict=True):
                 completion.output.captured = values
         self._output.finished = True

@@ -1,15 +1,20 @@
 """Captures and interventions of a call, checked and handed to its requests."""
 
+import time
 from collections.abc import Sequence
 from dataclasses import replace
+from hashlib import blake2b
 from pathlib import Path
 
+import torch
+
 from llama.api.errors import ParameterError
+from llama.api.outputs import RequestMetrics, RequestOutput
 from llama.engine.budget import free_cpu_bytes
 from llama.engine.engine import Engine
 from llama.engine.request import Request
 from llama.llm.requests import one_per_prompt
-from llama.model.capture import Capture, RequestTaps
+from llama.model.capture import Capture, RequestTaps, is_kept
 from llama.model.interventions import Apply, Project
 from llama.model.taps import Interventions, each
 
@@ -60,10 +65,14 @@ def tapped(
             num_completions=request.params.n,
             like=engine.model.norm.weight,
         )
-        needed.append(taps.num_bytes(engine.limit(len(request.prompt_token_ids), request.params.max_tokens)))
+        if own is not None and isinstance(own.save_to, str | Path):
+            taps.identity = _identity(engine, request, own, taps)
+            taps.is_kept = is_kept(Path(own.save_to), request.request_id, taps.identity)
+        limit = engine.limit(len(request.prompt_token_ids), request.params.max_tokens)
+        needed.append(0 if taps.is_kept else taps.num_bytes(limit))
         asked.append(replace(request, taps=taps))
-    is_kept = any(own is not None and own.save_to is None for own in captures)
-    total = sum(needed) if is_kept else sum(sorted(needed)[-(engine.config.max_num_seqs or 1) :])
+    stays = any(own is not None and own.save_to is None for own in captures)
+    total = sum(needed) if stays else sum(sorted(needed)[-(engine.config.max_num_seqs or 1) :])
     free = int(MOST_OF_FREE * free_cpu_bytes())
     if total > free:
         raise ParameterError(
@@ -72,3 +81,25 @@ def tapped(
             "capture",
         )
     return asked
+
+
+def kept_output(request: Request) -> RequestOutput:
+    """Of a request whose file an earlier run has written: without completions."""
+    ids: list[int] = request.prompt_token_ids.tolist()
+    metrics = RequestMetrics(queued=time.monotonic())
+    return RequestOutput(request.request_id, request.prompt, ids, [], metrics, finished=True)
+
+
+def _identity(engine: Engine, request: Request, capture: Capture, taps: RequestTaps) -> str:
+    """Of all that decides what a file holds. Of the weights it knows a few."""
+    model = engine.model
+    assert model is not None
+    told = blake2b(engine.scheduler.model + request.adapter.digest + taps.salt, digest_size=16)
+    for weight in (model.embed_tokens.weight, model.layers[0].self_attn.qkv_proj.dense_weight(), model.norm.weight):
+        told.update(weight.detach()[:1].cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    told.update(request.prompt_token_ids.tobytes())
+    asked = model.dtype, list(taps.sequence.captures), capture.positions, capture.dtype, capture.reduce
+    told.update(repr(asked).encode())
+    if capture.positions in ("all", "generated"):
+        told.update(repr(request.params).encode())
+    return told.hexdigest()

@@ -26,7 +26,8 @@ class Capture:
 
     reduce="mean" keeps their mean over the positions, in float64 until the end. `save_to` takes what one request has
     captured when it ends, and nothing stays in memory: a folder, for a safetensors file with the request's id as its
-    name, or a function of (request_id, {point: tensor}). Values of completion i > 0 are named "i.point" there.
+    name (LLM.generate and chat do not compute what is there already), or a function of (request_id, {point: tensor}).
+    Values of completion i > 0 are named "i.point" there.
     """
 
     points: str | Sequence[str]
@@ -100,6 +101,8 @@ class RequestTaps:
         self._prompt = _Rows(mean)
         self._completions = [_Rows(mean) for _ in range(num_completions)]
         self._config = config
+        self.identity = ""  # of the request, in the file that `save_to` gets
+        self.is_kept = False  # by an earlier run: it need not be computed
 
     def _captures(self, capture: Capture, config: ModelConfig) -> dict[str, Rows]:
         if capture.reduce not in (None, "mean"):
@@ -155,13 +158,16 @@ class RequestTaps:
         self._prompt.take(of_prompt, dtype)
         self._completions[index].take(of_completion, dtype)
 
-    def finish(self, request_id: str) -> tuple[dict[str, Tensor], list[dict[str, Tensor]]]:
-        """-> the prompt's values and each completion's; both empty where `save_to` took them."""
+    def finish(self, request_id: str, is_whole: bool = True) -> tuple[dict[str, Tensor], list[dict[str, Tensor]]]:
+        """-> the prompt's values and each completion's; both empty where `save_to` is to take them. It gets what is
+        whole alone: nothing of a request that failed or was aborted."""
         prompt = self._prompt.values(self._dtype)
         each = [completion.values(self._dtype) for completion in self._completions]
         target = None if self.capture is None else self.capture.save_to
         if target is None:
             return prompt, each
+        if not is_whole:
+            return {}, [{} for _ in each]
         whole = dict(prompt)
         for i, values in enumerate(each):
             for point, rows in values.items():
@@ -170,18 +176,29 @@ class RequestTaps:
         if callable(target):
             target(request_id, whole)
         else:
-            save(Path(target), request_id, whole)
+            save(Path(target), request_id, whole, self.identity)
         return {}, [{} for _ in each]
 
 
-def save(folder: Path, name: str, values: Mapping[str, Tensor]) -> None:
+def save(folder: Path, name: str, values: Mapping[str, Tensor], identity: str) -> None:
     """Whole or not at all, under `name`.safetensors."""
     from safetensors.torch import save_file  # not above: machines that only run kernels have no safetensors
 
     folder.mkdir(parents=True, exist_ok=True)
     building = folder / f".{name}.{os.getpid()}"
-    save_file({point: rows.contiguous() for point, rows in values.items()}, building)
+    save_file({point: rows.contiguous() for point, rows in values.items()}, building, {"request": identity})
     os.replace(building, folder / f"{name}.safetensors")
+
+
+def is_kept(folder: Path, name: str, identity: str) -> bool:
+    """Whether `save` has written this file, whole, for a request of this identity."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(folder / f"{name}.safetensors", "pt") as file:
+            return (file.metadata() or {}).get("request") == identity
+    except (OSError, SafetensorError):
+        return False
 
 
 def attention_pattern(q: Tensor, k: Tensor, scale: float | None = None) -> Tensor:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from llama.api.errors import AdapterError, EngineDeadError
+from llama.api.errors import AdapterError, EngineDeadError, ParameterError
 from llama.api.params import SamplingParams
 from llama.engine import runner as runners
 from llama.engine.config import EngineConfig

@@ -1,0 +1,119 @@
+"""What requests have captured goes to files: whole ones, which a later run finds."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from llama import Apply, Capture, ParameterError
+from tests.llm.test_capture import engine, prompt, sampled
+from tests.model.models import tiny_model
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model()
+
+
+def test_means_dtypes_and_files(model, tmp_path):
+    llm = engine(model)
+    asks = [prompt(30, 7, 1), prompt(30, 8, 2)]
+    [whole, _] = llm.generate(
+        asks, sampled(1), capture=Capture("layers.1.resid_post", positions="prompt"), use_tqdm=False
+    )
+    [mean, _] = llm.generate(
+        asks,
+        sampled(1),
+        capture=Capture("layers.1.resid_post", positions="prompt", reduce="mean", dtype=torch.float32),
+        use_tqdm=False,
+    )
+    found = mean.captured["layers.1.resid_post"]
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, whole.captured["layers.1.resid_post"].mean(0).float())
+    kept = Capture("layers.1.resid_post", positions="all", save_to=tmp_path)
+    outputs = llm.generate(asks, sampled(1, n=2), capture=kept, request_ids=["a", "b"], use_tqdm=False)
+    assert [o.request_id for o in outputs] == ["a", "b"] and not outputs[0].captured
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.safetensors", "b.safetensors"]
+    file = load_file(tmp_path / "a.safetensors")
+    torch.testing.assert_close(file["layers.1.resid_post"][:37], whole.captured["layers.1.resid_post"])
+    assert len(file["layers.1.resid_post"]) == 37 + 8 and len(file["1.layers.1.resid_post"]) == 8
+    with pytest.raises(ParameterError, match=r"names files by request_id, which '../a' cannot be"):
+        llm.generate(asks[0], capture=kept, request_ids=["../a"])
+    seen = {}
+    llm.generate(asks[0], capture=Capture("embed", save_to=seen.__setitem__), request_ids=["c"], use_tqdm=False)
+    assert list(seen) == ["c"] and list(seen["c"]) == ["embed"]
+
+
+KILLED = """
+import os, signal, sys
+import torch
+from llama.model import capture
+from tests.llm.test_capture_files import collect, engine
+from tests.model.models import tiny_model
+
+torch.set_num_threads(1)
+saved, count = capture.save, 0
+
+def save(folder, name, *rest):
+    global count
+    count += 1
+    if count == 5:
+        saved(folder, name, *rest)
+        file = folder / f"{name}.safetensors"
+        file.write_bytes(file.read_bytes()[:-7])
+        os.kill(os.getpid(), signal.SIGKILL)
+    saved(folder, name, *rest)
+
+capture.save = save
+collect(engine(tiny_model(), max_num_seqs=2), sys.argv[1])
+"""
+COLLECTED = {str(i): prompt(20, 3 + i, i) for i in range(9)}
+
+
+def collect(llm, folder, **changed):
+    asked = {"positions": "all", **changed}
+    read = Capture("layers.*.resid_post", save_to=folder, **asked)
+    return llm.generate(list(COLLECTED.values()), sampled(1), request_ids=list(COLLECTED), capture=read, use_tqdm=False)
+
+
+def test_a_folder_of_captures_is_gone_on_with_after_a_kill(model, tmp_path):
+    """What is whole is not computed again; what is torn, missing or of something else is."""
+    collect(engine(model), tmp_path / "unbroken")
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
+    done = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path / "killed")], env=environment, check=False)
+    assert done.returncode == -signal.SIGKILL
+    kept = {path.stem: path.stat().st_mtime_ns for path in (tmp_path / "killed").glob("*.safetensors")}
+    assert len(kept) == 5
+    llm = engine(model)
+    outputs = collect(llm, tmp_path / "killed")
+    assert [output.request_id for output in outputs] == list(COLLECTED) and all(output.finished for output in outputs)
+    computed = [output for output in outputs if output.outputs]
+    assert len(computed) == 5  # four were missing, one was torn
+    assert llm.engine.metrics().num_prompt_tokens == sum(len(output.prompt_token_ids) for output in computed)
+    for name in COLLECTED:
+        files = [load_file(tmp_path / folder / f"{name}.safetensors") for folder in ("unbroken", "killed")]
+        torch.testing.assert_close(*files, rtol=0, atol=1e-10)
+    assert not any(output.outputs for output in collect(llm, str(tmp_path / "killed")))
+    assert all(output.outputs for output in collect(llm, tmp_path / "killed", positions="prompt"))
+    COLLECTED["0"][3] += 1
+    again = collect(llm, tmp_path / "killed", positions="prompt")
+    COLLECTED["0"][3] -= 1
+    assert [bool(output.outputs) for output in again] == [True] + [False] * 8
+
+
+def test_a_request_that_is_aborted_or_fails_leaves_no_file(model, tmp_path):
+    llm = engine(model)
+    read = Capture("norm", positions="all", save_to=tmp_path)
+    stream = llm.stream(prompt(9, 9, 1), sampled(1), capture=read)
+    next(stream)
+    stream.close()
+    fails = [Apply("embed", lambda x: 1 / 0)]
+    llm.generate(prompt(9, 9, 1), sampled(1), capture=read, interventions=fails, use_tqdm=False)
+    assert not list(tmp_path.iterdir())
