@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
 from llama.batch import parquet
@@ -37,16 +38,18 @@ class Counts:
 
 class Job:
     """Opens both files, before any model is loaded. `settings`: what else the answers depend on, for example the model
-    and its dtype; an output that was begun with others is refused with a ValueError."""
+    and its dtype; an output that was begun with others is refused with a ValueError. `captures`: the folder of what
+    lines read of the network; one whose file there is missing or torn is asked again."""
 
-    def __init__(self, source: Path, output: Path, settings: Settings) -> None:
+    def __init__(self, source: Path, output: Path, settings: Settings, captures: Path | None = None) -> None:
         if output.exists() and source.samefile(output):
             raise ValueError(f"the output is the input: {output}")
         self._source = source
         self._target = output
         self._settings = settings
         self.num_lines = count_lines(source)
-        self.output = OutputFile(parquet.open_journal(output) if parquet.is_parquet(output) else output)
+        journal = parquet.open_journal(output) if parquet.is_parquet(output) else output
+        self.output = OutputFile(journal, lambda line_id: captures is None or _has_files(captures, line_id))
         try:
             self.counts = Counts(kept=self._num_answered(output))
         except BaseException:
@@ -110,3 +113,15 @@ class Job:
                 "model and these settings: name another output, or remove it"
             )
         return num_asked
+
+
+def _has_files(folder: Path, line_id: str) -> bool:
+    """Of a line, and of those of its other prompts that have one: whole ones."""
+    first = folder / f"{line_id}.safetensors"
+    try:
+        for path in (first, *folder.glob(f"{line_id}.*.safetensors")):
+            with safe_open(path, "np"):
+                pass
+    except (OSError, SafetensorError):
+        return False
+    return True

@@ -7,7 +7,7 @@ rejections, which it asks again; every answer stays where it is.
 import fcntl
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -22,10 +22,12 @@ _OK = 200
 
 class OutputFile:
     """Open and locked from the beginning, so that no two runs write the same file. `answered` are the ids of the lines
-    that an earlier run answered. ValueError if the file is no batch's output: then nothing in it is touched."""
+    that an earlier run answered; a line whose `is_whole(id)` is false counts as none. ValueError if the file is no
+    batch's output: then nothing in it is touched."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, is_whole: Callable[[str], bool] = lambda line_id: True) -> None:
         self._path = path
+        self._is_whole = is_whole
         self.answered = IdSet()
         self._file = _open_locked(path)
         try:
@@ -45,7 +47,7 @@ class OutputFile:
 
     def _resume(self) -> None:
         end, drops = 0, 0
-        for raw, answered_id in _whole_lines(self._file, self._path):
+        for raw, answered_id in self._lines():
             end += len(raw)
             drops += answered_id is None or not self.answered.add(answered_id)
         if drops:
@@ -54,13 +56,17 @@ class OutputFile:
             self._file.truncate(end)
             self._file.seek(end)
 
+    def _lines(self) -> Iterator[tuple[bytes, str | None]]:
+        for raw, answered_id in _whole_lines(self._file, self._path):
+            yield raw, answered_id if answered_id is not None and self._is_whole(answered_id) else None
+
     def _rewrite(self) -> None:
         """The answers alone, each once. A kill in between leaves the file as it was."""
         temporary = self._path.with_name(f"{self._path.name}.tmp")
         kept = IdSet()
         file = _open_locked(temporary)
         file.truncate(0)
-        for raw, answered_id in _whole_lines(self._file, self._path):
+        for raw, answered_id in self._lines():
             if answered_id is not None and kept.add(answered_id):
                 file.write(raw)
         file.flush()

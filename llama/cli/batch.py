@@ -66,7 +66,8 @@ def run(options: Namespace) -> int:
         raise UsageError("--capture is not there with --ray: run it on one machine")
     if options.capture:
         settings["capture"] = [options.capture, options.capture_positions, options.capture_mean]
-    with Job(Path(source), Path(output), settings) as job:
+    captures = Path(options.capture_to) if options.capture_to else None
+    with Job(Path(source), Path(output), settings, captures) as job:
         if job.counts.kept < job.num_lines:
             answer = _answer_on_ray if options.ray else _answer
             answer(job, model, options, arguments, config)

@@ -72,6 +72,7 @@ def _processed(one: Processed, row: Tensor) -> Tensor | None:
             if not isinstance(row, Tensor) or row.shape != shape or row.dtype != dtype:
                 found = f"{row.dtype} {list(row.shape)}" if isinstance(row, Tensor) else type(row).__name__
                 raise ValueError(f"{function} must give {dtype} {list(shape)}, got {found}")
+            row = row.detach().to(masked.device).masked_fill(masked, -torch.inf)
             if not bool(row.max().isfinite()):
                 raise ValueError(f"{function} gave NaN, infinity or no finite logit")
     except BaseException as error:  # the caller's function: whatever it raises is the end of its own request
@@ -79,7 +80,7 @@ def _processed(one: Processed, row: Tensor) -> Tensor | None:
             raise
         logger.exception("request %s: one of its logits_processors failed; it ends with an error", one.request_id)
         return None
-    return row.detach().to(masked.device).masked_fill(masked, -torch.inf)
+    return row
 
 
 def _without_rules(rows: SamplerRows, at: Tensor) -> SamplerRows:

@@ -128,7 +128,8 @@ class ParallelRunner:
 
     def _tell_taps(self, plan: Plan) -> tuple[dict[str, Any], dict[str, Array]]:
         """By number; those that the others do not know yet in full."""
-        new, arrays = [], {}
+        new: list[Any] = []
+        arrays: dict[str, Array] = {}
         for _, taps in plan.taps:
             if taps not in self._numbers:
                 number = self._number(taps)

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from hashlib import blake2b
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -95,7 +96,8 @@ def _identity(engine: Engine, request: Request, capture: Capture, taps: RequestT
     model = engine.model
     assert model is not None
     told = blake2b(engine.scheduler.model + request.adapter.digest + taps.salt, digest_size=16)
-    for weight in (model.embed_tokens.weight, model.layers[0].self_attn.qkv_proj.dense_weight(), model.norm.weight):
+    first: Any = model.layers[0]
+    for weight in (model.embed_tokens.weight, first.self_attn.qkv_proj.dense_weight(), model.norm.weight):
         told.update(weight.detach()[:1].cpu().contiguous().view(torch.uint8).numpy().tobytes())
     told.update(request.prompt_token_ids.tobytes())
     asked = model.dtype, list(taps.sequence.captures), capture.positions, capture.dtype, capture.reduce

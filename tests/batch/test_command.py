@@ -147,9 +147,9 @@ def test_seed_of_the_run_makes_it_repeatable_in_any_order(capsys, tiny, files):
     assert len({said(line) for line in read_lines(output)}) == 9
 
 
-def kill_once_it_has(count: int, tiny: str, source: Path, output: Path) -> None:
+def kill_once_it_has(count: int, tiny: str, source: Path, output: Path, *more: str | Path) -> None:
     main = "import sys; from llama.cli import main; sys.exit(main())"
-    process = subprocess.Popen([sys.executable, "-c", main, "batch", tiny, source, output, *FLAGS])
+    process = subprocess.Popen([sys.executable, "-c", main, "batch", tiny, source, output, *FLAGS, *more])
     output.touch()
     with output.open("rb") as file:
         while count > 0:
@@ -169,20 +169,30 @@ def killed_and_unbroken(capsys, tiny: str, folder: Path, num_lines: int, num_kil
         for i in range(num_lines)
     ]
     source, broken, unbroken = write_lines(folder / "input.jsonl", lines), folder / "broken", folder / "unbroken"
-    at = sorted(draw.sample(range(1, num_lines - 20), num_kills))
+    states, wanted = folder / "states", folder / "wanted"
+    read = ("--capture", "norm", "--capture-positions", "all", "--capture-to")
+    at = sorted(draw.sample(range(2, num_lines - 20), num_kills))
     kept = set()
     for count in at:
-        kill_once_it_has(count, tiny, source, broken)
+        kill_once_it_has(count, tiny, source, broken, *read, states)
         left = broken.read_bytes()
         whole = [json.loads(line) for line in left[: left.rfind(b"\n") + 1].splitlines()]
         assert count <= len(whole) < num_lines and kept <= {json.dumps(line) for line in whole}
         kept = {json.dumps(line) for line in whole}
+        assert {line["id"] for line in whole} <= {path.stem for path in states.glob("*.safetensors")}
         with broken.open("ab") as file:  # as a kill within a write leaves it
             file.write(b'{"id":"batch_req_0123","cust'[: draw.randrange(28)] if left.endswith(b"\n") else b"")
-    code, err = batch(capsys, tiny, source, broken, *FLAGS)
+    files = [states / f"{json.loads(line)['id']}.safetensors" for line in sorted(kept)[:2]]
+    files[0].unlink()
+    files[1].write_bytes(files[1].read_bytes()[:-3])  # torn: these two are asked again
+    kept -= set(sorted(kept)[:2])
+    code, err = batch(capsys, tiny, source, broken, *FLAGS, *read, states)
     assert code == 0 and f"({len(kept):,} of them by an earlier run)" in err
     assert kept <= {json.dumps(line) for line in read_lines(broken)}
-    assert batch(capsys, tiny, source, unbroken, *FLAGS)[0] == 0
+    assert batch(capsys, tiny, source, unbroken, *FLAGS, *read, wanted)[0] == 0
+    assert {path.name for path in states.glob("*.safetensors")} == {path.name for path in wanted.iterdir()}
+    for path in wanted.iterdir():
+        torch.testing.assert_close(load_file(states / path.name), load_file(path), rtol=0, atol=1e-10)
     answers = by_custom_id(read_lines(broken))
     assert list(answers) != [] and answers == by_custom_id(read_lines(unbroken))
     assert answers.keys() == {line["custom_id"] for line in lines}
