@@ -1,11 +1,10 @@
 """From a line to its output line, by the code that answers the same request over HTTP."""
 
-import hashlib
 from collections.abc import Awaitable, Callable
 from typing import Any
 
 from llama.async_llm.async_llm import AsyncLLM
-from llama.batch.lines import Line
+from llama.batch.lines import Line, body_of
 from llama.model.capture import Capture
 from llama.server.bodies import validated
 from llama.server.config import ServerConfig
@@ -42,20 +41,13 @@ class Answerer:
         assert line.body is not None
         schema, endpoint = _ENDPOINTS[line.url]
         try:
-            body = validated(self._seeded(line), schema)
+            body = validated(body_of(line, self._seed), schema)
             if body.stream:
                 raise bad_input("stream must be false or absent in a batch", "stream")
             answer = await endpoint(body, self._service, Record(line.id))
         except ApiError as error:
             return self._refused(line, error)
         return line.answered(200, answer)
-
-    def _seeded(self, line: Line) -> dict[str, Any]:
-        body = dict(line.body or {})
-        if self._seed is not None and body.get("seed") is None:
-            digest = hashlib.sha256(f"{self._seed}:{line.custom_id}".encode()).digest()
-            body["seed"] = int.from_bytes(digest[:6], "big")  # JSON's integers are exact below 2**53
-        return body
 
     def _refused(self, line: Line, error: ApiError) -> dict[str, Any]:
         status = error.status_in(Dialect.OPENAI)

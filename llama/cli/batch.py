@@ -3,11 +3,13 @@
 import asyncio
 import sys
 from argparse import Namespace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from llama.cli.common import add_model_flags, add_ray_flags, add_replicas_flag, check_replicas, llm_options
-from llama.cli.flags import Once, Parser, UsageError, checked, named_adapter
+from llama.cli.common import add_model_flags, add_ray_flags, add_replicas_flag, check_ray, llm_options
+from llama.cli.flags import Once, Parser, UsageError, checked, given, named_adapter
+from llama.engine.config import EngineConfig
 from llama.server.config import ServerConfig
 
 DESCRIPTION = (
@@ -18,7 +20,7 @@ DESCRIPTION = (
 # Options that change how fast answers come, and not what they are.
 SPEED_ONLY = frozenset(
     "device check_weights max_num_seqs max_num_batched_tokens block_size num_blocks gpu_memory_utilization "
-    "enable_prefix_caching enforce_eager max_loras max_lora_rank max_lora_bytes "
+    "cpu_memory_utilization enable_prefix_caching enforce_eager max_loras max_lora_rank max_lora_bytes "
     "tensor_parallel_size step_timeout".split()
 )
 _PATHS = {"model": "folder of the checkpoint", "input": "file of requests", "output": "file of answers"}
@@ -51,7 +53,7 @@ def add_arguments(parser: Parser) -> None:
 def run(options: Namespace) -> int:
     model, source, output = _paths(options)
     arguments = llm_options(options)
-    check_replicas(options)
+    check_ray(options)
     names = tuple(options.served_model_name) or (Path(model).resolve().name,)
     config = checked(ServerConfig, {"model_names": names})
     try:
@@ -64,12 +66,15 @@ def run(options: Namespace) -> int:
         raise UsageError("--capture and --capture-to need each other")
     if options.capture and options.ray:
         raise UsageError("--capture is not there with --ray: run it on one machine")
+    if options.capture and options.replicas > 1:
+        raise UsageError("--capture needs --replicas 1")
     if options.capture:
         settings["capture"] = [options.capture, options.capture_positions, options.capture_mean]
     captures = Path(options.capture_to) if options.capture_to else None
     with Job(Path(source), Path(output), settings, captures) as job:
         if job.counts.kept < job.num_lines:
-            answer = _answer_on_ray if options.ray else _answer
+            alone = _answer if options.replicas == 1 else _answer_by_replicas
+            answer = _answer_on_ray if options.ray else alone
             answer(job, model, options, arguments, config)
         print(f"llama: {output}: {job.counts}", file=sys.stderr)
     return 0
@@ -116,3 +121,21 @@ def _answer_on_ray(job: Any, model: str, options: Namespace, arguments: dict[str
 
     connect(options.ray_address)
     asyncio.run(answer_on_ray(job, model, config.model_names, dict(options.lora), arguments, options.replicas))
+
+
+def _answer_by_replicas(
+    job: Any, model: str, options: Namespace, arguments: dict[str, Any], config: ServerConfig
+) -> None:
+    from llama.batch.lines import MAX_LINE_BYTES
+    from llama.batch.replicas import ReplicasAnswerer
+    from llama.server.replicas import Replicas
+
+    limits = {"max_waiting_requests": 1 << 40, "max_waiting_tokens": 1 << 60, "slow_reader_timeout": 1e9}
+    most = 2 * MAX_LINE_BYTES
+    patient = replace(config, max_body_bytes=most, max_bodies_bytes=1 << 60, body_timeout=1e9, send_timeout=1e9)
+    config = replace(patient, access_log=False)
+    loras = {name: str(Path(path).resolve()) for name, path in options.lora}
+    arguments = {"max_loras": len(loras), **arguments}
+    in_flight = 2 * options.replicas * checked(EngineConfig, given(options, EngineConfig)).max_num_seqs
+    with Replicas.start(options.replicas, model, arguments, config, loras=loras, limits=limits) as replicas:
+        asyncio.run(job.run(ReplicasAnswerer(replicas, arguments.get("seed")), in_flight))

@@ -60,7 +60,7 @@ def add_model_flags(parser: Parser, without: Sequence[str] = ()) -> None:
 
 
 def add_replicas_flag(parser: Parser) -> None:
-    text = "engines that share the work, each with a model of its own: processes of this machine (%(default)s)"
+    text = "engines that share the work: processes of this machine, or with --ray of a cluster (%(default)s)"
     parser.add_argument("--replicas", type=integer(1, 1024), default=1, metavar="INT", help=text)
 
 
@@ -73,13 +73,11 @@ def add_ray_flags(parser: Parser) -> Any:
     return group
 
 
-def check_replicas(options: Namespace) -> None:
+def check_ray(options: Namespace) -> None:
     if options.ray_address is not None and not options.ray:
         raise UsageError("--ray-address needs --ray")
     if options.ray and find_spec("ray") is None:
         raise UsageError("--ray needs Ray: pip install 'llama-engine[ray]'")
-    if options.replicas > 1 and not options.ray:
-        raise UsageError("--replicas above 1 is not there yet: start a server for each GPU, and a balancer")
 
 
 def add_single_request_flags(parser: Parser) -> None:

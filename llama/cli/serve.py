@@ -1,16 +1,18 @@
 """`llama serve`: the port first, then the weights, then requests."""
 
 import logging
+import socket
 from argparse import Namespace
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from llama.cli.common import add_model_flags, add_ray_flags, add_replicas_flag, check_replicas, llm_options
+from llama.cli.common import add_model_flags, add_ray_flags, add_replicas_flag, check_ray, llm_options
 from llama.cli.flags import Parser, UsageError, add_fields, checked, given, integer, named_adapter
 from llama.files import named, read_text
 from llama.hub import is_hub_id
 from llama.server.config import ServerConfig, take_port
-from llama.server.logs import LogQueue, open_standard_streams
+from llama.server.logs import LogQueue, log_to_stderr, open_standard_streams
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +55,7 @@ def run(options: Namespace) -> int:
     if not options.host:  # it would mean every address
         raise UsageError("--host must be an address to listen on, got ''")
     arguments = llm_options(options)
-    check_replicas(options)
+    check_ray(options)
     if not options.lora and "lora_dir" not in given(options, ServerConfig):
         arguments["max_loras"] = 0
     own_name = options.model if is_hub_id(options.model) else Path(options.model).resolve().name
@@ -64,21 +66,44 @@ def run(options: Namespace) -> int:
     if options.ray:
         return _serve_on_ray(options, arguments | given(options, ServerConfig) | waiting | more | names)
     taken = take_port(options.host, options.port)
+    log = log_to_stderr()
+    try:
+        if options.replicas > 1:
+            return _serve_replicas(options, arguments, config, waiting, taken, log)
+        from llama.server.run import serve
+    except ModuleNotFoundError as error:
+        raise UsageError(f"serving needs {error.name}: pip install 'llama-engine[server]'") from None
     # What follows imports torch.
     from llama.async_llm.async_llm import AsyncLLM
     from llama.llm.llm import LLM
 
-    try:
-        from llama.server.run import serve
-    except ModuleNotFoundError as error:
-        raise UsageError(f"serving needs {error.name}: pip install 'llama-engine[server]'") from None
-    log = _log_to_stderr()
     llm = LLM(options.model, **arguments)
     for name, path in options.lora:
         llm.load_lora(name, path)
+    _say_where(config, taken)
+    return serve(AsyncLLM(llm, **waiting), config, taken, log)
+
+
+def _serve_replicas(
+    options: Namespace,
+    arguments: Mapping[str, Any],
+    config: ServerConfig,
+    limits: Mapping[str, Any],
+    taken: socket.socket,
+    log: LogQueue,
+) -> int:
+    from llama.server.front import serve_replicas
+    from llama.server.replicas import Replicas
+
+    loras = {name: str(Path(path).resolve()) for name, path in options.lora}
+    replicas = Replicas.start(options.replicas, options.model, arguments, config, loras=loras, limits=limits)
+    _say_where(config, taken)
+    return serve_replicas(replicas, config, taken, log)
+
+
+def _say_where(config: ServerConfig, taken: socket.socket) -> None:
     host, port = taken.getsockname()[:2]
     logger.info("llama: serving %s on http://%s:%d", config.name, f"[{host}]" if ":" in host else host, port)
-    return serve(AsyncLLM(llm, **waiting), config, taken, log)
 
 
 def _serve_on_ray(options: Namespace, told: dict[str, Any]) -> int:
@@ -86,7 +111,7 @@ def _serve_on_ray(options: Namespace, told: dict[str, Any]) -> int:
         raise UsageError("--port must be a port with --ray, got 0")
     from llama.ray_cluster import connect
 
-    _log_to_stderr()
+    log_to_stderr()
     connect(options.ray_address)
     from llama.serve_ray import Arguments, run
 
@@ -107,13 +132,3 @@ def _keys(options: Namespace) -> tuple[str, ...]:
             raise ValueError(f"{options.api_key_file} holds no key")
         keys += found
     return tuple(keys)
-
-
-def _log_to_stderr() -> LogQueue:
-    """Messages as they are: the access log's lines are JSON already."""
-    log = LogQueue()
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[log])
-    logging.captureWarnings(True)
-    for name in ("llama", "llama.access"):
-        logging.getLogger(name).setLevel(logging.INFO)
-    return log

@@ -1,17 +1,16 @@
 """How memory is shared out: KV cache, adapters, and what must be left for everything else. Runs without torch.
 
 On the CPU, of what is free when the engine starts, caches of a fixed size come first: compiled grammars
-(llama/text/grammar), kernels by shape (llama/model/weights/packed.py). Of the rest CPU_FRACTION goes to the KV cache,
-whose pages cost nothing until they are written, and LORA_FRACTION to adapters; activations, the page cache and
-everybody else have what remains. On CUDA what steps take is measured (memory.py), and graphs have a share (graphs.py).
+(llama/text/grammar), kernels by shape (llama/model/weights/packed.py). Of the rest cpu_memory_utilization goes to the
+KV cache, whose pages cost nothing until they are written, and a quarter of that to adapters; activations, the page
+cache and everybody else have what remains. On CUDA what steps take is measured (memory.py), and graphs have a share
+(graphs.py).
 """
 
 from pathlib import Path
 
-from llama.engine.config import EngineConfig
+from llama.engine.config import CPU_FRACTION, EngineConfig
 
-CPU_FRACTION = 0.4
-LORA_FRACTION = 0.1
 CACHES_BYTES = 2**29
 
 
@@ -35,14 +34,14 @@ def usable_cpu_bytes(free: int) -> int:
     return free - min(CACHES_BYTES, free // 4)
 
 
-def kv_bytes_on_cpu(free: int) -> int:
+def kv_bytes_on_cpu(free: int, share: float = CPU_FRACTION) -> int:
     """For the KV cache, of so much free memory."""
-    return int(usable_cpu_bytes(free) * CPU_FRACTION)
+    return int(usable_cpu_bytes(free) * share)
 
 
 def lora_bytes(config: EngineConfig, free: int) -> int:
     """For the adapters that are loaded, in this process's memory."""
-    return config.max_lora_bytes or int(usable_cpu_bytes(free) * LORA_FRACTION)
+    return config.max_lora_bytes or int(usable_cpu_bytes(free) * config.cpu_memory_utilization / 4)
 
 
 def blocks_in(budget: int, bytes_per_block: int, config: EngineConfig) -> int:

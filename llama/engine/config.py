@@ -17,6 +17,7 @@ from llama.model.rope_scaling import DynamicScaling
 
 # max_num_batched_tokens by the type of the device, which are also the devices that there are.
 BATCHED_TOKENS = {"cpu": 2048, "cuda": 8192}
+CPU_FRACTION = 0.4  # of what is free, for the KV cache
 
 
 def _option(
@@ -41,6 +42,9 @@ class EngineConfig:
     block_size: int = _option(16, "tokens of a block of KV cache, a power of two", least=1)
     num_blocks: int | None = _option(None, "blocks of KV cache (what memory allows)", least=1)
     gpu_memory_utilization: float = _option(0.9, "share of the GPU's memory that may be used, above 0 and up to 1")
+    cpu_memory_utilization: float = _option(
+        CPU_FRACTION, "share of the CPU's free memory that the KV cache may take, above 0 and up to 1"
+    )
     kv_cache_dtype: Literal["auto", "bfloat16", "fp8", "fp8_e4m3"] = _option(
         "auto", "dtype of K and V, auto = the model's; fp8 takes half of bfloat16, with the checkpoint's scales or 1"
     )
@@ -78,9 +82,10 @@ class EngineConfig:
                 raise refusal(name, "True or False", value)
         if self.block_size & (self.block_size - 1):
             raise refusal("block_size", "a power of two", self.block_size)
-        share = self.gpu_memory_utilization
-        if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share <= 1:
-            raise refusal("gpu_memory_utilization", "in (0, 1]", share)
+        for name in ("gpu_memory_utilization", "cpu_memory_utilization"):
+            share = getattr(self, name)
+            if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share <= 1:
+                raise refusal(name, "in (0, 1]", share)
         if self.seed == -1:  # as others write None
             object.__setattr__(self, "seed", None)
         if self.seed is not None and (not _is_integer(self.seed) or not 0 <= self.seed < 1 << 64):

@@ -8,7 +8,7 @@ import torch
 
 from llama.api.errors import ParameterError
 from llama.api.params import MAX_LOGPROBS
-from llama.engine.budget import CPU_FRACTION, blocks_in, free_cpu_bytes, kv_bytes_on_cpu
+from llama.engine.budget import blocks_in, free_cpu_bytes, kv_bytes_on_cpu
 from llama.engine.config import EngineConfig
 from llama.engine.graphs import GRAPH_BYTES
 from llama.kernels import ops
@@ -147,8 +147,8 @@ def fitting_blocks(model: Transformer, config: EngineConfig, draft: Transformer 
         share = f"{config.gpu_memory_utilization:.0%} of the device"
     else:
         free, share = (
-            kv_bytes_on_cpu(free_cpu_bytes()) // model.shard.size,
-            f"{CPU_FRACTION:.0%} of the free memory, caches apart",
+            kv_bytes_on_cpu(free_cpu_bytes(), config.cpu_memory_utilization) // model.shard.size,
+            f"{config.cpu_memory_utilization:.0%} of the free memory, caches apart",
         )
     per_block = KVCache.bytes_per_block(model.local_config, config.block_size, kv_dtype(model, config))
     if draft is not None:

@@ -123,6 +123,7 @@ class Ranks:
                         pass_fds=[theirs.fileno()],
                         stdin=subprocess.DEVNULL,
                         stdout=subprocess.DEVNULL,
+                        process_group=0,  # Ctrl-C is for rank 0 to understand
                     )
                 peers.append(Peer(rank, ours, process))
         except BaseException:

@@ -81,3 +81,13 @@ def open_standard_streams() -> None:
     # Python has none where it found them closed, and libraries write to them all the same.
     sys.stdout = sys.stdout or os.fdopen(1, "w", closefd=False)
     sys.stderr = sys.stderr or os.fdopen(_STDERR, "w", closefd=False)
+
+
+def log_to_stderr() -> LogQueue:
+    """Messages as they are: the access log's lines are JSON already."""
+    log = LogQueue()
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[log])
+    logging.captureWarnings(True)
+    for name in ("llama", "llama.access"):
+        logging.getLogger(name).setLevel(logging.INFO)
+    return log

@@ -20,13 +20,13 @@ from llama.api.errors import is_failure
 from llama.server.bodies import json_response
 from llama.server.errors import ApiError, dialect_of, headers_too_large, internal, unauthorized
 from llama.server.service import Record, Service
+from llama.server.stopping import MAX_HEADER_BYTES
 from llama.text import heap
 
 logger = logging.getLogger(__name__)
 access = logging.getLogger("llama.access")
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
-MAX_HEADER_BYTES = 64 * 1024
 OPEN_PATHS = frozenset({"/", "/health", "/ready"})
 
 

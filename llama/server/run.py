@@ -10,36 +10,30 @@ import contextlib
 import faulthandler
 import logging
 import os
-import resource
-import signal
 import socket
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from types import FrameType
 from typing import Any
-
-import uvicorn
 
 from llama.api.params import SamplingParams
 from llama.async_llm.async_llm import AsyncLLM
 from llama.server.app import create_app
-from llama.server.config import BACKLOG, ServerConfig
+from llama.server.config import ServerConfig
 from llama.server.logs import LogQueue
-from llama.server.middleware import MAX_HEADER_BYTES
 from llama.server.service import Service
+from llama.server.stopping import StoppableServer, allow_many_connections, settings
 
 logger = logging.getLogger(__name__)
 
-_FLUSH_SECONDS = 5  # for answers that are complete to reach their clients
 _DEAD_FLUSH_SECONDS = 2  # for the errors that they end with, once the engine is dead
 _DEAD_EXIT_SECONDS = 3.0  # after which whatever still runs is not waited for
 _LOG_SECONDS = 1.0  # for the last log lines
-_MAX_FILES = 65_536
 _STALL_INTERVAL = 5.0  # seconds, where the timeouts allow it
 
 
-class Server(uvicorn.Server):
+class Server(StoppableServer):
     """uvicorn's server, stopped by draining the engine."""
 
     def __init__(self, service: Service) -> None:
@@ -49,21 +43,7 @@ class Server(uvicorn.Server):
         self._hangs = False
         self.exit_code = 0
         self.is_ending = threading.Event()  # because the engine is dead
-        super().__init__(
-            uvicorn.Config(
-                create_app(service),
-                http="h11",  # it bounds the headers; httptools does not
-                ws="none",
-                lifespan="off",
-                log_config=None,
-                access_log=False,
-                server_header=False,
-                h11_max_incomplete_event_size=MAX_HEADER_BYTES,
-                timeout_keep_alive=service.config.timeout_keep_alive,  # type: ignore[arg-type]
-                timeout_graceful_shutdown=_FLUSH_SECONDS,
-                backlog=BACKLOG,
-            )
-        )
+        super().__init__(settings(create_app(service), service.config))
 
     async def serve(self, sockets: list[socket.socket] | None = None) -> None:
         self._loop = asyncio.get_running_loop()
@@ -122,19 +102,6 @@ class Server(uvicorn.Server):
                 self.should_exit = True
                 return
 
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        """As uvicorn's, but no signal is raised again after a clean stop: that is not a failure."""
-        if threading.current_thread() is not threading.main_thread():  # only there may signals be listened to
-            yield
-            return
-        before = {number: signal.signal(number, self.handle_exit) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
 
 class _StalledConnections:
     """Closes connections whose clients do nothing: each holds a socket, and sockets run out.
@@ -181,7 +148,7 @@ async def _close_stalled(connections: set[Any], config: ServerConfig) -> None:
 
 def serve(llm: AsyncLLM, config: ServerConfig, taken: socket.socket, log: LogQueue) -> int:
     """Serve until told to stop -> the exit code: 70 if the engine died. A dead engine's process ends in any case."""
-    _allow_many_connections()
+    allow_many_connections()
     read_vocabulary(llm)
     server = Server(Service(llm, config, log))
     threading.Thread(target=_end_if_dead, args=(server, log), name="llama-end", daemon=True).start()
@@ -213,11 +180,3 @@ def read_vocabulary(llm: AsyncLLM) -> None:
     now than when requests stream. Those who ask for a grammar hear why if it cannot be done."""
     with contextlib.suppress(ValueError):
         llm.llm.inputs.request([0], SamplingParams(response_format={"type": "regex", "regex": "x"}), None)
-
-
-def _allow_many_connections() -> None:
-    """Most systems start a process with room for a thousand open files, and let it have more if it asks."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = _MAX_FILES if hard == resource.RLIM_INFINITY else min(hard, _MAX_FILES)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))

@@ -9,6 +9,7 @@ from llama.api.errors import ContextLengthError, ParameterError
 from llama.api.outputs import FinishReason
 from llama.api.params import SamplingParams
 from llama.engine import memory
+from llama.engine.config import CPU_FRACTION
 from llama.engine.engine import Engine
 from tests.engine.fakes import VOCAB, add, config, make, right, run
 from tests.model.models import tiny_model
@@ -160,7 +161,7 @@ def test_a_prompt_is_scored_in_pieces():
 def test_blocks_fit_into_free_memory(monkeypatch, caplog):
     model = tiny_model()
     per_token = 2 * 2 * 2 * 16 * 8  # layers, k and v, heads, head_dim, bytes
-    monkeypatch.setattr(memory, "free_cpu_bytes", lambda: int(per_token * 4 * 10.5 / memory.CPU_FRACTION / 0.75))
+    monkeypatch.setattr(memory, "free_cpu_bytes", lambda: int(per_token * 4 * 10.5 / CPU_FRACTION / 0.75))
     with caplog.at_level(logging.INFO):
         assert Engine(model, config(num_blocks=None)).metrics().num_blocks == 10
     assert len([r for r in caplog.records if "KV cache: 10 blocks of 4 tokens" in r.message]) == 1

@@ -53,8 +53,8 @@ def processes_of(llm) -> list[subprocess.Popen]:
     return [peer.process for peer in llm.engine.runner._peers._state.peers]
 
 
-def children_of(pid: int) -> list[int]:
-    """Rank processes alive whose parent is `pid`."""
+def children_of(pid: int, program: bytes = b"rank_process.py") -> list[int]:
+    """Processes alive that run this program and whose parent is `pid`: ranks, unless it is another."""
     found = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
@@ -63,7 +63,7 @@ def children_of(pid: int) -> list[int]:
             except OSError:
                 continue
             state, parent = status.rpartition(")")[2].split()[:2]
-            if int(parent) == pid and b"rank_process.py" in command and state != "Z":
+            if int(parent) == pid and program in command and state != "Z":
                 found.append(int(entry.name))
     return found
 
@@ -83,14 +83,17 @@ def is_gone(pid: int) -> bool:
 
 
 def shared_memory_of(pid: int) -> set[str]:
-    """What a process has in /dev/shm, open or mapped."""
+    """What a process has in /dev/shm, open or mapped. What is there no longer by name is not left behind."""
     found = set()
     with contextlib.suppress(OSError):
         for line in (Path("/proc") / str(pid) / "maps").read_text().splitlines():
-            found |= {word for word in line.split() if word.startswith("/dev/shm/")}
+            if not line.endswith("(deleted)"):
+                found |= {word for word in line.split() if word.startswith("/dev/shm/")}
         for entry in (Path("/proc") / str(pid) / "fd").iterdir():
             with contextlib.suppress(OSError):
-                found |= {target} if (target := os.readlink(entry)).startswith("/dev/shm/") else set()
+                target = os.readlink(entry)
+                if target.startswith("/dev/shm/") and not target.endswith("(deleted)"):
+                    found.add(target)
     return found
 
 
@@ -106,6 +109,16 @@ def ports_of(pid: int) -> int:
 
 def environment(**more) -> dict[str, str]:
     return os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"} | more
+
+
+@contextlib.contextmanager
+def started(command, **options):
+    """A process that a test may leave running where it fails."""
+    with subprocess.Popen(command, env=environment(), **options) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
 
 
 def test_two_ranks_answer_as_one_process_and_a_killed_one_ends_the_engine(folder, expected):
@@ -230,7 +243,7 @@ time.sleep(600)
 def test_no_rank_outlives_rank_0(folder, state, sent):
     text = WAITING.format(folder=folder, busy=state == "busy")
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "process_group": 0}
-    with subprocess.Popen([sys.executable, "-c", text], env=environment(), **options) as process:
+    with started([sys.executable, "-c", text], **options) as process:
         if state == "loading":
             wait_until(lambda: len(children_of(process.pid)) == 3, 120)
             time.sleep(random.uniform(0, 3))
@@ -255,7 +268,7 @@ def test_a_server_whose_rank_is_killed_ends_with_an_error_for_all(victim, tmp_pa
     options = ("--port", "0", "--num-blocks", "400", "-tp", "2", "--no-access-log")
     code = "import sys; from llama.cli import main; sys.exit(main())"
     command = [sys.executable, "-c", code, "serve", make_model(tmp_path), *options]
-    with subprocess.Popen(command, env=environment(), stderr=subprocess.PIPE, text=True) as process:
+    with started(command, stderr=subprocess.PIPE, text=True) as process:
         lines = iter(process.stderr.readline, "")
         url = next(line for line in lines if "serving" in line).split()[-1]
         [rank] = children_of(process.pid)

@@ -1,0 +1,176 @@
+"""Several engines on one machine: each a server in a process of its own, behind a socket that has no file.
+
+Requests go to the one with the fewest that are not yet answered. What a replica is told, and what it says, are typed
+JSON messages. A replica lives as long as the connection to the process that started it. No torch.
+"""
+
+import asyncio
+import contextlib
+import json
+import selectors
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from llama.engine.wire import Message, receive
+from llama.server.config import BACKLOG, ServerConfig
+from llama.server.upstream import Upstream
+
+_PROGRAM = Path(__file__).with_name("replica_process.py")
+_EXIT_SECONDS = 5.0
+
+
+class ReplicaLostError(RuntimeError):
+    """A replica could not start, or all have ended."""
+
+
+@dataclass(eq=False)
+class Replica:
+    number: int
+    process: "subprocess.Popen[bytes]"
+    control: socket.socket
+    address: bytes
+    num_requests: int = 0  # that it has and has not yet answered
+
+    @property
+    def ending(self) -> str | None:
+        """How its process ended; None while it has not."""
+        code = self.process.poll()
+        if code is None:
+            return None
+        how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+        return f"replica {self.number} (process {self.process.pid}) {how}"
+
+    async def told_ending(self) -> str:
+        """How its process ended, after its connection did: the system may not have told yet."""
+        for _ in range(20):
+            if (ending := self.ending) is not None:
+                return ending
+            await asyncio.sleep(0.05)
+        return f"replica {self.number} closed its connection"
+
+
+class Replicas:
+    """As a context manager it ends all of them on exit."""
+
+    def __init__(self) -> None:
+        self.all: list[Replica] = []
+
+    @classmethod
+    def start(
+        cls,
+        count: int,
+        model: str,
+        arguments: Mapping[str, Any],
+        config: ServerConfig,
+        *,
+        loras: Mapping[str, str],
+        limits: Mapping[str, Any],
+    ) -> "Replicas":
+        """`arguments` are LLM's, `limits` AsyncLLM's own. Returns when all can answer; ReplicaLostError where one
+        cannot."""
+        settings = asdict(config) | {"lora_dir": None if config.lora_dir is None else str(config.lora_dir.resolve())}
+        told = {"count": count, "model": model, "arguments": dict(arguments), "config": settings}
+        told |= {"loras": dict(loras), "limits": dict(limits)}
+        replicas = cls()
+        try:
+            for number in range(count):
+                replicas.all.append(_start(number))
+            for replica in replicas.all:
+                replica.control.sendall(Message({**told, "number": replica.number}, {}).encoded())
+            replicas._wait()
+        except BaseException:
+            replicas.kill()
+            raise
+        return replicas
+
+    def _wait(self) -> None:
+        """For all at once: one that ends early must not be found after the slowest."""
+        with selectors.DefaultSelector() as selector:
+            for replica in self.all:
+                selector.register(replica.control, selectors.EVENT_READ, replica)
+            while selector.get_map():
+                for key, _ in selector.select():
+                    _check_started(key.data)
+                    selector.unregister(key.fileobj)
+
+    @property
+    def alive(self) -> list[Replica]:
+        return [replica for replica in self.all if replica.process.poll() is None]
+
+    @contextlib.asynccontextmanager
+    async def idlest(self) -> AsyncIterator[tuple[Replica, Upstream]]:
+        """The replica with the fewest requests that can be reached, and a connection to it. ReplicaLostError where
+        there is none."""
+        async with contextlib.AsyncExitStack() as stack:
+            yield await self._reach(stack)
+
+    async def _reach(self, stack: contextlib.AsyncExitStack) -> tuple[Replica, Upstream]:
+        for replica in sorted(self.alive, key=lambda replica: replica.num_requests):
+            replica.num_requests += 1
+            try:
+                upstream = await stack.enter_async_context(Upstream(replica.address))
+            except OSError:
+                replica.num_requests -= 1
+                continue
+            except BaseException:
+                replica.num_requests -= 1
+                raise
+            stack.callback(_answered, replica)
+            return replica, upstream
+        endings = [ending for replica in self.all if (ending := replica.ending) is not None]
+        raise ReplicaLostError("; ".join(endings) or "no replica can be reached")
+
+    def stop(self) -> None:
+        """Have each finish what it has, refuse all else, and exit."""
+        for replica in self.alive:
+            replica.process.terminate()
+
+    def kill(self) -> None:
+        for replica in self.all:
+            replica.process.kill()
+            replica.process.wait()
+            replica.control.close()
+
+    def __enter__(self) -> "Replicas":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.kill()
+
+
+def _start(number: int) -> Replica:
+    ours, theirs = socket.socketpair()
+    with theirs, socket.socket(socket.AF_UNIX) as listener:
+        listener.bind("")  # the system gives it a name that no other has
+        listener.listen(BACKLOG)
+        descriptors = [theirs.fileno(), listener.fileno()]
+        arguments = [*map(str, descriptors), json.dumps([path for path in sys.path if path])]
+        process = subprocess.Popen(
+            # -P: the script's folder is no place to import from.
+            [sys.executable, "-P", str(_PROGRAM), *arguments],
+            pass_fds=descriptors,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            process_group=0,  # Ctrl-C is for the process that started it to understand
+        )
+        return Replica(number, process, ours, listener.getsockname())
+
+
+def _check_started(replica: Replica) -> None:
+    message = receive(replica.control)
+    if message is None:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            replica.process.wait(_EXIT_SECONDS)
+        raise ReplicaLostError(replica.ending or f"replica {replica.number} closed its connection")
+    if "error" in message.content:
+        raise ReplicaLostError(f"replica {replica.number}: {message.content['error']}")
+
+
+def _answered(replica: Replica) -> None:
+    replica.num_requests -= 1

@@ -1,0 +1,335 @@
+"""Several engines behind one address: requests go by load, a lost one costs its own requests alone."""
+
+import asyncio
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from types import SimpleNamespace
+
+import httpx
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from llama.cli import main
+from llama.server.config import ServerConfig, take_port
+from llama.server.front import FrontServer, labelled
+from llama.server.replicas import Replica, Replicas
+from llama.server.run import Server
+from llama.server.service import Service
+from tests.batch.helpers import by_custom_id, chat, completion, read_lines, write_lines
+from tests.parallel.test_rank_processes import children_of, is_gone, started, wait_until
+from tests.server.helpers import NAME, PATIENCE, RUN, events_of, scripted_llm, until, user
+from tests.tiny_checkpoint import make_adapter, make_model
+
+KEY = {"authorization": "Bearer key"}
+
+
+class Process:
+    """What a Replica knows of its process; here it is a server in a thread."""
+
+    pid = 7
+    code: int | None = None
+
+    def poll(self):
+        return self.code
+
+    def kill(self):
+        self.code = self.code or -9
+
+    def terminate(self):
+        self.code = 0
+
+    def wait(self):
+        return self.code
+
+
+class Served:
+    """A server over an engine that says what it is asked to, on a socket without a file."""
+
+    def __init__(self, number: int) -> None:
+        self.llm, self.engine = scripted_llm()
+        self.server = Server(Service(self.llm, ServerConfig(model_names=(NAME,), api_keys=("key",), access_log=False)))
+        listener = socket.socket(socket.AF_UNIX)
+        listener.bind("")
+        listener.listen()
+        self.replica = Replica(number, Process(), socket.socketpair()[0], listener.getsockname())
+        self.thread = threading.Thread(target=lambda: asyncio.run(self.server.serve([listener])))
+        self.thread.start()
+        until(lambda: self.server.started)
+
+    def close(self) -> None:
+        self.server._loop.call_soon_threadsafe(self.server.stop)
+        self.thread.join(PATIENCE)
+        assert self.llm.num_requests == 0
+
+
+@pytest.fixture
+def front():
+    """A client of two replicas' front, and what is behind it."""
+    served = [Served(0), Served(1)]
+    replicas = Replicas()
+    replicas.all = [each.replica for each in served]
+    server = FrontServer(replicas, ServerConfig(model_names=(NAME,)))
+    taken = take_port("127.0.0.1", 0)
+    thread = threading.Thread(target=lambda: asyncio.run(server.serve([taken])))
+    thread.start()
+    url = f"http://127.0.0.1:{taken.getsockname()[1]}"
+    with httpx.Client(base_url=url, timeout=PATIENCE, headers=KEY) as client:
+        yield SimpleNamespace(client=client, served=served, url=url, replicas=replicas, server=server)
+    for each in served:
+        each.close()
+    server._loop.call_soon_threadsafe(server.stop)
+    thread.join(PATIENCE)
+    assert not thread.is_alive() and server.exit_code == 0
+
+
+def test_answers_are_the_replicas_own(front):
+    client = front.client
+    body = {"messages": [user("hello")]}
+    direct = client.post(RUN, json=body)
+    assert direct.json()["result"]["response"] == "hello" and direct.headers["x-request-id"]
+    answer = client.post("/v1/chat/completions", json=body | {"model": NAME}, headers={"x-request-id": "mine"})
+    assert answer.json()["choices"][0]["message"]["content"] == "hello"
+    assert answer.headers["x-request-id"] == "mine" and len(answer.headers.get_list("date")) == 1
+    streamed = client.post("/v1/chat/completions", json=body | {"stream": True})
+    events = events_of(streamed.text)
+    assert (
+        events[-1] == "[DONE]" and "".join(e["choices"][0]["delta"].get("content", "") for e in events[:-1]) == "hello"
+    )
+    assert client.get("/v1/models?x=1").json()["data"][0]["id"] == NAME
+    assert client.get("/nowhere").status_code == 404
+    assert client.post(RUN, content=b"{").status_code == 400
+    assert client.post(RUN, json=body, headers={"authorization": "Bearer no"}).status_code == 401
+    assert client.head("/health").status_code == 200 and client.head("/v1/models").content == b""
+    large = "a" * 300_000
+    assert client.post(RUN, json={"messages": [user(large)]}).status_code in (400, 413)
+    chunks = iter([json.dumps(body).encode()[:9], json.dumps(body).encode()[9:]])
+    assert client.post(RUN, content=chunks).json()["result"]["response"] == "hello"
+
+
+def test_requests_go_to_the_replica_with_the_fewest(front):
+    for loads, asked in (([2, 1], [0, 1]), ([1, 2], [1, 1]), ([0, 5], [2, 1])):
+        for replica, load in zip(front.replicas.all, loads, strict=True):
+            replica.num_requests = load
+        assert front.client.post(RUN, json={"messages": [user("x")]}).status_code == 200
+        assert [len(each.engine.asked) for each in front.served] == asked
+        until(lambda loads=loads: [replica.num_requests for replica in front.replicas.all] == loads)
+    for replica in front.replicas.all:
+        replica.num_requests = 0
+
+
+def test_a_client_that_leaves_ends_its_request(front):
+    forever = {"messages": [user("forever")], "stream": True, "max_tokens": 4000}
+    with front.client.stream("POST", "/v1/chat/completions", json=forever) as answer:
+        next(answer.iter_lines())
+    until(lambda: all(each.llm.num_requests == 0 for each in front.served))
+    until(lambda: front.replicas.all[0].num_requests == 0)
+
+
+def test_a_lost_replica_costs_its_own_requests(front):
+    process = front.replicas.all[0].process
+    process.code = -9  # gone, and nobody will say so
+    assert front.client.get("/health").json() == {
+        "status": "degraded",
+        "replicas": [
+            {"replica": 0, "status": "replica 0 (process 7) was ended by SIGKILL"},
+            {"replica": 1, "status": "ok"},
+        ],
+    }
+    assert front.client.post(RUN, json={"messages": [user("hello")]}).status_code == 200
+    assert [len(each.engine.asked) for each in front.served] == [0, 1]
+    process.code = None
+    front.replicas.all[0].address = b"\0nobody listens here"
+    assert front.client.post(RUN, json={"messages": [user("hello")]}).status_code == 200
+    ready = front.client.get("/ready")
+    assert (ready.status_code, ready.json()["replicas"]) == (200, [{"replica": 1, "status": 200}])
+    front.replicas.all[1].address = b"\0nobody listens here"
+    answer = front.client.post(RUN, json={"messages": [user("hello")]})
+    assert answer.status_code == 503 and answer.json()["success"] is False
+    assert front.client.get("/ready").status_code == 503
+
+
+@pytest.mark.parametrize(
+    "said, ends_with",
+    [
+        (b"", None),
+        (
+            b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n2\r\nhi\r\n",
+            "lost",
+        ),
+        (b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: 9\r\n\r\nhi", "broken"),
+    ],
+)
+def test_an_answer_that_breaks_off_is_told(front, said, ends_with):
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind("")
+    listener.listen()
+    front.replicas.all[0].address = listener.getsockname()
+
+    def answer():
+        connection, _ = listener.accept()
+        with connection, listener:
+            connection.recv(1 << 16)
+            connection.sendall(said)
+
+    threading.Thread(target=answer).start()
+    body = {"messages": [user("hello")]}
+    if ends_with == "broken":
+        with pytest.raises(httpx.RemoteProtocolError):
+            front.client.post("/v1/chat/completions", json=body)
+        return
+    found = front.client.post("/v1/chat/completions", json=body)
+    if ends_with is None:
+        assert found.status_code == 503 and found.json()["error"]["code"] == "unavailable"
+    else:
+        assert (
+            found.text.startswith("hi")
+            and "was lost" in json.loads(found.text.partition("data: ")[2])["error"]["message"]
+        )
+
+
+def test_metrics_have_the_replica_as_a_label(front):
+    front.client.post(RUN, json={"messages": [user("hello")]})
+    text = front.client.get("/metrics").text
+    [family] = [f for f in text_string_to_metric_families(text) if f.name == "llama_num_requests_running"]
+    assert {sample.labels["replica"] for sample in family.samples} == {"0", "1"}
+    sums = [
+        s for f in text_string_to_metric_families(text) for s in f.samples if s.name == "llama_request_success_total"
+    ]
+    assert sum(sample.value for sample in sums) == 1
+    assert front.client.get("/metrics", headers={"authorization": ""}).status_code == 401
+    once = labelled({3: '# HELP a_total A.\n# TYPE a_total counter\na_total{b="c"} 2.0\n'}).decode()
+    assert once == '# HELP a_total A.\n# TYPE a_total counter\na_total{b="c",replica="3"} 2.0\n'
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return make_model(tmp_path_factory.mktemp("model"))
+
+
+def llama(*arguments):
+    command = [sys.executable, "-c", "import sys; from llama.cli import main; sys.exit(main())", *map(str, arguments)]
+    return started(command, stderr=subprocess.PIPE, text=True)
+
+
+def replicas_of(pid: int) -> list[int]:
+    return children_of(pid, b"replica_process.py")
+
+
+@pytest.mark.slow
+def test_replicas_as_processes(model, tmp_path):
+    """One is killed under load: its requests fail, the other's go on; adapters reach both; SIGTERM drains."""
+    (tmp_path / "tuned").mkdir()
+    make_adapter(tmp_path / "tuned")
+    options = ("--port", "0", "--num-blocks", "200", "--replicas", "2", "--lora-dir", tmp_path)
+    options += ("--served-model-name", "model")
+    with llama("serve", model, *options) as process:
+        lines = iter(process.stderr.readline, "")
+        url = next(line for line in lines if "serving" in line).split()[-1]
+        threading.Thread(target=lambda: [None for _ in lines], daemon=True).start()
+        pids = replicas_of(process.pid)
+        assert len(pids) == 2
+        ended = []
+
+        def ask(model_name, max_tokens=200):
+            body = {
+                "prompt": "Hello",
+                "max_tokens": max_tokens,
+                "ignore_eos": True,
+                "stream": True,
+                "model": model_name,
+            }
+            try:
+                text = httpx.post(f"{url}/v1/completions", json=body, timeout=120).text
+            except httpx.HTTPError:
+                text = ""
+            ended.append("error" not in text and text.endswith("data: [DONE]\n\n"))
+
+        threads = [threading.Thread(target=ask, args=(name,)) for name in ("model", "tuned") * 4]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert ended == [True] * 8
+        ended.clear()
+        threads = [threading.Thread(target=ask, args=("model",)) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        wait_until(lambda: running(url) == 8, 60)
+        os.kill(pids[0], signal.SIGKILL)
+        for thread in threads:
+            thread.join(60)
+        assert sorted(ended) == [False] * 4 + [True] * 4
+        health = httpx.get(f"{url}/health").json()
+        assert health["status"] == "degraded" and "SIGKILL" in health["replicas"][0]["status"]
+        ended.clear()
+        ask("tuned", 3)
+        assert ended == [True]
+        process.terminate()
+        assert process.wait(60) == 0
+        wait_until(lambda: all(map(is_gone, pids)), 10)
+
+
+def running(url: str) -> float:
+    families = text_string_to_metric_families(httpx.get(f"{url}/metrics", timeout=60).text)
+    return sum(sample.value for f in families if f.name == "llama_num_requests_running" for sample in f.samples)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("state", ["loading", "serving"])
+def test_no_replica_outlives_the_front(model, state):
+    with llama("serve", model, "--port", "0", "--num-blocks", "50", "--replicas", "2", "-tp", "2") as process:
+        wait_until(lambda: len(replicas_of(process.pid)) == 2, 60)
+        if state == "serving":
+            next(line for line in iter(process.stderr.readline, "") if "serving" in line)
+        pids = replicas_of(process.pid)
+        pids += [rank for pid in pids for rank in children_of(pid)]
+        process.kill()
+        wait_until(lambda: all(map(is_gone, pids)), 15)
+
+
+@pytest.mark.slow
+def test_a_replica_that_cannot_start_is_named(model, capsys):
+    assert main(["serve", str(Path(model) / "none"), "--port", "0", "--replicas", "2"]) == 1
+    said = capsys.readouterr().err
+    assert re.search(r"llama: replica [01]: .*none: there is no such folder", said), said
+    assert replicas_of(os.getpid()) == []
+
+
+@pytest.mark.slow
+def test_a_batch_over_replicas_is_that_of_one_engine(model, tmp_path, capsys):
+    """Seeded; lines that are refused too; a killed replica's lines fail and are asked again by the next run."""
+    lines = [chat(f"chat {i}", f"hello {i}", max_tokens=8) for i in range(12)]
+    lines += [completion("text", ["ab", "cd"], max_tokens=3), chat("unknown", "x", model="none"), "{"]
+    lines += [chat("stream", "x", stream=True), chat("wrong", "x", temperature=-1)]
+    source = write_lines(tmp_path / "in.jsonl", lines)
+    options = ("--seed", "1", "--dtype", "float64", "--num-blocks", "64", "--max-num-seqs", "4")
+    found = {}
+    for count in (1, 2):
+        output = tmp_path / f"out{count}.jsonl"
+        assert main(["batch", model, str(source), str(output), "--replicas", str(count), *options]) == 0
+        found[count] = by_custom_id(read_lines(output))
+    assert "17 lines: 13 answered, 3 rejected, 1 failed" in capsys.readouterr().err
+    assert found[1] == found[2]
+    source = write_lines(
+        tmp_path / "long.jsonl", [chat(f"{i}", "hello", max_tokens=150, ignore_eos=True) for i in range(60)]
+    )
+    output = tmp_path / "out.jsonl"
+    with llama("batch", model, source, output, "--replicas", "2", *options) as process:
+        wait_until(lambda: output.exists() and output.stat().st_size > 0, 120)
+        pids = replicas_of(process.pid)
+        os.kill(pids[0], signal.SIGKILL)
+        assert process.wait(300) == 0, process.stderr.read()
+        said = process.stderr.read()
+    failed = [line for line in read_lines(output) if line["error"] is not None]
+    assert failed and all("SIGKILL" in line["error"]["message"] for line in failed), said
+    wait_until(lambda: all(map(is_gone, pids)), 10)
+    assert main(["batch", model, str(source), str(output), "--replicas", "2", *options]) == 0
+    answers = {line["custom_id"]: line["error"] for line in read_lines(output)}
+    assert answers == {str(i): None for i in range(60)}
