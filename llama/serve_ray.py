@@ -91,7 +91,7 @@ class Arguments(_Options):  # type: ignore[misc]
         found = self._given(_LLM)
         if not self.loras and self.lora_dir is None:
             found["max_loras"] = 0
-        return absolute_paths(found)
+        return found
 
     @property
     def engine(self) -> EngineConfig:
@@ -103,6 +103,15 @@ class Arguments(_Options):  # type: ignore[misc]
         more: dict[str, Any] = {"api_keys": self.api_keys, "allow_origin": self.allow_origin}
         return ServerConfig(model_names=self.served_model_name or (own,), **more, **self._given(_SERVER))
 
+    def with_absolute_paths(self) -> "Arguments":
+        """The same for processes that run in other folders."""
+        changes = absolute_paths(self._given(["tokenizer", "speculative_config"]))
+        changes |= {"model": absolute(self.model), "loras": {name: absolute(at) for name, at in self.loras.items()}}
+        if self.lora_dir is not None:
+            changes["lora_dir"] = self.lora_dir.resolve()
+        copied: Arguments = self.model_copy(update=changes)
+        return copied
+
     def _given(self, names: Iterable[str]) -> dict[str, Any]:
         return {name: value for name in names if (value := getattr(self, name)) is not None}
 
@@ -111,9 +120,9 @@ class Arguments(_Options):  # type: ignore[misc]
 class Replica:
     """One engine and its application, in a process of Serve's."""
 
-    def __init__(self, arguments: Arguments, model: str, loras: dict[str, str]) -> None:
-        llm = LLM(model, **arguments.llm)
-        for name, path in loras.items():
+    def __init__(self, arguments: Arguments) -> None:
+        llm = LLM(arguments.model, **arguments.llm)
+        for name, path in arguments.loras.items():
             llm.load_lora(name, path)
         limits = {name: getattr(arguments, name) for name in ("max_waiting_requests", "max_waiting_tokens")}
         self._service = Service(AsyncLLM(llm, **limits), arguments.server)
@@ -147,8 +156,7 @@ def build_app(arguments: Arguments) -> serve.Application:
         max_constructor_retry_count=_START_RETRIES,
         logging_config={"enable_access_log": config.access_log},
     )
-    loras = {name: absolute(path) for name, path in arguments.loras.items()}
-    application: serve.Application = deployment.bind(arguments, absolute(arguments.model), loras)
+    application: serve.Application = deployment.bind(arguments.with_absolute_paths())
     return application
 
 

@@ -8,13 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from llama.cli.common import add_model_flags, add_ray_flags, add_replicas_flag, check_ray, llm_options
-from llama.cli.flags import Parser, UsageError, add_fields, checked, given, integer, named_adapter
+from llama.cli.flags import Parser, UsageError, add_fields, checked, flag, given, integer, named_adapter
 from llama.files import named, read_text
 from llama.hub import is_hub_id
 from llama.server.config import ServerConfig, take_port
 from llama.server.logs import LogQueue, log_to_stderr, open_standard_streams
 
 logger = logging.getLogger(__name__)
+
+_SCALE = ("min_replicas", "max_replicas", "target_ongoing_requests")
 
 DESCRIPTION = """Serve a model over HTTP, in Cloudflare's and OpenAI's dialects. The first SIGTERM drains, a second one
 ends."""
@@ -43,7 +45,7 @@ def add_arguments(parser: Parser) -> None:
     group = add_ray_flags(parser)
     text = "with --ray: as many replicas as there are requests for, from --min-replicas (1) on"
     group.add_argument("--max-replicas", type=integer(1, 1024), metavar="INT", help=text)
-    group.add_argument("--min-replicas", type=integer(0, 1024), default=1, metavar="INT", help="how few of them")
+    group.add_argument("--min-replicas", type=integer(0, 1024), metavar="INT", help="how few of them (1)")
     text = "of each replica, above and below which their number changes (--max-num-seqs)"
     group.add_argument("--target-ongoing-requests", type=integer(1), metavar="INT", help=text)
     add_fields(parser, ServerConfig, "server")
@@ -56,6 +58,9 @@ def run(options: Namespace) -> int:
         raise UsageError("--host must be an address to listen on, got ''")
     arguments = llm_options(options)
     check_ray(options)
+    for name in _SCALE:
+        if getattr(options, name) is not None and not options.ray:
+            raise UsageError(f"{flag(name)} needs --ray")
     if not options.lora and "lora_dir" not in given(options, ServerConfig):
         arguments["max_loras"] = 0
     own_name = options.model if is_hub_id(options.model) else Path(options.model).resolve().name
@@ -115,8 +120,7 @@ def _serve_on_ray(options: Namespace, told: dict[str, Any]) -> int:
     connect(options.ray_address)
     from llama.serve_ray import Arguments, run
 
-    scale = {name: getattr(options, name) for name in ("replicas", "min_replicas", "max_replicas")}
-    scale["target_ongoing_requests"] = options.target_ongoing_requests
+    scale = {name: value for name in ("replicas", *_SCALE) if (value := getattr(options, name)) is not None}
     names = {"served_model_name": told.pop("model_names"), "loras": dict(options.lora)}
     run(Arguments(model=options.model, **told, **names, **scale), options.host, options.port)
     return 0

@@ -110,6 +110,8 @@ def test_without_a_command_the_usage_names_them_all(capsys):
         (["generate", "folder", "p", "--logprobs-mode", "raw", "--json"], "--logprobs-mode needs --logprobs"),
         (["generate", "folder", "p", "more"], "'more' is not understood"),
         (["serve", "m", "--data-parallel-size", "2"], "'--data-parallel-size' is not understood (perhaps --replicas)"),
+        (["serve", "m", "--max-replicas", "2"], "--max-replicas needs --ray"),
+        (["serve", "m", "--ray-address", "auto"], "--ray-address needs --ray"),
         (["generate", "folder", "p", "--temp", "1"], "'--temp' is not understood (perhaps --temperature)"),
         (["generate", "folder", "p", "--max-tokens", "all"], "--max-tokens must be an integer from 1"),
         (["generate", "folder", "p", "--min-tokens", "none"], "--min-tokens must be an integer from 0"),

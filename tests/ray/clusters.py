@@ -6,7 +6,6 @@ import os
 import socket
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 
 import httpx
 import psutil
@@ -55,8 +54,36 @@ def processes(name: str) -> list[psutil.Process]:
     return found
 
 
+class Front:
+    """What tests know of a server, as far as it shows from outside."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        self.client = httpx.Client(base_url=url, timeout=240)
+        self.llm = self
+
+    def run(self, body, path="/ai/run/tiny", **more) -> httpx.Response:
+        return self.client.post(path, content=body if isinstance(body, bytes) else json.dumps(body), **more)
+
+    @property
+    def num_requests(self) -> float:
+        """Of all replicas: each scrape shows one of them, drawn at random."""
+        return sum(self._num_requests() for _ in range(8))
+
+    def _num_requests(self) -> float:
+        lines = self.client.get("/metrics").text.splitlines()
+        values = {line.split("{")[0]: float(line.split()[-1]) for line in lines if not line.startswith("#")}
+        return values["llama_num_requests_running"] + values["llama_num_requests_waiting"]
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
 @contextlib.contextmanager
-def served(make_llm: str) -> Iterator[SimpleNamespace]:
+def served(make_llm: str) -> Iterator[Front]:
     """Two replicas of the server over what this function of `tests.server.helpers` makes, behind Serve's proxy."""
 
     @serve.deployment(num_replicas=2, max_ongoing_requests=1000, ray_actor_options={"num_cpus": 1})
@@ -76,17 +103,11 @@ def served(make_llm: str) -> Iterator[SimpleNamespace]:
 
             return create_app(self.service)
 
-    with cluster(1, num_cpus=2), socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = found.getsockname()[1]
-        found.close()
+    with cluster(1, num_cpus=2):
+        port = free_port()
         serve.start(http_options={"host": "127.0.0.1", "port": port})
         serve.run(Served.bind(), route_prefix="/")
-        url = f"http://127.0.0.1:{port}"
-        with httpx.Client(base_url=url, timeout=60) as client:
-
-            def run(body, path="/ai/run/tiny", **more):
-                return client.post(path, content=body if isinstance(body, bytes) else json.dumps(body), **more)
-
-            yield SimpleNamespace(url=url, port=port, client=client, run=run)
+        front = Front(f"http://127.0.0.1:{port}")
+        with front.client:
+            yield front
         serve.shutdown()

@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 
+import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -140,6 +141,24 @@ def test_an_actor_is_killed(folders, asked, tmp_path):
     assert on_cluster(folders, source, output) == 0
     killing.join(PATIENCE)
     assert len(killed) == 2 and killing.seen[0] < 160
+    assert by_custom_id(read_lines(output)) == expected
+
+
+def test_ranks_go_with_their_actor(folders, asked, tmp_path):
+    source, expected = asked
+    output = tmp_path / "output.jsonl"
+    ranks = []
+
+    def kill():
+        ranks.extend(processes("rank_process"))
+        processes("ray::_Actor")[0].send_signal(signal.SIGKILL)
+
+    killing = once_it_has(output, 30, kill)
+    assert batch(folders, source, output, "--ray", "--tensor-parallel-size", "2") == 0
+    killing.join(PATIENCE)
+    assert len(ranks) == 1 and killing.seen[0] < 160
+    psutil.wait_procs(ranks, PATIENCE)
+    assert not any(rank.is_running() for rank in ranks)
     assert by_custom_id(read_lines(output)) == expected
 
 

@@ -1,20 +1,15 @@
 """Rows on Ray Data: one local cluster of two CPUs for all tests (make test-ray)."""
 
-import contextlib
-import os
-from pathlib import Path
-
-import psutil
 import pytest
 import ray
 
 from llama import LLM, SamplingParams
 from llama.batch import ProcessorConfig, build_processor
+from tests.ray.clusters import processes, set_environment
 from tests.tiny_checkpoint import make_adapter, make_model
 
 ENGINE = {"dtype": "float64", "num_blocks": 256, "max_num_seqs": 4}
 ERROR = "__inference_error__"
-REPOSITORY = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -24,9 +19,8 @@ def folders(tmp_path_factory):
 
 @pytest.fixture(scope="module", autouse=True)
 def cluster():
-    path = os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "tools")])
-    environment = {"env_vars": {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}}
-    ray.init(num_cpus=2, include_dashboard=False, object_store_memory=100 << 20, runtime_env=environment)
+    set_environment()
+    ray.init("local", num_cpus=2, include_dashboard=False, object_store_memory=100 << 20)
     yield
     ray.shutdown()
 
@@ -86,16 +80,6 @@ def test_postprocess_makes_the_rows_but_those_with_an_error(folders, expected):
     assert all(row.get("generated_text") is None for i, row in found.items() if i != 3)
 
 
-def engines() -> list[psutil.Process]:
-    """The processes of this cluster that hold an engine."""
-    found = []
-    for child in psutil.Process().children(recursive=True):
-        with contextlib.suppress(psutil.Error):  # it has just ended
-            if "MapBatches(Generator)" in " ".join(child.cmdline()):
-                found.append(child)
-    return found
-
-
 def test_what_a_killed_engine_had_under_way_is_computed_again(folders, expected):
     config = ProcessorConfig(
         model_source=folders[0], engine_kwargs=ENGINE, batch_size=2, max_concurrent_batches=1, concurrency=1
@@ -105,7 +89,7 @@ def test_what_a_killed_engine_had_under_way_is_computed_again(folders, expected)
     for row in build_processor(config, preprocess=asked)(dataset).iter_rows():
         assert row["id"] not in found
         found[row["id"]] = list(row["generated_tokens"])
-        running = engines()
+        running = processes("MapBatches(Generator)")
         if not seen:
             running[0].kill()
         seen |= {process.pid for process in running}

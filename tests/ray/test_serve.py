@@ -4,12 +4,12 @@ import asyncio
 import contextlib
 import json
 import re
-import socket
 import subprocess
 import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import fields
 from types import SimpleNamespace
 
 import httpx
@@ -21,8 +21,11 @@ from pydantic import ValidationError
 from ray import serve
 
 from llama import LLM, SamplingParams
+from llama.cli.common import LoadOptions
+from llama.engine.config import EngineConfig
 from llama.serve_ray import APPLICATION, Arguments, Replica, _scale
-from tests.ray.clusters import REPOSITORY, cluster, processes
+from llama.server.config import ServerConfig
+from tests.ray.clusters import REPOSITORY, Front, cluster, free_port, processes
 from tests.tiny_checkpoint import make_adapter, make_model
 
 FLAGS = ("--dtype", "float64", "--num-blocks", "256", "--max-num-seqs", "4", "--max-waiting-requests", "4")
@@ -39,12 +42,6 @@ def until(condition, patience=PATIENCE):
     return found
 
 
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
-
-
 def llama(*words) -> subprocess.Popen:
     program = "import sys; from llama.cli import main; sys.exit(main())"
     return subprocess.Popen([sys.executable, "-c", program, *map(str, words)])
@@ -58,12 +55,18 @@ def served(tmp_path_factory):
     with cluster(1, num_cpus=4) as made:
         words = ("serve", model, *FLAGS, "--lora-dir", adapters, "--ray", "--ray-address", made.address)
         process = llama(*words, "--replicas", 2, "--port", port, "--shutdown-timeout", 5)
-        url = f"http://127.0.0.1:{port}"
-        with httpx.Client(base_url=url, timeout=PATIENCE) as client:
+        front = Front(f"http://127.0.0.1:{port}")
+        with front.client as client:
             try:
                 until(lambda: is_running() or process.poll() is not None)
                 yield SimpleNamespace(
-                    process=process, client=client, url=url, model=model, adapters=adapters, cluster=made
+                    process=process,
+                    front=front,
+                    client=client,
+                    url=front.url,
+                    model=model,
+                    adapters=adapters,
+                    cluster=made,
                 )
             finally:
                 process.terminate()
@@ -135,15 +138,9 @@ def test_events_come_one_by_one_and_one_who_leaves_frees_the_blocks(served):
     for _ in range(4):
         with served.client.stream("POST", "/v1/chat/completions", json=body) as response:
             assert next(response.iter_lines()).startswith("data: ")
-    until(lambda: all(used(served) == 0 for _ in range(8)))  # each scrape asks one of the two
+    until(lambda: served.front.num_requests == 0)
     with served.client.stream("POST", "/v1/chat/completions", json=body) as response:
         assert sum(line.startswith("data: ") for line in response.iter_lines()) > 100
-
-
-def used(served) -> float:
-    lines = served.client.get("/metrics").text.splitlines()
-    values = {line.split("{")[0]: float(line.split()[-1]) for line in lines if not line.startswith("#")}
-    return values["llama_num_requests_running"] + values["llama_num_requests_waiting"]
 
 
 def test_an_adapter_in_the_folder_is_one_of_every_replica(served, expected):
@@ -233,6 +230,26 @@ def test_builder_reads_texts_and_refuses_what_it_does_not_know():
             Arguments(model="m", **wrong)
     with pytest.raises(ValueError, match="max_num_seqs must be an integer from 1"):
         Arguments(model="m", max_num_seqs="0").engine  # noqa: B018
+
+
+def test_every_option_of_the_command_is_one_of_the_builder():
+    taken = Arguments.model_fields.keys()
+    shown = [field for config in (LoadOptions, EngineConfig, ServerConfig) for field in fields(config)]
+    assert {field.name for field in shown if "help" in field.metadata} <= taken
+
+
+def test_paths_hold_wherever_a_replica_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "adapters").mkdir()
+    given = Arguments(model="m", lora_dir="adapters", loras={"a": "b"}, tokenizer="t", served_model_name=["name"])
+    found = given.with_absolute_paths()
+    assert (found.model, found.loras, found.llm["tokenizer"]) == (
+        f"{tmp_path}/m",
+        {"a": f"{tmp_path}/b"},
+        f"{tmp_path}/t",
+    )
+    assert found.server.lora_dir == tmp_path / "adapters"
+    assert Arguments(model="org/name").with_absolute_paths().server.name == "org/name"
 
 
 @pytest.mark.parametrize("is_ready", [True, False])
