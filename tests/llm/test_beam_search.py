@@ -2,38 +2,17 @@
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
-from transformers.models.llama import modeling_llama
 
 from llama import LLM, BeamSearchParams, ParameterError
-from llama.model.transformer import Transformer
-from tests.model.test_taps import norm_in_float64
+from tests.model.pairs import SMALL, float64_throughout, make_pair
 
 EOS = [3, 7, 11, 20, 30]  # often among the best, so that beams end at different lengths
 
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory):
-    path = tmp_path_factory.mktemp("beams")
-    config = LlamaConfig(
-        vocab_size=41,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=64,
-        eos_token_id=EOS,
-        bos_token_id=1,
-    )
-    torch.manual_seed(6)
-    theirs = LlamaForCausalLM(config).eval().double()
-    for parameter in theirs.parameters():
-        parameter.data.add_(torch.randn_like(parameter) * 0.1)
-    theirs.save_pretrained(path)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(modeling_llama.LlamaRMSNorm, "forward", norm_in_float64)
-        yield theirs, Transformer.from_pretrained(path, dtype=torch.float64)
+    with float64_throughout():
+        yield make_pair(tmp_path_factory.mktemp("beams"), seed=6, vocab_size=41, eos_token_id=EOS, **SMALL)
 
 
 @pytest.mark.parametrize(

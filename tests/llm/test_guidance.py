@@ -4,32 +4,15 @@ import random
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.generation.logits_process import UnbatchedClassifierFreeGuidanceLogitsProcessor
 
-from llama import LLM, Capture, ParameterError, SamplingParams, Transformer
+from llama import LLM, Capture, ParameterError, SamplingParams
+from tests.model.pairs import SMALL, make_pair
 
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory):
-    path = tmp_path_factory.mktemp("guidance")
-    config = LlamaConfig(
-        vocab_size=97,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=128,
-        eos_token_id=None,
-        bos_token_id=1,
-    )
-    torch.manual_seed(5)
-    theirs = LlamaForCausalLM(config).eval().double()
-    for parameter in theirs.parameters():
-        parameter.data.add_(torch.randn_like(parameter) * 0.15)
-    theirs.save_pretrained(path)
-    return theirs, Transformer.from_pretrained(path, dtype=torch.float64)
+    return make_pair(tmp_path_factory.mktemp("guidance"), seed=5, noise=0.15, eos_token_id=None, **SMALL)
 
 
 def prompt(length, seed):

@@ -3,41 +3,18 @@
 import pytest
 import torch
 from torch.autograd import grad
-from transformers import LlamaConfig, LlamaForCausalLM
-from transformers.models.llama import modeling_llama
 
 from llama.api.errors import ParameterError
 from llama.model.interventions import Add, Replace
-from llama.model.transformer import Transformer
 from tests.model.models import tiny_model
-from tests.model.test_taps import norm_in_float64
+from tests.model.pairs import float64_throughout, make_pair
 
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory):
     path = tmp_path_factory.mktemp("gradients")
-    config = LlamaConfig(
-        vocab_size=61,
-        hidden_size=48,
-        intermediate_size=80,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        max_position_embeddings=128,
-        tie_word_embeddings=False,
-        attn_implementation="eager",
-    )
-    torch.manual_seed(4)
-    theirs = LlamaForCausalLM(config).eval().double()
-    for parameter in theirs.parameters():
-        parameter.data.add_(torch.randn_like(parameter) * 0.1)
-    theirs.save_pretrained(path)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(modeling_llama.LlamaRMSNorm, "forward", norm_in_float64)
-        # Its softmax is float32 whatever the dtype.
-        patch.setattr(modeling_llama.nn.functional, "softmax", lambda x, dim, dtype=None: torch.softmax(x, dim))
-        yield theirs, Transformer.from_pretrained(path, dtype=torch.float64)
+    with float64_throughout():
+        yield make_pair(path, seed=4, vocab_size=61, attn_implementation="eager")
 
 
 IDS = torch.randint(0, 61, (2, 13), generator=torch.Generator().manual_seed(1))

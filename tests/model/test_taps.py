@@ -1,16 +1,17 @@
 """Points of the network: what is read there equals what hooks in transformers see, and a change made there equals the
 same change made by a hook."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama import modeling_llama
 
 from llama.api.errors import ParameterError
 from llama.model.interventions import Add, Apply, Project, Replace, Scale
 from llama.model.taps import LAYER_POINTS, all_points, resolve_points
-from llama.model.transformer import Transformer
 from tests.model.models import tiny_model
+from tests.model.pairs import float64_throughout, make_pair
 
 LAYERS, HEADS, KV_HEADS, HEAD_DIM, HIDDEN = 3, 4, 2, 16, 48
 BOUNDS = {torch.float64: 1e-10, torch.float32: 1e-5}
@@ -18,36 +19,9 @@ BOUNDS = {torch.float64: 1e-10, torch.float32: 1e-5}
 
 @pytest.fixture(scope="module", params=[torch.float64, torch.float32], ids=["float64", "float32"])
 def pair(request, tmp_path_factory):
-    """The same random weights in transformers and here. transformers' norms compute in float32 whatever the dtype: in
-    float64 they are given the same formula in float64."""
-    with pytest.MonkeyPatch.context() as patch:
-        if request.param == torch.float64:
-            patch.setattr(modeling_llama.LlamaRMSNorm, "forward", norm_in_float64)
-        yield build(request.param, tmp_path_factory.mktemp("pair"))
-
-
-def norm_in_float64(self, x):
-    return self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon))
-
-
-def build(dtype, path):
-    config = LlamaConfig(
-        vocab_size=97,
-        hidden_size=HIDDEN,
-        intermediate_size=80,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=HEADS,
-        num_key_value_heads=KV_HEADS,
-        head_dim=HEAD_DIM,
-        max_position_embeddings=128,
-        tie_word_embeddings=False,
-    )
-    torch.manual_seed(3)
-    theirs = LlamaForCausalLM(config).eval().to(dtype)
-    for parameter in theirs.parameters():
-        parameter.data.add_(torch.randn_like(parameter) * 0.1)
-    theirs.save_pretrained(path)
-    return theirs, Transformer.from_pretrained(path, dtype=dtype)
+    """The same random weights in transformers and here."""
+    with float64_throughout() if request.param == torch.float64 else nullcontext():
+        yield make_pair(tmp_path_factory.mktemp("pair"), seed=3, dtype=request.param)
 
 
 @pytest.fixture(scope="module")
