@@ -345,6 +345,8 @@ class StepTaps:
         if self._communicator is None or self._communicator.shard.rank == 0:
             try:
                 new = _checked(given, old, given.of(old, [])).contiguous()
+                if bool(new.isnan().all()):
+                    raise ValueError(f"{given.function} gave nothing but NaN")
             except BaseException as error:  # the caller's function: whatever it raises is the end of its own request
                 if not is_failure(error):
                     raise
