@@ -115,7 +115,8 @@ class RequestOutput:
 
 @dataclass(slots=True)
 class Piece:
-    """What is new in one completion of a streamed request; `usage` comes with the last piece of the request.
+    """What is new in one completion of a streamed request; `usage` comes with the last piece of the request. Complete
+    calls are in `tool_calls`; `tool_call_deltas` also tell what is certain of one that is still being written.
 
     Not frozen, as TokenOutput is not: a step makes one for each running completion.
     """
@@ -129,3 +130,4 @@ class Piece:
     tool_calls: Sequence[Any] = ()
     usage: Usage | None = None
     reasoning_content: str = ""
+    tool_call_deltas: Sequence[Any] = ()

@@ -1,6 +1,6 @@
 """Request: what an engine is asked for, encoded and checked. One value from every face to the scheduler; no torch."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Integral
 from typing import Any, Protocol
@@ -63,6 +63,7 @@ class Request:
     score_from: int = 1  # prompt_logprobs begin with the token at this position
     prompt: str | None = None
     tools: Mapping[str, Any] = field(default_factory=dict)  # whose calls are to be found: name -> schema of arguments
+    certain_calls: Collection[str] = ()  # those that the grammar holds to their form from their first characters on
     begins_in_thought: bool | None = None  # or may begin with one (False); None: no thought is looked for
     prediction_token_ids: Sequence[int] = ()  # what the answer may be like
     negative_token_ids: Sequence[int] = ()  # what guidance_scale leads away from; none = the prompt's last token

@@ -13,7 +13,7 @@ from llama.engine.request import Request
 from llama.engine.sequence import TokenOutput
 from llama.text.reasoning import THOUGHT_TOKENS, ReasoningParser
 from llama.text.tokenizer import IncrementalDecoder, StopMatcher, Tokenizer
-from llama.text.tool_calls import CALL_TOKENS, ToolCall, ToolCallParser
+from llama.text.tool_calls import CALL_TOKENS, ToolCall, ToolCallDelta, ToolCallParser, merged_deltas
 
 
 def listed(entries: list[Any], params: SamplingParams, tokenizer: Tokenizer | None) -> Any:
@@ -60,7 +60,7 @@ class Completion:
         self.reasoning: ReasoningParser | None = None
         if tokenizer is not None and request.begins_in_thought is not None:
             self.reasoning = ReasoningParser(request.begins_in_thought)
-        self.parser = ToolCallParser(request.tools) if request.tools else None
+        self.parser = ToolCallParser(request.tools, request.certain_calls) if request.tools else None
         self.decoder = self._new_decoder(prompt_token_ids)
         self.matcher = self._new_matcher()
         self.held = ""  # text that the matcher keeps back
@@ -162,8 +162,9 @@ class Completion:
     ) -> Piece:
         output = self.output
         calls: list[ToolCall] = []
+        deltas: list[ToolCallDelta] = []
         if self.parser is not None:
-            text, calls = self._find_calls(self.parser, text)
+            text, calls, deltas = self._find_calls(self.parser, text)
         if text:
             self.text_parts.append(text)
         if logprobs is not None and output.logprobs is not None and output.cumulative_logprob is not None:
@@ -173,16 +174,26 @@ class Completion:
             else:
                 output.cumulative_logprob += sum(e[t].logprob for t, e in zip(token_ids, logprobs, strict=True))
         ended = output.finish_reason, output.stop_reason
-        return Piece(output.index, text, token_ids, logprobs, *ended, calls, reasoning_content=thought)
+        usage = None  # Reply puts it in
+        return Piece(output.index, text, token_ids, logprobs, *ended, calls, usage, thought, deltas)
 
-    def _find_calls(self, parser: ToolCallParser, text: str) -> tuple[str, list[ToolCall]]:
-        """What the text makes certain: text that is no call, and calls."""
+    def _find_calls(self, parser: ToolCallParser, text: str) -> tuple[str, list[ToolCall], list[ToolCallDelta]]:
+        """What the text makes certain: text that is no call, calls, and what is new of calls."""
         output = self.output
         events = parser.feed(text)
         if self.ended:
             events += parser.finish()
-        calls = [event for event in events if isinstance(event, ToolCall)]
+        calls: list[ToolCall] = []
+        deltas: list[ToolCallDelta] = []
+        for event in events:
+            if isinstance(event, ToolCallDelta):
+                deltas.append(event)
+            elif isinstance(event, ToolCall):
+                if event.written is None:  # else it was told while it came
+                    number = len(output.tool_calls) + len(calls)
+                    deltas.append(ToolCallDelta(number, event.name, event.arguments_json))
+                calls.append(event)
         output.tool_calls.extend(calls)
         if output.tool_calls and output.finish_reason is FinishReason.STOP:
             output.finish_reason = FinishReason.TOOL_CALLS
-        return "".join(event for event in events if isinstance(event, str)), calls
+        return "".join(event for event in events if isinstance(event, str)), calls, merged_deltas(deltas)

@@ -21,6 +21,7 @@ from llama.engine.request import Request
 from llama.engine.sequence import TokenOutput
 from llama.llm.completion import Completion, listed
 from llama.text.tokenizer import Tokenizer
+from llama.text.tool_calls import merged_deltas
 
 logger = logging.getLogger(__name__)
 
@@ -270,4 +271,5 @@ def _join(parts: list[Piece]) -> Piece:
         [call for part in parts for call in part.tool_calls],
         last.usage,
         "".join(part.reasoning_content for part in parts),
+        merged_deltas(delta for part in parts for delta in part.tool_call_deltas),
     )

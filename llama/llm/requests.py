@@ -17,6 +17,7 @@ from llama.engine.token_rules import TokenRules
 from llama.llm.completion import tokens_of_stops
 from llama.llm.tool_choice import ToolChoice, Tools, choose
 from llama.text.chat import ChatTemplate
+from llama.text.chat.prepare import tool_name
 from llama.text.grammar import AfterThought, GrammarCompiler, ThoughtMasks, is_strict
 from llama.text.reasoning import Thoughts, thoughts_after, thoughts_continued
 from llama.text.tokenizer import Tokenizer
@@ -319,6 +320,7 @@ class Inputs:
         return replace(
             request,
             tools=tools.parameters,
+            certain_calls=() if grammar is None else _certain_calls(tools, params),
             new_matcher=new_matcher,
             prediction_token_ids=self._prediction(params),
         )
@@ -371,3 +373,14 @@ class Inputs:
             what = "response_format needs a tokenizer: this model takes token ids only"
             raise ParameterError(what, "response_format")
         return GrammarCompiler(self.tokenizer, self.engine.vocab_size)
+
+
+def _certain_calls(tools: Tools, params: SamplingParams) -> list[str]:
+    """Whose calls the grammar holds from their first characters on, if nothing may end the text inside of one: beside a
+    response_format an answer may begin like a call."""
+    if params.stop or params.stop_token_ids or (params.constrained_by is not None and not tools.must_call):
+        return []
+    shown = tools.shown or []
+    if tools.must_call:
+        return [tool_name(tool) for tool in shown if tools.name in (None, tool_name(tool))]
+    return [tool_name(tool) for tool in shown if is_strict(tool)]

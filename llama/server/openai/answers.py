@@ -7,7 +7,7 @@ from contextlib import aclosing
 from typing import Any
 
 import llama
-from llama.api.outputs import Logprob, Usage
+from llama.api.outputs import Logprob, Piece, Usage
 from llama.server.openai.schema import StreamOptions
 from llama.server.streaming import DONE
 
@@ -59,6 +59,19 @@ async def chunks(
     if wanted:
         yield {**head, "choices": [], "usage": usage()}
     yield DONE
+
+
+class ToldCalls:
+    """What a stream has told of one completion's calls."""
+
+    def __init__(self) -> None:
+        self._num_begun = self.num_whole = 0
+
+    def text_of(self, piece: Piece) -> str:
+        """The piece's text; but that of a call that was cut has been told as the call's beginning. Each piece once."""
+        self._num_begun += sum(delta.name is not None for delta in piece.tool_call_deltas)
+        self.num_whole += len(piece.tool_calls)
+        return "" if piece.finish_reason is not None and self._num_begun > self.num_whole else piece.text
 
 
 def value_of(logprob: Logprob) -> float:

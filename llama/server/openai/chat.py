@@ -10,12 +10,12 @@ from starlette.responses import Response
 from llama.api.outputs import CompletionOutput, Logprob, RequestOutput
 from llama.server.bodies import json_response, read_body
 from llama.server.errors import Dialect, bad_input
-from llama.server.openai.answers import chunks, frame, new_id, now, top_of, usage_of, value_of
+from llama.server.openai.answers import ToldCalls, chunks, frame, new_id, now, top_of, usage_of, value_of
 from llama.server.openai.sampling import check_logprobs, sampling_params
 from llama.server.openai.schema import ChatRequest
 from llama.server.service import Answer, Record, Service, Submit
 from llama.server.streaming import EventStream, unless_gone
-from llama.text.tool_calls import ToolCall
+from llama.text.tool_calls import ToolCall, ToolCallDelta
 
 Endpoint = Callable[[Request], Awaitable[Response]]
 
@@ -130,24 +130,25 @@ class _Writer:
 
     async def _choices(self, answer: Answer) -> AsyncGenerator[dict[str, Any]]:
         outputs = answer.output.outputs
-        num_calls = [0] * len(outputs)
+        told = [ToldCalls() for _ in outputs]
         for completion in outputs:
             yield _delta(completion.index, {"role": "assistant", "content": ""})
         async for piece in answer.pieces():
             if piece.reasoning_content:  # never beside content: some clients read one of them
                 yield _delta(piece.index, {"reasoning_content": piece.reasoning_content})
-            delta: dict[str, Any] = {"content": piece.text} if piece.text else {}
-            if calls := _calls(piece.tool_calls, self._body, num_calls[piece.index]):
-                delta["tool_calls"] = calls
-                num_calls[piece.index] += len(calls)
-            choice = _delta(piece.index, delta)
+            text, calls = told[piece.index].text_of(piece), _call_deltas(piece.tool_call_deltas, self._body)
+            deltas: list[dict[str, Any]] = [{"content": text}] if text else []
+            deltas += [{"tool_calls": [call]} for call in calls]
+            for delta in deltas[:-1]:
+                yield _delta(piece.index, delta)
+            choice = _delta(piece.index, deltas[-1] if deltas else {})
             if piece.logprobs is not None:
                 choice["logprobs"] = self._logprobs(piece.token_ids, piece.logprobs)
             if piece.finish_reason is not None:
                 choice["finish_reason"] = piece.finish_reason
                 choice["stop_reason"] = piece.stop_reason
                 choice["seed"] = outputs[piece.index].seed
-            if delta or piece.logprobs or piece.finish_reason is not None:
+            if deltas or piece.logprobs or piece.finish_reason is not None:
                 yield choice
 
     def _logprobs(
@@ -167,16 +168,24 @@ class _Writer:
         return {"token": entry.decoded_token or f"token_id:{token}", "logprob": value_of(entry), "bytes": spelled}
 
 
-def _calls(calls: Sequence[ToolCall], body: ChatRequest, first_index: int | None = None) -> list[dict[str, Any]]:
-    """`first_index` is for streams, where each call has its `index`."""
+def _calls(calls: Sequence[ToolCall], body: ChatRequest) -> list[dict[str, Any]]:
     if body.parallel_tool_calls is False:
-        calls = calls[: 1 - (first_index or 0)]
-    listed = []
-    for i, call in enumerate(calls, start=first_index or 0):
-        function = {"name": call.name, "arguments": call.arguments_json}
-        entry = {"id": new_id("call"), "type": "function", "function": function}
-        listed.append(entry if first_index is None else {"index": i, **entry})
-    return listed
+        calls = calls[:1]
+    return [_call(call.name, call.arguments_json) for call in calls]
+
+
+def _call_deltas(deltas: Sequence[ToolCallDelta], body: ChatRequest) -> list[dict[str, Any]]:
+    """Each call has one id, told with its name."""
+    return [
+        {"index": d.index}
+        | ({"function": {"arguments": d.arguments}} if d.name is None else _call(d.name, d.arguments))
+        for d in deltas
+        if body.parallel_tool_calls is not False or d.index == 0
+    ]
+
+
+def _call(name: str, arguments: str) -> dict[str, Any]:
+    return {"id": new_id("call"), "type": "function", "function": {"name": name, "arguments": arguments}}
 
 
 def _delta(index: int, delta: dict[str, Any]) -> dict[str, Any]:

@@ -12,12 +12,12 @@ from starlette.responses import Response
 from llama.api.outputs import Logprob, Piece
 from llama.server.bodies import json_response, read_body
 from llama.server.errors import ApiError, Dialect
-from llama.server.openai.answers import new_id, top_of, value_of
+from llama.server.openai.answers import ToldCalls, new_id, top_of, value_of
 from llama.server.openai.chat import submit_chat
 from llama.server.openai.responses_body import ResponsesRequest
 from llama.server.service import Answer, Record, Service
 from llama.server.streaming import EventStream, unless_gone
-from llama.text.tool_calls import ToolCall
+from llama.text.tool_calls import ToolCallDelta
 
 Event = dict[str, Any]
 _FAILURES = frozenset({"context_length_exceeded", "rate_limit_exceeded"})
@@ -80,17 +80,21 @@ class _Writer:
     async def events(self, answer: Answer) -> AsyncGenerator[Event, None]:
         yield {"type": "response.created", "response": self._response("in_progress")}
         yield {"type": "response.in_progress", "response": self._response("in_progress")}
-        reason = None
+        reason, told = None, ToldCalls()
         async for piece in answer.pieces():
             reason = piece.finish_reason or reason
             if piece.reasoning_content:
                 for event in self._thought(piece.reasoning_content):
                     yield event
-            if self._open_type == "message" or (piece.text if not self._num_calls else piece.text.strip()):
+            text = told.text_of(piece)
+            if self._open_type == "message" or (text if not self._num_calls else text.strip()):
                 for event in self._text(piece):
                     yield event
-            for call in piece.tool_calls:
-                for event in self._call(call):
+            for delta in piece.tool_call_deltas:
+                for event in self._call(delta):
+                    yield event
+            if self._open_type == "function_call" and told.num_whole == self._num_calls:
+                for event in self._close():
                     yield event
         status = "incomplete" if reason == "length" else "completed"
         for event in self._close(status):
@@ -146,11 +150,15 @@ class _Writer:
         return {"item_id": self._output[-1]["id"], "output_index": len(self._output) - 1, "content_index": 0}
 
     def _close(self, status: str = "completed") -> list[Event]:
-        """The end of the message or the thought that is open, if one is."""
+        """The end of the item that is open, if one is."""
         if not self._is_open:
             return []
         self._is_open = False
         item = self._output[-1] = self._output[-1] | {"status": status}
+        if item["type"] == "function_call":
+            kind = "response.function_call_arguments.done"
+            told = {"name": item["name"], "arguments": item["arguments"]}
+            return [{"type": kind, **self._call_place(), **told}, self._about_item("done", item)]
         part = item["content"][0]
         done: dict[str, Any] = {"type": f"response.{part['type']}.done", **self._place(), "text": part["text"]}
         if "logprobs" in part:
@@ -161,22 +169,22 @@ class _Writer:
             self._about_item("done", item),
         ]
 
-    def _call(self, call: ToolCall) -> list[Event]:
-        self._num_calls += 1
-        if self._body.parallel_tool_calls is False and self._num_calls > 1:
-            return []
-        events = self._close()
-        arguments = call.arguments_json
-        ids = {"id": new_id("fc"), "type": "function_call", "call_id": new_id("call"), "name": call.name}
-        events.append(self._open(ids | {"arguments": arguments, "status": "in_progress"}))
-        self._is_open = False
-        self._output[-1] = self._output[-1] | {"status": "completed"}
-        place = {"item_id": ids["id"], "output_index": len(self._output) - 1}
-        kind = "response.function_call_arguments"
-        events.append({"type": f"{kind}.delta", **place, "delta": arguments})
-        events.append({"type": f"{kind}.done", **place, "name": call.name, "arguments": arguments})
-        events.append(self._about_item("done", self._output[-1]))
+    def _call(self, delta: ToolCallDelta) -> list[Event]:
+        self._num_calls += delta.name is not None
+        if self._body.parallel_tool_calls is False and delta.index > 0:
+            return self._close() if self._open_type == "function_call" else []
+        events = []
+        if delta.name is not None:
+            ids = {"id": new_id("fc"), "type": "function_call", "call_id": new_id("call"), "name": delta.name}
+            events = [*self._close(), self._open(ids | {"arguments": "", "status": "in_progress"})]
+        if delta.arguments:
+            self._output[-1]["arguments"] += delta.arguments
+            kind = "response.function_call_arguments.delta"
+            events.append({"type": kind, **self._call_place(), "delta": delta.arguments})
         return events
+
+    def _call_place(self) -> dict[str, Any]:
+        return {"item_id": self._output[-1]["id"], "output_index": len(self._output) - 1}
 
     def _logprobs(self, token_ids: Sequence[int], logprobs: Sequence[dict[int, Logprob]] | None) -> list[Event]:
         count = self._body.top_logprobs or 0

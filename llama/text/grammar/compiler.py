@@ -30,7 +30,7 @@ from llama.text.sandbox import LOW_PRIORITY, Worker, WorkerError
 from llama.text.sandbox.grammars import parser_limits
 from llama.text.tokenizer import Tokenizer
 from llama.text.tokenizer.tokenizer import check_unicode
-from llama.text.tool_calls.forms import CALL_KEYS
+from llama.text.tool_calls.forms import CALL_KEYS, head_of_call
 from llama.text.tool_calls.parser import MARKERS
 
 if TYPE_CHECKING:
@@ -170,8 +170,7 @@ class GrammarCompiler:
         rules = [f"start: {start}", f"call: {' | '.join(f'call_{i}' for i in range(len(tools)))}", answer]
         for i, (tool, schema) in enumerate(zip(tools, schemas, strict=True)):
             check_unicode(tool_name(tool))
-            name = json.dumps(tool_name(tool), ensure_ascii=False)
-            head = ["{", '"name"', ": ", name, ", ", '"parameters"', ": "]
+            head = head_of_call(tool_name(tool))
             # Beside JSON the parts must be JSON's own, beside text one: what begins alike must be one token of both.
             parts = head if "%json" in answer else ["".join(head)]
             spelled = " ".join(json.dumps(part, ensure_ascii=False) for part in parts)

@@ -7,8 +7,9 @@ longer become a call raises NotACall at the first character that shows it.
 import json
 import math
 import re
-from collections.abc import Collection
-from dataclasses import dataclass
+import sys
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 _CLOSERS = {"{": "}", "[": "]", "(": ")"}
@@ -17,6 +18,7 @@ _KEY = re.compile(r"\s*([A-Za-z_]\w*)\s*=\s*")
 _SINGLE_QUOTED = re.compile(r"'((?:[^'\\]|\\.)*)'", re.DOTALL)
 _CONSTANT = re.compile(r"(?:True|False|None|true|false|null)\b")
 _CONSTANTS = {"true": True, "false": False, "none": None, "null": None}
+_LARGEST = sys.float_info.max
 _ESCAPES = {"n": "\n", "t": "\t", "r": "\r"}
 
 
@@ -30,10 +32,37 @@ class ToolCall:
 
     name: str
     arguments: dict[str, Any]
+    # Of a call that was told while it was written: the arguments as the model spelled them.
+    written: str | None = field(default=None, compare=False, repr=False)
 
     @property
     def arguments_json(self) -> str:
-        return json.dumps(self.arguments, ensure_ascii=False)
+        return json.dumps(self.arguments, ensure_ascii=False) if self.written is None else self.written
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCallDelta:
+    """What is new of a call: its name first, then its arguments' JSON piece by piece. `index` counts the calls of one
+    answer."""
+
+    index: int
+    name: str | None
+    arguments: str
+
+
+def merged_deltas(deltas: Iterable[ToolCallDelta]) -> list[ToolCallDelta]:
+    """With what follows one another of the same arguments made one."""
+    merged: list[ToolCallDelta] = []
+    for delta in deltas:
+        if merged and delta.name is merged[-1].name is None and delta.index == merged[-1].index:
+            delta = ToolCallDelta(delta.index, None, merged.pop().arguments + delta.arguments)
+        merged.append(delta)
+    return merged
+
+
+def head_of_call(name: str) -> list[str]:
+    """What stands before the arguments of a call that a grammar writes, in the pieces that JSON has."""
+    return ["{", '"name"', ": ", json.dumps(name, ensure_ascii=False), ", ", '"parameters"', ": "]
 
 
 class BracketScan:
@@ -105,6 +134,17 @@ def load_json(text: str) -> Any:
         json.dumps(value, ensure_ascii=False).encode()  # an escaped lone surrogate is not text
     except (ValueError, RecursionError):
         raise NotACall from None
+    return value
+
+
+def load_written(text: str) -> dict[str, Any]:
+    """Arguments that a grammar held; what is too large for a float becomes the largest. Raises NotACall."""
+    try:
+        value = json.loads(text, parse_float=lambda number: max(-_LARGEST, min(_LARGEST, float(number))))
+    except (ValueError, RecursionError):
+        raise NotACall from None
+    if not isinstance(value, dict):
+        raise NotACall
     return value
 
 

@@ -10,16 +10,28 @@
 Calls of JSON or `N.call` stand at the beginning or follow another call; `<function=`, `<tool_call>` and
 `<|python_tag|>` are found anywhere. A closing tag may be missing. It is a call only if N is among the tools sent and
 its arguments do not contradict that tool's schema; all else is text, passed on as soon as it can be nothing else.
-Decisions depend on the characters alone, so the events are the same however the text was cut.
+Decisions depend on the characters alone, so the events are the same however the text was cut; but deltas, which tell a
+call that is certain from its first characters on, may be longer.
 """
 
 import re
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from enum import Enum, auto
 from typing import Any
 
 from llama.text.tool_calls.contradiction import contradicts
-from llama.text.tool_calls.forms import BracketScan, NotACall, ToolCall, calls_of_json, load_arguments, load_json
+from llama.text.tool_calls.forms import (
+    BracketScan,
+    NotACall,
+    ToolCall,
+    ToolCallDelta,
+    calls_of_json,
+    head_of_call,
+    load_arguments,
+    load_json,
+    load_written,
+)
 
 PYTHON_TAG = "<|python_tag|>"
 CODE_INTERPRETER = "code_interpreter"
@@ -32,7 +44,7 @@ _MARKER = re.compile("|".join(map(re.escape, MARKERS)))
 _SPACE = re.compile(r"\s*")
 _SEPARATORS = re.compile(r"[\s;,]*")
 
-Event = str | ToolCall
+Event = str | ToolCall | ToolCallDelta
 
 
 class _State(Enum):
@@ -42,11 +54,23 @@ class _State(Enum):
     CODE = auto()  # all that follows is Python code
 
 
+@dataclass(slots=True)
+class _Told:
+    """How much of a certain call's arguments was told: from `start` in the buffer up to `so_far`."""
+
+    name: str
+    start: int
+    scan: BracketScan
+    so_far: int
+    end: int | None = None
+
+
 class ToolCallParser:
     """`feed` text as it comes, then `finish`; both return text and calls in the order in which they were written."""
 
-    def __init__(self, tools: Mapping[str, Any] | Collection[str]) -> None:
-        """`tools` by name, each with the JSON schema of its arguments or None; or the names alone."""
+    def __init__(self, tools: Mapping[str, Any] | Collection[str], certain: Collection[str] = ()) -> None:
+        """`tools` by name, each with the JSON schema of its arguments or None; or the names alone. `certain`: those of
+        which a grammar writes each call as `head_of_call` and arguments that satisfy the schema."""
         self._parameters = tools if isinstance(tools, Mapping) else dict.fromkeys(tools)
         self._known = frozenset(tools)
         self._call_starts = {f"{name}.call(": name for name in sorted(self._known)}
@@ -56,6 +80,9 @@ class ToolCallParser:
         self._scan: BracketScan | None = None  # of the call that the buffer begins with, perhaps
         self._closing_tag = ""  # what may follow the last call and says nothing
         self._events: list[Event] = []
+        self._heads = {"".join(head_of_call(name)): name for name in sorted(certain)}
+        self._told: _Told | None = None  # of the certain call that the buffer begins with
+        self._num_calls = 0
 
     def feed(self, text: str) -> list[Event]:
         """What this text makes certain."""
@@ -76,6 +103,7 @@ class ToolCallParser:
                 pass
         if is_end and self._state is _State.CODE:
             self._events.append(ToolCall(CODE_INTERPRETER, {"code": "".join(self._code)}))
+            self._num_calls += 1
             self._state, self._code = _State.TEXT, []
         events, self._events = self._events, []
         return events
@@ -92,8 +120,8 @@ class ToolCallParser:
             if end is None:
                 raise NotACall
         except NotACall:
-            end = self._not_a_call(start)
-        self._scan = None
+            end = self._not_a_call(start) if self._told is None else self._cut_call()
+        self._scan = self._told = None
         self._buffer = self._buffer[end:]
         return True
 
@@ -152,10 +180,22 @@ class ToolCallParser:
         self._emit_text(self._buffer[:start])
         return after_tag
 
+    def _cut_call(self) -> int:
+        """A call of which the beginning was told: all of it is text."""
+        self._state = _State.TEXT
+        self._emit_text(self._buffer)
+        return len(self._buffer)
+
     # Calls: each returns the end of the call at `start`, None while it is open, or raises NotACall
 
     def _read_call(self, start: int) -> int | None:
         text = self._buffer
+        if self._told is None and (head := next((h for h in self._heads if text.startswith(h + "{", start)), None)):
+            arguments = start + len(head)
+            self._told = _Told(self._heads[head], arguments, BracketScan(arguments, '"', is_call=False), arguments)
+            self._events.append(ToolCallDelta(self._num_calls, self._told.name, ""))
+        if self._told is not None:
+            return self._read_certain(self._told)
         if _may_start(PYTHON_TAG, text, start):
             start = _end_of_space(text, start + len(PYTHON_TAG))
             if start >= len(text):
@@ -185,6 +225,24 @@ class ToolCallParser:
             name = self._call_starts[possible[0]]
             self._emit_calls([ToolCall(name, load_arguments(text[opening + 1 : end - 1]))])
         return end
+
+    def _read_certain(self, told: _Told) -> int | None:
+        text = self._buffer
+        if told.end is None:
+            told.end = told.scan.feed(text)
+            news = text[told.so_far : told.end]
+            told.so_far += len(news)
+            if news:
+                self._events.append(ToolCallDelta(self._num_calls, None, news))
+        if told.end is None or told.end == len(text):
+            return None
+        if text[told.end] != "}":
+            raise NotACall
+        written = text[told.start : told.end]
+        self._events.append(ToolCall(told.name, load_written(written), written))
+        self._num_calls += 1
+        self._state = _State.AFTER_CALL
+        return told.end + 1
 
     def _read_function(self, name_start: int) -> int | None:
         """`N>{...}` after `<function=`; models leave out the closing tag now and then."""
@@ -220,6 +278,7 @@ class ToolCallParser:
         if any(contradicts(call.arguments, self._parameters[call.name]) for call in calls):
             raise NotACall
         self._events += calls
+        self._num_calls += len(calls)
         self._state = _State.AFTER_CALL
 
     def _emit_text(self, text: str) -> None:
