@@ -112,7 +112,7 @@ test-ray: .venv-ray/.ready
 		$$(.venv-ray/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/project.pth
 	touch $@
 
-# lm-evaluation-harness on a local task, and nnsight, with a venv of their own as well.
+# lm-evaluation-harness on a local task, nnsight, and a notebook, with a venv of their own as well.
 test-lm-eval: .venv-lm-eval/.ready
 	.venv-lm-eval/bin/python -m pytest tests/lm_eval
 
@@ -120,7 +120,8 @@ test-lm-eval: .venv-lm-eval/.ready
 	$(BIN)/python -m venv .venv-lm-eval
 	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > \
 		$$(.venv-lm-eval/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/project.pth
-	.venv-lm-eval/bin/python -m pip install --quiet --constraint constraints-lm-eval.txt lm-eval nnsight
+	.venv-lm-eval/bin/python -m pip install --quiet --constraint constraints-lm-eval.txt lm-eval nnsight \
+		nbclient ipykernel
 	touch $@
 
 lint: $(READY)

@@ -17,8 +17,6 @@ import pytest
 
 from llama import LLM, AsyncLLM, SamplingParams
 from llama.api.errors import EngineDeadError, ParameterError
-from llama.engine.parallel_runner import RankLostError
-from llama.llm import ranks as ranks_module
 from llama.llm import torchrun
 from tests.model.models import tiny_model
 from tests.tiny_checkpoint import make_model
@@ -298,31 +296,6 @@ def test_a_server_whose_rank_is_killed_ends_with_an_error_for_all(victim, tmp_pa
         assert ended == [True] * 20
         assert process.wait(30) == (-signal.SIGKILL if victim == 0 else os.EX_SOFTWARE)
         wait_until(lambda: is_gone(rank), 5)
-
-
-BROKEN = """
-    import llama.llm.rank as broken
-    broken.{name} = lambda *_, **__: {action}
-    try:
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["ModelConfig", "Communicator", "load_model", "fitting_blocks", "make_runner"])
-def test_a_rank_that_dies_before_the_first_step_is_named_at_once(folder, monkeypatch, tmp_path, name):
-    """Also one that the others wait for where they meet."""
-    program = tmp_path / "rank_process.py"
-    text = Path(ranks_module._PROGRAM).read_text()
-    at, action = "    try:\n        from llama.llm.rank import serve", "os._exit(7)"
-    assert at in text
-    program.write_text(text.replace(at, BROKEN.format(name=name, action=action).strip("\n") + at[8:]))
-    monkeypatch.setattr(ranks_module, "_PROGRAM", program)
-    before = children_of(os.getpid())
-    started = time.monotonic()
-    with pytest.raises(RankLostError, match=r"rank 1 \(process [0-9]+\) ended with exit code 7"):
-        LLM(folder, **{name: value for name, value in SMALL.items() if name != "num_blocks"})
-    assert time.monotonic() - started < 60
-    wait_until(lambda: children_of(os.getpid()) == before, 10)
 
 
 @pytest.mark.slow
