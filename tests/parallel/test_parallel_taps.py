@@ -131,7 +131,7 @@ def test_weights_are_updated_on_every_rank(tmp_path, kind, size):
     old, new = (tiny_model(dtype=dtype, seed=seed, **changes) for seed in (0, 5))
     old.save_pretrained(tmp_path / "old")
     asks = [(params(i, logprobs=2), READ, None) for i in range(3)]
-    config = replace(CONFIG, tensor_parallel_size=size, deterministic=dtype == torch.bfloat16)
+    config = replace(CONFIG, tensor_parallel_size=size, deterministic=dtype == torch.bfloat16 and size == 2)
     with engine_on_ranks(tmp_path / "old", config, dtype=str(dtype).removeprefix("torch.")) as engine:
         before = answers(engine, asks)
         engine.sleep()
