@@ -16,6 +16,8 @@ from llama.kernels.cpu.layout import Layout, LoraLayout
 from llama.kernels.cpu.pieces import Pieces
 from llama.kernels.logprobs import Logprobs
 
+MOST_RUN_ROWS = 64  # of Ragged.run_len, times query heads per KV head
+
 LOGPROBS_OFF, LOGPROBS_RAW, LOGPROBS_PROCESSED = 0, 1, 2
 
 
@@ -43,13 +45,17 @@ class Ragged:
     slots: torch.Tensor  # [tokens] int64, block id * block_size + offset of each token; -1 = padding, not stored
     num_decodes: int  # the first num_decodes sequences have exactly one query
     block_size: int  # tokens per block
+    # Above 1, a power of two: all sequences are runs of at most so many queries, some perhaps of none, and num_decodes
+    # is 0. They are computed like decodes, which a CUDA graph can hold.
+    run_len: int = 1
     # A token's attention has the same bits whoever computes beside it and however its sequence is cut; on the CPU its
     # rows are computed in such pieces. None = the fastest way.
     fixed: Pieces | None = None
 
     def __post_init__(self) -> None:
         tables, starts, lens = self.block_tables, self.query_starts, self.context_lens
-        if len(tables) != len(lens) or len(starts) != len(lens) + 1 or self.num_decodes > len(lens):
+        most_decodes = len(lens) if self.run_len == 1 else 0
+        if len(tables) != len(lens) or len(starts) != len(lens) + 1 or self.num_decodes > most_decodes:
             sizes = f"{list(tables.shape)}, {list(starts.shape)}, {list(lens.shape)}, {self.num_decodes}"
             raise ValueError(f"block_tables, query_starts, context_lens and num_decodes do not fit together: {sizes}")
         if not tables.dtype == starts.dtype == lens.dtype == torch.int32 or self.slots.dtype != torch.int64:

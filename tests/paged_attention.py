@@ -45,6 +45,27 @@ class Problem:
         return slice(int(starts[sequence]), int(starts[sequence + 1]))
 
 
+def as_runs(problem: Problem, run_len: int) -> Problem:
+    """The same queries, as runs."""
+    return replace(problem, ragged=replace(problem.ragged, num_decodes=0, run_len=run_len))
+
+
+def each_alone(problem: Problem) -> Problem:
+    """The same queries, each a decode of its own in the blocks of its sequence."""
+    ragged = problem.ragged
+    lens = ragged.query_starts.diff().long()
+    starts = torch.arange(len(problem.q) + 1, dtype=torch.int32, device=problem.q.device)
+    behind = torch.repeat_interleave(ragged.context_lens - ragged.query_starts[1:], lens)
+    apart = replace(
+        ragged,
+        block_tables=ragged.block_tables.repeat_interleave(lens, 0),
+        query_starts=starts,
+        context_lens=behind + starts[1:],
+        num_decodes=len(problem.q),
+    )
+    return replace(problem, ragged=apart)
+
+
 def _starts(lengths: list[int], device: Any) -> Tensor:
     return torch.tensor([0, *lengths]).cumsum(0).to(torch.int32).to(device)
 

@@ -42,6 +42,8 @@ def _attention(q: Tensor, kv_layer: KVLayer, ragged: Ragged, scale: float) -> Te
     for start, end, rows in layout.prefills:
         k, v = layout.gather(kv_layer.k, rows, "k"), layout.gather(kv_layer.v, rows, "v")
         parts.append(_causal(q[start:end], _widened(k, q), _widened(v, q), scale))
+    if ragged.run_len > 1:  # a recorded step: behind the last run there may be padding
+        parts.append(torch.zeros_like(q[sum(map(len, parts)) :]))
     if len(parts) == 1:
         return parts[0]
     return torch.cat(parts) if parts else torch.empty_like(q, memory_format=torch.contiguous_format)

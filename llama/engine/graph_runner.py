@@ -19,7 +19,7 @@ from llama.api.params import MAX_LOGPROBS
 from llama.engine.config import EngineConfig
 from llama.engine.device import Mirror
 from llama.engine.graphs import CudaRecord, Graphs, Record, bucket_of
-from llama.engine.memory import make_kv_cache
+from llama.engine.memory import make_kv_cache, run_len
 from llama.engine.plan import LAST_SAMPLED, Plan, StepResult
 from llama.engine.runner import DTYPES, Runner, fetch_result
 from llama.kernels.types import Sampled, SamplerRows
@@ -56,7 +56,14 @@ class GraphRunner(Runner):
             self._dtypes["token_ids"] = np.int64  # or LAST_SAMPLED: drafts are known to the host
         per_row = {name: ((), dtype) for name, dtype in self._dtypes.items()} | self.sampler.fields
         count = config.most_samples
-        self._inputs = Mirror({name: ((count, *shape), dtype) for name, (shape, dtype) in per_row.items()}, self.device)
+        fields: dict[str, tuple[tuple[int, ...], type]] = {
+            name: ((count, *shape), dtype) for name, (shape, dtype) in per_row.items()
+        }
+        self._run_len = run_len(model, config)
+        if self._run_len > 1:
+            fields |= {"run_rows": ((count,), np.int64), "run_contexts": ((count,), np.int32)}
+            fields["run_starts"] = ((count + 1,), np.int32)
+        self._inputs = Mirror(fields, self.device)
         self._logits = torch.empty(count, self.vocab_size, dtype=model.dtype, device=self.device)
         if record is None:
             with torch.cuda.device(self.device):
@@ -82,7 +89,7 @@ class GraphRunner(Runner):
         most = min(MAX_LOGPROBS, self.vocab_size)
         flags = {**flags, "num_logprobs": most, "any_filter": True, "all_greedy": False, "any_processed": True}
         for _ in range(2):
-            self._run_model(len(self._logits), has_adapters=False)
+            self._run_model(len(self._logits), has_adapters=False, has_runs=self._run_len > 1)
             self._run_sampler(len(self._logits), flags)
 
     def calls(self, plan: Plan) -> list[Call] | None:
@@ -104,9 +111,12 @@ class GraphRunner(Runner):
         if has_adapters and self._generation != self.adapters.generation:
             self._generation = self.adapters.generation
             self._graphs.forget(lambda key: key[0] == "model" and key[2])
-        count, numbers = plan.num_tokens, self._numbers(plan)
+        count, numbers, has_runs = plan.num_tokens, self._numbers(plan), False
         if plan.drafts is not None:
-            # Each token of a run is a decode of its own, in the run's blocks: K and V are stored before any is read.
+            if has_runs := int(plan.query_lens.max()) <= self._run_len:
+                self._fill_runs(plan)
+            # Else each token of a run is a decode of its own, in the run's blocks: K and V are stored before any is
+            # read.
             numbers["row_ids"], numbers["context_lens"] = plan.sample_rows, plan.sample_positions
             numbers["token_ids"] = plan.token_ids
         bucket = min(bucket_of(count), len(self._logits))
@@ -116,7 +126,7 @@ class GraphRunner(Runner):
         if plan.masks is None and plan.drafts is None:
             flags = self.sampler.write(plan.rows, plan.sample_positions, self._inputs.host)
         self._inputs.send()
-        self._run_model(bucket, has_adapters)
+        self._run_model(bucket, has_adapters, has_runs)
         if flags is None:
             rows = self.sampler.rows(plan.sample_rows, plan.sample_positions, plan.masks)
             draws = self._draw(self._logits[:count], rows, self._inputs.device["row_ids"][:count], plan.drafts)
@@ -132,8 +142,18 @@ class GraphRunner(Runner):
             self._inputs.host[name][:count] = numbers.get(name, neutral)
             self._inputs.host[name][count:] = neutral
 
-    def _run_model(self, bucket: int, has_adapters: bool) -> None:
-        self._graphs.run(("model", bucket, has_adapters), partial(self._model_step, bucket, has_adapters))
+    def _fill_runs(self, plan: Plan) -> None:
+        """The plan's sequences, all of them as runs, and empty ones behind them."""
+        host, count = self._inputs.host, len(plan.rows)
+        host["run_rows"][:count], host["run_rows"][count:] = plan.rows, self.padding_row
+        host["run_contexts"][:count], host["run_contexts"][count:] = plan.context_lens, 0
+        starts = host["run_starts"]
+        starts[0], starts[count + 1 :] = 0, plan.num_tokens
+        np.cumsum(plan.query_lens, out=starts[1 : count + 1])
+
+    def _run_model(self, bucket: int, has_adapters: bool, has_runs: bool = False) -> None:
+        key = ("model", bucket, has_adapters, has_runs)
+        self._graphs.run(key, partial(self._model_step, *key[1:]))
 
     def _run_sampler(self, bucket: int, flags: Mapping[str, int]) -> tuple[Tensor, Sampled]:
         key = ("sampler", bucket, *flags.items())
@@ -141,12 +161,18 @@ class GraphRunner(Runner):
 
     # What follows is recorded: it must depend on its arguments and on tensors that do not move, and never wait.
 
-    def _model_step(self, bucket: int, has_adapters: bool) -> None:
+    def _model_step(self, bucket: int, has_adapters: bool, has_runs: bool) -> None:
         tensors = {name: self._inputs.device[name][:bucket] for name in self._dtypes}
         if not has_adapters:
             del tensors["adapter_indices"]
         given = tensors.pop("token_ids", None)
+        if has_runs:
+            inputs = self._inputs.device
+            tensors |= {"seq_rows": inputs["run_rows"][:bucket], "context_lens": inputs["run_contexts"][:bucket]}
+            tensors["query_starts"] = inputs["run_starts"][: bucket + 1]
         batch = self._batch(tensors, bucket)
+        if has_runs:
+            batch = replace(batch, num_decodes=0, run_len=self._run_len)
         if given is not None:
             batch = replace(batch, token_ids=torch.where(given >= 0, given, batch.token_ids))
         self._logits[:bucket].copy_(self.model(batch, self.kv))

@@ -12,7 +12,7 @@ from llama.engine.budget import blocks_in, free_cpu_bytes, kv_bytes_on_cpu
 from llama.engine.config import EngineConfig
 from llama.engine.graphs import GRAPH_BYTES
 from llama.kernels import ops
-from llama.kernels.types import LOGPROBS_PROCESSED, SamplerRows, SamplerState, wide_dtype
+from llama.kernels.types import LOGPROBS_PROCESSED, MOST_RUN_ROWS, SamplerRows, SamplerState, wide_dtype
 from llama.model.batch import Batch
 from llama.model.kv_cache import KVCache
 from llama.model.transformer import Transformer
@@ -74,6 +74,7 @@ def worst_step(model: Transformer, config: EngineConfig, *, is_decode: bool) -> 
     kv.data.zero_()
     seqs, tokens = (num_samples, num_samples) if is_decode else (1, config.token_budget)
     query_len = tokens // seqs
+    most_of_run = run_len(model, config) if is_decode else 1
     batch = Batch(
         token_ids=torch.zeros(tokens, dtype=torch.int64, device=device),
         positions=torch.zeros(tokens, dtype=torch.int64, device=device),
@@ -81,8 +82,9 @@ def worst_step(model: Transformer, config: EngineConfig, *, is_decode: bool) -> 
         query_starts=torch.arange(0, tokens + 1, query_len, dtype=torch.int32, device=device),
         context_lens=torch.full((seqs,), query_len, dtype=torch.int32, device=device),
         slots=torch.full((tokens,), -1, dtype=torch.int64, device=device),
-        num_decodes=seqs if query_len == 1 else 0,
+        num_decodes=seqs if query_len == most_of_run == 1 else 0,
         block_size=block_size,
+        run_len=most_of_run,
     )
     hidden = model.hidden(batch, kv)
     logits = model.head(hidden, batch, torch.zeros(num_samples, dtype=torch.int64, device=device))
@@ -94,6 +96,16 @@ def worst_step(model: Transformer, config: EngineConfig, *, is_decode: bool) -> 
     if not is_decode:
         scored = torch.zeros(num_scored_rows(vocab_size), dtype=torch.int64, device=device)
         ops.token_logprobs(model.head(hidden, batch, scored), scored, min(MAX_LOGPROBS, vocab_size))
+
+
+def run_len(model: Transformer, config: EngineConfig) -> int:
+    """`Ragged.run_len` of a recorded step with drafts. 1: too many rows for one tile, or no drafts; each token of a run
+    is a decode of its own then."""
+    if config.speculation is None:
+        return 1
+    longest = 1 << config.speculation.num_speculative_tokens.bit_length()
+    group = model.config.num_attention_heads // model.config.num_key_value_heads
+    return longest if longest * group <= MOST_RUN_ROWS else 1
 
 
 def kv_dtype(model: Transformer, config: EngineConfig) -> torch.dtype:

@@ -192,7 +192,7 @@ class Runner:
         return Batch(
             token_ids=token_ids,
             positions=tensors["positions"],
-            block_tables=self._device_table[:, :num_blocks].index_select(0, row_ids),
+            block_tables=self._device_table[:, :num_blocks].index_select(0, tensors.get("seq_rows", row_ids)),
             query_starts=tensors.get("query_starts", self._decode_starts[: num_decodes + 1]),
             context_lens=tensors["context_lens"],
             slots=tensors["kv_slots"],

@@ -162,8 +162,18 @@ def test_the_tokens_of_runs_take_the_graph_of_their_bucket(count):
         assert_as_the_oracle_of(engine, [ASKS[2]] * count)
     sizes = {key[1] for key in keys(engine) if key[0] == "model"}
     assert bucket_of(6 * count) in sizes and max(sizes) <= len(engine.runner._logits) == 4 + 4 * 5
+    assert {key[3] for key in keys(engine) if key[0] == "model" and key[1] >= bucket_of(6 * count)} == {True}
     counts = engine.metrics()
     assert counts.num_accepted_tokens == counts.num_draft_tokens > 30
+
+
+def test_runs_that_no_tile_holds_are_decodes():
+    config = {"method": "ngram", "num_speculative_tokens": 32, "disable_by_batch_size": 1000}
+    engine = graph_engine(Case(max_num_seqs=4, drafts="right"), Stand(), speculative_config=config)
+    for _ in range(3):
+        assert_as_the_oracle_of(engine, [ASKS[2]] * 2)
+    assert engine.metrics().num_accepted_tokens > 20
+    assert not any(key[3] for key in keys(engine) if key[0] == "model")
 
 
 def assert_as_the_oracle_of(engine: Engine, asks) -> None:
@@ -229,7 +239,7 @@ def test_what_has_no_fixed_place_is_drawn_without_a_graph():
     engine = graph_engine(Case(lag=1), Stand())
     asked = ask(4, 9, temperature=1.0, logit_bias={3: 5.0}, ignore_eos=True)
     assert_as_the_oracle(engine, Case(lag=1), [asked])
-    assert keys(engine) == {("model", 1, False)}
+    assert keys(engine) == {("model", 1, False, False)}
 
     class OneToken:
         def fill_mask(self, row):
@@ -245,7 +255,7 @@ def test_what_has_no_fixed_place_is_drawn_without_a_graph():
     params = SamplingParams(max_tokens=5, temperature=0, ignore_eos=True, response_format={"type": "json_object"})
     add(engine, "grammar", [1, 2, 3], params, new_matcher=OneToken)
     assert run(engine)["grammar", 0] == [37] * 5
-    assert keys(engine) == {("model", 1, False)}
+    assert keys(engine) == {("model", 1, False, False)}
 
 
 def test_bans_end_within_a_graphed_run():
@@ -321,8 +331,8 @@ def test_graphs_with_adapters_are_apart_and_recorded_anew_when_their_tensors_mov
         told.append(run(engine))
         assert told[-1] == run(eager)
     assert len({tuple(tokens["0", 0]) for tokens in told}) == 3
-    assert recorded.count(("model", 2, True)) == 2  # the large one has made the small one's tensors grow
-    assert recorded.count(("model", 2, False)) == 1
+    assert recorded.count(("model", 2, True, False)) == 2  # the large one has made the small one's tensors grow
+    assert recorded.count(("model", 2, False, False)) == 1
 
 
 def test_packed_tensors_come_back_as_they_were():

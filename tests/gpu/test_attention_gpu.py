@@ -11,7 +11,7 @@ import torch
 from llama.kernels import ops
 from llama.kernels.gpu.attention import decode, paged_attention
 from llama.kernels.types import KVLayer
-from tests.paged_attention import answer, make_problem
+from tests.paged_attention import answer, as_runs, each_alone, make_problem
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
 
@@ -109,6 +109,14 @@ def test_decode_has_the_same_bits_in_any_company():
         out = torch.full_like(case.q, torch.nan)
         decode.decode_attention(out, case.q, case.kv_layer, case.ragged, case.scale, num_programs=num_programs)
         assert torch.equal(out, together)
+
+
+@pytest.mark.parametrize("group", [1, 4, 8])
+def test_queries_of_a_run_have_the_bits_that_each_has_alone(group):
+    """Where all of a run's contexts are cut into chunks alike."""
+    lens = [5, 8, 1, 3, 7, 2, 0]
+    case = problem(lens, [5, 4000, 300, 129, 64, 130, 0], heads=(2 * group, 2), head_dim=128, dtype=torch.bfloat16)
+    assert torch.equal(check(as_runs(case, 8)), check(each_alone(case)))
 
 
 def test_decode_of_300_sequences():

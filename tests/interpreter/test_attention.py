@@ -2,13 +2,14 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
 from llama.kernels import ops
 from llama.kernels.gpu.attention import config, decode, paged_attention, split
 from llama.kernels.types import KVLayer
-from tests.paged_attention import answer, make_problem
+from tests.paged_attention import answer, as_runs, each_alone, make_problem
 
 # float16 probabilities and outputs are rounded to 11 bits.
 TOLERANCES = {torch.float32: 3e-6, torch.float16: 3e-3}
@@ -92,6 +93,45 @@ def test_decode_does_not_depend_on_who_does_the_work(dtype, monkeypatch):
         assert torch.equal(decode_with(problem, num_programs), alone)
     assert torch.equal(decode_with(problem.only(0), 3), alone[:1])
     assert torch.equal(decode_with(problem.only(3, 1), 4), alone[[3, 1]])
+
+
+@pytest.fixture
+def row_by_row(monkeypatch):
+    """The interpreter's products are NumPy's, in which a row's bits depend on its place."""
+    matmul = np.matmul
+    rows = lambda a, b, **options: np.concatenate([matmul(row[None].copy(), b, **options) for row in a])  # noqa: E731
+    monkeypatch.setattr(np, "matmul", rows)
+
+
+@pytest.mark.usefixtures("row_by_row")
+@pytest.mark.parametrize(
+    ("dtype", "heads"), [(torch.float32, (4, 2)), (torch.float32, (3, 1)), (torch.float16, (8, 1))], ids=str
+)
+def test_queries_of_a_run_have_the_bits_that_each_has_alone(dtype, heads, monkeypatch):
+    """Runs that begin in one tile or chunk and end in the next, empty ones, and padding behind them."""
+    monkeypatch.setattr(split, "MIN_CHUNK", 64)
+    monkeypatch.setattr(split, "_UNROLL", decode.tl.constexpr(2))
+    problem = make_problem([2, 3, 4, 2, 1, 0], [2, 33, 67, 129, 50, 0], dtype=dtype, heads=heads, head_dim=16)
+    out = check(as_runs(problem, 4))
+    assert torch.equal(out, decode_with(each_alone(problem), 3))
+    assert torch.equal(out, decode_with(as_runs(problem, 4), 3))
+
+
+def test_runs_with_more_chunks_than_the_cap(monkeypatch):
+    """Where a chunk's width grows within a run its queries are right, though the bits may be others."""
+    monkeypatch.setattr(split, "MIN_CHUNK", 32)
+    monkeypatch.setattr(split, "max_chunks", lambda kv_heads: 4)
+    monkeypatch.setattr(split, "_UNROLL", decode.tl.constexpr(2))
+    check(as_runs(make_problem([8, 3, 2], [130, 64, 161], heads=(2, 1), head_dim=16), 8))
+
+
+@pytest.mark.usefixtures("row_by_row")
+def test_a_run_over_an_fp8_cache():
+    problem = make_problem([3, 1, 2], [40, 9, 70], heads=(4, 2), head_dim=16, dtype=torch.float16)
+    data = [torch.randint(0, 120, cache.shape, dtype=torch.uint8) for cache in (problem.kv_layer.k, problem.kv_layer.v)]
+    cache = KVLayer(*data, torch.tensor([[0.5, 0.25], [2.0, 1.0]]))
+    problem = replace(problem, kv_layer=cache)
+    assert torch.equal(as_runs(problem, 4).run(paged_attention), each_alone(problem).run(paged_attention))
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)

@@ -58,4 +58,4 @@ def test_drafts_change_nothing(monkeypatch):
         assert (engine.metrics().num_accepted_tokens >= 2) == bool(told)
         assert answers == told or not told
         told = answers
-    assert ("model", 2 + 2 * 2, False) in engine.runner._graphs._ready
+    assert ("model", 2 + 2 * 2, False, True) in engine.runner._graphs._ready

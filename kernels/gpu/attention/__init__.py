@@ -29,8 +29,10 @@ def paged_attention(q: Tensor, kv_layer: KVLayer, ragged: Ragged, scale: float) 
     if scale <= 0:
         raise ValueError(f"paged_attention: scale must be positive, got {scale}")
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    if ragged.num_decodes:
+    if ragged.num_decodes or ragged.run_len > 1:
         decode_attention(out, q, kv_layer, ragged, scale)
+        if ragged.run_len > 1:
+            return out
     if ragged.num_decodes < ragged.context_lens.shape[0]:
         prefill_attention(out, q, kv_layer, ragged, scale)
     return out

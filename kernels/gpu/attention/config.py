@@ -38,11 +38,13 @@ def padded(head_dim: int) -> int:
 
 def decode_options(head_dim: int, element_size: int, group: int) -> tuple[int, dict[str, int]]:
     """-> programs per multiprocessor, all of them resident at once, and the kernel's options. `group`: query heads per
-    KV head; a tile has all of them, padded to what tensor cores take."""
+    KV head, times queries of a run; a tile has all of them, padded to what tensor cores take."""
     keys, warps, stages, programs = _DECODE[max(64, padded(head_dim)), element_size]
+    rows = max(16, 1 << (group - 1).bit_length())
+    if rows > 16:  # twice the registers
+        warps, programs = 2 * warps, max(1, programs // 2)
     # The cap per thread leaves room for `programs`: without it ptxas spills to reach one more.
     registers = min(255, 65536 // (32 * warps * programs) // 8 * 8)
-    rows = max(16, 1 << (group - 1).bit_length())
     options = {"ROWS": rows, "BLOCK_KEYS": keys, "num_warps": warps, "num_stages": stages, "maxnreg": registers}
     return programs, options
 

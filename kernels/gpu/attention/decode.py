@@ -1,4 +1,4 @@
-"""Decode: one query per sequence against its whole paged context (split-KV; the split changes no bit).
+"""Decode: one query per sequence, or a short run, against its whole paged context (split-KV; the split changes no bit).
 
     out = softmax(scale q K^T) V      reads 2 context kv_heads D elements per sequence: K and V once per group of heads
 
@@ -14,6 +14,10 @@ them from memory. A request's answer does not depend on its neighbours.
 A program folds a pair's chunks as long as it has them from the first on. Where its share ends within a pair it writes
 that prefix; the later chunks are written one by one by the programs that own them, and `covered` tells the second
 kernel where the prefix ends.
+
+A run's queries are further rows of its group: keys and values are read once for all of them, each sees those up to its
+own place, and each has the bits that it has alone where its context is cut into chunks like the run's. That is so but
+where their widths differ: in contexts of more than MAX_CHUNKS smallest chunks, at one place in that many tiles.
 """
 
 import triton
@@ -56,6 +60,7 @@ def _attend_chunk(
     block_table,
     start,
     end,
+    limits,  # [ROWS], how many keys each row sees; None = all
     scale_log2,
     HEAD_DIM: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
@@ -74,7 +79,8 @@ def _attend_chunk(
     values = tl.zeros([ROWS, DIMS], tl.float32)
     blocks = load_blocks(block_table, start, end, BLOCK_SIZE, BLOCK_KEYS)
     for first in range(start, end, BLOCK_KEYS):
-        valid = first + tl.arange(0, BLOCK_KEYS) < end
+        keys = first + tl.arange(0, BLOCK_KEYS)
+        valid = keys < end
         rows = key_rows(blocks, first, BLOCK_SIZE, BLOCK_KEYS, BLOCK_STRIDE, SLOT_STRIDE)[:, None]
         blocks = load_blocks(block_table, first + BLOCK_KEYS, end, BLOCK_SIZE, BLOCK_KEYS)
         # Places that are not in use may hold NaN, and 0 * NaN is NaN: they are read as 0.
@@ -83,7 +89,8 @@ def _attend_chunk(
         v = load_as(v_head + rows + dims, mask, query.dtype)
 
         scores = tl.dot(query, tl.trans(k), input_precision=PRECISION)
-        scores = tl.where(valid[None, :], scores, -float("inf"))
+        seen = valid[None, :] if limits is None else keys[None, :] < limits[:, None]
+        scores = tl.where(seen, scores, -float("inf"))
         higher = tl.maximum(top, tl.ceil(tl.max(scores, axis=1) * scale_log2))
         weights = tl.exp2(scores * scale_log2 - higher[:, None])
         rescale = power_of_two(top - higher)[:, None]
@@ -96,7 +103,7 @@ def _attend_chunk(
 # What varies from step to step makes no further variants of the kernel.
 @triton.jit(
     do_not_specialize=["num_sequences", "num_programs", "table_stride"],
-    do_not_specialize_on_alignment=["block_tables", "context_lens"],
+    do_not_specialize_on_alignment=["block_tables", "query_starts", "context_lens"],
 )
 def _decode_kernel(
     out,
@@ -108,6 +115,7 @@ def _decode_kernel(
     v_cache,
     kv_scales,  # [2, KV_HEADS] float32, where the caches are e4m3
     block_tables,
+    query_starts,
     context_lens,
     num_sequences,
     num_programs,
@@ -117,6 +125,7 @@ def _decode_kernel(
     table_stride,
     KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
+    QUERIES: tl.constexpr,  # the most of a run
     HEAD_DIM: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     BLOCK_STRIDE: tl.constexpr,
@@ -167,11 +176,21 @@ def _decode_kernel(
 
     group = tl.arange(0, ROWS)
     dims = tl.arange(0, DIMS)[None, :]
-    row_valid = group < GROUP
+    row_valid = group < QUERIES * GROUP
     group_mask = row_mask(row_valid, DIMS, HEAD_DIM)
     while pair_start + tl.minimum(chunk * width, tiles) < share_end:
         pair = sequence * KV_HEADS + head
-        query_offset = sequence.to(tl.int64) * q_token_stride + (head * GROUP + group[:, None]) * q_head_stride
+        if QUERIES == 1:
+            limits = None
+            query_offset = sequence.to(tl.int64) * q_token_stride + (head * GROUP + group[:, None]) * q_head_stride
+        else:
+            start = tl.load(query_starts + sequence)
+            place = group // GROUP
+            num_queries = tl.load(query_starts + sequence + 1) - start
+            group_mask = row_mask(place < num_queries, DIMS, HEAD_DIM)
+            limits = tl.where(place < num_queries, context - num_queries + 1 + place, 0)
+            query_head = head * GROUP + group % GROUP
+            query_offset = (start + place).to(tl.int64)[:, None] * q_token_stride + query_head[:, None] * q_head_stride
         query = tl.load(q + query_offset + dims, mask=group_mask, other=0.0)
         block_table = block_tables + sequence.to(tl.int64) * table_stride
         last = tl.minimum(chunks, tl.cdiv(share_end - pair_start, width))
@@ -193,6 +212,7 @@ def _decode_kernel(
                 block_table,
                 index * width * BLOCK_KEYS,
                 tl.minimum(context, (index + 1) * width * BLOCK_KEYS),
+                limits,
                 scale_log2 * k_scale,
                 HEAD_DIM,
                 BLOCK_SIZE,
@@ -213,13 +233,17 @@ def _decode_kernel(
             if has_prefix & (index + 1 == chunks):
                 # Only an empty context has a sum of 0; its rows become 0.
                 result = tl.div_rn(values, tl.where(total > 0, total, 1.0)[:, None])
-                offset = pair.to(tl.int64) * GROUP + group[:, None]
+                if QUERIES == 1:
+                    offset = pair.to(tl.int64) * GROUP + group[:, None]
+                else:
+                    offset = ((start + place).to(tl.int64) * (KV_HEADS * GROUP) + query_head)[:, None]
                 tl.store(out + offset * HEAD_DIM + dims, result.to(out.dtype.element_ty), mask=group_mask)
             elif (not has_prefix) | (index + 1 == last):
-                place = row.to(tl.int64) * MAX_CHUNKS + tl.where(has_prefix, 0, index)
-                tl.store(partial_values + (place * GROUP + group[:, None]) * HEAD_DIM + dims, values, mask=group_mask)
-                tl.store(partial_stats + place * 2 * GROUP + group, top, mask=row_valid)
-                tl.store(partial_stats + (place * 2 + 1) * GROUP + group, total, mask=row_valid)
+                part = row.to(tl.int64) * MAX_CHUNKS + tl.where(has_prefix, 0, index)
+                target = (part * (QUERIES * GROUP) + group[:, None]) * HEAD_DIM + dims
+                tl.store(partial_values + target, values, mask=group_mask)
+                tl.store(partial_stats + part * 2 * (QUERIES * GROUP) + group, top, mask=row_valid)
+                tl.store(partial_stats + (part * 2 + 1) * (QUERIES * GROUP) + group, total, mask=row_valid)
         if has_prefix:
             tl.store(covered + pair * 2, last)
             tl.store(covered + pair * 2 + 1, row)
@@ -246,20 +270,22 @@ def decode_attention(
     *,
     num_programs: int | None = None,
 ) -> None:
-    """Write the rows of the decodes to `out`; `num_programs` is for tests alone and changes no bit."""
-    k_cache, block_tables, sequences = kv_layer.k, ragged.block_tables, ragged.num_decodes
+    """Write the rows of the decodes, or of the runs, to `out`; `num_programs` is for tests alone and changes no bit."""
+    k_cache, block_tables, queries = kv_layer.k, ragged.block_tables, ragged.run_len
+    sequences = len(block_tables) if queries > 1 else ragged.num_decodes
     heads, head_dim = q.shape[1:]
     block_size, kv_heads = k_cache.shape[1:3]
     group = heads // kv_heads
-    programs, options = decode_options(head_dim, q.element_size(), group)
+    programs, options = decode_options(head_dim, q.element_size(), queries * group)
     if kv_layer.scales is not None:  # widening takes a few registers more
         options = options | {"maxnreg": 255}
     if num_programs is None:
         num_programs = programs * multiprocessor_count(q.device)
-    partials = split.allocate(out, sequences * kv_heads, num_programs, kv_heads)
+    partials = split.allocate(out, sequences * kv_heads, num_programs, kv_heads, queries)
     sizes = {
         "KV_HEADS": kv_heads,
         "GROUP": group,
+        "QUERIES": queries,
         "HEAD_DIM": head_dim,
         "DIMS": padded(head_dim),
         "MIN_CHUNK": split.MIN_CHUNK,
@@ -274,6 +300,7 @@ def decode_attention(
         kv_layer.v,
         kv_layer.k if kv_layer.scales is None else kv_layer.scales,
         block_tables,
+        ragged.query_starts,
         ragged.context_lens,
         sequences,
         num_programs,
@@ -291,4 +318,4 @@ def decode_attention(
     )
     # A context within one chunk is never split.
     if block_tables.shape[1] * block_size > split.MIN_CHUNK:
-        split.merge(out, partials, ragged.context_lens, sizes | {"BLOCK_KEYS": options["BLOCK_KEYS"]})
+        split.merge(out, partials, ragged, sizes | {"BLOCK_KEYS": options["BLOCK_KEYS"]})

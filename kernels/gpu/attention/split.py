@@ -6,6 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from llama.kernels.gpu.launch import Launcher, next_power_of_2
+from llama.kernels.types import Ragged
 
 MIN_CHUNK = 128
 
@@ -35,15 +36,17 @@ def chunking(context, BLOCK_KEYS: tl.constexpr, MIN_CHUNK: tl.constexpr, MAX_CHU
     return tiles, width, tl.cdiv(tiles, width)
 
 
-@triton.jit(do_not_specialize_on_alignment=["context_lens"])
+@triton.jit(do_not_specialize_on_alignment=["query_starts", "context_lens"])
 def _merge_kernel(
     out,
     partial_values,
     partial_stats,
     covered,
+    query_starts,
     context_lens,
     KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
+    QUERIES: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     DIMS: tl.constexpr,
     BLOCK_KEYS: tl.constexpr,
@@ -53,16 +56,23 @@ def _merge_kernel(
     sequence, query_head = tl.program_id(0), tl.program_id(1)
     pair = sequence * KV_HEADS + query_head // GROUP
     member = query_head % GROUP
+    if QUERIES == 1:
+        query = sequence
+    else:
+        query = tl.load(query_starts + sequence) + tl.program_id(2)
+        if query >= tl.load(query_starts + sequence + 1):
+            return
+        member += tl.program_id(2) * GROUP
     prefix = tl.load(covered + pair * 2)
     _, _, chunks = chunking(tl.load(context_lens + sequence), BLOCK_KEYS, MIN_CHUNK, MAX_CHUNKS)
     if prefix >= chunks:
         return
     row = tl.load(covered + pair * 2 + 1).to(tl.int64) * MAX_CHUNKS
     dims = tl.arange(0, DIMS)
-    stats = partial_stats + row * 2 * GROUP + member
+    stats = partial_stats + row * 2 * (QUERIES * GROUP) + member
     index = tl.arange(0, MAX_CHUNKS)
     written = (index == 0) | ((index >= prefix) & (index < chunks))
-    tops = tl.load(stats + index * 2 * GROUP, mask=written, other=NOTHING)
+    tops = tl.load(stats + index * 2 * (QUERIES * GROUP), mask=written, other=NOTHING)
     top = tl.max(tops, axis=0)
 
     total = 0.0
@@ -72,28 +82,29 @@ def _merge_kernel(
         for step in tl.static_range(_UNROLL):
             place = tl.where(first + step < prefix, 0, first + step)
             used = first + step < chunks
-            factor = power_of_two(tl.load(stats + place * 2 * GROUP, mask=used, other=NOTHING) - top)
-            total += factor * tl.load(stats + (place * 2 + 1) * GROUP, mask=used, other=0.0)
-            part = partial_values + ((row + place) * GROUP + member) * HEAD_DIM + dims
+            factor = power_of_two(tl.load(stats + place * 2 * (QUERIES * GROUP), mask=used, other=NOTHING) - top)
+            total += factor * tl.load(stats + (place * 2 + 1) * (QUERIES * GROUP), mask=used, other=0.0)
+            part = partial_values + ((row + place) * (QUERIES * GROUP) + member) * HEAD_DIM + dims
             values += factor * tl.load(part, mask=used & (dims < HEAD_DIM), other=0.0)
-    target = out + (sequence.to(tl.int64) * KV_HEADS * GROUP + query_head) * HEAD_DIM + dims
+    target = out + (query.to(tl.int64) * KV_HEADS * GROUP + query_head) * HEAD_DIM + dims
     tl.store(target, tl.div_rn(values, total).to(out.dtype.element_ty), mask=dims < HEAD_DIM)
 
 
 Partials = tuple[Tensor, Tensor, Tensor]
 
 
-def allocate(out: Tensor, pairs: int, num_programs: int, kv_heads: int) -> Partials:
+def allocate(out: Tensor, pairs: int, num_programs: int, kv_heads: int, queries: int) -> Partials:
     """What the programs of one launch leave for the merge, a row per pair, or per program where there are more pairs:
 
-    values [rows, chunks, group, head_dim] float32; maxima and sums [rows, chunks, 2, group] float32; and [pairs, 2]
+    values [rows, chunks, members, head_dim] float32; maxima and sums [rows, chunks, 2, members] float32, of a run's
+    `queries` heads of one group; and [pairs, 2]
     int32: how many chunks are folded into the prefix, and in which row.
     """
     heads, head_dim = out.shape[1:]
-    rows, chunks, group = min(pairs, num_programs), max_chunks(kv_heads), heads // kv_heads
+    rows, chunks, members = min(pairs, num_programs), max_chunks(kv_heads), queries * (heads // kv_heads)
     return (
-        torch.empty((rows, chunks, group, head_dim), dtype=torch.float32, device=out.device),
-        torch.empty((rows, chunks, 2, group), dtype=torch.float32, device=out.device),
+        torch.empty((rows, chunks, members, head_dim), dtype=torch.float32, device=out.device),
+        torch.empty((rows, chunks, 2, members), dtype=torch.float32, device=out.device),
         torch.empty((pairs, 2), dtype=torch.int32, device=out.device),
     )
 
@@ -101,9 +112,9 @@ def allocate(out: Tensor, pairs: int, num_programs: int, kv_heads: int) -> Parti
 _launch_merge = Launcher(_merge_kernel)
 
 
-def merge(out: Tensor, partials: Partials, context_lens: Tensor, sizes: dict[str, int]) -> None:
+def merge(out: Tensor, partials: Partials, ragged: Ragged, sizes: dict[str, int]) -> None:
     """Write the rows of `out` whose chunks several programs computed; `sizes` are the kernel's constants."""
     # Four dimensions per lane: registers for all the loads of an unrolled step at once.
     warps = max(1, sizes["DIMS"] // 128)
-    grid = (partials[2].shape[0] // sizes["KV_HEADS"], out.shape[1])
-    _launch_merge(grid, out, *partials, context_lens, **sizes, num_warps=warps, maxnreg=255)
+    grid = (partials[2].shape[0] // sizes["KV_HEADS"], out.shape[1], sizes["QUERIES"])
+    _launch_merge(grid, out, *partials, ragged.query_starts, ragged.context_lens, **sizes, num_warps=warps, maxnreg=255)

@@ -22,8 +22,17 @@ CONFIGURATIONS = (
     (256, 16, 1, 16, torch.float32),
 )
 
+# Runs behind drafts: Llama 3.1's of 1B, 8B and 70B.
+RUNS = (
+    (64, 32, 8, 16, torch.bfloat16),
+    (128, 32, 8, 16, torch.bfloat16),
+    (128, 64, 8, 16, torch.bfloat16),
+)
 
-def _call(configuration: tuple, queries: int, sequences: int, num_decodes: int, e4m3: bool = False) -> torch.Tensor:
+
+def _call(
+    configuration: tuple, queries: int, sequences: int, num_decodes: int, e4m3: bool = False, run_len: int = 1
+) -> torch.Tensor:
     head_dim, heads, kv_heads, block_size, dtype = configuration
 
     def empty(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
@@ -37,6 +46,7 @@ def _call(configuration: tuple, queries: int, sequences: int, num_decodes: int, 
         slots=empty(queries, dtype=torch.int64),
         num_decodes=num_decodes,
         block_size=block_size,
+        run_len=run_len,
     )
     stored = torch.uint8 if e4m3 else dtype
     scales = empty(2, kv_heads, dtype=torch.float32) if e4m3 else None
@@ -61,6 +71,14 @@ def cases() -> Iterator[Case]:
             lambda configuration=configuration: _call(configuration, 8192, 8, 0),
             wide_loads=("_prefill_kernel",),
             warp_group=("_prefill_kernel",) if sixteen_bits else (),
+        )
+    for configuration in RUNS:
+        head_dim, heads, kv_heads, block_size, dtype = configuration
+        yield Case(
+            f"decode D={head_dim} heads={heads}/{kv_heads} block={block_size} {str(dtype)[6:]} runs of 8",
+            lambda configuration=configuration: _call(configuration, 64, 64, 0, run_len=8),
+            wide_loads=("_decode_kernel",),
+            tensor_cores=("_decode_kernel",),
         )
     for configuration in CONFIGURATIONS[:2]:  # Llama 3.1's
         head_dim, heads, kv_heads, block_size, dtype = configuration
