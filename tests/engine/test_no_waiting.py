@@ -62,18 +62,19 @@ def graphed(config: ModelConfig, dtype: torch.dtype, **options) -> GraphRunner:
 def test_a_models_step(launched, dtype):
     made = graphed(ModelConfig.preset("llama-3.2-1b"), dtype)
     with torch.inference_mode(), OnDeviceAlone() as seen:
-        made._model_step(10, False)
+        made._model_step(10, has_adapters=False, has_runs=False)
     layers = 16
     assert launched.count("_decode_kernel") == launched.count("_rope_and_store_kernel") == layers
     assert launched.count("_silu_mul_kernel") == layers and not [name for name in launched if "shrink" in name]
     assert seen.num_ops > 100
 
 
-def test_a_models_step_with_drafts(launched):
+@pytest.mark.parametrize("has_runs", [True, False])
+def test_a_models_step_with_drafts(launched, has_runs):
     made = graphed(tiny_config(), torch.bfloat16, speculative_config={"method": "ngram"})
     with torch.inference_mode(), OnDeviceAlone():
-        made._model_step(24, False)  # more than there are sequences
-    assert launched.count("_decode_kernel") == 2
+        made._model_step(24, False, has_runs)  # more than there are sequences
+    assert launched.count("_decode_kernel") == 2 and not [name for name in launched if "prefill" in name]
 
 
 def test_a_step_with_adapters(launched, tmp_path):
@@ -82,7 +83,7 @@ def test_a_step_with_adapters(launched, tmp_path):
     adapter = read_lora(graph_engine(Case(), Stand(), max_loras=1), tiny_model(), "large", folder / "large")
     made.adapters.put(1, adapter.content)
     with torch.inference_mode(), OnDeviceAlone():
-        made._model_step(3, True)
+        made._model_step(3, has_adapters=True, has_runs=False)
     assert len([name for name in launched if "shrink" in name]) == 4  # two layers, two modules each
     assert len([name for name in launched if "expand" in name]) == 4
 
