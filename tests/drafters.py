@@ -12,7 +12,7 @@ VOCAB = 97  # of the tiny models
 class Always:
     """Stands in for DraftLength: always the most drafts that there may be."""
 
-    def __init__(self, most: int = 1000) -> None:
+    def __init__(self, most: int) -> None:
         self.most = most
 
     def at(self, num_tokens: int) -> int:
@@ -28,7 +28,7 @@ class Drafter:
     def __init__(self, answer: list[int], draft: Callable[[list[int], int], list[int]]) -> None:
         self.answer, self.draft = answer, draft
         self.outputs: list[int] = []  # the sequence's
-        self.lengths = {1: Always()}
+        self.lengths: dict[int, Always] = {}
 
     def find(self) -> Match:
         return Match(1, len(self.outputs), None)

@@ -22,6 +22,7 @@ from llama.kernels.logprobs import Logprobs
 from tests import drafters
 
 UNWRITTEN = -9
+NUM_DRAFTS = 6  # of a run, at most
 VOCAB = 97  # of a FakeDevice, and of the tiny models
 
 
@@ -138,7 +139,7 @@ class Driver:
             max_model_len=max_model_len,
             block_size=block_size,
             max_loras=2,
-            speculative_config=None if drafts == "none" else {"method": "ngram", "num_speculative_tokens": 6},
+            speculative_config=None if drafts == "none" else {"method": "ngram", "num_speculative_tokens": NUM_DRAFTS},
         )
         self.scheduler = Scheduler(config, self.pool, eos_token_ids=eos_token_ids, vocab_size=vocab_size)
         sizes = {"vocab_size": vocab_size, "max_model_len": max_model_len}
@@ -166,6 +167,7 @@ class Driver:
             if self.drafts != "none":
                 s.ngrams = drafters.KINDS[self.drafts](tokens)
                 s.ngrams.outputs = s.output_token_ids
+                s.ngrams.lengths = {1: drafters.Always(NUM_DRAFTS)}
         self.scheduler.add(sequences)
         return request_id
 
