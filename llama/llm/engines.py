@@ -1,6 +1,7 @@
 """From a model's place and a configuration to its engine: in this process alone, or with other ranks."""
 
 import os
+import tempfile
 import weakref
 from collections.abc import Mapping
 from dataclasses import asdict, replace
@@ -73,7 +74,9 @@ def _parallel_engine(
     if rank:
         torchrun.serve_sibling(rank)
     ranks = (Ranks.start if rank is None else torchrun.join)(size, config.step_timeout)
-    store = os.memfd_create("llama-ranks")  # where the ranks meet: a file that nobody has to remove
+    # Where the ranks meet. Removed when they have met: the destructor of a FileStore opens its path once more, whatever
+    # is there by then.
+    meeting = tempfile.TemporaryDirectory(prefix="llama-ranks-")
     try:
         told = {
             "model": os.path.abspath(path),
@@ -83,7 +86,7 @@ def _parallel_engine(
             "engine": asdict(config),
             "loading": {**loading, "dtype": str(loading["dtype"]).removeprefix("torch.")},
             "eos_token_ids": sorted(eos_token_ids),
-            "store": f"/proc/{os.getpid()}/fd/{store}",
+            "store": os.path.join(meeting.name, "store"),
             "threads": max(1, torch.get_num_threads() // size),
         }
         return connect(ranks, told)
@@ -98,7 +101,7 @@ def _parallel_engine(
         ranks.close()
         raise
     finally:
-        os.close(store)
+        meeting.cleanup()
 
 
 def connect(ranks: Ranks, told: Mapping[str, Any]) -> Engine:

@@ -41,6 +41,25 @@ def folder(tmp_path_factory):
     return str(path)
 
 
+OTHER_FILES = """
+import gc, os
+from llama import LLM
+llm = LLM({folder!r}, num_blocks=16, max_model_len=256, tensor_parallel_size=2)
+pipes = [os.pipe() for _ in range(64)]  # they get the numbers of descriptors that were closed
+del llm
+gc.collect()
+print("alive")
+"""
+
+
+@pytest.mark.slow
+def test_an_engine_that_goes_leaves_the_files_alone_that_came_after_it(folder):
+    """Where the ranks met is looked at once more, when their groups go."""
+    command = [sys.executable, "-c", OTHER_FILES.format(folder=folder)]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stdout) == (0, "alive\n"), done.stderr
+
+
 @pytest.fixture(scope="module")
 def expected(folder):
     options = SMALL | {"tensor_parallel_size": 1}
