@@ -34,7 +34,7 @@ BROKEN = """
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["ModelConfig", "Communicator", "load_model", "fitting_blocks", "make_runner"])
+@pytest.mark.parametrize("name", ["Shard", "Communicator", "load_model", "fitting_blocks", "make_runner"])
 def test_a_rank_that_dies_before_the_first_step_is_named_at_once(folder, monkeypatch, tmp_path, name):
     """Also one that the others wait for where they meet."""
     program = tmp_path / "rank_process.py"
