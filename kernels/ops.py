@@ -9,6 +9,13 @@ from torch import Tensor, float32, int64
 
 from llama.kernels import differentiable
 from llama.kernels.checks import INTERPRETED as _INTERPRETED
+from llama.kernels.cpu import activation as cpu_activation
+from llama.kernels.cpu import attention as cpu_attention
+from llama.kernels.cpu import lora as cpu_lora
+from llama.kernels.cpu import matmul as cpu_matmul
+from llama.kernels.cpu import norm as cpu_norm
+from llama.kernels.cpu import rope as cpu_rope
+from llama.kernels.cpu import sampling as cpu_sampling
 from llama.kernels.logprobs import Logprobs
 from llama.kernels.types import (
     CosSin,
@@ -46,9 +53,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         return differentiable.rms_norm(x, weight, eps)
     if _on_triton(x):
         from llama.kernels.gpu import norm
-    else:
-        from llama.kernels.cpu import norm
-    return norm.rms_norm(x, weight, eps)
+
+        return norm.rms_norm(x, weight, eps)
+    return cpu_norm.rms_norm(x, weight, eps)
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -61,9 +68,9 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
         return differentiable.add_rms_norm(x, residual, weight, eps)
     if _on_triton(x):
         from llama.kernels.gpu import norm
-    else:
-        from llama.kernels.cpu import norm
-    return norm.add_rms_norm(x, residual, weight, eps)
+
+        return norm.add_rms_norm(x, residual, weight, eps)
+    return cpu_norm.add_rms_norm(x, residual, weight, eps)
 
 
 def rope_and_store(q: Tensor, k: Tensor, v: Tensor, cos_sin: CosSin, kv_layer: KVLayer, ragged: Ragged) -> Tensor:
@@ -77,7 +84,7 @@ def rope_and_store(q: Tensor, k: Tensor, v: Tensor, cos_sin: CosSin, kv_layer: K
     k_shape, cache, slots, (cos, sin) = k.shape, kv_layer.k, ragged.slots, cos_sin
     if k_shape != v.shape or k_shape[0] != tokens or k_shape[2] != head_dim or k_shape[1:] != cache.shape[2:]:
         raise _refuse("rope_and_store", q=q, k=k, v=v, cache=cache)
-    if len(slots) != tokens or cos.shape != (tokens, 1, head_dim) or cos.shape != sin.shape:
+    if slots.shape[0] != tokens or cos.shape != (tokens, 1, head_dim) or cos.shape != sin.shape:
         raise _refuse("rope_and_store", q=q, cos=cos, sin=sin, slots=slots)
     if not cos.dtype == sin.dtype == float32 or not (q.dtype == cache.dtype or kv_layer.scales is not None):
         raise _refuse("rope_and_store", q=q, cos=cos, sin=sin, cache=cache)
@@ -85,9 +92,9 @@ def rope_and_store(q: Tensor, k: Tensor, v: Tensor, cos_sin: CosSin, kv_layer: K
         return differentiable.rope_and_store(q, k, v, cos_sin, kv_layer, ragged)
     if _on_triton(q):
         from llama.kernels.gpu import rope
-    else:
-        from llama.kernels.cpu import rope
-    return rope.rope_and_store(q, k, v, cos_sin, kv_layer, ragged)
+
+        return rope.rope_and_store(q, k, v, cos_sin, kv_layer, ragged)
+    return cpu_rope.rope_and_store(q, k, v, cos_sin, kv_layer, ragged)
 
 
 def paged_attention(q: Tensor, kv_layer: KVLayer, ragged: Ragged, scale: float) -> Tensor:
@@ -105,9 +112,9 @@ def paged_attention(q: Tensor, kv_layer: KVLayer, ragged: Ragged, scale: float) 
         return differentiable.paged_attention(q, kv_layer, ragged, scale)
     if _on_triton(q):
         from llama.kernels.gpu import attention
-    else:
-        from llama.kernels.cpu import attention
-    return attention.paged_attention(q, kv_layer, ragged, scale)
+
+        return attention.paged_attention(q, kv_layer, ragged, scale)
+    return cpu_attention.paged_attention(q, kv_layer, ragged, scale)
 
 
 def silu_mul(gate_up: Tensor) -> Tensor:
@@ -118,9 +125,9 @@ def silu_mul(gate_up: Tensor) -> Tensor:
         return differentiable.silu_mul(gate_up)
     if _on_triton(gate_up):
         from llama.kernels.gpu import activation
-    else:
-        from llama.kernels.cpu import activation
-    return activation.silu_mul(gate_up)
+
+        return activation.silu_mul(gate_up)
+    return cpu_activation.silu_mul(gate_up)
 
 
 def quantized_matmul(x: Tensor, weight: QuantizedWeight) -> Tensor:
@@ -132,9 +139,9 @@ def quantized_matmul(x: Tensor, weight: QuantizedWeight) -> Tensor:
         raise _refuse("quantized_matmul", x=x, codes=weight.codes)
     if _on_triton(x):
         from llama.kernels.gpu import matmul
-    else:
-        from llama.kernels.cpu import matmul
-    return matmul.quantized_matmul(x, weight)
+
+        return matmul.quantized_matmul(x, weight)
+    return cpu_matmul.quantized_matmul(x, weight)
 
 
 def lora_shrink(x: Tensor, a: Tensor, adapters: TokenAdapters) -> Tensor:
@@ -148,9 +155,9 @@ def lora_shrink(x: Tensor, a: Tensor, adapters: TokenAdapters) -> Tensor:
         raise _refuse("lora_shrink", x=x, indices=adapters.indices)
     if _on_triton(x):
         from llama.kernels.gpu import lora
-    else:
-        from llama.kernels.cpu import lora
-    return lora.lora_shrink(x, a, adapters)
+
+        return lora.lora_shrink(x, a, adapters)
+    return cpu_lora.lora_shrink(x, a, adapters)
 
 
 def lora_embedding(token_ids: Tensor, a: Tensor, adapters: TokenAdapters) -> Tensor:
@@ -159,9 +166,9 @@ def lora_embedding(token_ids: Tensor, a: Tensor, adapters: TokenAdapters) -> Ten
         raise _refuse("lora_embedding", token_ids=token_ids, a=a, indices=adapters.indices)
     if _on_triton(a):
         from llama.kernels.gpu import lora
-    else:
-        from llama.kernels.cpu import lora
-    return lora.lora_embedding(token_ids, a, adapters)
+
+        return lora.lora_embedding(token_ids, a, adapters)
+    return cpu_lora.lora_embedding(token_ids, a, adapters)
 
 
 def lora_expand(h: Tensor, y: Tensor, b: Tensor, adapters: TokenAdapters, slice_starts: tuple[int, ...]) -> None:
@@ -175,9 +182,10 @@ def lora_expand(h: Tensor, y: Tensor, b: Tensor, adapters: TokenAdapters, slice_
         raise _refuse("lora_expand", h=h, b=b)
     if _on_triton(y):
         from llama.kernels.gpu import lora
+
+        lora.lora_expand(h, y, b, adapters, slice_starts)
     else:
-        from llama.kernels.cpu import lora
-    lora.lora_expand(h, y, b, adapters, slice_starts)
+        cpu_lora.lora_expand(h, y, b, adapters, slice_starts)
 
 
 def sample(logits: Tensor, rows: SamplerRows, state: SamplerState | None = None) -> Sampled:
@@ -190,9 +198,9 @@ def sample(logits: Tensor, rows: SamplerRows, state: SamplerState | None = None)
         raise _refuse("sample", logits=logits, penalty_rows=rows.penalty_rows)
     if _on_triton(logits):
         from llama.kernels.gpu import sampling
-    else:
-        from llama.kernels.cpu import sampling
-    return sampling.sample(logits, rows, state)
+
+        return sampling.sample(logits, rows, state)
+    return cpu_sampling.sample(logits, rows, state)
 
 
 def token_logprobs(logits: Tensor, token_ids: Tensor, num_top: int) -> Logprobs[Tensor]:
@@ -206,6 +214,6 @@ def token_logprobs(logits: Tensor, token_ids: Tensor, num_top: int) -> Logprobs[
         raise ValueError(f"token_logprobs: num_top must be in [0, {logits.shape[1]}], got {num_top}")
     if _on_triton(logits):
         from llama.kernels.gpu import sampling
-    else:
-        from llama.kernels.cpu import sampling
-    return sampling.token_logprobs(logits, token_ids, num_top)
+
+        return sampling.token_logprobs(logits, token_ids, num_top)
+    return cpu_sampling.token_logprobs(logits, token_ids, num_top)

@@ -54,8 +54,10 @@ class Ragged:
 
     def __post_init__(self) -> None:
         tables, starts, lens = self.block_tables, self.query_starts, self.context_lens
-        most_decodes = len(lens) if self.run_len == 1 else 0
-        if len(tables) != len(lens) or len(starts) != len(lens) + 1 or self.num_decodes > most_decodes:
+        num_seqs = lens.shape[0]
+        most_decodes = num_seqs if self.run_len == 1 else 0
+        fits = tables.shape[0] == num_seqs and starts.shape[0] == num_seqs + 1
+        if not fits or self.num_decodes > most_decodes:
             sizes = f"{list(tables.shape)}, {list(starts.shape)}, {list(lens.shape)}, {self.num_decodes}"
             raise ValueError(f"block_tables, query_starts, context_lens and num_decodes do not fit together: {sizes}")
         if not tables.dtype == starts.dtype == lens.dtype == torch.int32 or self.slots.dtype != torch.int64:
@@ -76,7 +78,7 @@ class Ragged:
         )
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class KVLayer:
     """One layer's part of the paged cache: [num_blocks, block_size, kv_heads, head_dim], K and V alike.
 
@@ -100,6 +102,11 @@ class KVLayer:
             raise ValueError(f"a cache has scales where it is uint8, and there alone, got {k.dtype}")
         if scales is not None and (scales.shape != (2, k.shape[2]) or scales.dtype != torch.float32):
             raise ValueError(f"scales must be float32 {[2, k.shape[2]]}, got {scales.dtype} {list(scales.shape)}")
+
+    @cached_property
+    def slots(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """K and V as [slots, kv_heads, head_dim], views, for the CPU: its caches have no gaps between blocks."""
+        return self.k.flatten(0, 1), self.v.flatten(0, 1)
 
 
 @dataclass(frozen=True, slots=True)

@@ -47,7 +47,7 @@ def model(dtype: torch.dtype, quantization: str | None = None) -> Transformer:
     made = tiny_model(dtype=dtype, hidden_size=64, intermediate_size=172)
     if quantization is not None:
         made.quantise(quantization)
-    made.prepare()
+    made.prepare(packing="always")
     return made
 
 

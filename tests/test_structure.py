@@ -39,6 +39,7 @@ IMPORT_ORDER = {
         rope kv_cache weights
         adapters
         linear interventions
+        packing
         taps
         batch capture
         session

@@ -10,8 +10,8 @@ _GRAIN, _VECTOR = 32768, 64
 
 def silu_mul(gate_up: Tensor) -> Tensor:
     """A row has the same bits in any batch."""
-    gate, up = gate_up.chunk(2, dim=-1)
-    rows, size = gate.shape
+    rows, size = gate_up.shape[0], gate_up.shape[1] // 2
+    gate, up = gate_up.split_with_sizes((size, size), dim=1)
     if rows * size < _GRAIN or _ends_between_vectors(size):
         return F.silu(gate).mul_(up)
     # A run may end within a row: small calls have one run each.

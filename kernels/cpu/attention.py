@@ -34,13 +34,13 @@ def _attention(q: Tensor, kv_layer: KVLayer, ragged: Ragged, scale: float) -> Te
     if ragged.fixed is not None:
         return fixed_attention.attention(q, kv_layer, ragged, ragged.fixed, scale)
     num_decodes, layout = ragged.num_decodes, ragged.cpu_layout
-    if num_decodes == len(q) and num_decodes:
+    if num_decodes == q.shape[0] and num_decodes:
         return _decode(q, kv_layer, layout, scale)
     parts = []
     if num_decodes:
         parts.append(_decode(q[:num_decodes], kv_layer, layout, scale))
     for start, end, rows in layout.prefills:
-        k, v = layout.gather(kv_layer.k, rows, "k"), layout.gather(kv_layer.v, rows, "v")
+        k, v = (layout.gather(cache, rows, name) for cache, name in zip(kv_layer.slots, "kv", strict=True))
         parts.append(_causal(q[start:end], _widened(k, q), _widened(v, q), scale))
     if ragged.run_len > 1:  # a recorded step: behind the last run there may be padding
         parts.append(torch.zeros_like(q[sum(map(len, parts)) :]))
@@ -57,12 +57,12 @@ def _decode(q: Tensor, kv_layer: KVLayer, layout: Layout, scale: float) -> Tenso
     if isinstance(rows, slice):
         k, v = _run(kv_layer.k, rows), _run(kv_layer.v, rows)
     else:
-        shape = (sequences, -1, kv_heads, head_dim)
-        k = layout.gather(kv_layer.k, rows, "k").view(shape).transpose(1, 2)
-        v = layout.gather(kv_layer.v, rows, "v").view(shape).transpose(1, 2)
+        shape, (cached_k, cached_v) = (sequences, -1, kv_heads, head_dim), kv_layer.slots
+        k = layout.gather(cached_k, rows, "k").view(shape).transpose(1, 2)
+        v = layout.gather(cached_v, rows, "v").view(shape).transpose(1, 2)
     grouped = q.view(sequences, kv_heads, heads // kv_heads, head_dim)
     k, v = _widened(k, q), _widened(v, q)
-    mixed = F.scaled_dot_product_attention(grouped, k, v, attn_mask=layout.decode_mask, scale=scale)
+    mixed = F.scaled_dot_product_attention(grouped, k, v, attn_mask=layout.mask_for(q.dtype), scale=scale)
     return mixed.reshape(q.shape)
 
 

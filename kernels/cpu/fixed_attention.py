@@ -70,8 +70,8 @@ def attention(q: Tensor, kv_layer: KVLayer, ragged: Ragged, pieces: Pieces, scal
         groups = layout.groups[group_size] = _groups(ragged, pieces, group_size, wide)
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     for group in groups:
-        k = _heads_first(layout.gather(kv_layer.k, group.slots, "k"), group.sequences, wide)
-        v = _heads_first(layout.gather(kv_layer.v, group.slots, "v"), group.sequences, wide)
+        k = _heads_first(layout.gather(kv_layer.slots[0], group.slots, "k"), group.sequences, wide)
+        v = _heads_first(layout.gather(kv_layer.slots[1], group.slots, "v"), group.sequences, wide)
         for tile in group.tiles:
             out[tile.tokens] = _attend(q[tile.tokens], k, v, tile, pieces, scale)
     return out

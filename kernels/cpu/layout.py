@@ -1,5 +1,6 @@
 """What the CPU's ops need to know of a step and not of a layer, worked out once for all layers."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -19,7 +20,7 @@ class Layout:
     """Where in the cache the keys of each sequence lie."""
 
     decode_rows: Rows  # of all decodes, one after the other, each padded to the longest
-    decode_mask: Tensor | None  # [decodes, 1, 1, keys] bool; None where nothing is padded
+    decode_mask: Tensor | None  # [decodes, 1, 1, keys] bool at first; None where nothing is padded
     prefills: list[tuple[int, int, Rows]]  # first token, end, rows
     stores_all: bool  # no token is padding
     buffers: dict[str, Tensor] = field(default_factory=dict)  # working memory that the layers share
@@ -50,15 +51,22 @@ class Layout:
         decodes = _decode_rows(block_tables[:num_decodes], context_lens[:num_decodes], lens[:num_decodes], block_size)
         return cls(*decodes, prefills, stores_all)
 
+    def mask_for(self, dtype: torch.dtype) -> Tensor | None:
+        """`decode_mask` as SDPA adds it; given bool, it would be made this in every layer."""
+        mask = self.decode_mask
+        if mask is not None and mask.dtype == torch.bool:
+            mask = self.decode_mask = torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, -math.inf)
+        return mask
+
     def gather(self, cache: Tensor, rows: Rows, name: str) -> Tensor:
-        """[keys, kv_heads, head_dim]: a view, or a copy that holds until the next gather under the same name."""
-        cache = cache.flatten(0, 1)
+        """Of a cache [slots, kv_heads, head_dim] -> [keys, kv_heads, head_dim]: a view, or a copy that holds until the
+        next gather under the same name."""
         if isinstance(rows, slice):
             return cache[rows]
-        buffer = self.buffers.get(name)
-        if buffer is None or buffer.shape[0] < rows.shape[0] or buffer.dtype != cache.dtype:
-            buffer = self.buffers[name] = cache.new_empty(rows.shape[0], *cache.shape[1:])
-        return torch.index_select(cache, 0, rows, out=buffer[: rows.shape[0]])
+        count, buffer = rows.shape[0], self.buffers.get(name)
+        if buffer is None or buffer.shape[0] < count or buffer.dtype != cache.dtype:
+            buffer = self.buffers[name] = cache.new_empty(count, *cache.shape[1:])
+        return torch.index_select(cache, 0, rows, out=buffer if buffer.shape[0] == count else buffer[:count])
 
 
 def _decode_rows(
@@ -72,13 +80,14 @@ def _decode_rows(
         mask = None if lens[0] else context_lens.new_zeros(1, 1, 1, 1, dtype=torch.bool)
         return _rows(block_tables[0], max(1, lens[0]), block_size), mask
     longest = max(1, *lens)
-    keys = torch.arange(longest, device=block_tables.device)
-    ends = context_lens[:, None].to(torch.int64)
-    # Past its end a sequence reads its own last token again: no slot that is not its own.
-    columns = torch.minimum(keys, (ends - 1).clamp_(min=0))  # [decodes, keys]
-    blocks = block_tables.to(torch.int64).gather(1, columns // block_size)
-    rows = (blocks * block_size + columns % block_size).flatten()
-    return rows, (keys < ends)[:, None, None, :] if min(lens) < longest else None
+    keys = torch.arange(max(longest, block_size), dtype=torch.int32, device=block_tables.device)
+    blocks = block_tables[:, : -(-longest // block_size), None]
+    rows = torch.add(keys[:block_size], blocks, alpha=block_size).flatten(1)[:, :longest]  # [decodes, keys]
+    if min(lens) == longest:
+        return rows.flatten(), None
+    # Past its end a sequence reads its own first token again: no slot that is not its own.
+    is_key = keys[:longest] < context_lens[:, None]
+    return torch.where(is_key, rows, rows[:, :1]).flatten(), is_key[:, None, None, :]
 
 
 def _rows(block_table: Tensor, context_len: int, block_size: int) -> Rows:

@@ -35,6 +35,8 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument("--quantization", choices=tuple(SCHEMES), help=text)
     text = "KV cache in fp8, or as the weights (%(default)s)"
     parser.add_argument("--kv-cache-dtype", choices=("auto", "fp8"), default="auto", help=text)
+    text = "also in which forms this machine's CPU would hold the dense linear layers (imports torch)"
+    parser.add_argument("--weight-forms", action="store_true", help=text)
     text = "ranks that share it: what each of them holds (%(default)s)"
     parser.add_argument("-tp", "--tensor-parallel-size", type=integer(1, 1024), default=1, metavar="INT", help=text)
 
@@ -62,6 +64,7 @@ def run(options: Namespace) -> int:
         ),
         ("generation", _generation(generation, config)),
         (f"fits {where}", _fits(models, dtype, memory, options)),
+        *([("forms on this CPU", line) for line in _weight_forms(own, dtype)] if options.weight_forms else []),
     ]
     width = max(len(name) for name, _ in rows) + 2
     before = None
@@ -107,6 +110,18 @@ def _weight_bytes(config: ModelConfig, dtype: str, scheme: str | None) -> int:
 
     scales = config.num_hidden_layers * sum(rows * groups(columns) for rows, columns in shapes)
     return weights * SCHEMES[scheme] // 8 + (config.num_parameters - weights + scales) * BYTES[dtype]
+
+
+def _weight_forms(config: ModelConfig, dtype: str) -> list[str]:
+    import torch
+
+    from llama.model.packing import library_for, linear_shapes
+
+    lines = []
+    for name, (rows, columns) in linear_shapes(config).items():
+        library = library_for((rows, columns), getattr(torch, dtype))
+        lines.append(f"{name:13}{rows:>8,} x {columns:,} {f'packed ({library})' if library else 'plain'}")
+    return lines
 
 
 def _fits(models: list[ModelConfig], dtype: str, memory: int, options: Namespace) -> str:

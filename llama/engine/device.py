@@ -23,13 +23,18 @@ def to_device(array: NDArray[Any], device: torch.device, dtype: type | None = No
     return copied if device.type == "cpu" else copied.pin_memory().to(device, non_blocking=True)
 
 
-def pack(tensors: Sequence[Tensor]) -> Tensor:
-    """The bytes of several tensors behind one another in one, which one copy brings to the host."""
+def pack(tensors: Sequence[Tensor]) -> Tensor | None:
+    """The bytes of several tensors behind one another in one, which one copy brings to the host; None where they are
+    there."""
+    if tensors[0].device.type == "cpu":
+        return None
     return torch.cat([tensor.contiguous().view(-1).view(torch.uint8) for tensor in tensors])
 
 
-def fetch(packed: Tensor, tensors: Sequence[Tensor]) -> Callable[[], Arrays]:
+def fetch(packed: Tensor | None, tensors: Sequence[Tensor]) -> Callable[[], Arrays]:
     """Start the copy of what `pack` made of `tensors` -> what waits for it and gives the arrays."""
+    if packed is None:
+        return lambda: [tensor.numpy() for tensor in tensors]
     wait = fetch_tensor(packed)
 
     def arrays() -> Arrays:

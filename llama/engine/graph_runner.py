@@ -155,7 +155,7 @@ class GraphRunner(Runner):
         key = ("model", bucket, has_adapters, has_runs)
         self._graphs.run(key, partial(self._model_step, *key[1:]))
 
-    def _run_sampler(self, bucket: int, flags: Mapping[str, int]) -> tuple[Tensor, Sampled]:
+    def _run_sampler(self, bucket: int, flags: Mapping[str, int]) -> tuple[Tensor | None, Sampled]:
         key = ("sampler", bucket, *flags.items())
         return self._graphs.run(key, partial(self._sampler_step, bucket, flags))
 
@@ -177,7 +177,7 @@ class GraphRunner(Runner):
             batch = replace(batch, token_ids=torch.where(given >= 0, given, batch.token_ids))
         self._logits[:bucket].copy_(self.model(batch, self.kv))
 
-    def _sampler_step(self, bucket: int, flags: Mapping[str, Any]) -> tuple[Tensor, Sampled]:
+    def _sampler_step(self, bucket: int, flags: Mapping[str, Any]) -> tuple[Tensor | None, Sampled]:
         tensors: dict[str, Any] = {name: self._inputs.device[name][:bucket] for name in self.sampler.fields}
         rows = SamplerRows(**tensors, **flags)
         return self._draw(self._logits[:bucket], rows, self._inputs.device["row_ids"][:bucket])

@@ -69,6 +69,9 @@ class Runner:
         self._table = np.zeros((count + 1, config.blocks_per_sequence), np.int32)
         self._device_table = torch.from_numpy(self._table).to(device)
         self._decode_starts = torch.arange(config.most_samples + 1, dtype=torch.int32, device=device)
+        # What consecutive steps of the same sequences share: rows as a tensor, and their part of the block table.
+        self._rows: tuple[Ints, Tensor] | None = None
+        self._tables: tuple[Ints, int, Tensor] | None = None
         self._names = names_of(model)
         self._scored_rows = num_scored_rows(self.vocab_size)
 
@@ -121,6 +124,7 @@ class Runner:
         rows, columns, blocks = plan.table_updates
         if len(rows):
             self._table[rows, columns] = blocks
+            self._tables = None
             if self.device.type != "cpu":  # there both tables are one
                 updates = self._on_device(plan.table_updates)
                 self._device_table.index_put_((updates[0], updates[1]), updates[2].int())
@@ -128,13 +132,16 @@ class Runner:
             self.sampler.set_row(join.row, join.params, join.seed, join.prompt, join.output_token_ids)
 
     def _compute(self, plan: Plan) -> Callable[[], StepResult]:
-        tensors = {name: self._on_device(array, DTYPES.get(name)) for name, array in self._numbers(plan).items()}
+        numbers = self._numbers(plan)
+        tensors = {"row_ids": self._row_ids(numbers.pop("row_ids"))}
+        tensors |= {name: self._on_device(array, DTYPES.get(name)) for name, array in numbers.items()}
+        num_blocks = -(-int(plan.context_lens.max()) // self.kv.block_size)
         samples_all = len(plan.sample_sources) == plan.num_tokens and plan.only_decodes
         taps = self._taps(plan) if plan.taps else None
         batch = self._batch(
             tensors,
             plan.num_decodes,
-            num_blocks=-(-int(plan.context_lens.max()) // self.kv.block_size),
+            block_tables=self._tables_of(plan.rows, num_blocks, tensors["row_ids"]),
             logit_rows=None if samples_all else self._on_device(_sources(plan)),
             taps=taps,
         )
@@ -179,20 +186,22 @@ class Runner:
         tensors: Mapping[str, Tensor],
         num_decodes: int,
         *,
-        num_blocks: int | None = None,
+        block_tables: Tensor | None = None,
         logit_rows: Tensor | None = None,
         taps: StepTaps | None = None,
     ) -> Batch:
-        """Of the numbers on the device. No context has more than `num_blocks` blocks, None = any that there may be."""
+        """Of the numbers on the device. `block_tables` None = of as many blocks as there may be."""
         row_ids = tensors["row_ids"]
         token_ids = self.last_tokens.index_select(0, row_ids[:num_decodes])
         if "token_ids" in tensors:
             token_ids = torch.cat([token_ids, tensors["token_ids"]])
+        if block_tables is None:
+            block_tables = self._device_table.index_select(0, tensors.get("seq_rows", row_ids))
         indices = tensors.get("adapter_indices")
         return Batch(
             token_ids=token_ids,
             positions=tensors["positions"],
-            block_tables=self._device_table[:, :num_blocks].index_select(0, tensors.get("seq_rows", row_ids)),
+            block_tables=block_tables,
             query_starts=tensors.get("query_starts", self._decode_starts[: num_decodes + 1]),
             context_lens=tensors["context_lens"],
             slots=tensors["kv_slots"],
@@ -203,6 +212,19 @@ class Runner:
             adapters=None if indices is None else StepAdapters.of(self.adapters.stacks, indices, self.model.fixed),
             taps=taps,
         )
+
+    def _row_ids(self, rows: Ints) -> Tensor:
+        """int64, on the device; the same tensor as long as plans share their array."""
+        if self._rows is None or self._rows[0] is not rows:
+            self._rows = rows, self._on_device(rows)
+        return self._rows[1]
+
+    def _tables_of(self, rows: Ints, num_blocks: int, row_ids: Tensor) -> Tensor:
+        """The first `num_blocks` blocks of each row, until a table changes."""
+        kept = self._tables
+        if kept is None or kept[0] is not rows or kept[1] != num_blocks:
+            kept = self._tables = rows, num_blocks, self._device_table[:, :num_blocks].index_select(0, row_ids)
+        return kept[2]
 
     def _taps(self, plan: Plan) -> StepTaps:
         firsts = np.cumsum(plan.query_lens) - plan.query_lens
@@ -220,7 +242,7 @@ class Runner:
         if batch.taps is not None:
             logits = batch.taps.logits(self.model, logits, plan.sample_sources.tolist())
         rows = self.sampler.rows(plan.sample_rows, plan.sample_positions, plan.masks)
-        row_ids, count = self._on_device(plan.sample_rows), len(plan.sample_rows)
+        row_ids, count = self._row_ids(plan.sample_rows), len(plan.sample_rows)
         if not (plan.processed or plan.guided):
             return fetch_result(*self._draw(logits, rows, row_ids, plan.drafts), count)
         changed = change_logits(logits, rows, self.sampler.state, plan, self.model.communicator)
@@ -235,7 +257,7 @@ class Runner:
         row_ids: Tensor,
         drafts: Ints | None = None,
         network: Tensor | None = None,
-    ) -> tuple[Tensor, Sampled]:
+    ) -> tuple[Tensor | None, Sampled]:
         """A token for each row of logits, kept as the last one of its row -> all of it packed, and as it was. `network`
         are the logits as they came from there, if these are others."""
         if drafts is None:
@@ -287,7 +309,7 @@ def _tensors(sampled: Sampled) -> list[Tensor]:
     return [sampled.token_ids, sampled.is_bad, *(sampled.logprobs or ())]
 
 
-def fetch_result(packed: Tensor, sampled: Sampled, count: int) -> Callable[[], StepResult]:
+def fetch_result(packed: Tensor | None, sampled: Sampled, count: int) -> Callable[[], StepResult]:
     """Start the copy of what `_draw` gave -> what waits for it and gives the first `count` rows."""
     wait = fetch(packed, _tensors(sampled))
 

@@ -129,6 +129,7 @@ class SamplerTable:
         self._chosen_entries = self._entries[:0]
         self._flags: dict[str, Any] = {}  # what SamplerRows knows of its tensors' content
         self._tensors: dict[str, Any] | None = None
+        self._greedy: SamplerRows | None = None  # where no row has noise or a mask: none of it changes in a step
         self._bias_tensors: dict[str, Any] = {}
         self._written: NDArray[Any] | None = None  # the entries that the arrays of `write` hold
 
@@ -178,12 +179,17 @@ class SamplerTable:
         masks [rows, ceil(vocab / 32)] are grammar bit masks, all bits set for rows without a grammar.
         """
         self._choose(row_ids, positions, masks)
+        if masks is None and self._greedy is not None:
+            return self._greedy
         if self._tensors is None:
             entries = self._chosen_entries
             self._tensors = {name: to_device(entries[name], self._device) for name in entries.dtype.names or ()}
         keys = to_device(noise_keys(self._chosen_seeds, positions), self._device)
         mask = None if masks is None else to_device(masks, self._device)
-        return SamplerRows(keys=keys, mask=mask, **self._tensors, **self._bias_tensors, **self._flags)
+        rows = SamplerRows(keys=keys, mask=mask, **self._tensors, **self._bias_tensors, **self._flags)
+        if masks is None and rows.all_greedy:
+            self._greedy = rows
+        return rows
 
     @property
     def fields(self) -> dict[str, tuple[tuple[int, ...], Any]]:
@@ -230,7 +236,7 @@ class SamplerTable:
                 "all_greedy": not entries["temperature"].any(),
                 "any_processed": bool((entries["logprobs_modes"] == LOGPROBS_PROCESSED).any()),
             }
-            self._tensors = None
+            self._tensors = self._greedy = None
             self._chosen_seeds = self._seeds[row_ids]
             ban_until = self._ban_until[row_ids]
             self._chosen_ban_until = ban_until if ban_until.any() else None
@@ -257,6 +263,7 @@ class SamplerTable:
         if bans.tobytes() == self._chosen_bans:
             return
         self._chosen_bans = bans.tobytes()
+        self._greedy = None
         pairs = zip(row_ids.tolist(), bans.tolist(), strict=True)
         biases = [self._banned[row] if banned else self._bias[row] for row, banned in pairs]
         arrays: dict[str, NDArray[Any] | None] = dict.fromkeys(("bias_starts", "bias_ids", "bias_values"))

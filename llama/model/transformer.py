@@ -7,7 +7,6 @@ stream is in the model's dtype; norms, rotary embedding and softmax compute in a
 
 import warnings
 from collections.abc import Callable, Collection
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -28,13 +27,11 @@ from llama.model.config import ModelConfig
 from llama.model.kv_cache import KVCache
 from llama.model.linear import Linear
 from llama.model.module import Module
+from llama.model.packing import Packing, prepare
 from llama.model.parallel import Shard
 from llama.model.research import Research
 from llama.model.rope import attention_factor, cos_sin, frequencies
-from llama.model.weights.huge_pages import give_back, move_to_huge_pages
-from llama.model.weights.quantised import LAYOUTS, SCHEMES
-
-WORTH_MOVING = 1 << 26  # bytes of packed weights
+from llama.model.weights.quantised import SCHEMES
 
 
 class RMSNorm(Module):
@@ -200,6 +197,7 @@ class Transformer(Research):
             self._join(communicator)
         self.requires_grad_(False)
         self.kv_scales: Tensor | None = None  # [layers, 2, kv_heads], where the checkpoint has some for a cache in fp8
+        self.packing: Packing = "auto"
         self.fixed: Pieces | None = None  # of batches, where `fixed_rows.fix_rows` has been called
         self.register_buffer("frequencies", frequencies(config, device), persistent=False)
         self.attention_factor = attention_factor(config)
@@ -311,30 +309,17 @@ class Transformer(Research):
             adapters = None if adapters is None else adapters.rows(rows)
         return self.lm_head(hidden, adapters)
 
-    def prepare(self, layout: str = "balanced") -> None:
+    def prepare(self, layout: str = "balanced", packing: Packing | None = None) -> None:
         """Pack the weights for this machine's CPU, in place, where that is faster; nothing on other devices.
 
+        `packing` "auto" goes by a table of shapes and dtypes (llama/model/packing.py), "always" packs what can be
+        packed, "never" no dense weight. What was said last holds for later calls that do not say (an LLM makes one).
         Each dense weight is kept once, in its packed form (a head tied to the embedding is a second copy). A quantised
         one keeps its codes: alone ("compact"), with a form for few tokens ("balanced"), or with a dense copy as well
         ("fast"). Idempotent; moving or casting the model undoes it.
         """
-        if layout not in LAYOUTS:
-            told = f"must be one of {', '.join(LAYOUTS)}, got {layout!r}"
-            raise ParameterError(f"quantization_layout {told}", "quantization_layout")
-        linears = [module for module in self.modules() if isinstance(module, Linear) and not module.is_prepared]
-
-        def prepare(linear: Linear) -> None:
-            linear.prepare(layout)
-            if linear.coded is not None:
-                give_back()
-
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "torch.quantize_per_tensor", UserWarning)  # int8 is packed with its help
-            # Packing runs on one core per weight.
-            with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-                list(pool.map(prepare, linears))
-        if sum(linear.form.nbytes for linear in linears if linear.form is not None) >= WORTH_MOVING:
-            move_to_huge_pages(seconds=2.5)
+        self.packing = packing or self.packing
+        prepare([module for module in self.modules() if isinstance(module, Linear)], layout, self.packing)
 
     def _join(self, communicator: Communicator) -> None:
         """Have the parts of what ranks compute put together: of embedding, attention, MLP and logits."""

@@ -262,6 +262,13 @@ def test_70b_fits_when_it_is_quantised(capsys, llama_70b):
     assert "163,840 bytes" in out
 
 
+def test_info_says_which_weights_are_packed(capsys, tmp_path):
+    Transformer(ModelConfig.preset("tiny")).save_pretrained(tmp_path / "tiny")
+    _, out, _ = run(capsys, "info", str(tmp_path / "tiny"), "--weight-forms")
+    assert "qkv_proj          128 x 64 plain" in out and "lm_head           512 x 64 plain" in out
+    assert "forms on this CPU" not in run(capsys, "info", str(tmp_path / "tiny"))[1]
+
+
 def test_info_of_70b(capsys, llama_70b):
     code, out, err = run(capsys, "info", llama_70b, "--memory", "160GiB")
     assert (code, err) == (0, "")

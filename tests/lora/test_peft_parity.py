@@ -74,7 +74,7 @@ def test_packed_weights_take_adapters_too(base_path, tmp_path):
     loaded.put(1, read_adapter(tmp_path, model, max_rank=64))
     ids, ones = torch.arange(12).view(1, 12), torch.ones(1, dtype=torch.int64)
     unpacked = model.logits(ids, loaded.stacks, ones)
-    model.prepare()
+    model.prepare(packing="always")
     torch.testing.assert_close(model.logits(ids, loaded.stacks, ones), unpacked, rtol=1e-5, atol=1e-5)
 
 

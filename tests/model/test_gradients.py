@@ -87,7 +87,7 @@ def test_a_vector_that_requires_a_gradient_needs_it_asked_for():
 
 def test_packed_weights_are_differentiated_through_too():
     plain, packed = tiny_model(vocab_size=61, dtype=torch.float32), tiny_model(vocab_size=61, dtype=torch.float32)
-    packed.prepare()
+    packed.prepare(packing="always")
     both = []
     for model in (plain, packed):
         logits, cache = model.run_with_cache(IDS, "embed", logits=True, grad=True)

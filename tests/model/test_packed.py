@@ -75,8 +75,8 @@ def test_without_the_libraries_weights_stay_plain(monkeypatch):
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_prepared_model_is_the_same_model(dtype, tied, tmp_path):
     plain, prepared = (tiny_model(dtype=dtype, tie_word_embeddings=tied) for _ in range(2))
-    prepared.prepare()
-    prepared.prepare()
+    prepared.prepare(packing="always")
+    prepared.prepare(packing="always")
     linears = [module for module in prepared.modules() if isinstance(module, Linear)]
     assert all(isinstance(linear.form, OneDNNWeight | Float16Weight) for linear in linears)
     assert all(linear.weight is None for linear in linears)
@@ -98,7 +98,7 @@ def test_a_prepared_model_is_the_same_model(dtype, tied, tmp_path):
 
 def test_a_cast_undoes_it():
     model = tiny_model(dtype=torch.float32, tie_word_embeddings=True)
-    model.prepare()
+    model.prepare(packing="always")
     model = model.double()
     assert model.lm_head.weight is model.embed_tokens.weight
     expected = tiny_model(dtype=torch.float32, tie_word_embeddings=True).double()

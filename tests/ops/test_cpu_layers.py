@@ -33,6 +33,14 @@ def test_rms_norm(dtype, tokens):
 
 
 @DTYPES
+def test_rms_norm_of_a_row_has_the_same_bits_in_any_batch(dtype):
+    x, weight = randn(70, 172, dtype=dtype), randn(172, dtype=dtype, seed=1)
+    whole = ops.rms_norm(x, weight, 1e-5)
+    for start, stop in ((0, 1), (69, 70), (3, 5), (10, 19), (30, 63)):
+        assert torch.equal(ops.rms_norm(x[start:stop], weight, 1e-5), whole[start:stop])
+
+
+@DTYPES
 def test_rms_norm_of_outliers(dtype):
     """A few values a thousand times the others, as real hidden states have them."""
     x, weight = randn(30, 576, dtype=dtype), randn(576, dtype=dtype, seed=1)

@@ -75,7 +75,8 @@ def draw(logits: Tensor, rows: SamplerRows, processed: Tensor | None) -> tuple[T
 
 
 def _not_finite(values: Tensor) -> Tensor:
-    return (values - values) != 0
+    difference = values - values
+    return difference != difference  # no number beside a tensor: that would be made a tensor first
 
 
 def _draw_plain(draws: Draws, processed: Tensor | None) -> Tensor:

@@ -5,24 +5,36 @@ FBGEMM keeps 16-bit weights as float16 and multiplies in float32, several times 
 Nothing here changes a result by more than the dtype's rounding, and `dense()` gives the weight back bit for bit.
 """
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from llama.model.weights.form import WeightForm
 
+Library = Literal["onednn", "fbgemm"]
+
 _LARGEST = torch.finfo(torch.float16).max
 _SMALL_BITS = torch.tensor(2.0**-17, dtype=torch.bfloat16).view(torch.int16).item()
 
 
 def pack(weight: Tensor) -> WeightForm | None:
-    """The fastest form of weight [out, in] on its device, or None where that is the plain tensor."""
-    if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
-        return None
-    if weight.dtype == torch.float32 or _computes_natively(weight.dtype):
+    """Weight [out, in] as the library for its dtype wants it, or None where there is none: it stays a plain tensor."""
+    library = library_of(weight.dtype) if weight.device.type == "cpu" else None
+    if library == "onednn":
         return OneDNNWeight(weight)
-    if weight.dtype in (torch.bfloat16, torch.float16) and torch.backends.quantized.engine in ("x86", "fbgemm"):
-        return Float16Weight.of(weight)
+    return None if library is None else Float16Weight.of(weight)
+
+
+def library_of(dtype: torch.dtype) -> Library | None:
+    """What multiplies packed weights of this dtype on this machine's CPU."""
+    if not torch.backends.mkldnn.is_available():
+        return None
+    if dtype == torch.float32 or _computes_natively(dtype):
+        return "onednn"
+    if dtype in (torch.bfloat16, torch.float16) and torch.backends.quantized.engine in ("x86", "fbgemm"):
+        return "fbgemm"
     return None
 
 

@@ -1,0 +1,85 @@
+"""Which dense weights are packed on a CPU: a table, so that two processes on one kind of processor have the same bits.
+
+A call of a library that multiplies packed weights costs more than a small product itself. `python -m benchmarks.forms`
+measures what the table rests on, and says where the machine that it runs on differs.
+"""
+
+import logging
+import warnings
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Literal
+
+import torch
+
+from llama.api.errors import ParameterError
+from llama.model.config import ModelConfig
+from llama.model.linear import Linear
+from llama.model.weights.huge_pages import give_back, move_to_huge_pages
+from llama.model.weights.packed import Library, library_of
+from llama.model.weights.quantised import LAYOUTS
+
+logger = logging.getLogger(__name__)
+
+Packing = Literal["auto", "always", "never"]
+PACKINGS: tuple[Packing, ...] = ("auto", "always", "never")
+
+# Numbers in a weight from which it is worth packing, by library and bytes of the dtype. Those of oneDNN with 4 bytes
+# and of FBGEMM are measured on AVX2, where 16-bit numbers without FBGEMM are slower at any size from 8 tokens on;
+# oneDNN with 2 bytes needs a processor that computes with them (AVX-512, AMX).
+FEWEST_NUMBERS: dict[tuple[Library, int], int] = {("onednn", 4): 1 << 18, ("onednn", 2): 1 << 17, ("fbgemm", 2): 0}
+WORTH_MOVING = 1 << 26  # bytes of packed weights
+
+
+def library_for(shape: tuple[int, int], dtype: torch.dtype, packing: Packing = "auto") -> Library | None:
+    """The library that a weight of this shape is packed for on this machine's CPU; None = it stays plain."""
+    library = None if packing == "never" else library_of(dtype)
+    if library is None or packing == "always":
+        return library
+    return library if shape[0] * shape[1] >= FEWEST_NUMBERS[library, dtype.itemsize] else None
+
+
+def prepare(linears: Sequence[Linear], layout: str, packing: Packing) -> None:
+    """See `Transformer.prepare`."""
+    if layout not in LAYOUTS:
+        told = f"must be one of {', '.join(LAYOUTS)}, got {layout!r}"
+        raise ParameterError(f"quantization_layout {told}", "quantization_layout")
+    if packing not in PACKINGS:
+        raise ParameterError(f"packing must be one of {', '.join(PACKINGS)}, got {packing!r}", "packing")
+    chosen = [linear for linear in linears if not linear.is_prepared and _is_packed(linear, packing)]
+
+    def prepare_one(linear: Linear) -> None:
+        linear.prepare(layout)
+        if linear.coded is not None:
+            give_back()
+
+    if chosen:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.quantize_per_tensor", UserWarning)  # int8 is packed with its help
+            # Packing runs on one core per weight.
+            with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+                list(pool.map(prepare_one, chosen))
+    forms = Counter("plain" if linear.form is None else type(linear.form).__name__ for linear in linears)
+    logger.debug("linear layers by form (packing %s): %s", packing, dict(forms))
+    if sum(linear.form.nbytes for linear in chosen if linear.form is not None) >= WORTH_MOVING:
+        move_to_huge_pages(seconds=2.5)
+
+
+def _is_packed(linear: Linear, packing: Packing) -> bool:
+    if linear.coded is not None:
+        return True
+    return library_for((linear.out_features, linear.in_features), linear.weight.dtype, packing) is not None
+
+
+def linear_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
+    """(out_features, in_features) of the linear layers by name."""
+    hidden, size = config.hidden_size, config.intermediate_size
+    heads, kv_heads, dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+    return {
+        "qkv_proj": ((heads + 2 * kv_heads) * dim, hidden),
+        "o_proj": (hidden, heads * dim),
+        "gate_up_proj": (2 * size, hidden),
+        "down_proj": (hidden, size),
+        "lm_head": (config.vocab_size, hidden),
+    }
