@@ -89,9 +89,11 @@ test-browser: $(READY)
 		{ apt-get update && apt-get install -y chromium chromium-driver; }
 	$(PYTEST) -m browser tests/browser
 
-# Client packages of Python and npm against a server, unchanged. They have an environment of their own.
+# Client packages of Python and npm against a server, unchanged. They have an environment of their own, and so has vLLM,
+# whose `vllm bench serve` is tried where VLLM=DIRECTORY names a virtual environment that holds it.
 clients: demo-model .venv-clients/.ready
-	$(BIN)/python -m tests.clients.run --output docs/clients.md $(if $(MODELS),--models $(MODELS))
+	$(BIN)/python -m tests.clients.run --output docs/clients.md \
+		$(if $(MODELS),--models $(MODELS)) $(if $(VLLM),--vllm $(VLLM))
 
 .venv-clients/.ready: $(READY) constraints-clients.txt tests/clients/package.json
 	$(BIN)/python -m venv .venv-clients
@@ -121,7 +123,7 @@ test-lm-eval: .venv-lm-eval/.ready
 	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > \
 		$$(.venv-lm-eval/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/project.pth
 	.venv-lm-eval/bin/python -m pip install --quiet --constraint constraints-lm-eval.txt lm-eval nnsight \
-		nbclient ipykernel
+		nbclient ipykernel ipywidgets
 	touch $@
 
 lint: $(READY)

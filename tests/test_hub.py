@@ -10,6 +10,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 
+import httpx
 import make_tiny
 import pytest
 from huggingface_hub import constants, file_download
@@ -205,12 +206,19 @@ def test_a_download_that_breaks_off_goes_on_when_it_is_tried_again(hub, monkeypa
     } == {"model.safetensors"}
 
 
+COMMAND = [sys.executable, "-c", "import sys; from llama.cli import main; sys.exit(main())"]
+
+
+def environment_of(hub):
+    told = {"HF_ENDPOINT": hub.url, "HF_HOME": str(hub.cache), "HF_HUB_DISABLE_XET": "1"}
+    return os.environ | told | {"HF_HUB_OFFLINE": "0", "TRANSFORMERS_OFFLINE": "0"}
+
+
 def test_the_command_line_and_the_environment(hub, folders):
-    environment = os.environ | {"HF_ENDPOINT": hub.url, "HF_HOME": str(hub.cache), "HF_HUB_DISABLE_XET": "1"}
-    environment |= {"HF_HUB_OFFLINE": "0", "TRANSFORMERS_OFFLINE": "0"}
+    environment = environment_of(hub)
 
     def info(*words, **more):
-        command = [sys.executable, "-c", "import sys; from llama.cli import main; sys.exit(main())", "info", *words]
+        command = [*COMMAND, "info", *words]
         return subprocess.run(command, env=environment | more, capture_output=True, text=True, check=False)
 
     done = info("org/tiny", "--revision", "main")
@@ -221,3 +229,18 @@ def test_the_command_line_and_the_environment(hub, folders):
     for name in ("org/base",):
         missing = info(name, HF_HUB_OFFLINE="1")
         assert missing.returncode == 1 and missing.stderr.count("\n") == 1 and "HF_HUB_OFFLINE is set" in missing.stderr
+
+
+def test_serving_a_model_and_an_adapter_by_their_ids(hub):
+    words = ["serve", "org/base", "--revision", "v2", "--port", "0", "--num-blocks", "50", "--lora", "a=org/adapter"]
+    process = subprocess.Popen([*COMMAND, *words], env=environment_of(hub), stderr=subprocess.PIPE, text=True)
+    try:
+        lines = iter(process.stderr.readline, "")
+        line = next(line for line in lines if line.startswith("llama: serving org/base on http://127.0.0.1:"))
+        with httpx.Client(base_url=line.split()[-1], timeout=60) as client:
+            assert [model["id"] for model in client.get("/v1/models").json()["data"]] == ["org/base", "a"]
+            body = {"model": "org/base", "prompt": [1, 2, 3], "max_tokens": 3, "ignore_eos": True}
+            assert client.post("/v1/completions", json=body).json()["usage"]["completion_tokens"] == 3
+    finally:
+        process.kill()
+        process.communicate()

@@ -1,9 +1,12 @@
 """Every error that a caller of this package may want to tell apart. Runs without torch."""
 
 import reprlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 class ParameterError(ValueError):
@@ -102,3 +105,16 @@ def blamed_on(param: str) -> Iterator[None]:
         raise
     except ValueError as error:
         raise ParameterError(str(error), param) from None
+
+
+def of_each(name: str, values: Sequence[T], work: Callable[[T], R]) -> list[R]:
+    """`work` of each value. Where there are several, a ValueError says with which of them it has to do."""
+    done: list[R] = []
+    for i, value in enumerate(values):
+        try:
+            done.append(work(value))
+        except ValueError as error:
+            if len(values) > 1:
+                error.args = (f"{name}[{i}]: {error}",)
+            raise
+    return done

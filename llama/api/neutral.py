@@ -19,7 +19,7 @@ SAMPLING: Neutral = {
     "repetition_detection": (None,),
     "skip_clone": (False,),
     "skip_reading_prefix_cache": (None, False),
-    "spaces_between_special_tokens": (True,),
+    "spaces_between_special_tokens": (True, False),  # of tokenizers in Python, which are not read
     "thinking_token_budget": (None,),
     "use_beam_search": (False,),
 }
@@ -59,6 +59,7 @@ CHAT: Neutral = {
     "web_search_options": (),
 }
 COMPLETION: Neutral = {**_BODY, "add_special_tokens": (True,), "prompt_embeds": (), "prompt_logprobs": ()}
+TOKENIZE: Neutral = {"chat_template": (), "media_io_kwargs": ({},), "mm_processor_kwargs": ({},)}
 RESPONSES: Neutral = {"max_tool_calls": (), "moderation": (), "stop": ([],), "verbosity": ("medium",)}
 
 

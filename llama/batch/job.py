@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from llama.batch import parquet
 from llama.batch.lines import Line, Settings, count_lines, read_lines

@@ -16,7 +16,7 @@ from typing import Any, TypeVar, Unpack, cast
 import torch
 from tqdm.auto import tqdm
 
-from llama.api.errors import ParameterError
+from llama.api.errors import ParameterError, of_each
 from llama.api.outputs import Piece, RequestOutput
 from llama.api.params import SamplingParams
 from llama.engine.config import EngineConfig
@@ -188,8 +188,8 @@ class LLM(Scoring, Upkeep):
         each_params = one_per_prompt("sampling_params", sampling_params, len(listed))
         each_lora = self._loras(lora, lora_request, len(listed))
         ids = [None] * len(listed) if request_ids is None else one_per_prompt("request_ids", request_ids, len(listed))
-        asked = zip(listed, each_params, each_lora, ids, strict=True)
-        requests = [self.inputs.request(*rest, request_id=request_id) for *rest, request_id in asked]
+        asked = list(zip(listed, each_params, each_lora, ids, strict=True))
+        requests = of_each("prompts", asked, lambda one: self.inputs.request(one[0], one[1], one[2], request_id=one[3]))
         return self._run(tapped(self.engine, requests, capture, interventions), use_tqdm)
 
     def chat(
@@ -221,8 +221,13 @@ class LLM(Scoring, Upkeep):
         own = without_foreign(rendering, "LLM.chat")
         ask = partial(self.inputs.chat_request, tools=tools, tool_choice=tool_choice, **own)
         ids = [None] * len(listed) if request_ids is None else one_per_prompt("request_ids", request_ids, len(listed))
-        asked = zip(listed, each_params, each_lora, ids, strict=True)
-        requests = [ask(*rest, request_id=request_id) for *rest, request_id in asked]
+
+        def request_of(asked: Sequence[Any]) -> Request:
+            *rest, request_id = asked
+            return ask(*rest, request_id=request_id)
+
+        asked = list(zip(listed, each_params, each_lora, ids, strict=True))
+        requests = of_each("conversations", asked, request_of)
         return self._run(tapped(self.engine, requests, capture, interventions), use_tqdm)
 
     def stream(

@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from llama.api.errors import ParameterError
+from llama.api.errors import ParameterError, of_each
 from llama.api.outputs import RequestOutput
 from llama.api.params import SamplingParams
 from llama.engine.request import Request, check_room
@@ -57,7 +57,7 @@ class Scoring:
         firsts = firsts * len(listed) if len(firsts) == 1 else firsts
         if len(firsts) != len(listed):
             raise ParameterError(f"{len(firsts)} prompts for {len(listed)} continuations", "continuations")
-        pairs = [self._split(prompt, continuation) for prompt, continuation in zip(firsts, listed, strict=True)]
+        pairs = of_each("continuations", list(zip(firsts, listed, strict=True)), lambda pair: self._split(*pair))
         return self._scores(pairs, one_per_prompt("lora", lora, len(pairs)), use_tqdm)
 
     def perplexity(
@@ -102,7 +102,7 @@ class Scoring:
         point = "norm" if layer is None else f"layers.{layer}.resid_post"
         mean = pooling == "mean"
         capture = Capture(point, positions="prompt" if mean else "last", reduce="mean" if mean else None)
-        requests = [self._request(self._ids(text)) for text in _texts("texts", texts)]
+        requests = of_each("texts", _texts("texts", texts), lambda text: self._request(self._ids(text)))
         outputs = self._run(tapped(self.inputs.engine, requests, capture, None), use_tqdm)
         rows = [value.reshape(-1) for output in outputs for value in output.captured.values()]
         return torch.stack(rows).float()
@@ -112,9 +112,13 @@ class Scoring:
     ) -> list[BeamSearchOutput]:
         """The best sequences behind each prompt; see BeamSearchParams."""
         engine = self.inputs.engine
-        listed = [self._ids(prompt) for prompt in _texts("prompts", prompts)]
-        for prompt in listed:
-            check_room(len(prompt), None, engine.config.context_len)
+
+        def checked(prompt: Text) -> list[int]:
+            token_ids = self._ids(prompt)
+            check_room(len(token_ids), None, engine.config.context_len)
+            return token_ids
+
+        listed = of_each("prompts", _texts("prompts", prompts), checked)
         outputs = search(
             listed,
             params,
@@ -152,14 +156,15 @@ class Scoring:
             wide = logits.to(wide_dtype(logits.dtype))
             last[request_id] = float(wide.log_softmax(-1)[token_id]), bool(wide.max() == wide[token_id])
 
-        engine, requests = self.inputs.engine, []
-        for (prompt, continuation), lora in zip(pairs, loras, strict=True):
+        def request_of(asked: tuple[tuple[list[int], list[int]], str | None]) -> Request:
+            (prompt, continuation), lora = asked
             if not prompt or not continuation:
                 raise ParameterError("a prompt and a continuation need at least one token each", "continuations")
             request = self._request([*prompt, *continuation[:-1]], lora, prompt_logprobs=0)
-            request = replace(request, score_from=len(prompt))
             capture = Capture("logits", save_to=partial(take, continuation[-1]))
-            requests += tapped(engine, [request], capture, None)
+            return tapped(self.inputs.engine, [replace(request, score_from=len(prompt))], capture, None)[0]
+
+        requests = of_each("continuations", list(zip(pairs, loras, strict=True)), request_of)
         scores = []
         for output, (prompt, continuation) in zip(self._run(requests, use_tqdm), pairs, strict=True):
             scored = zip(continuation[:-1], (output.prompt_logprobs or [])[len(prompt) :], strict=True)

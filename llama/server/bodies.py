@@ -9,7 +9,7 @@ from pydantic_core import from_json
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
-from llama.server.errors import ApiError, bad_input, body_too_large, body_too_slow
+from llama.server.errors import ApiError, bad_input, body_encoded, body_too_large, body_too_slow
 from llama.server.fields import explain, mismatch
 from llama.server.service import Service
 
@@ -25,6 +25,9 @@ Model = TypeVar("Model", bound=BaseModel)
 async def read_body(request: Request, service: Service, schema: type[Model]) -> Model:
     """The request's body as `schema`, whatever its Content-Type says. Raises ApiError."""
     body = await _bytes(request, service)
+    encoding = request.headers.get("content-encoding", "identity")
+    if encoding.lower() not in ("", "identity"):
+        raise body_encoded(encoding)
     if len(body) < _INLINE_BYTES:
         return parse_body(body, schema)
     # One at a time: parsing does not let the event loop in before it is done.

@@ -127,6 +127,11 @@ def headers_too_large(limit: int) -> ApiError:
     return ApiError(431, 3006, message, headers={"connection": "close"})
 
 
+def body_encoded(encoding: str) -> ApiError:
+    what = f"the body's Content-Encoding {encoding[:40]!r} is not supported: send it as it is"
+    return ApiError(415, BAD_INPUT, f"AiError: Bad input: Error: {what}", message_openai=what)
+
+
 def body_too_slow(seconds: float) -> ApiError:
     return ApiError(
         408, 3007, f"Timeout: the body did not arrive within {seconds:g} s", headers={"connection": "close"}

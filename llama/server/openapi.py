@@ -43,6 +43,7 @@ _OF_POSTS = {
     "400": "Something about the request is wrong; the message names the place.",
     "408": "The body did not arrive in time, or the request was aborted.",
     "413": "The body is too large; in Cloudflare's dialect also prompt and max_tokens together.",
+    "415": "The body is compressed.",
     "429": "The queue is full; see Retry-After.",
     "503": "The server stops, or its engine is dead.",
 }

@@ -7,11 +7,15 @@ said " and that; others may say anything of the form asked for.
 
 import asyncio
 import json
+import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 Task = Callable[[], None]
+TOKENIZER = "checkpoints/smollm2-135m-instruct"  # what `make demo-model` leaves; any would do
 CALL = '{"name": "get_weather", "parameters": {"city": "Rome"}}'
 PLACE = '{"city": "Rome", "people": 3}'
 SCHEMA = {
@@ -317,7 +321,36 @@ def lm_eval(model: Model) -> dict[str, Task]:
     return {"chat": chat, "completions": completions}
 
 
-CLIENTS = [openai, cloudflare, langchain_openai, openai_agents, litellm, pydantic_ai_slim, instructor, lm_eval]
+def vllm(model: Model) -> dict[str, Task]:
+    """Its benchmark of servers, by its own command; from an environment that holds vLLM."""
+
+    def bench(backend: str, route: str) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            words = ["--backend", backend, "--endpoint", route, "--base-url", model.url, "--model", model.name]
+            words += ["--tokenizer", TOKENIZER, "--dataset-name", "random", "--num-prompts", "6", "--seed", "1"]
+            words += ["--random-input-len", "8", "--random-output-len", "8", "--save-result", "--save-detailed"]
+            words += ["--result-dir", folder, "--result-filename", "result.json", "--disable-tqdm"]
+            command = [str(Path(sys.executable).with_name("vllm")), "bench", "serve", *words]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            assert done.returncode == 0, done.stderr[-300:]
+            told = json.loads((Path(folder) / "result.json").read_text())
+        assert told["completed"] == 6 and not any(told["errors"]), told["errors"]
+        assert told["output_lens"] == [8] * 6 and all(told["ttfts"]) and all(map(len, told["itls"])), told
+
+    return {
+        "stream": lambda: bench("openai-chat", "/v1/chat/completions"),
+        "completions": lambda: bench("openai", "/v1/completions"),
+    }
+
+
+CLIENTS = [openai, cloudflare, langchain_openai, openai_agents, litellm, pydantic_ai_slim, instructor, lm_eval, vllm]
+
+
+def version_of(name: str) -> str:
+    try:
+        return version(name.replace("_", "-"))
+    except PackageNotFoundError:
+        return version(f"{name}-cpu")
 
 
 def main() -> None:
@@ -332,7 +365,7 @@ def main() -> None:
                 told[task] = "ok"
             except Exception as error:
                 told[task] = f"{type(error).__name__}: {error}"[:400]
-    print(json.dumps({"version": version(name.replace("_", "-")), "models": results}))
+    print(json.dumps({"version": version_of(name), "models": results}))
 
 
 if __name__ == "__main__":

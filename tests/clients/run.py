@@ -1,5 +1,7 @@
 """Client packages run against this server, unchanged, with a scripted model: `make clients`.
 
+With --vllm DIRECTORY also `vllm bench serve`, from the virtual environment there.
+
 Prints the table of docs/clients.md; with --output FILE it writes it there. Exit status 1 if anything went wrong.
 """
 
@@ -28,9 +30,11 @@ HEAD = """# Clients that run unchanged
 `tests/clients/package.json`), runs them against a server with a scripted model, where every answer is known, and
 against others, where its form is, and prints this table, here for the models: {models}. Tools: a call that must be
 made, and where a client goes on with its result, that too. A dash: the client has no such thing, or it is not tried.
-With the demo model: `MODELS="scripted demo"`. `vllm bench serve` is not tried.
+With the demo model: `MODELS="scripted demo"`. `vllm bench serve` is tried with `VLLM=DIRECTORY`, a virtual environment
+that holds vLLM, of which the CPU's takes 3 GB.
 
 """
+NO_VLLM = "vllm (bench serve): not tried, for VLLM=DIRECTORY names no virtual environment that holds it"
 
 
 @contextmanager
@@ -61,7 +65,8 @@ def say(prompt, index):
 
 
 def run(client: str, command: list[str], served: Sequence[tuple[str, str]]) -> dict:
-    environment = {**os.environ, "LITELLM_LOCAL_MODEL_COST_MAP": "True"}  # else it asks the network, three times
+    # Else the one asks the network, three times, and the other tells it of its use.
+    environment = {**os.environ, "LITELLM_LOCAL_MODEL_COST_MAP": "True", "VLLM_NO_USAGE_STATS": "1"}
     words = [*command, client, *(word for pair in served for word in pair)]
     try:
         done = subprocess.run(words, capture_output=True, text=True, timeout=PATIENCE, env=environment)
@@ -84,6 +89,7 @@ def cells_of(models: dict[str, dict[str, str]]) -> list[str]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--environment", default=".venv-clients", help="the packages' (%(default)s)")
+    parser.add_argument("--vllm", type=Path, help="a virtual environment that holds vLLM")
     parser.add_argument("--models", nargs="+", default=["scripted"], choices=["scripted", "demo"])
     parser.add_argument("--output", type=Path)
     parser.add_argument("--only", help="one client")
@@ -93,6 +99,11 @@ def main() -> int:
     script.write_text((HERE / "javascript_clients.mjs").read_text())
     asked = [(name, "Python", [str(environment / "bin/python"), str(HERE / "python_clients.py")]) for name in PYTHON]
     asked += [(name, "npm", ["node", str(script)]) for name in NODE]
+    if options.vllm is None:
+        print(NO_VLLM, flush=True)
+    else:
+        python = options.vllm.absolute() / "bin/python"
+        asked.append(("vllm", "bench serve", [str(python), str(HERE / "python_clients.py")]))
     rows, failures = [], []
     with servers(options.models) as served:
         for name, language, command in asked:

@@ -48,6 +48,24 @@ answers = llm.chat(conversation, sampling_params, use_tqdm=False)
     assert names["answers"][0].prompt.endswith("<|start_header_id|>assistant<|end_header_id|>\n\n")
 
 
+def test_the_calls_of_lm_evaluation_harness_s_vllm_model(folder):
+    """As lm_eval.models.vllm_causallms of 0.4.13 writes them; make test-lm-eval runs that module itself."""
+    nothing = {"revision": None, "tokenizer": None, "tokenizer_revision": None, "quantization": None}
+    nothing |= {"tokenizer_mode": "auto", "trust_remote_code": False, "enable_lora": False, "max_lora_rank": 16}
+    sizes = {"tensor_parallel_size": 1, "max_model_len": 64, "max_num_seqs": None}
+    llm = LLM(model=str(folder), dtype="float32", seed=1234, num_blocks=64, **sizes, **nothing)
+    score = SamplingParams(temperature=0, prompt_logprobs=1, max_tokens=1, detokenize=False)
+    prompts = [{"prompt_token_ids": ids} for ids in ([40, 41, 42], [50] * 63)]
+    outputs = llm.generate(prompts, sampling_params=[score] * 2, use_tqdm=True, lora_request=None)
+    for output, prompt in zip(outputs, prompts, strict=True):
+        first, *told = output.prompt_logprobs
+        assert first is None and len(told) == len(prompt["prompt_token_ids"]) - 1
+        assert all(entries[t].logprob <= 0 for t, entries in zip(prompt["prompt_token_ids"][1:], told, strict=True))
+    spelled = {"skip_special_tokens": False, "spaces_between_special_tokens": False}
+    until = SamplingParams(max_tokens=5, stop=["\n\n", "<|end_of_text|>"], temperature=0.0, **spelled)
+    assert isinstance(llm.generate(prompts[:1], [until], use_tqdm=True, lora_request=None)[0].outputs[0].text, str)
+
+
 def test_every_form_of_a_prompt_is_the_same_prompt(llm):
     ids = llm.tokenizer.encode("Hi")
     assert ids == [256, *b"Hi"]

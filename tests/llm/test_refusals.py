@@ -44,7 +44,7 @@ def test_one_bad_prompt_refuses_the_batch_before_anything_is_enqueued(llm, bad, 
     with pytest.raises(ValueError, match=words):
         llm.generate(bad, GREEDY)
     single = as_prompts(bad) if not isinstance(bad, int) else [bad]
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises(ValueError, match=rf"^prompts\[1\]: .*({words})"):
         llm.generate(["good", *single], GREEDY)
     assert not llm.engine.has_unfinished
 
@@ -73,6 +73,8 @@ def test_bad_parameters_are_refused_by_name(llm):
     for messages in ("hello", [[]], {"role": "user"}, ["x"], [{"content": "x"}]):
         with pytest.raises(ValueError):
             llm.chat(messages)
+    with pytest.raises(ValueError, match=r"^conversations\[1\]: "):
+        llm.chat([[{"role": "user", "content": "x"}], [{"role": "user", "content": 3}]])
     with pytest.raises(ValueError, match="tools and tool_choice need a conversation"):
         llm.stream("x", tools=[{"name": "f"}])
 

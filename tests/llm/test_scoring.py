@@ -7,7 +7,7 @@ import random
 import pytest
 import torch
 
-from llama import LLM, ParameterError
+from llama import LLM, BeamSearchParams, ParameterError
 from tests.model.models import tiny_model
 
 PROMPT = [random.Random(1).randrange(97) for _ in range(40)]
@@ -108,4 +108,10 @@ def test_misuse_is_one_clear_error(scorer):
         scorer.embed([1, 2], layer=2)
     with pytest.raises(ParameterError, match="need a tokenizer"):
         scorer.score("a", "b")
+    with pytest.raises(ParameterError, match=r"^continuations\[1\]: .* at least one token each"):
+        scorer.score([[1], [2]], [[1], []])
+    with pytest.raises(ParameterError, match=r"^texts\[2\]: prompt_token_ids must be .* got 999"):
+        scorer.embed([[1], [2], [999]])
+    with pytest.raises(ParameterError, match=r"^prompts\[1\]: the prompt has 150 tokens"):
+        scorer.beam_search([[1], TEXT], BeamSearchParams(beam_width=2, max_tokens=2))
     assert not scorer.engine.has_unfinished

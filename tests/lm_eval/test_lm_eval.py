@@ -2,6 +2,11 @@
 test-lm-eval)."""
 
 import json
+import re
+import sys
+from importlib import metadata
+from importlib.machinery import ModuleSpec
+from types import ModuleType
 
 import lm_eval
 import make_tiny
@@ -11,8 +16,9 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.task import ConfigurableTask
 from lm_eval.models.huggingface import HFLM
 from lm_eval_model import LlamaEngineLM
+from transformers import AutoTokenizer
 
-from llama import LLM, SamplingParams
+from llama import LLM, LoRARequest, SamplingParams
 
 QUESTIONS = [
     {"text": f"The {thing} is {'very ' * (i % 4)}", "choices": ["small", " large", "red and blue"], "answer": i % 3}
@@ -63,6 +69,38 @@ def test_a_local_task_has_the_results_of_the_hf_model(models, task):
     for place, answers in theirs.items():
         for (found_logprob, found_greedy), (logprob, is_greedy) in zip(ours[place], answers, strict=True):
             assert found_logprob == pytest.approx(logprob, abs=1e-3) and found_greedy == is_greedy
+
+
+@pytest.fixture
+def vllm_model(models, monkeypatch):
+    """The harness's own vllm model, with this package in the place of vLLM."""
+    modules = {name: ModuleType(name) for name in ("vllm", "vllm.lora", "vllm.lora.request", "vllm.tokenizers")}
+    modules["vllm"].__spec__ = ModuleSpec("vllm", None)
+    modules["vllm"].__dict__.update(LLM=LLM, SamplingParams=SamplingParams, TokensPrompt=dict)
+    modules["vllm.lora.request"].LoRARequest = LoRARequest
+    modules["vllm.tokenizers"].get_tokenizer = lambda name, tokenizer_mode, **more: AutoTokenizer.from_pretrained(name)
+    for name, module in modules.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    # Since 0.8.3 it reads llm_engine.model_config for a chat template, which is not here.
+    monkeypatch.setattr(
+        metadata, "version", lambda name, version=metadata.version: "0.8.2" if name == "vllm" else version(name)
+    )
+    from lm_eval.models.vllm_causallms import VLLM
+
+    path = models[1].config._name_or_path
+    return VLLM(path, dtype="float32", max_model_len=129, num_blocks=200, batch_size="auto")
+
+
+def test_its_vllm_model_runs_with_this_package_in_the_place_of_vllm(models, vllm_model):
+    _, theirs = models
+    pairs = [("The cat", " sat"), ("The cat ", "sat"), ("", "sat"), ("a b c " * 60, "d e")]
+    told, expected = (each.loglikelihood(instances("loglikelihood", pairs)) for each in (vllm_model, theirs))
+    for (logprob, is_greedy), found in zip(expected, told, strict=True):
+        assert found[0] == pytest.approx(logprob, abs=1e-3) and found[1] == is_greedy
+    arguments = [(text, {"until": ["\n\n"], "max_gen_toks": 12, "do_sample": False}) for text in ("The cat", "One two")]
+    told, expected = (each.generate_until(instances("generate_until", arguments)) for each in (vllm_model, theirs))
+    # It asks for the text of special tokens too, which the hf model leaves out.
+    assert [re.sub(r"<\|\w+\|>", "", text) for text in told] == expected
 
 
 def test_log_likelihoods(models):

@@ -1,4 +1,5 @@
-"""Ranks in a notebook, whose cells are nobody's main module: their processes import nothing of it."""
+"""In a notebook: a progress bar of its own, and ranks, whose processes import nothing of its cells, which are nobody's
+main module."""
 
 import nbformat
 from nbclient import NotebookClient
@@ -20,6 +21,17 @@ async with AsyncLLM(llm) as engine:
     print((await (await engine.submit([1, 2, 3], params)).result()).outputs[0].token_ids)
 """,
 )
+
+
+def test_a_notebook_has_its_own_progress_bar(tmp_path):
+    """A widget; without ipywidgets it is text, as elsewhere."""
+    tiny_model().save_pretrained(tmp_path)
+    cell = f"from llama import LLM\nLLM({str(tmp_path)!r}, num_blocks=64, max_model_len=64).generate([[1], [2]])"
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell)])
+    NotebookClient(notebook, timeout=300, kernel_name="python3").execute()
+    shown = [output["data"] for output in notebook.cells[0]["outputs"] if output["output_type"] == "display_data"]
+    bars = [data["text/plain"] for data in shown if "application/vnd.jupyter.widget-view+json" in data]
+    assert any(bar.startswith("Prompts:") for bar in bars)
 
 
 def test_two_ranks_answer_in_a_notebook(tmp_path):

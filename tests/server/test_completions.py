@@ -43,19 +43,29 @@ def test_streams_of_several_prompts(client):
     assert last.choices == [] and (last.usage.prompt_tokens, last.usage.completion_tokens) == (7, 18)
 
 
+FORMS = "'/prompt' must be a string, an array of token ids, or an array of either"
+TOO_LONG = "the prompt has 5000 tokens and the context is 4096 (max_model_len): no room is left for an answer"
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
         ({"prompt": []}, "'/prompt' must hold 1 to 256 prompts"),
-        ({"prompt": [[]]}, "'/prompt' must be a string, an array of token ids, or an array of either"),
-        ({"prompt": [[97], "b", 3]}, "'/prompt' must be a string, an array of token ids, or an array of either"),
-        ({"prompt": [1.5]}, "'/prompt' must be a string, an array of token ids, or an array of either"),
-        ({"prompt": [True]}, "'/prompt' must be a string, an array of token ids, or an array of either"),
+        ({"prompt": 5}, FORMS),
+        ({"prompt": [[]]}, f"{FORMS}: its entry 0 is neither"),
+        ({"prompt": [[97], "b", 3]}, f"{FORMS}: its entry 2 is neither"),
+        ({"prompt": [1.5]}, f"{FORMS}: its entry 0 is neither"),
+        ({"prompt": [True]}, f"{FORMS}: its entry 0 is neither"),
         ({"prompt": ""}, "prompt is empty"),
         ({"prompt": [-1]}, "prompt_token_ids must be integers in [0, 263], got -1"),
         ({"prompt": [264]}, "prompt_token_ids must be integers in [0, 263], got 264"),
         ({"prompt": [2**70]}, f"prompt_token_ids must be integers in [0, 263], got {2**70}"),
-        ({"prompt": ["ok", ""]}, "prompt is empty"),
+        ({"prompt": ["ok", ""]}, "prompt[1]: prompt is empty"),
+        ({"prompt": ["ok"] * 200 + ["x" * 5000, "ok"]}, f"prompt[200]: {TOO_LONG}"),
+        (
+            {"prompt": ["ok"] * 2, "extra_body": {"stop_token_ids": [999]}},
+            "stop_token_ids must hold token ids in [0, 263], got 999",
+        ),
         ({"max_tokens": 0}, "max_tokens=0 needs echo"),
         ({"best_of": 3}, "best_of is not supported: it must be absent or equal n"),
         ({"suffix": "x"}, "suffix is not supported"),
@@ -68,7 +78,7 @@ def test_what_is_refused(client, scripted, given, message):
         complete(client, **{"prompt": "x", **given})
     assert caught.value.body["message"] == message
     if "prompt" in given:
-        assert caught.value.body["param"] == "prompt"
+        assert caught.value.body["param"] == ("stop_token_ids" if "extra_body" in given else "prompt")
     until(lambda: scripted.server.llm.num_requests == 0)  # what was let in before the refusal is aborted
 
 

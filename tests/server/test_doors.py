@@ -1,14 +1,32 @@
 """Routes beside the answers: token ids, the search for models, HEAD, pages of other origins."""
 
 import logging
+import re
+from pathlib import Path
 
 import pytest
+from fastapi.routing import iter_route_contexts
 
+from llama.server.app import create_app
 from tests.server.helpers import NAME, RUN, TOKENIZER, VOCAB_SIZE, real_llm, running, scripted_llm, user
+
+DOCS = Path(__file__).parents[2] / "docs" / "http.md"
 
 
 def post(scripted, path, **body):
     return scripted.server.client.post(path, json=body)
+
+
+def test_the_docs_list_every_route(scripted):
+    table = DOCS.read_text().split("\n## Routes\n\n")[1].split("\n\n")[0]
+    listed = []
+    for named, what in re.findall(r"^\| (`.+`) \| (.*) \|$", table, re.MULTILINE):
+        routes = re.findall(r"`([A-Z]+) (/\S*)`", named)
+        below = re.search(r"also below `(\S+)`", what)
+        listed += [*routes, *((method, below[1] + path) for method, path in routes if below)]
+    app = create_app(scripted.server.service)._app
+    known = [(method, r.path) for r in iter_route_contexts(app.routes) for method in r.methods if method != "HEAD"]
+    assert sorted(listed) == sorted((method, path.replace(":path", "")) for method, path in known)
 
 
 def test_a_conversation_has_the_ids_that_chat_uses(scripted):
@@ -26,7 +44,7 @@ def test_a_prompt_and_back(scripted):
     told = post(scripted, "/tokenize", prompt="a<|eot_id|>é", return_token_strs=True).json()
     assert told["tokens"] == TOKENIZER.encode("a<|eot_id|>é") and told["token_strs"][1] == "<|eot_id|>"
     assert post(scripted, "/detokenize", tokens=told["tokens"]).json() == {"prompt": "a<|eot_id|>é"}
-    assert post(scripted, "/tokenize", prompt="a").json()["token_strs"] is None
+    assert post(scripted, "/tokenize", prompt="a", chat_template=None).json()["token_strs"] is None
 
 
 @pytest.mark.parametrize(

@@ -17,14 +17,16 @@ from openai.types.chat import chat_completion_stream_options_param
 from openai.types.chat import completion_create_params as chat_create_params
 from openai.types.responses import response_create_params
 
-from llama import LLM, AdapterError, CheckpointError, SamplingParams
+from llama import LLM, AdapterError, CheckpointError, ConfigError, SamplingParams
 from llama.engine.config import EngineConfig
 from llama.llm.vllm_names import HARMLESS, METHOD_ARGUMENTS, refuse_foreign
+from llama.model.config import ModelConfig
 from llama.model.generation_config import GenerationConfig
 from llama.model.lora.adapter_config import read_adapter_config
 from llama.server.cloudflare.schema import RunRequest
 from llama.server.openai.responses_body import ResponsesRequest
 from llama.server.openai.schema import ChatRequest, CompletionRequest, StreamOptions
+from llama.server.openai.tokens import DetokenizeRequest, TokenizeRequest
 from llama.text.tokenizer import Tokenizer
 from tests.server.helpers import RUN, TOKENIZER, user
 
@@ -32,6 +34,7 @@ DOCS = Path(__file__).parents[2] / "docs" / "fields.md"
 USED, NO_EFFECT, ALONE, REFUSED = "used", "no effect", "at this value alone", "refused"
 WARNED = "no effect, with a warning"
 CHAT, COMPLETION, RESPONSES = "/v1/chat/completions", "/v1/completions", "/v1/responses"
+TOKENIZE, DETOKENIZE = "/tokenize", "/detokenize"
 
 
 def read_tables() -> dict[str, dict[str, dict[str, str]]]:
@@ -65,6 +68,8 @@ BODIES = {
     CHAT: {"messages": [user("I say:"), user("Hello world")], "max_tokens": 9},
     COMPLETION: {"prompt": "Hello world", "max_tokens": 9},
     RESPONSES: {"input": [user("I say:"), user("Hello world")], "max_output_tokens": 9},
+    TOKENIZE: {"messages": [user("I say:"), user("Hello world")]},
+    DETOKENIZE: {"tokens": [65]},
     "/ai/run": {"messages": [user("I say:"), user("Hello world")], "max_tokens": 9},
 }
 SHARED = {
@@ -117,6 +122,7 @@ CHAT_PROBES = {
 }
 COMPLETION_PROBES = {"best_of": 2, "echo": True, "logprobs": 2}
 RUN_PROBES = {"raw": True}
+TOKENIZE_PROBES = {"add_special_tokens": True, "return_token_strs": True, "tokens": [66]}
 RESPONSES_PROBES = {
     "chat_template_kwargs": {"none": "such"},
     "include": ["message.output_text.logprobs"],
@@ -132,6 +138,8 @@ PROBES = {
     CHAT: SHARED | CHAT_PROBES,
     COMPLETION: SHARED | COMPLETION_PROBES,
     RESPONSES: SHARED | RESPONSES_PROBES,
+    TOKENIZE: SHARED | CHAT_PROBES | TOKENIZE_PROBES,
+    DETOKENIZE: SHARED | TOKENIZE_PROBES,
     "/ai/run": SHARED | RUN_PROBES,
 }
 MEANINGLESS = ("id", "created", "created_at", "seed", "usage")
@@ -145,29 +153,47 @@ def outcome(scripted, section: str, **more) -> tuple:
     return asked, re.sub(rf'"({"|".join(MEANINGLESS)})":("[^"]*"|\d+|{{[^}}]*}})', "", response.text)
 
 
-@pytest.mark.parametrize(("section", "name"), cases(USED, CHAT, COMPLETION, RESPONSES, "/ai/run"))
+@pytest.mark.parametrize(("section", "name"), cases(USED, *BODIES))
 def test_what_is_used_changes_something(scripted, section, name):
     assert outcome(scripted, section, **{name: PROBES[section][name]}) != outcome(scripted, section)
+
+
+# As its clients write them out; the values of what is not used stand in the tables.
+VLLM_DEFAULTS = {"n": 1, "stop": [], "stop_token_ids": [], "logit_bias": {}, "min_p": 0.0, "repetition_penalty": 1.0}
+VLLM_DEFAULTS |= {
+    "ignore_eos": False,
+    "include_stop_str_in_output": False,
+    "min_tokens": 0,
+    "skip_special_tokens": True,
+}
+VLLM_DEFAULTS |= {"use_beam_search": False, "spaces_between_special_tokens": True, "echo": False, "stream": False}
+VLLM_DEFAULTS |= {"min_tokens": 0, "frequency_penalty": 0.0, "presence_penalty": 0.0, "bad_words": [], "seed": -1}
+
+
+@pytest.mark.parametrize("section", [CHAT, COMPLETION])
+def test_the_defaults_of_vllm_change_nothing(scripted, section):
+    more = {"add_generation_prompt": True, "continue_final_message": False} if section == CHAT else {}
+    assert outcome(scripted, section, **VLLM_DEFAULTS, **more) == outcome(scripted, section)
 
 
 ANY = {"metadata": {"a": "b"}, "store": True, "functions": [{"name": "f", "code": ""}]}
 ANY |= {name: {"a": "b"} for name in ("client_metadata", "prompt_cache_options", "reasoning", "stream_options")}
 
 
-@pytest.mark.parametrize(("section", "name"), cases(NO_EFFECT, CHAT, COMPLETION, RESPONSES, "/ai/run"))
+@pytest.mark.parametrize(("section", "name"), cases(NO_EFFECT, *BODIES))
 def test_what_has_no_effect_has_none(scripted, section, name):
     asked, answer = outcome(scripted, section, **{name: ANY.get(name, "x")})
     assert asked == outcome(scripted, section)[0] != [] and '"error":{' not in answer
 
 
-@pytest.mark.parametrize(("section", "name"), cases(ALONE, CHAT, COMPLETION, RESPONSES))
+@pytest.mark.parametrize(("section", "name"), cases(ALONE, *BODIES))
 def test_what_is_taken_at_a_value_alone(scripted, section, name):
     for value in TABLES[section][ALONE][name].split(" or "):
         assert outcome(scripted, section, **{name: json.loads(value)}) == outcome(scripted, section)
     check_refused(scripted, section, name)
 
 
-@pytest.mark.parametrize(("section", "name"), cases(REFUSED, CHAT, COMPLETION, RESPONSES, "/ai/run"))
+@pytest.mark.parametrize(("section", "name"), cases(REFUSED, *BODIES))
 def test_what_is_refused_is_named(scripted, section, name):
     check_refused(scripted, section, name)
 
@@ -185,6 +211,8 @@ def test_every_field_of_the_bodies_is_listed():
     assert fields(CHAT) >= ChatRequest.model_fields.keys()
     assert fields(RESPONSES) >= response_create_params.ResponseCreateParamsBase.__annotations__.keys()
     assert fields(RESPONSES) >= ResponsesRequest.model_fields.keys()
+    assert fields(TOKENIZE, USED) == TokenizeRequest.model_fields.keys()
+    assert fields(DETOKENIZE) == DetokenizeRequest.model_fields.keys()
     assert fields("/ai/run") == RunRequest.model_fields.keys()
     known = chat_completion_stream_options_param.ChatCompletionStreamOptionsParam.__annotations__
     assert fields("stream_options") >= known.keys() and fields("stream_options") == StreamOptions.model_fields.keys()
@@ -217,6 +245,35 @@ def test_arguments_of_llm():
 
 
 # Files
+
+
+def test_model_config():
+    section = "config.json"
+    known = transformers.LlamaConfig().to_dict().keys() - {"_name_or_path"}
+    assert fields(section) >= known
+    base = transformers.LlamaConfig().to_dict() | {"rope_theta": 10_000.0}
+    del base["rope_parameters"]
+
+    def read(**more):
+        return ModelConfig.from_hugging_face(base | more)
+
+    plain, rope = read(), {"rope_type": "linear", "factor": 2.0}
+    used = {"rope_scaling": rope, "rope_parameters": rope, "rms_norm_eps": 0.5, "dtype": "float16"}
+    used |= {"tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True, "torch_dtype": "float16"}
+    used |= {"num_key_value_heads": 8}
+    for name in fields(section, USED):
+        without = {key: value for key, value in base.items() if name != "torch_dtype" or key != "dtype"}
+        assert ModelConfig.from_hugging_face(without | {name: used.get(name, 64)}) != plain, name
+    for name in fields(section, NO_EFFECT):
+        assert read(**{name: 7}) == plain
+    for name, values in TABLES[section][ALONE].items():
+        for value in values.split(" or "):
+            assert read(**{name: json.loads(value)}) == plain
+        with pytest.raises(ConfigError, match=name):
+            read(**{name: "x"})
+    for kind in ("longrope", "su"):
+        with pytest.raises(ConfigError, match=f"rope type must be .* got '{kind}'"):
+            read(rope_scaling={"rope_type": kind, "factor": 2.0})
 
 
 def test_generation_config(tmp_path):

@@ -2,6 +2,7 @@
 
 import asyncio
 import gc
+import gzip
 import json
 import logging
 import re
@@ -182,6 +183,20 @@ def test_a_slow_body_and_a_large_header(scripted):
         connection.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\nX-Large: " + b"a" * 100_000 + b"\r\n\r\n")
         # Refused by the gate, or by the HTTP parser if it came in parts.
         assert read_all(connection).split()[1] in ("431", "400")
+
+
+@pytest.mark.parametrize("path", [RUN, "/v1/chat/completions", "/v1/responses", "/tokenize"])
+def test_a_compressed_body_is_refused_as_such(scripted, path):
+    body = json.dumps({"input" if path.endswith("responses") else "messages": [user("Hello")]}).encode()
+    for encoding in ("gzip", "identity", "x, GZIP"):
+        packed = gzip.compress(body) if "gzip" in encoding.lower() else body
+        response = scripted.run(packed, path=path, headers={"Content-Encoding": encoding})
+        if encoding == "identity":
+            assert response.status_code == 200, response.text
+        else:
+            told = response.json()
+            message = told["errors"][0]["message"] if "errors" in told else told["error"]["message"]
+            assert response.status_code == 415 and f"Content-Encoding {encoding!r} is not supported" in message
 
 
 def test_draining_finishes_what_runs_and_refuses_the_rest():

@@ -9,8 +9,10 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response
 
+from llama.api.errors import ParameterError
 from llama.api.outputs import CompletionOutput, Logprob, Piece
 from llama.api.params import SamplingParams
+from llama.async_llm.async_llm import Stream
 from llama.server.bodies import json_response, read_body
 from llama.server.errors import Dialect, bad_input
 from llama.server.openai.answers import chunks, frame, new_id, now, top_of, usage_of, value_of
@@ -65,7 +67,18 @@ async def _submits(body: CompletionRequest, service: Service) -> list[Submit]:
     lora = await service.adapter(body.model, body.lora)
     params = _params(body, service)
     prompts = [prompt if isinstance(prompt, str) else {"prompt_token_ids": prompt} for prompt in body.prompt]
-    return [partial(service.llm.submit, prompt, params, lora) for prompt in prompts]
+    submits = [partial(service.llm.submit, prompt, params, lora) for prompt in prompts]
+    return [partial(_one_of, submit, i) for i, submit in enumerate(submits)] if len(submits) > 1 else [*submits]
+
+
+async def _one_of(submit: Submit, i: int, **more: Any) -> Stream:
+    """What is wrong with a prompt is told with its number; all else the prompts of a request have in common."""
+    try:
+        return await submit(**more)
+    except ParameterError as error:
+        if error.param == "prompt":
+            error.args = (f"prompt[{i}]: {error}",)
+        raise
 
 
 def _params(body: CompletionRequest, service: Service) -> SamplingParams:

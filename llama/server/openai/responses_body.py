@@ -5,14 +5,14 @@ OpenAI's clients send the items of earlier answers back as they came, with nulls
 
 import json
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, Field
 
-from llama.api.neutral import RESPONSES, Neutral, is_neutral
+from llama.api.neutral import RESPONSES
 from llama.server.errors import bad_input
-from llama.server.fields import MAX_MESSAGES, MAX_TOOLS, STRICT, Integer, Number, refusal
-from llama.server.openai.schema import ChatRequest
+from llama.server.fields import MAX_MESSAGES, MAX_TOOLS, Integer, refusal
+from llama.server.openai.schema import NO_OTHERS, AnsweredRequest, ChatRequest
 
 _ROLES = ("user", "assistant", "system", "developer")
 _TEXT_PARTS = {"input_text": "text", "output_text": "text", "text": "text", "refusal": "refusal"}
@@ -31,50 +31,27 @@ def _absent(instead: str) -> BeforeValidator:
 
 
 class TextOptions(BaseModel):
-    model_config = {**STRICT, "extra": "forbid"}
+    model_config = NO_OTHERS
 
     format: dict[str, Any] | None = None
     verbosity: str | None = None  # changes nothing
 
 
-class ResponsesRequest(BaseModel):
+class ResponsesRequest(AnsweredRequest):
     """`POST /v1/responses`."""
 
-    model_config = {**STRICT, "extra": "forbid"}
-    neutral: ClassVar[Neutral] = RESPONSES
+    neutral = RESPONSES
 
-    @model_validator(mode="before")
-    @classmethod
-    def _without_neutral(cls, values: Any) -> Any:
-        if not isinstance(values, dict):
-            return values
-        return {
-            name: value
-            for name, value in values.items()
-            if name in cls.model_fields or not (value is None or is_neutral(value, cls.neutral.get(name, ())))
-        }
-
-    model: str | None = None
     input: str | list[dict[str, Any]] = Field(max_length=MAX_MESSAGES * 2**10)
     instructions: str | None = None
     max_output_tokens: Integer | None = Field(None, ge=1)
-    temperature: Number | None = None
-    top_p: Number | None = None
     top_logprobs: Integer | None = Field(None, ge=0)
     include: list[str] | None = Field(None, max_length=16)
-    stream: bool | None = None
     text: TextOptions | None = None
     tools: list[dict[str, Any]] | None = Field(None, max_length=MAX_TOOLS)
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
-    # Not OpenAI's.
-    seed: Integer | None = None
-    top_k: Integer | None = None
-    min_p: Number | None = None
-    repetition_penalty: Number | None = None
-    chat_template_kwargs: dict[str, Any] | None = None
-    structured_outputs: dict[str, Any] | None = None
-    lora: str | None = None
+    chat_template_kwargs: dict[str, Any] | None = None  # not OpenAI's
     # Memory and work behind the client's back.
     previous_response_id: Annotated[None, _absent(_NO_MEMORY)] = None
     conversation: Annotated[None, _absent(_NO_MEMORY)] = None
@@ -82,17 +59,10 @@ class ResponsesRequest(BaseModel):
     background: Annotated[None, _absent("read the answer as it is written, or wait for it")] = None
     # They change nothing about an answer.
     client_metadata: dict[str, Any] | None = None
-    metadata: dict[str, Any] | None = None
-    prompt_cache_key: str | None = None
     prompt_cache_options: dict[str, Any] | None = None
-    prompt_cache_retention: str | None = None
     reasoning: dict[str, Any] | None = None
-    safety_identifier: str | None = None
-    service_tier: str | None = None
-    store: bool | None = None
     stream_options: dict[str, Any] | None = None
     truncation: Literal["disabled"] | None = None
-    user: str | None = None
 
     @property
     def wants_logprobs(self) -> bool:
@@ -102,10 +72,9 @@ class ResponsesRequest(BaseModel):
         """Raises ApiError that names the place."""
         tools = [_tool(tool) for tool in self.tools or () if tool.get("type") == "function"]
         tool_choice, tools = _tool_choice(self.tool_choice, tools)
-        same = ("model", "stream", "temperature", "top_p", "parallel_tool_calls", "seed", "top_k", "min_p")
-        more = ("repetition_penalty", "chat_template_kwargs", "structured_outputs", "lora")
+        same = (*AnsweredRequest.model_fields, "parallel_tool_calls", "chat_template_kwargs")
         return ChatRequest.model_construct(
-            **{name: getattr(self, name) for name in (*same, *more)},
+            **{name: getattr(self, name) for name in same},
             messages=_messages(self.input, self.instructions),
             max_completion_tokens=self.max_output_tokens,
             logprobs=self.wants_logprobs,

@@ -4,6 +4,7 @@ Types and sizes are checked here; ranges of sampling parameters where SamplingPa
 is refused by name, unless its value changes nothing: what a server silently leaves out, its client believes it got.
 """
 
+from types import MappingProxyType
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, WithJsonSchema, model_validator
@@ -49,8 +50,12 @@ def _not_too_many(value: Any) -> Any:
 def _prompts(value: Any) -> list[str | list[int]]:
     """Every form of `prompt` as a list of prompts: text, or token ids."""
     listed = [value] if isinstance(value, str) or _is_ids(value) else value
-    if not isinstance(listed, list) or not all(isinstance(each, str) or _is_ids(each) for each in listed):
-        raise refusal("must be a string, an array of token ids, or an array of either")
+    legal = "must be a string, an array of token ids, or an array of either"
+    if not isinstance(listed, list):
+        raise refusal(legal)
+    for i, each in enumerate(listed):
+        if not (isinstance(each, str) or _is_ids(each)):
+            raise refusal(f"{legal}: its entry {i} is neither")
     if not 0 < len(listed) <= MAX_PROMPTS:
         raise refusal(f"must hold 1 to {MAX_PROMPTS} prompts")
     return listed
@@ -73,24 +78,26 @@ Prompts = Annotated[
 ]
 
 
-_NO_OTHERS = ConfigDict(**{**STRICT, "extra": "forbid"})
+NO_OTHERS = ConfigDict(**{**STRICT, "extra": "forbid"})
 
 
 class StreamOptions(BaseModel):
     """`continuous_usage_stats`, vLLM's: with include_usage each chunk tells the usage so far."""
 
-    model_config = _NO_OTHERS
+    model_config = NO_OTHERS
 
     include_usage: bool | None = None
     continuous_usage_stats: bool | None = None
     include_obfuscation: Literal[False] | None = None
 
 
-class CommonRequest(BaseModel):
-    """Fields that chat and completions share."""
+class Body(BaseModel):
+    """Of any route. `neutral`: fields that are not here, at the values that change nothing."""
 
-    model_config = _NO_OTHERS
-    neutral: ClassVar[Neutral]
+    model_config = NO_OTHERS
+    neutral: ClassVar[Neutral] = MappingProxyType({})
+
+    model: str | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -104,37 +111,19 @@ class CommonRequest(BaseModel):
             if name in cls.model_fields or not (value is None or is_neutral(value, cls.neutral.get(name, ())))
         }
 
-    model: str | None = None
+
+class AnsweredRequest(Body):
+    """Fields that all bodies share which an answer follows."""
+
     stream: bool | None = None
-    stream_options: StreamOptions | None = None
-    n: Integer | None = Field(None, ge=1, le=MAX_COMPLETIONS)
-    max_tokens: Integer | None = Field(None, ge=0)
     temperature: Number | None = None
     top_p: Number | None = None
     seed: Seed | None = None
-    stop: Stop = ()
-    frequency_penalty: Number | None = None
-    presence_penalty: Number | None = None
-    logit_bias: Biases | None = None
-    response_format: dict[str, Any] | None = None
     # Not OpenAI's; clients send them in extra_body.
     top_k: Integer | None = None
     min_p: Number | None = None
-    min_tokens: Integer | None = None
     repetition_penalty: Number | None = None
-    ignore_eos: bool | None = None
-    stop_token_ids: list[Integer] | None = Field(None, max_length=MAX_STOP_IDS)
-    bad_words: list[str] | None = Field(None, max_length=MAX_BAD_WORDS)
-    allowed_token_ids: list[Integer] | None = Field(None, max_length=MAX_ALLOWED_IDS)
-    skip_special_tokens: bool | None = None
-    truncate_prompt_tokens: Integer | None = None
     structured_outputs: dict[str, Any] | None = None
-    # What structured_outputs was called before.
-    guided_json: dict[str, Any] | str | None = None
-    guided_regex: str | None = None
-    guided_choice: list[str] | None = None
-    guided_grammar: str | None = None
-    include_stop_str_in_output: bool | None = None
     lora: str | None = None
     # They change nothing about an answer.
     user: str | None = None
@@ -144,7 +133,34 @@ class CommonRequest(BaseModel):
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
     prompt_cache_retention: str | None = None
-    guided_decoding_backend: str | None = None
+
+
+class CommonRequest(AnsweredRequest):
+    """Fields that chat and completions share."""
+
+    stream_options: StreamOptions | None = None
+    n: Integer | None = Field(None, ge=1, le=MAX_COMPLETIONS)
+    max_tokens: Integer | None = Field(None, ge=0)
+    stop: Stop = ()
+    frequency_penalty: Number | None = None
+    presence_penalty: Number | None = None
+    logit_bias: Biases | None = None
+    response_format: dict[str, Any] | None = None
+    # Not OpenAI's.
+    min_tokens: Integer | None = None
+    ignore_eos: bool | None = None
+    stop_token_ids: list[Integer] | None = Field(None, max_length=MAX_STOP_IDS)
+    bad_words: list[str] | None = Field(None, max_length=MAX_BAD_WORDS)
+    allowed_token_ids: list[Integer] | None = Field(None, max_length=MAX_ALLOWED_IDS)
+    skip_special_tokens: bool | None = None
+    truncate_prompt_tokens: Integer | None = None
+    # What structured_outputs was called before.
+    guided_json: dict[str, Any] | str | None = None
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
+    guided_grammar: str | None = None
+    include_stop_str_in_output: bool | None = None
+    guided_decoding_backend: str | None = None  # changes nothing
 
 
 class ChatRequest(CommonRequest):

@@ -5,25 +5,26 @@ from collections.abc import Callable
 from typing import Any
 
 from fastapi import APIRouter
-from pydantic import BaseModel, Field
+from pydantic import Field
 from starlette.requests import Request
 from starlette.responses import Response
 
 from llama.api.errors import blamed_on
+from llama.api.neutral import TOKENIZE
 from llama.server.bodies import json_response, read_body
 from llama.server.errors import bad_input, from_refusal, no_route, no_such_model
-from llama.server.fields import MAX_MESSAGES, MAX_TOOLS, STRICT, Integer
+from llama.server.fields import MAX_MESSAGES, MAX_TOOLS, Integer
+from llama.server.openai.schema import Body
 from llama.server.service import Service
 from llama.text.chat.prepare import prepare_tools
 from llama.text.tokenizer import Tokenizer
 
 
-class TokenizeRequest(BaseModel):
+class TokenizeRequest(Body):
     """A prompt, or a conversation as the chat route would render it."""
 
-    model_config = {**STRICT, "extra": "forbid"}
+    neutral = TOKENIZE
 
-    model: str | None = None
     prompt: str | None = None
     messages: list[dict[str, Any]] | None = Field(None, min_length=1, max_length=MAX_MESSAGES)
     tools: list[dict[str, Any]] | None = Field(None, max_length=MAX_TOOLS)
@@ -34,10 +35,7 @@ class TokenizeRequest(BaseModel):
     chat_template_kwargs: dict[str, Any] | None = None
 
 
-class DetokenizeRequest(BaseModel):
-    model_config = {**STRICT, "extra": "forbid"}
-
-    model: str | None = None
+class DetokenizeRequest(Body):
     tokens: list[Integer] = Field(max_length=1 << 20)
 
 
