@@ -5,7 +5,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from llama.engine.config import EngineConfig
 from llama.hub import is_hub_id
+from llama.model.config import ModelConfig
 
 
 def connect(address: str | None) -> None:
@@ -16,6 +18,12 @@ def connect(address: str | None) -> None:
 
     if not ray.is_initialized():
         ray.init(address, include_dashboard=False, logging_level=logging.WARNING)
+
+
+def check_model(model: str, engine: EngineConfig) -> None:
+    """ValueError, from config.json alone, for what every engine of the cluster would refuse after it had started."""
+    if not is_hub_id(model):
+        engine.resolved(ModelConfig.from_pretrained(model), "cpu")
 
 
 def resources(arguments: Mapping[str, Any], replicas: int) -> dict[str, float]:

@@ -27,7 +27,7 @@ from llama.async_llm.async_llm import AsyncLLM
 from llama.engine.config import EngineConfig
 from llama.hub import is_hub_id
 from llama.llm.llm import LLM
-from llama.ray_cluster import absolute, absolute_paths, resources
+from llama.ray_cluster import absolute, absolute_paths, check_model, resources
 from llama.server.app import create_app
 from llama.server.config import ServerConfig
 from llama.server.run import read_vocabulary
@@ -142,6 +142,7 @@ def build_app(arguments: Arguments) -> serve.Application:
     """The application that `serve run` and `serve deploy` deploy. Ray must be connected. ValueError for what no engine
     and no machine of the cluster could mean."""
     engine, config = arguments.engine, arguments.server
+    check_model(arguments.model, engine)
     limits = _scale(arguments, engine.max_num_seqs)
     most = engine.max_num_seqs + arguments.max_waiting_requests + _MORE_ONGOING
     deployment = serve.deployment(
@@ -167,11 +168,23 @@ def run(arguments: Arguments, host: str, port: int) -> None:
         signal.signal(number, lambda *_: stop.set())
     http = {"host": host, "port": port, "keep_alive_timeout_s": int(arguments.server.timeout_keep_alive)}
     serve.start(proxy_location="EveryNode", http_options=http)
-    serve.run(build_app(arguments), name=APPLICATION, route_prefix="/")
+    application = build_app(arguments)
+    try:
+        serve.run(application, name=APPLICATION, route_prefix="/")
+    except RuntimeError as error:
+        why = _replicas_said() or str(error)
+        serve.delete(APPLICATION)
+        raise RuntimeError(f"no replica starts: {why}") from None
     logger.info("llama: serving %s on http://%s:%d, on Ray", arguments.server.name, host, port)
     while not stop.wait(1.0):
         pass
     serve.delete(APPLICATION)
+
+
+def _replicas_said() -> str | None:
+    """The last line of the traceback of one that did not start."""
+    deployment = serve.status().applications[APPLICATION].deployments.get(APPLICATION)
+    return None if deployment is None else deployment.message.strip().rpartition("\n")[2]
 
 
 def _scale(arguments: Arguments, max_num_seqs: int) -> dict[str, Any]:

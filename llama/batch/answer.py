@@ -11,12 +11,15 @@ from llama.server.config import ServerConfig
 from llama.server.errors import ApiError, Dialect, bad_input
 from llama.server.openai.chat import answer_chat
 from llama.server.openai.completions import answer_completion
+from llama.server.openai.responses import answer_response
+from llama.server.openai.responses_body import ResponsesRequest
 from llama.server.openai.schema import ChatRequest, CompletionRequest
 from llama.server.service import Record, Service
 
 _ENDPOINTS: dict[str, tuple[type[Any], Callable[..., Awaitable[dict[str, Any]]]]] = {
     "/v1/chat/completions": (ChatRequest, answer_chat),
     "/v1/completions": (CompletionRequest, answer_completion),
+    "/v1/responses": (ResponsesRequest, answer_response),
 }
 
 

@@ -17,7 +17,7 @@ from llama.batch import parquet
 from llama.batch.ids import IdSet
 from llama.files import open_regular
 
-URLS = ("/v1/chat/completions", "/v1/completions")
+URLS = ("/v1/chat/completions", "/v1/completions", "/v1/responses")
 ID_PREFIX = "batch_req_"
 MAX_LINE_BYTES = 16 * 2**20
 _BOM = b"\xef\xbb\xbf"

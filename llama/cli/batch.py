@@ -117,8 +117,9 @@ def _answer(job: Any, model: str, options: Namespace, arguments: dict[str, Any],
 
 def _answer_on_ray(job: Any, model: str, options: Namespace, arguments: dict[str, Any], config: ServerConfig) -> None:
     from llama.batch.on_ray import answer_on_ray
-    from llama.ray_cluster import connect
+    from llama.ray_cluster import check_model, connect
 
+    check_model(model, checked(EngineConfig, given(options, EngineConfig)))
     connect(options.ray_address)
     asyncio.run(answer_on_ray(job, model, config.model_names, dict(options.lora), arguments, options.replicas))
 

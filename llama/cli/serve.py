@@ -9,6 +9,7 @@ from typing import Any
 
 from llama.cli.common import add_model_flags, add_ray_flags, add_replicas_flag, check_ray, llm_options
 from llama.cli.flags import Parser, UsageError, add_fields, checked, flag, given, integer, named_adapter
+from llama.engine.config import EngineConfig
 from llama.files import named, read_text
 from llama.hub import is_hub_id
 from llama.server.config import ServerConfig, take_port
@@ -114,8 +115,9 @@ def _say_where(config: ServerConfig, taken: socket.socket) -> None:
 def _serve_on_ray(options: Namespace, told: dict[str, Any]) -> int:
     if options.port == 0:
         raise UsageError("--port must be a port with --ray, got 0")
-    from llama.ray_cluster import connect
+    from llama.ray_cluster import check_model, connect
 
+    check_model(options.model, checked(EngineConfig, given(options, EngineConfig)))
     log_to_stderr()
     connect(options.ray_address)
     from llama.serve_ray import Arguments, run

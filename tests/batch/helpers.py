@@ -21,6 +21,10 @@ def completion(custom_id: str, prompt, **options) -> dict:
     return {"custom_id": custom_id, "method": "POST", "url": "/v1/completions", "body": body}
 
 
+def responses(custom_id: str, text: str, **options) -> dict:
+    return {"custom_id": custom_id, "method": "POST", "url": "/v1/responses", "body": {"input": text, **options}}
+
+
 def write_lines(path: Path, lines: list) -> Path:
     texts = [line if isinstance(line, str) else json.dumps(line, ensure_ascii=False) for line in lines]
     path.write_text("".join(f"{text}\n" for text in texts), encoding="utf-8")
@@ -43,8 +47,12 @@ def essence(line: dict) -> dict:
     """An output line without what differs from run to run: ids of answers and times."""
     response = line["response"]
     if response is not None and response["status_code"] == 200:
-        body = {name: value for name, value in response["body"].items() if name not in ("id", "created")}
-        response = {**response, "body": {**body, "usage": body["usage"]["completion_tokens"]}}
+        told = response["body"]
+        body = {name: value for name, value in told.items() if name not in ("id", "created", "created_at")}
+        body["usage"] = told["usage"].get("completion_tokens", told["usage"].get("output_tokens"))
+        if "output" in told:
+            body["output"] = [{**item, "id": None} for item in told["output"]]
+        response = {**response, "body": body}
     return {**line, "response": response}
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from llama.api.errors import EngineDeadError
 from llama.batch.job import Job
-from tests.batch.helpers import by_custom_id, chat, completion, read_lines, run_job, said, write_lines
+from tests.batch.helpers import by_custom_id, chat, completion, read_lines, responses, run_job, said, write_lines
 from tests.server.helpers import scripted_llm
 
 
@@ -39,16 +39,20 @@ def test_every_line_has_its_answer_rejection_or_error(scripted, files):
         chat("fails", "fail"),
         chat("good", "again"),
         "{",
-        {**chat("url", "x"), "url": "/v1/responses"},
+        {**chat("url", "x"), "url": "/v1/embeddings"},
         chat("named", "y", model="tiny"),
+        responses("item", "hallo"),
+        responses("kept", "x", previous_response_id="resp_1"),
     ]
     job = run(llm, (write_lines(files[0], lines), files[1]))
     answers = read_lines(files[1])
     assert len(answers) == len({line["id"] for line in answers}) == len(lines)
     good = [line for line in answers if line["response"] and line["response"]["status_code"] == 200]
-    chats = {line["custom_id"]: said(line) for line in good if line["custom_id"] != "text"}
+    chats = {line["custom_id"]: said(line) for line in good if line["custom_id"] not in ("text", "item")}
     assert chats == {"good": "hallo wörld", "named": "y"}
     [text] = [line for line in good if line["custom_id"] == "text"]
+    [item] = [line["response"]["body"] for line in good if line["custom_id"] == "item"]
+    assert item["output"][0]["content"][0]["text"] == "hallo" and item["status"] == "completed"
     assert text["response"]["body"]["object"] == "text_completion"
     assert text["response"]["request_id"] and set(text) == {"id", "custom_id", "response", "error"}
     rejected = {line["custom_id"]: line["response"] for line in answers if line["response"] and line not in good}
@@ -58,6 +62,7 @@ def test_every_line_has_its_answer_rejection_or_error(scripted, files):
         "unknown": 400,
         "model": 404,
         "lora": 400,
+        "kept": 400,
     }
     assert rejected["range"]["body"]["error"]["param"] == "temperature"
     assert rejected["stream"]["body"]["error"]["param"] == "stream"
@@ -69,7 +74,7 @@ def test_every_line_has_its_answer_rejection_or_error(scripted, files):
         (None, "invalid_json_line"),
     ]
     assert all(line["response"] is None for line in answers if line["error"])
-    assert str(job.counts) == "12 lines: 3 answered, 5 rejected, 4 failed"
+    assert str(job.counts) == "14 lines: 4 answered, 6 rejected, 4 failed"
 
 
 def test_answer_is_that_of_the_http_route(scripted, files):
@@ -80,6 +85,7 @@ def test_answer_is_that_of_the_http_route(scripted, files):
         chat("a", "hello", max_tokens=3, n=2, logprobs=True, seed=5),
         completion("b", "some text", max_tokens=4, echo=True),
         chat("c", "x", top_p=-1),
+        responses("d", "some text", max_output_tokens=5, instructions="y"),
     ]
     run(llm, (write_lines(files[0], asked), files[1]))
     answers = by_custom_id(read_lines(files[1]))

@@ -143,6 +143,30 @@ def test_a_missing_model_is_one_line_and_code_1(capsys, tmp_path):
         assert (code, out) == (1, "") and one_line(err) and "none" in err
 
 
+@pytest.mark.parametrize(
+    ("words", "code", "told"),
+    [
+        ("serve none", 1, "none"),
+        ("serve MODEL -tp 3", 1, "tensor_parallel_size must be one of 1, 2, 4, 8, 16, 32, 64 for 64 heads"),
+        ("serve MODEL --max-model-len 131073", 1, "max_model_len must be an integer in [2, 131072]"),
+        ("serve MODEL --port 0", 2, "--port must be a port with --ray, got 0"),
+        ("batch none INPUT output", 1, "none"),
+        ("batch MODEL INPUT output -tp 3", 1, "tensor_parallel_size must be one of 1, 2, 4"),
+        ("batch MODEL INPUT output --capture norm --capture-to x", 2, "--capture is not there with --ray"),
+    ],
+)
+def test_what_no_replica_could_do_is_told_before_ray_is_looked_for(
+    capsys, monkeypatch, llama_70b, tmp_path, words, code, told
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("llama.cli.common.find_spec", lambda name: True)
+    monkeypatch.setattr("llama.ray_cluster.connect", lambda address: pytest.fail("it was looked for"))
+    (tmp_path / "INPUT").write_text('{"custom_id": "a"}\n')
+    (tmp_path / "MODEL").symlink_to(llama_70b)
+    found, out, err = run(capsys, *words.split(), "--ray")
+    assert (found, out) == (code, "") and one_line(err) and told in err
+
+
 def test_flags_become_sampling_params():
     flags = "--n 2 --temperature 0.5 --stop a --- --stop-token-ids 3 4 --logit-bias 5=-100 6=2.5 --ignore-eos --seed 9"
     options = parse(["generate", "m", "p", *flags.split(), "--response-format", '{"type": "json_object"}', "--json"])

@@ -17,7 +17,7 @@ from llama.batch import on_ray
 from llama.batch.parquet import journal_of
 from llama.cli import main
 from tests.batch import helpers
-from tests.batch.helpers import chat, completion, read_lines, write_lines
+from tests.batch.helpers import chat, completion, read_lines, responses, write_lines
 from tests.ray.clusters import add_node, cluster, processes
 from tests.tiny_checkpoint import make_adapter, make_model
 
@@ -46,6 +46,7 @@ def lines(count: int) -> list[dict]:
     made[1] = completion("text", [5, 6, 7], max_tokens=3, logit_bias={"5": 1})
     made[2] = chat("lora", "hello", model="tuned", max_tokens=4)
     made[3] = chat("refused", "x", temperature=7)
+    made[5] = responses("item", "hello", max_output_tokens=4)
     made[4] = {**chat("url", "x"), "url": "/v1/images"}
     return made
 
@@ -224,5 +225,7 @@ def of_parquet(path) -> list[dict]:
 
 def test_what_loading_raises_is_one_line(folders, asked, tmp_path, capfd):
     source, _ = asked
-    assert on_cluster((str(tmp_path / "no-model"), folders[1]), source, tmp_path / "output.jsonl") == 1
-    assert "no-model" in capfd.readouterr().err.splitlines()[-1]
+    model, weights = make_model(tmp_path / "broken"), tmp_path / "broken" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    assert on_cluster((model, folders[1]), source, tmp_path / "output.jsonl") == 1
+    assert capfd.readouterr().err.splitlines()[-1].startswith(f"llama: {weights}: is truncated")

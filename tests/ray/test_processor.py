@@ -1,10 +1,12 @@
 """Rows on Ray Data: one local cluster of two CPUs for all tests (make test-ray)."""
 
+import os
+
 import pytest
 import ray
 
 from llama import LLM, SamplingParams
-from llama.batch import ProcessorConfig, build_processor
+from llama.batch import ProcessorConfig, build_processor, processor
 from tests.ray.clusters import processes, set_environment
 from tests.tiny_checkpoint import make_adapter, make_model
 
@@ -94,6 +96,28 @@ def test_what_a_killed_engine_had_under_way_is_computed_again(folders, expected)
             running[0].kill()
         seen |= {process.pid for process in running}
     assert found == dict(enumerate(expected)) and len(seen) > 1
+
+
+def test_a_row_that_always_ends_its_process_ends_the_job(folders, tmp_path, monkeypatch):
+    """After so many restarts, and not never."""
+    starts = tmp_path / "starts"
+
+    class Poisoned(processor.Generator):
+        def __init__(self, *arguments, **named):
+            with starts.open("a") as file:
+                file.write("x")
+            super().__init__(*arguments, **named)
+
+        async def _answer(self, row):
+            if row["prompt"] == "prompt 7":
+                os._exit(1)
+            return await super()._answer(row)
+
+    monkeypatch.setattr(processor, "Generator", Poisoned)
+    config = ProcessorConfig(model_source=folders[0], engine_kwargs=ENGINE, batch_size=5, max_restarts=2)
+    with pytest.raises(Exception, match="died"):
+        run(config, [{"id": i} for i in range(10)], preprocess=asked)
+    assert 1 < len(starts.read_text()) <= 3
 
 
 @pytest.mark.parametrize("concurrency", [0, (2, 1), (0, 1), (1, 2, 3)])

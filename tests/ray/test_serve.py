@@ -14,6 +14,7 @@ from types import SimpleNamespace
 
 import httpx
 import openai
+import psutil
 import pytest
 import ray
 import yaml
@@ -42,9 +43,9 @@ def until(condition, patience=PATIENCE):
     return found
 
 
-def llama(*words) -> subprocess.Popen:
+def llama(*words, **options) -> subprocess.Popen:
     program = "import sys; from llama.cli import main; sys.exit(main())"
-    return subprocess.Popen([sys.executable, "-c", program, *map(str, words)])
+    return subprocess.Popen([sys.executable, "-c", program, *map(str, words)], **options)
 
 
 @pytest.fixture(scope="module")
@@ -193,7 +194,7 @@ def test_a_replica_is_killed_under_load(served, expected):
     assert before[1].is_running()
 
 
-def test_stopping_lets_streams_end_and_the_yaml_of_the_docs_serves_as_well(served, expected, tmp_path):
+def test_stopping_lets_streams_end(served):
     body = {"messages": SAY, "stream": True, "max_tokens": 200, "min_tokens": 200}
     with served.client.stream("POST", "/v1/chat/completions", json=body) as response:
         lines = response.iter_lines()
@@ -203,11 +204,34 @@ def test_stopping_lets_streams_end_and_the_yaml_of_the_docs_serves_as_well(serve
     assert served.process.wait(PATIENCE) == 0
     until(lambda: not replicas())
 
+
+def test_a_model_that_no_replica_can_load_is_one_line(served, tmp_path):
+    served.process.terminate()
+    until(lambda: not replicas())
+    model = make_model(tmp_path / "broken")
+    weights = tmp_path / "broken" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    words = ("serve", model, *FLAGS, "--ray", "--ray-address", served.cluster.address)
+    process = llama(*words, "--port", served.url.rpartition(":")[2], stderr=subprocess.PIPE, text=True)
+    try:
+        _, err = process.communicate(timeout=PATIENCE)
+    finally:
+        process.kill()
+    [told] = [line for line in err.splitlines() if line.startswith("llama: ")]
+    assert process.returncode == 1
+    assert re.fullmatch(rf"llama: no replica starts: .*CheckpointError: {weights}: is truncated.*", told)
+    assert APPLICATION not in serve.status().applications
+
+
+def test_the_yaml_of_the_docs_serves_and_ranks_go_with_their_replica(served, expected, tmp_path):
+    served.process.terminate()
+    until(lambda: not replicas())
     text = (REPOSITORY / "docs" / "scaling.md").read_text(encoding="utf-8")
     config = yaml.safe_load(re.search(r"```yaml\n(.*?)```", text, re.DOTALL)[1])
     config["http_options"]["port"] = int(served.url.rpartition(":")[2])
     assert config["applications"][0]["args"].pop("model").startswith("/")
     config["applications"][0]["args"] |= {"model": served.model, "dtype": "float64", "num_blocks": 64}
+    config["applications"][0]["args"]["tensor_parallel_size"] = 2
     (tmp_path / "llama.yaml").write_text(yaml.safe_dump(config))
     words = ["run", "--address", served.cluster.address, tmp_path / "llama.yaml"]
     program = "import sys; from ray.serve.scripts import cli; sys.exit(cli())"
@@ -215,7 +239,15 @@ def test_stopping_lets_streams_end_and_the_yaml_of_the_docs_serves_as_well(serve
     try:
         until(lambda: is_ready(served.client) or process.poll() is not None)
         assert chat(served).json()["choices"][0]["message"]["content"] == expected
-        assert len(replicas()) == 2
+        killed, other = replicas()
+        ranks = [each for each in processes("rank_process") if each.ppid() == killed.pid]
+        assert len(ranks) == 1
+        killed.kill()
+        assert psutil.wait_procs(ranks, PATIENCE)[1] == []
+        until(lambda: len(replicas()) == 2 and killed.pid not in {each.pid for each in replicas()})
+        answers = [chat(served) for _ in range(8)]
+        assert {answer.json()["choices"][0]["message"]["content"] for answer in answers} == {expected}
+        assert other.is_running()
     finally:
         process.terminate()
         process.wait(PATIENCE)

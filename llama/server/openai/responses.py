@@ -29,7 +29,7 @@ def responses_endpoint(service: Service) -> Callable[[Request], Awaitable[Respon
         body = await read_body(request, service, ResponsesRequest)
         record = request.state.record
         if not body.stream:
-            return json_response(await unless_gone(request, _whole(body, service, record)))
+            return json_response(await unless_gone(request, answer_response(body, service, record)))
         answer = await unless_gone(request, _answer(body, service, record))
         writer = _Writer(body, service)
         return EventStream(writer.numbered(writer.events(answer)), [answer], Dialect.OPENAI, failed=writer.failed)
@@ -41,7 +41,8 @@ async def _answer(body: ResponsesRequest, service: Service, record: Record) -> A
     return await service.answer(await submit_chat(body.chat(), service), record)
 
 
-async def _whole(body: ResponsesRequest, service: Service, record: Record) -> dict[str, Any]:
+async def answer_response(body: ResponsesRequest, service: Service, record: Record) -> dict[str, Any]:
+    """The complete answer. Raises ApiError."""
     writer = _Writer(body, service)
     async with await _answer(body, service, record) as answer:
         told = [event async for event in writer.events(answer)]
