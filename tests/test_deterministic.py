@@ -25,7 +25,7 @@ from llama.model.interventions import Apply
 from llama.model.transformer import Transformer
 from tests import drafters
 from tests.model.models import tiny_config, tiny_model
-from tests.test_equivalence import ALONE, EOS, SPECULATIVE_CONFIG, Case, Run, ask
+from tests.test_equivalence import ALONE, Case, Run, ask, make_engine
 
 DTYPES = (torch.float32, torch.bfloat16)
 ASKS = (
@@ -83,27 +83,11 @@ def record_logits(engine: Engine, seen: Seen) -> None:
 def run(
     made: Transformer, case: Case, asks=ASKS, *, answers: Seen | None = None, deterministic: bool = True, **options
 ) -> Seen:
-    config = EngineConfig(
-        max_model_len=256,
-        max_num_batched_tokens=case.budget,
-        max_num_seqs=case.max_num_seqs,
-        block_size=case.block_size,
-        num_blocks=max(case.num_tokens // case.block_size, 1),
-        enable_prefix_caching=case.cache != "off",
-        speculative_config=None if case.drafts == "none" else SPECULATIVE_CONFIG,
-        deterministic=deterministic,
-        **options,
-    )
-    engine = Engine(made, config, eos_token_ids={EOS})
-    engine.runner.lag = case.lag
-    engine.runner._scored_rows = 7
-    if case.drafts not in ("none", "ngram"):
+    def answer_to(request_id: str, index: int) -> list[int]:
+        given = [] if answers is None else answers.outputs.get((request_id, index), [])
+        return [token for entry in given[:1] for token in entry]
 
-        def answer_to(request_id: str, index: int) -> list[int]:
-            given = [] if answers is None else answers.outputs.get((request_id, index), [])
-            return [token for entry in given[:1] for token in entry]
-
-        drafters.use(engine, lambda request_id, index: drafters.KINDS[case.drafts](answer_to(request_id, index)))
+    engine = make_engine(case, made, answers=answer_to, deterministic=deterministic, **options)
     if case.poison:
         engine.runner.kv.data.fill_(float("nan"))
     if case.cache == "warm":

@@ -146,29 +146,34 @@ class Case:
     drafts: str = "none"  # ngram, or of a kind of tests/drafters.py
     seed: int = 0
 
-
-def make_engine(case: Case) -> Engine:
-    config = EngineConfig(
-        max_model_len=256,
-        max_num_batched_tokens=case.budget,
-        max_num_seqs=case.max_num_seqs,
-        block_size=case.block_size,
-        num_blocks=max(case.num_tokens // case.block_size, 1),
-        enable_prefix_caching=case.cache != "off",
-        speculative_config=None if case.drafts == "none" else SPECULATIVE_CONFIG,
-    )
-    engine = Engine(model(), config, eos_token_ids={EOS})
-    engine.runner.lag = case.lag
-    engine.runner._scored_rows = 7  # prompts are scored in several pieces
-    if case.drafts not in ("none", "ngram"):
-        drafters.use(engine, lambda request_id, index: drafters.KINDS[case.drafts](answer_to(request_id, index)))
-    return engine
+    def config(self, **options) -> EngineConfig:
+        values = {
+            "max_model_len": 256,
+            "max_num_batched_tokens": self.budget,
+            "max_num_seqs": self.max_num_seqs,
+            "block_size": self.block_size,
+            "num_blocks": max(self.num_tokens // self.block_size, 1),
+            "enable_prefix_caching": self.cache != "off",
+            "speculative_config": None if self.drafts == "none" else SPECULATIVE_CONFIG,
+        }
+        return EngineConfig(**values | options)
 
 
 def answer_to(request_id: str, index: int) -> list[int]:
     """Of request "ask N"; of strangers nothing is known."""
     kind, number = request_id.split()
     return oracle(ASKS[int(number)], index).token_ids if kind == "ask" else []
+
+
+def make_engine(case: Case, made=None, *, runner=None, answers=answer_to, **options) -> Engine:
+    """`made` in place of the model. `runner` makes one of a model and a configuration. Drafts follow `answers`."""
+    made, config = made or model(), case.config(**options)
+    engine = Engine(made, config, eos_token_ids={EOS}, runner=runner and runner(made, config))
+    engine.runner.lag = case.lag
+    engine.runner._scored_rows = 7  # prompts are scored in several pieces
+    if case.drafts not in ("none", "ngram"):
+        drafters.use(engine, lambda request_id, index: drafters.KINDS[case.drafts](answers(request_id, index)))
+    return engine
 
 
 class Run:

@@ -93,7 +93,13 @@ class GraphRunner(Runner):
             self._run_sampler(len(self._logits), flags)
 
     def calls(self, plan: Plan) -> list[Call] | None:
-        return None if self._is_plain(plan) else super().calls(plan)
+        if not self._is_plain(plan):
+            return super().calls(plan)
+        bucket = self._bucket(plan)
+        return [*self._calls_of_model(bucket), Call(bucket, "gather")]
+
+    def _bucket(self, plan: Plan) -> int:
+        return min(bucket_of(plan.num_tokens), len(self._logits))
 
     def _is_plain(self, plan: Plan) -> bool:
         """Whether graphs can run it."""
@@ -119,7 +125,7 @@ class GraphRunner(Runner):
             # read.
             numbers["row_ids"], numbers["context_lens"] = plan.sample_rows, plan.sample_positions
             numbers["token_ids"] = plan.token_ids
-        bucket = min(bucket_of(count), len(self._logits))
+        bucket = self._bucket(plan)
         self._fill(numbers, count)
         # Where not all of the sampler's input has a place, there are no flags.
         flags = None
@@ -154,6 +160,12 @@ class GraphRunner(Runner):
     def _run_model(self, bucket: int, has_adapters: bool, has_runs: bool = False) -> None:
         key = ("model", bucket, has_adapters, has_runs)
         self._graphs.run(key, partial(self._model_step, *key[1:]))
+        self._count_calls(len(self._calls_of_model(bucket)) + 1)
+
+    def _count_calls(self, count: int) -> None:
+        """What ranks have said in this step: nobody counts it in a graph."""
+        if self.model.communicator is not None:
+            self.model.communicator.num_calls = count
 
     def _run_sampler(self, bucket: int, flags: Mapping[str, int]) -> tuple[Tensor | None, Sampled]:
         key = ("sampler", bucket, *flags.items())
@@ -162,6 +174,7 @@ class GraphRunner(Runner):
     # What follows is recorded: it must depend on its arguments and on tensors that do not move, and never wait.
 
     def _model_step(self, bucket: int, has_adapters: bool, has_runs: bool) -> None:
+        self._count_calls(0)  # a recording that found no memory has counted too
         tensors = {name: self._inputs.device[name][:bucket] for name in self._dtypes}
         if not has_adapters:
             del tensors["adapter_indices"]

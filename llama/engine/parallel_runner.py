@@ -37,12 +37,13 @@ def launch_alike(
     """runner.launch(plan). A rank that has no memory for it tells so, and then says nothing but zeros to the end of the
     forward: the others are in it, and can stop no more than a device can. What they draw is not taken."""
     communicator = runner.model.communicator
-    before = 0 if communicator is None else communicator.num_calls
+    if communicator is not None:
+        communicator.num_calls = 0
     try:
         return runner.launch(plan)
     except torch.OutOfMemoryError as error:
         calls = runner.calls(plan)
-        left = None if calls is None or communicator is None else calls[communicator.num_calls - before :]
+        left = None if calls is None or communicator is None else calls[communicator.num_calls :]
         if not left or communicator is None:  # the others may have drawn their tokens
             raise
         logger.warning("rank %d ran out of memory in a step of %d tokens", communicator.shard.rank, plan.num_tokens)

@@ -83,15 +83,22 @@ class Runner:
             return self._compute(plan)
 
     def calls(self, plan: Plan) -> list[Call] | None:
-        """What ranks say to one another in a step, in order; None where it is not known."""
-        if plan.taps or plan.guided or plan.processed:
+        """What ranks say to one another in a step, in order; None where that depends on what is read and changed."""
+        if plan.taps:
             return None
-        gathered = [len(plan.sample_rows)] if len(plan.sample_rows) else []
+        found = self._calls_of_model(plan.num_tokens)
+        if count := len(plan.sample_rows):
+            found.append(Call(count + len(plan.guided), "gather"))
+        if plan.processed:
+            found.append(Call(len(plan.processed), "spread"))
         if plan.prompt_sources is not None:
             count, most = len(plan.prompt_sources), self._scored_rows
-            gathered += [min(most, count - start) for start in range(0, count, most)]
-        sums = [Call(plan.num_tokens, False)] * (1 + 2 * self.model.config.num_hidden_layers)
-        return [*sums, *(Call(rows, True) for rows in gathered)]
+            found += [Call(min(most, count - start), "gather") for start in range(0, count, most)]
+        return found
+
+    def _calls_of_model(self, num_tokens: int) -> list[Call]:
+        """As far as the hidden states."""
+        return [Call(num_tokens, "sum")] * (1 + 2 * self.model.config.num_hidden_layers)
 
     @property
     def graph_bytes(self) -> int:

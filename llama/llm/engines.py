@@ -21,6 +21,7 @@ from llama.llm import torchrun
 from llama.llm.loading import load_model
 from llama.llm.rank import load_part
 from llama.llm.ranks import Ranks
+from llama.model.checkpoint import Checkpoint
 from llama.model.transformer import Transformer
 
 
@@ -36,7 +37,7 @@ def load_engine(
     speculation = config.speculation
     draft_path = None if speculation is None else speculation.model
     if config.tensor_parallel_size > 1:
-        _check_parallel(model, where, config, draft_path)
+        _check_parallel(model, where, config, draft_path, loading)
         return _parallel_engine(Path(str(model)), where, config, eos_token_ids, loading)
     loaded = load_model(model, where, **loading)
     draft = None
@@ -52,7 +53,10 @@ def ranks_of(engine: Any) -> ParallelRunner | None:
     return runner if isinstance(runner, ParallelRunner) else None
 
 
-def _check_parallel(model: Any, where: torch.device, config: EngineConfig, draft_path: str | None) -> None:
+def _check_parallel(
+    model: Any, where: torch.device, config: EngineConfig, draft_path: str | None, loading: Mapping[str, Any]
+) -> None:
+    """What ranks cannot share is refused before any of them starts."""
     size, name = config.tensor_parallel_size, "tensor_parallel_size"
     if isinstance(model, Transformer):
         raise ParameterError(f"{name}={size} needs a folder as model: each rank reads its own part", name)
@@ -64,6 +68,10 @@ def _check_parallel(model: Any, where: torch.device, config: EngineConfig, draft
     if where.type == "cuda" and first + size > torch.cuda.device_count():
         have = f"this machine has {torch.cuda.device_count()}"
         raise ParameterError(f'{name}={size} needs {size} CUDA devices from "cuda:{first}" on, {have}', name)
+    if loading["load_format"] != "dummy":
+        Checkpoint(model).check_ranks(size, loading["quantization"])
+    elif loading["quantization"] is not None:
+        raise ParameterError(f'{name}={size} takes no quantization with load_format="dummy"', name)
 
 
 def _parallel_engine(

@@ -6,20 +6,21 @@ several engines may live in one process. Gloo on the CPU, on the loopback device
 
 from collections.abc import Sequence
 from datetime import timedelta
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from llama.kernels.types import wide_dtype
 from llama.model.parallel import Shard
 
 
 class Call(NamedTuple):
-    """One sum or gathering of a forward."""
+    """What ranks say to one another once: a sum of hidden states, a gathering of logits, or logits of rank 0's."""
 
     rows: int
-    is_gathering: bool
+    kind: Literal["sum", "gather", "spread"]
 
 
 class Communicator:
@@ -29,7 +30,7 @@ class Communicator:
         """Meets the others by `store`, one of torch.distributed's. A collective that takes longer than `seconds` is an
         error, and the end."""
         self.shard = shard
-        self.num_calls = 0  # of `sum` and `gather`
+        self.num_calls = 0  # of `sum`, `gather` and `spread`, in a step
         self._device = device
         wait = timedelta(seconds=seconds)
         self._group: Any  # what a process group of either kind does has no common type
@@ -66,6 +67,7 @@ class Communicator:
 
     def spread(self, x: Tensor) -> Tensor:
         """x, in place, as rank 0 has it."""
+        self.num_calls += 1
         self._group.broadcast(x, 0).wait()
         return x
 
@@ -78,12 +80,17 @@ class Communicator:
         return self.sum(rows.masked_fill_(~is_here.unsqueeze(1), 0))
 
     def stand_in(self, calls: Sequence[Call], dtype: torch.dtype) -> None:
-        """Make the calls that the others make, with zeros: this rank has no memory for what should be in them."""
-        local = self.shard.local
-        for call in calls:
-            columns = local.vocab_size if call.is_gathering else local.hidden_size
-            x = torch.zeros(call.rows, columns, dtype=dtype, device=self._device)
-            self.gather(x) if call.is_gathering else self.sum(x)
+        """Make the calls that the others make in a model of this dtype, with zeros: this rank has no memory for what
+        should be in them."""
+        local, vocab = self.shard.local, self.shard.config.vocab_size
+        does = {
+            "sum": (self.sum, local.hidden_size, dtype),
+            "gather": (self.gather, local.vocab_size, dtype),
+            "spread": (self.spread, vocab, wide_dtype(dtype)),
+        }
+        for rows, kind in calls:
+            call, columns, of = does[kind]
+            call(torch.zeros(rows, columns, dtype=of, device=self._device))
 
     def _check(self, device: torch.device) -> None:
         """On some machines the first collective never returns, on others it returns nonsense."""

@@ -8,7 +8,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llama.api.errors import ConfigError
-from llama.engine.config import EngineConfig
 from llama.engine.engine import Engine
 from llama.llm.llm import LLM
 from llama.model.linear import Linear
@@ -33,16 +32,9 @@ DRAFTS = {
 }
 
 
-def drafting(draft: Transformer, *, most: int = 4, **options) -> Engine:
-    values = {
-        "max_model_len": 256,
-        "max_num_batched_tokens": 64,
-        "max_num_seqs": 16,
-        "block_size": 4,
-        "num_blocks": 512,
-    }
+def drafting(draft: Transformer, case: Case | None = None, *, most: int = 4, **options) -> Engine:
     speculative = {"method": "draft_model", "model": "x", "num_speculative_tokens": most, "disable_by_batch_size": 1000}
-    config = EngineConfig(**values | options, speculative_config=speculative)
+    config = (case or Case()).config(**options, speculative_config=speculative)
     return Engine(model(), config, eos_token_ids={EOS}, draft=draft)
 
 
@@ -61,12 +53,7 @@ def test_tokens_are_the_oracles(draft, changes, monkeypatch):
     case = replace(Case(), **changes)
 
     def make(case: Case) -> Engine:
-        engine = drafting(
-            DRAFTS[draft](),
-            max_num_batched_tokens=case.budget,
-            block_size=case.block_size,
-            num_blocks=case.num_tokens // case.block_size,
-        )
+        engine = drafting(DRAFTS[draft](), case)
         engine.runner.lag, engine.runner._scored_rows = case.lag, 7
         return engine
 

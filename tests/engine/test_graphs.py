@@ -6,7 +6,6 @@ through the tensors that stay is a number of an old step. Between steps those te
 
 import logging
 from dataclasses import replace
-from functools import partial
 
 import numpy as np
 import pytest
@@ -20,14 +19,13 @@ from llama.engine.device import Mirror, fetch, pack, to_device
 from llama.engine.engine import Engine
 from llama.engine.graph_runner import GraphRunner
 from llama.engine.graphs import Graphs, bucket_of
-from llama.engine.memory import worst_step
+from llama.engine.memory import make_kv_cache, worst_step
 from llama.engine.runner import Runner
 from llama.llm.loras import read_lora
-from llama.model.kv_cache import KVCache
 from tests import drafters, test_equivalence
 from tests.engine.fakes import add
 from tests.model.models import tiny_model
-from tests.test_equivalence import ASKS, EOS, Case, Run, answer_to, ask, model, oracle
+from tests.test_equivalence import ASKS, EOS, Case, Run, ask, make_engine, model, oracle
 
 
 class Stand:
@@ -54,24 +52,12 @@ class Stand:
 
 def graph_engine(case: Case, stand: Stand | None, model_=None, **options) -> Engine:
     """Without graphs where there is nothing to stand in for them."""
-    model_ = model_ or model()
-    config = EngineConfig(
-        max_model_len=256,
-        max_num_batched_tokens=case.budget,
-        max_num_seqs=case.max_num_seqs,
-        block_size=case.block_size,
-        num_blocks=max(case.num_tokens // case.block_size, 1),
-        enable_prefix_caching=case.cache != "off",
-        **({} if case.drafts == "none" else {"speculative_config": test_equivalence.SPECULATIVE_CONFIG}) | options,
-    )
-    kv = KVCache(model_.config, config.num_blocks, config.block_size, dtype=model_.dtype, device="cpu")
-    kind = Runner if stand is None else partial(GraphRunner, record=stand)
-    runner = kind(model_, kv, config, eos_token_ids=frozenset({EOS}))
-    runner.lag = case.lag
-    engine = Engine(model_, config, eos_token_ids={EOS}, runner=runner)
-    if case.drafts != "none":
-        drafters.use(engine, lambda request_id, i: drafters.KINDS[case.drafts](answer_to(request_id, i)))
-    return engine
+
+    def graphs(made, config) -> GraphRunner:
+        kv = make_kv_cache(made, config, config.num_blocks)
+        return GraphRunner(made, kv, config, eos_token_ids=frozenset({EOS}), record=stand)
+
+    return make_engine(case, model_, runner=None if stand is None else graphs, **options)
 
 
 def poison(engine: Engine) -> None:

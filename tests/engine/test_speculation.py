@@ -17,20 +17,13 @@ from llama.engine.speculation import Speculation
 from tests import drafters
 from tests.drafters import Drafter, Mixed, right, wrong
 from tests.engine.fakes import Driver, add
-from tests.test_equivalence import EOS, Ask, ask, model, oracle
+from tests.test_equivalence import EOS, Ask, Case, ask, model, oracle
 
 
 def make_engine(most: int = 0, **options) -> Engine:
     """Without drafts where `most` is 0."""
-    values = {
-        "max_model_len": 256,
-        "max_num_batched_tokens": 64,
-        "max_num_seqs": 16,
-        "block_size": 4,
-        "num_blocks": 512,
-    }
     speculative = {"method": "ngram", "num_speculative_tokens": most, "disable_by_batch_size": 1000} if most else None
-    config = EngineConfig(**values | options, speculative_config=speculative)
+    config = Case().config(**options, speculative_config=speculative)
     return Engine(model(), config, eos_token_ids={EOS})
 
 

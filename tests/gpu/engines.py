@@ -4,7 +4,6 @@ from collections.abc import Callable
 
 import torch
 
-from llama.engine.config import EngineConfig
 from llama.engine.engine import Engine
 from llama.engine.graph_runner import GraphRunner
 from llama.model.config import ModelConfig
@@ -39,15 +38,7 @@ def small(**changes) -> Transformer:
 def engine(model: Transformer, case: Case | None = None, *, record: Callable | None = None, **options) -> Engine:
     """`record` stands in for CUDA graphs."""
     case = case or Case()
-    sizes = {
-        "max_model_len": 256,
-        "max_num_batched_tokens": case.budget,
-        "max_num_seqs": case.max_num_seqs,
-        "block_size": case.block_size,
-        "num_blocks": max(case.num_tokens // case.block_size, 1),
-        "enable_prefix_caching": case.cache != "off",
-    }
-    config = EngineConfig(**{**sizes, **options})
+    config = case.config(**options)
     if record is None:
         made = Engine(model, config, eos_token_ids={EOS})
     else:

@@ -24,8 +24,8 @@ def test_one_rank_sums_gathers_and_stands_in():
     assert torch.equal(communicator.sum(x.clone()), x)
     logits = torch.randn(2, config.vocab_size, device="cuda")
     assert torch.equal(communicator.gather(logits), logits)
-    communicator.stand_in([Call(2, False), Call(1, True)], torch.float32)
-    assert communicator.num_calls == 5  # the first was the trial at the start
+    communicator.stand_in([Call(2, "sum"), Call(1, "gather"), Call(1, "spread")], torch.float32)
+    assert communicator.num_calls == 6  # the first was the trial at the start
 
 
 def test_a_model_of_one_rank_is_the_model():

@@ -1,6 +1,5 @@
 """An engine across ranks gives the oracle's tokens, and log-probabilities to 1e-9, however its requests are run."""
 
-import itertools
 import json
 import socket
 import threading
@@ -15,7 +14,7 @@ from safetensors.torch import save_file
 
 from llama.api.errors import AdapterError, EngineDeadError, ParameterError
 from llama.api.params import SamplingParams
-from llama.engine import runner as runners
+from llama.engine import runner as engine_runner
 from llama.engine.config import EngineConfig
 from llama.engine.engine import Engine
 from llama.engine.parallel_runner import RankLostError
@@ -26,7 +25,7 @@ from llama.llm.loras import read_lora
 from llama.model.lora.adapter import module_sizes
 from tests import test_equivalence
 from tests.parallel.ranks import engine_on_ranks
-from tests.test_equivalence import ALONE, ASKS, DRAFTED, EOS, SPECULATIVE_CONFIG, Case, check, combined, model
+from tests.test_equivalence import ALONE, ASKS, DRAFTED, EOS, Case, check, combined, model
 
 CONFIG = EngineConfig(
     max_model_len=256, max_num_batched_tokens=32, max_num_seqs=8, block_size=4, num_blocks=200, tensor_parallel_size=2
@@ -35,29 +34,13 @@ IN_ONE = replace(CONFIG, tensor_parallel_size=1)
 MANY = pytest.param(4, marks=pytest.mark.slow)
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    path = tmp_path_factory.mktemp("model")
-    model().save_pretrained(path)
-    return path
-
-
 @pytest.fixture
 def on_ranks(folder, monkeypatch):
     """test_equivalence's cases run on engines across so many ranks."""
-    monkeypatch.setattr(runners, "num_scored_rows", lambda vocab_size: 7)  # prompts are scored in several pieces
+    monkeypatch.setattr(engine_runner, "num_scored_rows", lambda vocab_size: 7)  # prompts are scored in several pieces
 
     def run(case, size, asks=ASKS):
-        config = EngineConfig(
-            max_model_len=256,
-            max_num_batched_tokens=case.budget,
-            max_num_seqs=case.max_num_seqs,
-            block_size=case.block_size,
-            num_blocks=max(case.num_tokens // case.block_size, 1),
-            enable_prefix_caching=case.cache != "off",
-            speculative_config=None if case.drafts == "none" else SPECULATIVE_CONFIG,
-            tensor_parallel_size=size,
-        )
+        config = case.config(tensor_parallel_size=size)
         with engine_on_ranks(folder, config, frozenset({EOS})) as engine:
             engine.runner.lag = case.lag
             monkeypatch.setattr(test_equivalence, "make_engine", lambda case: engine)
@@ -194,62 +177,6 @@ def test_grammars(folder):
 def test_a_whole_model_is_refused_for_several_ranks():
     with pytest.raises(ParameterError, match="tensor_parallel_size must be 1 for a model in one process, got 2"):
         Engine(model(), CONFIG)
-
-
-def starve(model, place, calls):
-    """Have no memory at these calls of a module."""
-    module = {"embedding": model.embed_tokens, "layer": model.layers[1].mlp, "head": model.lm_head}[place]
-    plain, numbers = module.forward, itertools.count()
-
-    def forward(*arguments):
-        if next(numbers) in calls:
-            raise torch.OutOfMemoryError("none left")
-        return plain(*arguments)
-
-    module.forward = forward
-
-
-@pytest.mark.parametrize(
-    ("place", "whose", "lag"),
-    [("embedding", (1,), 0), ("layer", (0,), 0), ("layer", (1,), 1), ("head", (0,), 1), ("head", (0, 1), 0)],
-)
-def test_a_step_without_memory_is_made_again_on_all_ranks(folder, monkeypatch, caplog, place, whose, lag):
-    """Whoever had none, and wherever: the same tokens and log-probabilities, of prompts and of decodes."""
-    runners, make = [], rank.make_runner
-    monkeypatch.setattr(rank, "make_runner", lambda *arguments: runners.append(make(*arguments)) or runners[-1])
-    with engine_on_ranks(folder, CONFIG) as engine:
-        for runner in (engine.runner.own, *runners):
-            runner.lag = lag
-            if runner.model.shard.rank in whose:
-                starve(runner.model, place, {0, 1, 5})
-        engine.runner.lag = lag
-        found = answers(engine)
-        engine.check()
-        assert engine.pool.num_used == 0
-    assert_same(found, answers(Engine(model(), IN_ONE)))
-    tried = [r.args[1] for r in caplog.records if "out of memory in a step of" in r.message and "trying" in r.message]
-    assert tried[0] == 16 and len(tried) in (2, 3)
-
-
-def test_a_step_that_never_finds_memory_fails_alone(folder, monkeypatch):
-    runners, make = [], rank.make_runner
-    monkeypatch.setattr(rank, "make_runner", lambda *arguments: runners.append(make(*arguments)) or runners[-1])
-    with engine_on_ranks(folder, CONFIG) as engine:
-        starve(runners[0].model, "layer", range(3))
-        engine.add(engine.request("0", [1, 2, 3], SamplingParams(max_tokens=5)))
-        outputs = [output for _ in range(3) for output in engine.step()]
-        assert [output.finish_reason for output in outputs] == ["error"] and not engine.has_unfinished
-        assert_same(answers(engine), answers(Engine(model(), IN_ONE)))
-
-
-def test_guidance(folder):
-    def guided(engine):
-        params = SamplingParams(guidance_scale=1.7, temperature=1.0, seed=4, max_tokens=9, logprobs=2, ignore_eos=True)
-        engine.add(engine.request("guided", [1, 2, 3, 4, 5], params, negative_token_ids=[9, 8, 7]))
-        return answers(engine)
-
-    with engine_on_ranks(folder, CONFIG) as engine:
-        assert_same(guided(engine), guided(Engine(model(), IN_ONE)))
 
 
 def test_blocks_are_counted_by_rank_and_each_has_half_of_the_kv_heads(folder):

@@ -12,18 +12,10 @@ from llama.api.params import SamplingParams
 from llama.engine.wire import Message, receive
 from llama.llm import rank
 from tests.parallel.ranks import engine_on_ranks
-from tests.parallel.test_parallel_engine import CONFIG, EOS, Every, folder  # noqa: F401
+from tests.parallel.test_parallel_engine import CONFIG, EOS, Every
 
 
-@pytest.fixture
-def runners(monkeypatch):
-    """Those of the ranks other than 0, as they are made."""
-    made, make = [], rank.make_runner
-    monkeypatch.setattr(rank, "make_runner", lambda *arguments: made.append(make(*arguments)) or made[-1])
-    return made
-
-
-def test_the_rank_with_the_least_room_decides(folder, monkeypatch):  # noqa: F811
+def test_the_rank_with_the_least_room_decides(folder, monkeypatch):
     plain = rank.fitting_blocks
 
     def half(*arguments):
@@ -36,10 +28,11 @@ def test_the_rank_with_the_least_room_decides(folder, monkeypatch):  # noqa: F81
         assert engine.pool.num_blocks in engine.runner.own.kv.data.shape
 
 
-def test_a_slow_reader_gets_every_message_in_order_and_whole():
+@pytest.mark.parametrize("count", [3000, pytest.param(100_000, marks=pytest.mark.slow)])
+def test_a_slow_reader_gets_every_message_in_order_and_whole(count):
     """Messages larger than the connection's buffers among thousands of small ones."""
     ours, theirs = socket.socketpair()
-    sizes = [(i * 7919) % 300 if i % 500 else 1_000_000 for i in range(3000)]
+    sizes = [(i * 7919) % 300 if i % 500 else 1_000_000 for i in range(count)]
     found = []
 
     def read():
@@ -54,13 +47,13 @@ def test_a_slow_reader_gets_every_message_in_order_and_whole():
     for i, size in enumerate(sizes):
         ours.sendall(Message({"i": i}, {"numbers": np.full(size, 2, np.int32)}).encoded())
     ours.close()
-    reader.join(60)
+    reader.join(300)
     assert found == [(i, size, 2 * size) for i, size in enumerate(sizes)]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [2, 4])
-def test_ranks_draw_the_same_for_a_thousand_steps(folder, runners, size):  # noqa: F811
+def test_ranks_draw_the_same_for_a_thousand_steps(folder, runners, size):
     """Seeds, penalties and a grammar; each step is compared by its checksum, and the last tokens are here."""
     config = replace(CONFIG, tensor_parallel_size=size, max_num_seqs=6)
     with engine_on_ranks(folder, config, frozenset({EOS})) as engine:

@@ -8,7 +8,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from llama import LLM
 from llama.api.errors import CheckpointError, ParameterError
+from llama.llm.ranks import Ranks
+from llama.model.checkpoint import Checkpoint
 from llama.model.checkpoint.shards import read_header
 from llama.model.config import ModelConfig
 from llama.model.parallel import Shard, sizes
@@ -72,10 +75,20 @@ def test_weights_rounded_while_they_are_read_are_rounded_as_in_one_process(tmp_p
     assert_equal_on(tmp_path, size, logits(whole, IDS), quantization=scheme)
 
 
-def test_a_group_that_a_rank_would_cut_is_refused(tmp_path):
-    saved(tmp_path, hidden_size=128, intermediate_size=192, head_dim=64)
-    with pytest.raises(ParameterError, match=r"tensor_parallel_size does not fit quantization='int4'.*groups of 64"):
-        assert_equal_on(tmp_path, 2, None, quantization="int4")
+def test_what_ranks_cannot_share_is_refused_before_any_starts(tmp_path, monkeypatch):
+    """With the values that are legal: a weight's groups may be whole with fewer ranks."""
+    monkeypatch.setattr(Ranks, "start", lambda *_: pytest.fail("ranks were started"))
+    saved(tmp_path, hidden_size=128, intermediate_size=512, head_dim=64, num_key_value_heads=4)
+    o_proj, down_proj = "model.layers.0.self_attn.o_proj.weight", "model.layers.0.mlp.down_proj.weight"
+    for folder, size, options, told in (
+        (tmp_path, 3, {}, " must be one of 1, 2, 4 for 4 heads, 4 KV heads and an MLP of 512, got 3"),
+        (tmp_path, 4, {"quantization": "int4"}, f" must be one of 1, 2, got 4: {o_proj}: columns 0 to 64"),
+        (GOLDEN / "mlx_4bit", 2, {}, f" must be 1, got 2: {down_proj}: columns 0 to 96 are not whole groups of 64"),
+        (GOLDEN / "gptq_desc_act", 2, {}, f" must be 1, got 2: {o_proj}: {ACT_ORDER}"),
+        (tmp_path, 2, {"quantization": "int4", "load_format": "dummy"}, "=2 takes no quantization with load_format="),
+    ):
+        with pytest.raises(ParameterError, match=rf"^tensor_parallel_size{told}[^\n]*$"):
+            LLM(folder, tensor_parallel_size=size, num_blocks=8, **options)
 
 
 ACT_ORDER = "columns that lie in an order of their own"
@@ -85,14 +98,19 @@ QUICK = ("awq", "ct_kv_heads", "ct_w4a16_asym", "fp8_blocks", "gptq_desc_act", "
 FOLDERS = sorted(path.name for path in GOLDEN.iterdir() if (path / "model.safetensors").exists())
 
 
+def refused(name, error):
+    return pytest.raises(error, match=REFUSED[name]) if name in REFUSED else nullcontext()
+
+
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in FOLDERS]
 )
 def test_published_formats_are_cut_on_group_boundaries_or_refused(name):
     config = ModelConfig.from_pretrained(GOLDEN / name)
     expected = logits(Transformer.from_pretrained(GOLDEN / name, dtype="float64"), IDS % config.vocab_size)
-    refused = pytest.raises(CheckpointError, match=REFUSED[name]) if name in REFUSED else nullcontext()
-    with refused:
+    with refused(name, ParameterError):
+        Checkpoint(GOLDEN / name).check_ranks(2)
+    with refused(name, CheckpointError):
         assert_equal_on(GOLDEN / name, 2, expected, IDS % config.vocab_size, dtype="float64")
 
 

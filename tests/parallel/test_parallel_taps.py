@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from llama import Add, Apply, Capture, ParameterError, Project, Replace, SamplingParams, Scale
+from llama.api.errors import EngineDeadError
 from llama.engine.config import EngineConfig
 from llama.engine.engine import Engine
 from llama.llm.taps import tapped
@@ -15,6 +16,7 @@ from llama.model.taps import all_points
 from tests.llm.test_capture import close, prompt, vector
 from tests.model.models import hugging_face_weights, tiny_model
 from tests.parallel.ranks import engine_on_ranks
+from tests.parallel.test_parallel_memory import starve_ranks
 from tests.test_equivalence import model
 
 ALONE = EngineConfig(max_model_len=256, max_num_batched_tokens=32, max_num_seqs=8, block_size=4, num_blocks=200)
@@ -31,13 +33,6 @@ CHANGES = [
     [Add("layers.1.attn_out", vector(3), norm_match=True, positions="generated"), Add("logits", vector(4, 97))],
 ]
 CHANGES[5][2] = Apply("layers.1.resid_mid", torch.tanh, positions=[0, 5])
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    path = tmp_path_factory.mktemp("model")
-    model().save_pretrained(path)
-    return path
 
 
 def answers(engine, asks):
@@ -94,6 +89,13 @@ def test_a_function_that_fails_ends_its_own_request_alone(folder, caplog):
         assert found[1][0] == ["error"] and "a function of Apply at layers.1.z failed" in caplog.text
         assert_same(found[::2], answers(Engine(model(), ALONE), asks)[::2])
         assert answers(engine, asks[:1])[0][0] == found[0][0]
+
+
+def test_a_step_with_taps_that_has_no_memory_ends_the_engine(folder, runners):
+    with engine_on_ranks(folder, CONFIG) as engine:
+        starve_ranks(runners, "layer", (0, 1), {0})
+        with pytest.raises(EngineDeadError, match="OutOfMemoryError"):
+            answers(engine, [(params(1), READ, None)])
 
 
 def test_logits_processors_run_on_rank_0(folder):

@@ -5,6 +5,7 @@ import contextlib
 import gc
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -143,6 +144,7 @@ def test_two_ranks_answer_as_one_process_and_a_killed_one_ends_the_engine(folder
     assert llm.generate(PROMPT, GREEDY, use_tqdm=False)[0].outputs[0].token_ids == expected
     for call, what in (
         (lambda: llm.save_prefix(PROMPT, "never.safetensors"), "a kept prefix"),
+        (lambda: llm.load_prefix("never.safetensors"), "a kept prefix"),
         (lambda: llm.model.session(8), "session"),
     ):
         with pytest.raises(ValueError, match=f"{what} needs the whole model in one process"):
@@ -212,6 +214,18 @@ def test_ranks_start_from_anything_that_runs_python(folder, expected, tmp_path, 
     left_over = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "nowhere", "MASTER_PORT": "1"}
     options = {"capture_output": True, "text": True, "env": environment(**left_over), "cwd": tmp_path, "timeout": 300}
     done = subprocess.run([sys.executable, *arguments], input=text, check=False, **options)
+    assert (done.returncode, done.stdout) == (0, f"{expected}\n"), done.stderr
+
+
+@pytest.mark.slow
+def test_ranks_meet_where_the_name_of_the_machine_means_nothing(folder, expected):
+    """Nor what others use to find a network."""
+    renamed = ["unshare", "--map-root-user", "--uts", "sh", "-c", 'hostname no.such.host && exec "$0" "$@"']
+    if shutil.which("unshare") is None or subprocess.run([*renamed, "true"], check=False).returncode:
+        pytest.skip("needs namespaces of its own for a name of its own")
+    command = [*renamed, sys.executable, "-c", SCRIPT.format(folder=folder)]
+    options = {"capture_output": True, "text": True, "env": environment(GLOO_SOCKET_IFNAME="none0"), "timeout": 300}
+    done = subprocess.run(command, check=False, **options)
     assert (done.returncode, done.stdout) == (0, f"{expected}\n"), done.stderr
 
 

@@ -19,7 +19,7 @@ from llama.model.checkpoint.save import stored_rows
 from llama.model.checkpoint.shards import StoredTensor, read_header, read_part
 from llama.model.config import DTYPES, ModelConfig
 from llama.model.linear import Linear
-from llama.model.parallel import WHOLE, Cut, Shard
+from llama.model.parallel import WHOLE, Cut, Shard, sizes
 from llama.model.weights.coded import CodedWeight
 from llama.model.weights.huge_pages import give_back
 from llama.model.weights.quantised import Dense, Quantised, join, of_coded, quantise
@@ -79,6 +79,30 @@ class Checkpoint:
         if dtype not in DTYPES:
             raise ValueError(f"dtype must be one of auto, {', '.join(DTYPES)}, got {dtype!r}")
         return getattr(torch, dtype)
+
+    def check_ranks(self, size: int, quantization: str | None = None) -> None:
+        """ParameterError, with the legal values, where `size` ranks would cut columns that share a scale or that lie in
+        an order of their own. One weight is read of those that are stored alike."""
+        scheme = scheme_for(quantization, self._quantization)
+        legal, problem, seen = sizes(self.config), "", set()
+        for entry in self._entries:
+            coded = self._coded.get(entry.name)
+            kind = entry.shape, coded and frozenset((name, each.shape) for name, each in coded.stored.items())
+            if kind in seen or Shard(self.config, 0, size).cut(entry.name).columns == slice(None):
+                continue
+            seen.add(kind)
+            if (row := _first_row(entry, coded, scheme)) is None:
+                continue
+            for n in legal[1:]:
+                try:
+                    for rank in range(n):
+                        row.columns(Shard(self.config, rank, n).cut(entry.name).columns)
+                except ValueError as error:
+                    legal.remove(n)
+                    problem = f"{entry.name}: {error}" if n == size else problem
+        if problem:
+            told = f"must be one of {', '.join(map(str, legal))}" if len(legal) > 1 else "must be 1"
+            raise ParameterError(f"tensor_parallel_size {told}, got {size}: {problem}", "tensor_parallel_size")
 
     def load(
         self,
@@ -164,6 +188,16 @@ def _check(folder: Path, config: ModelConfig, entries: list[Entry], stored: dict
             )
 
 
+def _first_row(entry: Entry, coded: CodedSource | None, scheme: str | None) -> Quantised | None:
+    """Of a weight that is quantised, or will be by `scheme`; None of one that is dense, or becomes so."""
+    if coded is None:
+        return None if scheme is None else quantise(torch.zeros(1, entry.shape[1]), scheme)
+    found = coded.read()
+    names = ("codes", "scales", "zeros", "minima")
+    first = {name: getattr(found, name)[:1] for name in names if getattr(found, name) is not None}
+    return of_coded(found._replace(**first), torch.float32)
+
+
 class Target(NamedTuple):
     """The module that is filled, and how."""
 
@@ -224,11 +258,7 @@ class Target(NamedTuple):
         assert self.quantization is not None
         whole = torch.empty(source.shape, dtype=owner.weight.dtype, device=self.device)
         _read(source, WHOLE, whole)
-        try:
-            owner.take(quantise(whole, self.quantization).cut(cut))
-        except ValueError as error:
-            told = f"tensor_parallel_size does not fit quantization={self.quantization!r}"
-            raise ParameterError(f"{told}: {error}", "tensor_parallel_size") from None
+        owner.take(quantise(whole, self.quantization).cut(cut))
 
 
 def _read(source: Source, cut: Cut, target: Tensor) -> None:

@@ -131,7 +131,7 @@ class Quantised:
         groups = slice(None)
         if size < weight.shape[1]:
             if start % size or (stop % size and stop != weight.shape[1]):
-                raise ValueError(f"columns {start} to {stop} are not whole groups of {size}: take fewer ranks")
+                raise ValueError(f"columns {start} to {stop} are not whole groups of {size}")
             groups = slice(start // size, -(-stop // size))
         fields = {name: value[groups].contiguous() for name, value in _fields(weight).items() if name != "codes"}
         size = min(size, stop - start)
