@@ -5,8 +5,6 @@ another as the queries of one head (decode). Slots past a sequence's context are
 cannot leak.
 """
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -18,6 +16,9 @@ from llama.kernels.types import KVLayer, Ragged
 
 # Entries of one mask at most (queries x keys), which bounds what a chunk of a long prompt allocates.
 MASK_ENTRIES = 1 << 22
+
+# Up to so many queries of a KV head's group, a product for each KV head costs less than one for each head.
+FEW_ROWS = 32
 
 
 def paged_attention(q: Tensor, kv_layer: KVLayer, ragged: Ragged, scale: float) -> Tensor:
@@ -41,7 +42,7 @@ def _attention(q: Tensor, kv_layer: KVLayer, ragged: Ragged, scale: float) -> Te
         parts.append(_decode(q[:num_decodes], kv_layer, layout, scale))
     for start, end, rows in layout.prefills:
         k, v = (layout.gather(cache, rows, name) for cache, name in zip(kv_layer.slots, "kv", strict=True))
-        parts.append(_causal(q[start:end], _widened(k, q), _widened(v, q), scale))
+        parts.append(_causal(q[start:end], _widened(k, q), _widened(v, q), scale, layout))
     if ragged.run_len > 1:  # a recorded step: behind the last run there may be padding
         parts.append(torch.zeros_like(q[sum(map(len, parts)) :]))
     if len(parts) == 1:
@@ -78,12 +79,19 @@ def _run(cache: Tensor, rows: slice) -> Tensor:
     return cache.as_strided((1, kv_heads, rows.stop - rows.start, head_dim), (0, head, slot, 1), start)
 
 
-def _causal(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+def _causal(q: Tensor, k: Tensor, v: Tensor, scale: float, layout: Layout) -> Tensor:
     """[queries, heads, head_dim] against the keys up to each query's own, the last query seeing all of them."""
     queries, heads, head_dim = q.shape
     context, kv_heads = k.shape[:2]
     group = heads // kv_heads
     q = q.view(queries, kv_heads, group, head_dim).permute(1, 2, 0, 3)  # KV heads take the place of a batch
+    if queries * group <= FEW_ROWS:  # drafts: as in a decode, a group's queries are those of its KV head
+        mask = layout.causal_mask(queries, context, q.dtype, group)
+        rows = q.reshape(1, kv_heads, group * queries, head_dim)
+        k, v = k.transpose(0, 1)[None], v.transpose(0, 1)[None]
+        mixed = F.scaled_dot_product_attention(rows, k, v, attn_mask=mask, scale=scale)
+        mixed = mixed.view(kv_heads, group, queries, head_dim).permute(2, 0, 1, 3)
+        return mixed.reshape(queries, heads, head_dim).contiguous()
     k, v = (x.transpose(0, 1)[:, None].expand(-1, group, -1, -1) for x in (k, v))
     if queries == context:
         mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
@@ -93,8 +101,7 @@ def _causal(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     for start in range(0, queries, step):
         end = min(start + step, queries)
         visible = context - queries + end
-        mask = torch.full((end - start, visible), -math.inf, dtype=q.dtype, device=q.device)
-        mask.triu_(visible - (end - start) + 1)
+        mask = layout.causal_mask(end - start, visible, q.dtype)
         mixed = F.scaled_dot_product_attention(
             q[:, :, start:end], k[:, :, :visible], v[:, :, :visible], attn_mask=mask, scale=scale
         )

@@ -9,6 +9,9 @@ from torch import Tensor
 
 from llama.kernels.cpu.pieces import Pieces
 
+# Entries of a mask that is kept for all layers of a step: every sequence may have its own.
+_KEPT_MASK = 1 << 16
+
 # Rows per adapter that may only fill up a batched matmul: fewer than would cost what a call costs.
 _FILLED = 4
 
@@ -25,6 +28,7 @@ class Layout:
     stores_all: bool  # no token is padding
     buffers: dict[str, Tensor] = field(default_factory=dict)  # working memory that the layers share
     groups: dict[int, Any] = field(default_factory=dict)  # of fixed_attention.py, by heads per KV head
+    masks: dict[tuple[int, int, int], Tensor] = field(default_factory=dict)  # see causal_mask
 
     @classmethod
     def of(
@@ -56,6 +60,17 @@ class Layout:
         mask = self.decode_mask
         if mask is not None and mask.dtype == torch.bool:
             mask = self.decode_mask = torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, -math.inf)
+        return mask
+
+    def causal_mask(self, queries: int, keys: int, dtype: torch.dtype, times: int = 1) -> Tensor:
+        """[times * queries, keys]: 0, and minus infinity for what comes after a query, the last seeing all keys; all
+        of it `times` times. Small ones are kept for the layers that follow, which have one dtype."""
+        mask = self.masks.get((queries, keys, times))
+        if mask is None:
+            mask = torch.full((queries, keys), -math.inf, dtype=dtype).triu_(keys - queries + 1)
+            mask = mask.repeat(times, 1) if times > 1 else mask
+            if mask.numel() <= _KEPT_MASK:
+                self.masks[queries, keys, times] = mask
         return mask
 
     def gather(self, cache: Tensor, rows: Rows, name: str) -> Tensor:

@@ -12,17 +12,17 @@ from typing import NamedTuple
 Ngram = tuple[int, ...]
 Followers = dict[Ngram, int]  # n-gram -> position of what followed its last occurrence
 
-LONGEST_PAUSE = 64
+FIRST_PAUSE, LONGEST_PAUSE = 4, 64
 
 
 class DraftLength:
     """How many drafts to try, by what became of the last ones: at most `most`, two more than before when all were
-    right, else one more than were right. Where none was right, none is tried for a pause of some tokens: 1, then twice
-    as many each time, up to LONGEST_PAUSE. One right draft halves the next pause, two end pauses. Counts alone decide,
-    never a clock: the same requests get the same drafts."""
+    right, else one more than were right; `first` at first. Where none was right, none is tried for a pause of some
+    tokens: FIRST_PAUSE, then twice as many each time, up to LONGEST_PAUSE. One right draft halves the next pause, two
+    make it the first again. Counts alone decide, never a clock: the same requests get the same drafts."""
 
-    def __init__(self, most: int) -> None:
-        self._most = self._length = most
+    def __init__(self, most: int, first: int) -> None:
+        self._most, self._length = most, min(most, first)
         self._pause = 0
         self._resumes_at = 0  # number of tokens of the sequence
 
@@ -33,7 +33,7 @@ class DraftLength:
     def learn(self, num_tokens: int, drafted: int, accepted: int) -> None:
         """So many drafts were right; the sequence has `num_tokens` by now."""
         if accepted == 0:
-            self._pause = min(max(1, 2 * self._pause), LONGEST_PAUSE)
+            self._pause = min(max(FIRST_PAUSE, 2 * self._pause), LONGEST_PAUSE)
             self._resumes_at = num_tokens + self._pause
         else:
             self._pause = self._pause // 2 if accepted == 1 else 0
@@ -71,7 +71,8 @@ class Ngrams:
 
     def __init__(self, prompt: Text, outputs: list[int], most: int, expected: Text | None = None) -> None:
         """`expected`: the text that the answer may be like, behind the prompt's last tokens."""
-        self.lengths = {size: DraftLength(most) for size in prompt.sizes}
+        # The shorter the n-gram, the less its having been seen says.
+        self.lengths = {size: DraftLength(most, size) for size in prompt.sizes}
         self._prompt, self._expected, self._outputs = prompt, expected, outputs
         self._longest = prompt.sizes[-1]
         self._own: dict[int, Followers] = {size: {} for size in prompt.sizes}

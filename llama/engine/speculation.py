@@ -180,7 +180,7 @@ def let_speculate(sequences: list[Sequence], config: SpeculativeConfig, predicti
     """Give each sequence of a request its source of drafts."""
     if config.method == "draft_model":
         for sequence in sequences:
-            sequence.draft_length = DraftLength(config.num_speculative_tokens)
+            sequence.draft_length = DraftLength(config.num_speculative_tokens, config.num_speculative_tokens)
         return
     sizes = range(config.prompt_lookup_min, config.prompt_lookup_max + 1)
     prompt, expected = Text(sequences[0].prompt.tolist(), sizes), None

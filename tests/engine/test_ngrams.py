@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llama.engine.ngrams import LONGEST_PAUSE, DraftLength, Match, Ngrams, Text
+from llama.engine.ngrams import FIRST_PAUSE, LONGEST_PAUSE, DraftLength, Match, Ngrams, Text
 
 letters = st.lists(st.integers(0, 2), max_size=30)
 
@@ -106,8 +106,8 @@ def test_the_work_per_token_does_not_grow_with_the_text():
 
 
 def test_the_number_of_drafts_follows_what_became_of_them():
-    length = DraftLength(4)
-    assert length.at(10) == 4
+    length = DraftLength(4, 3)
+    assert length.at(10) == 3 and DraftLength(4, 9).at(10) == 4
     length.learn(20, 4, 1)
     assert length.at(20) == 2
     length.learn(30, 2, 2)
@@ -116,15 +116,15 @@ def test_the_number_of_drafts_follows_what_became_of_them():
     assert length.at(40) == 4
 
 
-def test_after_drafts_in_vain_there_is_a_pause_that_doubles_and_ends_at_once_when_two_are_right():
-    length, at, pauses = DraftLength(4), 10, []
+def test_after_drafts_in_vain_there_is_a_pause_that_doubles_and_is_the_first_again_when_two_are_right():
+    length, at, pauses = DraftLength(4, 4), 10, []
     for _ in range(9):
         length.learn(at, length.at(at), 0)
         resumes = next(n for n in range(at, at + 1000) if length.at(n))
         pauses.append(resumes - at)
         assert length.at(resumes) == 1
         at = resumes
-    assert pauses == [1, 2, 4, 8, 16, 32, 64, 64, 64] and max(pauses) == LONGEST_PAUSE
+    assert pauses == [4, 8, 16, 32, 64, 64, 64, 64, 64] and (pauses[0], pauses[-1]) == (FIRST_PAUSE, LONGEST_PAUSE)
     length.learn(at, 1, 1)  # one that is right
     assert length.at(at) == 3
     length.learn(at, 3, 0)
@@ -132,7 +132,7 @@ def test_after_drafts_in_vain_there_is_a_pause_that_doubles_and_ends_at_once_whe
     length.learn(at + 64, 1, 1)
     length.learn(at + 64, 3, 2)
     length.learn(at + 64, 3, 0)
-    assert [length.at(at + 64 + n) for n in (0, 1)] == [0, 1]
+    assert [length.at(at + 64 + n) for n in (3, 4)] == [0, 1]
 
 
 @pytest.mark.parametrize("count", [1, 5])
