@@ -11,7 +11,7 @@ from torch import Tensor
 
 from llama.kernels.cpu import fixed_attention
 from llama.kernels.cpu.e4m3 import from_e4m3
-from llama.kernels.cpu.layout import Layout
+from llama.kernels.cpu.layout import Decodes, Layout
 from llama.kernels.types import KVLayer, Ragged
 
 # Entries of one mask at most (queries x keys), which bounds what a chunk of a long prompt allocates.
@@ -51,10 +51,18 @@ def _attention(q: Tensor, kv_layer: KVLayer, ragged: Ragged, scale: float) -> Te
 
 
 def _decode(q: Tensor, kv_layer: KVLayer, layout: Layout, scale: float) -> Tensor:
-    """One query per sequence: the heads of a group become the queries of their KV head."""
+    """One query per sequence. Sequences of much the same length are computed together: little is padded."""
+    if layout.order is None or layout.places is None:
+        return _decode_some(q, kv_layer, layout, layout.decodes[0], scale)
+    q = q.index_select(0, layout.order)
+    parts = [_decode_some(q[some.first : some.stop], kv_layer, layout, some, scale) for some in layout.decodes]
+    return torch.cat(parts).index_select(0, layout.places)
+
+
+def _decode_some(q: Tensor, kv_layer: KVLayer, layout: Layout, some: Decodes, scale: float) -> Tensor:
+    """The heads of a group become the queries of their KV head."""
     sequences, heads, head_dim = q.shape
-    kv_heads = kv_layer.k.shape[2]
-    rows = layout.decode_rows
+    kv_heads, rows = kv_layer.k.shape[2], some.rows
     if isinstance(rows, slice):
         k, v = _run(kv_layer.k, rows), _run(kv_layer.v, rows)
     else:
@@ -63,7 +71,7 @@ def _decode(q: Tensor, kv_layer: KVLayer, layout: Layout, scale: float) -> Tenso
         v = layout.gather(cached_v, rows, "v").view(shape).transpose(1, 2)
     grouped = q.view(sequences, kv_heads, heads // kv_heads, head_dim)
     k, v = _widened(k, q), _widened(v, q)
-    mixed = F.scaled_dot_product_attention(grouped, k, v, attn_mask=layout.mask_for(q.dtype), scale=scale)
+    mixed = F.scaled_dot_product_attention(grouped, k, v, attn_mask=some.mask_for(q.dtype), scale=scale)
     return mixed.reshape(q.shape)
 
 

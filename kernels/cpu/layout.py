@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -15,15 +16,36 @@ _KEPT_MASK = 1 << 16
 # Rows per adapter that may only fill up a batched matmul: fewer than would cost what a call costs.
 _FILLED = 4
 
+# Keys by which sequences that are gathered together may be padded, all of them: as many as cost what a call more costs.
+_PADDED_KEYS = 128
+
 Rows = slice | Tensor  # of a cache seen as [slots, kv_heads, head_dim]: a run, or indices
+
+
+@dataclass(slots=True)
+class Decodes:
+    """Sequences whose keys are gathered together."""
+
+    first: int  # among the decodes, in the order of `Layout.order`
+    stop: int
+    rows: Rows  # of one after the other, each padded to the longest
+    mask: Tensor | None  # [sequences, 1, 1, keys] bool at first; None where nothing is padded
+
+    def mask_for(self, dtype: torch.dtype) -> Tensor | None:
+        """As SDPA adds it; given bool, it would be made this in every layer."""
+        mask = self.mask
+        if mask is not None and mask.dtype == torch.bool:
+            mask = self.mask = torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, -math.inf)
+        return mask
 
 
 @dataclass(slots=True)
 class Layout:
     """Where in the cache the keys of each sequence lie."""
 
-    decode_rows: Rows  # of all decodes, one after the other, each padded to the longest
-    decode_mask: Tensor | None  # [decodes, 1, 1, keys] bool at first; None where nothing is padded
+    decodes: list[Decodes]
+    order: Tensor | None  # [decodes] int64, by length; None where they stay as they come
+    places: Tensor | None  # its inverse
     prefills: list[tuple[int, int, Rows]]  # first token, end, rows
     stores_all: bool  # no token is padding
     buffers: dict[str, Tensor] = field(default_factory=dict)  # working memory that the layers share
@@ -45,22 +67,15 @@ class Layout:
         """See `Ragged`."""
         stores_all = -1 not in slots.tolist()
         if is_fixed:
-            return cls(slice(0), None, [], stores_all)
+            return cls([], None, None, [], stores_all)
         starts, lens = query_starts.tolist(), context_lens.tolist()
         prefills = [
             (starts[s], starts[s + 1], _rows(block_tables[s], lens[s], block_size))
             for s in range(num_decodes, len(lens))
             if starts[s + 1] > starts[s]
         ]
-        decodes = _decode_rows(block_tables[:num_decodes], context_lens[:num_decodes], lens[:num_decodes], block_size)
+        decodes = _decodes(block_tables[:num_decodes], context_lens[:num_decodes], lens[:num_decodes], block_size)
         return cls(*decodes, prefills, stores_all)
-
-    def mask_for(self, dtype: torch.dtype) -> Tensor | None:
-        """`decode_mask` as SDPA adds it; given bool, it would be made this in every layer."""
-        mask = self.decode_mask
-        if mask is not None and mask.dtype == torch.bool:
-            mask = self.decode_mask = torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, -math.inf)
-        return mask
 
     def causal_mask(self, queries: int, keys: int, dtype: torch.dtype, times: int = 1) -> Tensor:
         """[times * queries, keys]: 0, and minus infinity for what comes after a query, the last seeing all keys; all
@@ -84,12 +99,39 @@ class Layout:
         return torch.index_select(cache, 0, rows, out=buffer if buffer.shape[0] == count else buffer[:count])
 
 
+def _decodes(
+    block_tables: Tensor, context_lens: Tensor, lens: list[int], block_size: int
+) -> tuple[list[Decodes], Tensor | None, Tensor | None]:
+    """`decodes`, `order` and `places` of Layout."""
+    order = sorted(range(len(lens)), key=lambda i: lens[i])
+    bounds = _bounds([lens[i] for i in order])
+    if len(bounds) < 3:
+        rows_and_mask = _decode_rows(block_tables, context_lens, lens, block_size) if lens else None
+        return [] if rows_and_mask is None else [Decodes(0, len(lens), *rows_and_mask)], None, None
+    by_length = torch.tensor(order)
+    block_tables, context_lens = block_tables.index_select(0, by_length), context_lens.index_select(0, by_length)
+    decodes = []
+    for first, stop in pairwise(bounds):
+        of_them = block_tables[first:stop], context_lens[first:stop], [lens[i] for i in order[first:stop]]
+        decodes.append(Decodes(first, stop, *_decode_rows(*of_them, block_size)))
+    return decodes, by_length, by_length.argsort()
+
+
+def _bounds(lens: list[int]) -> list[int]:
+    """Cuts of ascending lengths, ends included, between which at most _PADDED_KEYS are missing to the longest."""
+    bounds, missing = [len(lens)], 0
+    for i in range(len(lens) - 1, -1, -1):
+        missing += lens[bounds[-1] - 1] - lens[i]
+        if missing > _PADDED_KEYS:
+            bounds.append(i + 1)
+            missing = 0
+    return [0, *reversed(bounds)]
+
+
 def _decode_rows(
     block_tables: Tensor, context_lens: Tensor, lens: list[int], block_size: int
 ) -> tuple[Rows, Tensor | None]:
-    """`decode_rows` and `decode_mask` of Layout."""
-    if not lens:
-        return slice(0), None
+    """`rows` and `mask` of Decodes."""
     if len(lens) == 1:
         # A padding row without context reads the first slot of its first block, which its mask then drops.
         mask = None if lens[0] else context_lens.new_zeros(1, 1, 1, 1, dtype=torch.bool)

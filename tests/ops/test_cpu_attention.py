@@ -8,6 +8,7 @@ import torch
 
 from llama.kernels import ops
 from llama.kernels.cpu import attention
+from llama.kernels.cpu.layout import _PADDED_KEYS
 from llama.kernels.types import KVLayer, Ragged
 
 TOLERANCES = {torch.float64: 1e-12, torch.float32: 5e-6, torch.float16: 4e-3, torch.bfloat16: 3e-2}
@@ -67,6 +68,27 @@ def check(p):
     assert out.dtype == p["q"].dtype
     assert out.is_contiguous()
     torch.testing.assert_close(out.double(), expected(p), atol=tolerance, rtol=tolerance)
+
+
+LENGTHS = [[*range(1, 321, 5)], [700, 3, 3, 3, 3], [0, 300, 299, 0], [40] * 9 + [600], [*range(30, 60)]]
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@pytest.mark.parametrize("contexts", LENGTHS, ids=len)
+def test_decodes_of_unequal_lengths(contexts, dtype):
+    """In any order, and with a sequence or two in blocks that lie in a row."""
+    order = torch.randperm(len(contexts), generator=torch.Generator().manual_seed(1)).tolist()
+    p = problem([1] * len(contexts), [contexts[i] for i in order], dtype=dtype)
+    out, wanted = ops.paged_attention(**p), expected(p)
+    has_keys = p["ragged"].context_lens > 0
+    tolerance = TOLERANCES[dtype]
+    torch.testing.assert_close(out[has_keys].double(), wanted[has_keys], atol=tolerance, rtol=tolerance)
+    decodes = p["ragged"].cpu_layout.decodes
+    assert sum(some.stop - some.first for some in decodes) == len(contexts)
+    for some in decodes:
+        mask = some.mask
+        assert mask is None or int((mask == -math.inf).sum()) <= _PADDED_KEYS
+    assert (len(decodes) > 1) == (len(contexts) * max(contexts) - sum(contexts) > _PADDED_KEYS)
 
 
 CASES = [
