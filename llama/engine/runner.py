@@ -7,7 +7,6 @@ nothing, so that the host prepares a step while the device computes the one befo
 """
 
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -33,6 +32,10 @@ from llama.model.kv_cache import KVCache
 from llama.model.lora import LoadedAdapters
 from llama.model.taps import Span, StepTaps, names_of
 from llama.model.transformer import Transformer
+
+# Multiplications in a step on the CPU up to which one thread computes it: half a millisecond. Telling others costs more
+# than they save, and on a busy machine a step waits for each of them at every op.
+ALONE = 1 << 23
 
 # What the device is told of a step of decodes: one number per sequence, which is one per token.
 DTYPES = {
@@ -72,15 +75,28 @@ class Runner:
         # What consecutive steps of the same sequences share: rows as a tensor, and their part of the block table.
         self._rows: tuple[Ints, Tensor] | None = None
         self._tables: tuple[Ints, int, Tensor] | None = None
+        self._weights = model.config.num_parameters
         self._names = names_of(model)
         self._scored_rows = num_scored_rows(self.vocab_size)
 
     @torch.inference_mode()
     def launch(self, plan: Plan) -> Callable[[], StepResult]:
         """Set the device to one step -> what waits for its result."""
-        with torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext():
-            self._take_over(plan)
-            return self._compute(plan)
+        if self.device.type == "cpu":
+            threads = torch.get_num_threads()
+            if threads == 1 or self.model.fixed is not None or plan.num_tokens * self._weights > ALONE:
+                return self._launch(plan)
+            torch.set_num_threads(1)
+            try:
+                return self._launch(plan)
+            finally:
+                torch.set_num_threads(threads)
+        with torch.cuda.device(self.device):
+            return self._launch(plan)
+
+    def _launch(self, plan: Plan) -> Callable[[], StepResult]:
+        self._take_over(plan)
+        return self._compute(plan)
 
     def calls(self, plan: Plan) -> list[Call] | None:
         """What ranks say to one another in a step, in order; None where that depends on what is read and changed."""

@@ -2,9 +2,11 @@
 
 from itertools import pairwise
 
+import pytest
 import torch
 
 from llama import LLM, SamplingParams
+from llama.engine import runner
 from tests.model.models import tiny_model
 
 
@@ -44,3 +46,26 @@ def test_rows_of_the_sampler_are_the_same_while_nothing_is_drawn():
     assert len({tuple(rows.keys.flatten().tolist()) for rows in sampled}) == len(sampled)
     banned = [rows for _, rows in steps(SamplingParams(temperature=0, max_tokens=20, min_tokens=4, stop_token_ids=[3]))]
     assert [rows.bias_ids is not None for rows in banned] == [True] * 3 + [False] * 5
+
+
+@pytest.mark.parametrize("is_small", [True, False])
+def test_small_steps_take_one_thread_and_leave_the_number_as_it_was(is_small, monkeypatch):
+    model, seen = tiny_model(), []
+    if not is_small:
+        monkeypatch.setattr(runner, "ALONE", model.config.num_parameters - 1)
+    llm, hidden = LLM(model, num_blocks=16), model.hidden
+
+    def watched(batch, kv):
+        seen.append(torch.get_num_threads())
+        if len(seen) == 3:
+            raise ValueError("breaks off")
+        return hidden(batch, kv)
+
+    model.hidden = watched
+    torch.set_num_threads(2)
+    try:
+        llm.generate([1, 2], SamplingParams(max_tokens=5, ignore_eos=True), use_tqdm=False)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(1)
+    assert seen == [1 if is_small else 2] * 3
