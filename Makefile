@@ -96,6 +96,7 @@ clients: demo-model .venv-clients/.ready
 		$(if $(MODELS),--models $(MODELS)) $(if $(VLLM),--vllm $(VLLM))
 
 .venv-clients/.ready: $(READY) constraints-clients.txt tests/clients/package.json
+	command -v npm > /dev/null || { echo "make clients needs Node.js, 20 or newer, with npm" >&2; exit 1; }
 	$(BIN)/python -m venv .venv-clients
 	.venv-clients/bin/python -m pip install --quiet --constraint constraints-clients.txt openai cloudflare \
 		langchain-openai openai-agents litellm 'pydantic-ai-slim[openai]' instructor 'lm-eval[api]'

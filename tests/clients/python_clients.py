@@ -7,7 +7,6 @@ said " and that; others may say anything of the form asked for.
 
 import asyncio
 import json
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
@@ -322,7 +321,12 @@ def lm_eval(model: Model) -> dict[str, Task]:
 
 
 def vllm(model: Model) -> dict[str, Task]:
-    """Its benchmark of servers, by its own command; from an environment that holds vLLM."""
+    """What `vllm bench serve` runs: the command itself stumbles over the name of the package for CPUs."""
+    from vllm.benchmarks.serve import add_cli_args, main
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    parser = FlexibleArgumentParser()
+    add_cli_args(parser)
 
     def bench(backend: str, route: str) -> None:
         with tempfile.TemporaryDirectory() as folder:
@@ -330,12 +334,10 @@ def vllm(model: Model) -> dict[str, Task]:
             words += ["--tokenizer", TOKENIZER, "--dataset-name", "random", "--num-prompts", "6", "--seed", "1"]
             words += ["--random-input-len", "8", "--random-output-len", "8", "--save-result", "--save-detailed"]
             words += ["--result-dir", folder, "--result-filename", "result.json", "--disable-tqdm"]
-            command = [str(Path(sys.executable).with_name("vllm")), "bench", "serve", *words]
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
-            assert done.returncode == 0, done.stderr[-300:]
+            main(parser.parse_args(words))
             told = json.loads((Path(folder) / "result.json").read_text())
         assert told["completed"] == 6 and not any(told["errors"]), told["errors"]
-        assert told["output_lens"] == [8] * 6 and all(told["ttfts"]) and all(map(len, told["itls"])), told
+        assert told["output_lens"] == [8] * 6 and all(told["ttfts"]) and all(told["generated_texts"]), str(told)[-300:]
 
     return {
         "stream": lambda: bench("openai-chat", "/v1/chat/completions"),

@@ -27,11 +27,11 @@ NODE = ("openai", "cloudflare", "@ai-sdk/openai", "workers-ai-provider")
 HEAD = """# Clients that run unchanged
 
 `make clients` installs these packages in an environment of its own (versions: `constraints-clients.txt` and
-`tests/clients/package.json`), runs them against a server with a scripted model, where every answer is known, and
-against others, where its form is, and prints this table, here for the models: {models}. Tools: a call that must be
-made, and where a client goes on with its result, that too. A dash: the client has no such thing, or it is not tried.
-With the demo model: `MODELS="scripted demo"`. `vllm bench serve` is tried with `VLLM=DIRECTORY`, a virtual environment
-that holds vLLM, of which the CPU's takes 3 GB.
+`tests/clients/package.json`; Node.js 20 or newer must be there), runs them against a server with a scripted model,
+where every answer is known, and against others, where its form is, and prints this table, here for the models:
+{models}. Tools: a call that must be made, and where a client goes on with its result, that too. A dash: the client
+has no such thing, or it is not tried. With the demo model: `MODELS="scripted demo"`. With `VLLM=DIRECTORY`, a virtual
+environment that holds vLLM (the CPU's takes 3 GB), `vllm bench serve` is tried too.
 
 """
 NO_VLLM = "vllm (bench serve): not tried, for VLLM=DIRECTORY names no virtual environment that holds it"
