@@ -44,6 +44,7 @@ test: demo-model $(READY)
 
 test-slow: demo-model $(READY)
 	$(PYTEST) -m slow --hypothesis-profile new-examples
+	TRITON_INTERPRET=1 $(PYTEST) -n $(JOBS) -m slow tests/interpreter
 
 # Attacks and injected faults on a server of its own, some minutes; `make soak MINUTES=20` goes on with them.
 chaos: $(READY)

@@ -32,6 +32,7 @@ def prompt_of(llm: LLM, length: int) -> Callable[[], object]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="checkpoints/smollm2-135m-instruct")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"])
     parser.add_argument("--quantization", choices=["int8", "int4", "fp8"])
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32])
@@ -42,7 +43,7 @@ def main() -> None:
 
     results: dict[str, float] = {}
     for dtype in given.dtypes:
-        options = {"device": "cpu", "dtype": dtype, "quantization": given.quantization, "max_model_len": 4096}
+        options = {"device": given.device, "dtype": dtype, "quantization": given.quantization, "max_model_len": 4096}
         fixed, plain = (
             LLM(given.model, deterministic=mode, enable_prefix_caching=False, num_blocks=2000, **options)
             for mode in (True, False)

@@ -32,7 +32,8 @@ if __name__ != "llama.kernels.ops":
     raise ImportError("the ops are imported as llama.kernels.ops: under a second name they would exist twice")
 
 
-def _on_triton(x: Tensor) -> bool:
+def on_triton(x: Tensor) -> bool:
+    """Whether ops over such tensors go to Triton."""
     return _INTERPRETED or x.is_cuda
 
 
@@ -51,7 +52,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         raise _refuse("rms_norm", x=x, weight=weight)
     if x.requires_grad:
         return differentiable.rms_norm(x, weight, eps)
-    if _on_triton(x):
+    if on_triton(x):
         from llama.kernels.gpu import norm
 
         return norm.rms_norm(x, weight, eps)
@@ -66,7 +67,7 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
         raise _refuse("add_rms_norm", x=x, residual=residual, weight=weight)
     if x.requires_grad:
         return differentiable.add_rms_norm(x, residual, weight, eps)
-    if _on_triton(x):
+    if on_triton(x):
         from llama.kernels.gpu import norm
 
         return norm.add_rms_norm(x, residual, weight, eps)
@@ -90,7 +91,7 @@ def rope_and_store(q: Tensor, k: Tensor, v: Tensor, cos_sin: CosSin, kv_layer: K
         raise _refuse("rope_and_store", q=q, cos=cos, sin=sin, cache=cache)
     if q.requires_grad:
         return differentiable.rope_and_store(q, k, v, cos_sin, kv_layer, ragged)
-    if _on_triton(q):
+    if on_triton(q):
         from llama.kernels.gpu import rope
 
         return rope.rope_and_store(q, k, v, cos_sin, kv_layer, ragged)
@@ -110,7 +111,7 @@ def paged_attention(q: Tensor, kv_layer: KVLayer, ragged: Ragged, scale: float) 
         raise _refuse("paged_attention", q=q, cache=cache)
     if q.requires_grad:
         return differentiable.paged_attention(q, kv_layer, ragged, scale)
-    if _on_triton(q):
+    if on_triton(q):
         from llama.kernels.gpu import attention
 
         return attention.paged_attention(q, kv_layer, ragged, scale)
@@ -123,7 +124,7 @@ def silu_mul(gate_up: Tensor) -> Tensor:
         raise _refuse("silu_mul", gate_up=gate_up)
     if gate_up.requires_grad:
         return differentiable.silu_mul(gate_up)
-    if _on_triton(gate_up):
+    if on_triton(gate_up):
         from llama.kernels.gpu import activation
 
         return activation.silu_mul(gate_up)
@@ -137,7 +138,7 @@ def quantized_matmul(x: Tensor, weight: QuantizedWeight) -> Tensor:
     """
     if x.dim() != 2 or x.shape[1] != weight.shape[1] or x.device != weight.codes.device:
         raise _refuse("quantized_matmul", x=x, codes=weight.codes)
-    if _on_triton(x):
+    if on_triton(x):
         from llama.kernels.gpu import matmul
 
         return matmul.quantized_matmul(x, weight)
@@ -153,7 +154,7 @@ def lora_shrink(x: Tensor, a: Tensor, adapters: TokenAdapters) -> Tensor:
         raise _refuse("lora_shrink", x=x, a=a)
     if len(adapters.indices) != x.shape[0]:
         raise _refuse("lora_shrink", x=x, indices=adapters.indices)
-    if _on_triton(x):
+    if on_triton(x):
         from llama.kernels.gpu import lora
 
         return lora.lora_shrink(x, a, adapters)
@@ -164,7 +165,7 @@ def lora_embedding(token_ids: Tensor, a: Tensor, adapters: TokenAdapters) -> Ten
     """`lora_shrink` of one-hot tokens: token_ids int64 [tokens], a [adapters, vocab, rank] -> h."""
     if a.dim() != 3 or token_ids.shape != adapters.indices.shape or token_ids.dtype != int64:
         raise _refuse("lora_embedding", token_ids=token_ids, a=a, indices=adapters.indices)
-    if _on_triton(a):
+    if on_triton(a):
         from llama.kernels.gpu import lora
 
         return lora.lora_embedding(token_ids, a, adapters)
@@ -180,7 +181,7 @@ def lora_expand(h: Tensor, y: Tensor, b: Tensor, adapters: TokenAdapters, slice_
         raise _refuse("lora_expand", h=h, y=y, b=b)
     if h.shape[1:] != (len(slice_starts) - 1, b.shape[2]) or slice_starts[0] != 0 or slice_starts[-1] != b.shape[1]:
         raise _refuse("lora_expand", h=h, b=b)
-    if _on_triton(y):
+    if on_triton(y):
         from llama.kernels.gpu import lora
 
         lora.lora_expand(h, y, b, adapters, slice_starts)
@@ -196,7 +197,7 @@ def sample(logits: Tensor, rows: SamplerRows, state: SamplerState | None = None)
     """
     if logits.dim() != 2 or logits.shape[0] != len(rows):
         raise _refuse("sample", logits=logits, penalty_rows=rows.penalty_rows)
-    if _on_triton(logits):
+    if on_triton(logits):
         from llama.kernels.gpu import sampling
 
         return sampling.sample(logits, rows, state)
@@ -212,7 +213,7 @@ def token_logprobs(logits: Tensor, token_ids: Tensor, num_top: int) -> Logprobs[
         raise _refuse("token_logprobs", logits=logits, token_ids=token_ids)
     if not 0 <= num_top <= logits.shape[1]:
         raise ValueError(f"token_logprobs: num_top must be in [0, {logits.shape[1]}], got {num_top}")
-    if _on_triton(logits):
+    if on_triton(logits):
         from llama.kernels.gpu import sampling
 
         return sampling.token_logprobs(logits, token_ids, num_top)

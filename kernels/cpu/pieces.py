@@ -43,14 +43,17 @@ class Pieces(NamedTuple):
         return product(torch.cat((x, x[:1].expand(missing, -1))))[:rows]
 
 
-def cancelling(columns: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """(x [128, columns], source int64 [columns]): with any W, x W[:, source]^T is rounding errors and nothing else.
+def cancelling(
+    columns: int, dtype: torch.dtype, rows: int = max(_MOST), device: torch.device | str = "cpu"
+) -> tuple[Tensor, Tensor]:
+    """(x [rows, columns], source int64 [columns]): with any W, x W[:, source]^T is rounding errors and nothing else.
 
     Whatever order a sum has shows in them, even where a result is rounded to 16 bits in the end.
     """
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(max(_MOST), columns, generator=generator).to(dtype)
-    places, source = torch.randperm(columns, generator=generator), torch.arange(columns)
+    generator = torch.Generator(device).manual_seed(0)
+    x = torch.randn(rows, columns, generator=generator, device=device).to(dtype)
+    places = torch.randperm(columns, generator=generator, device=device)
+    source = torch.arange(columns, device=device)
     first, second, rest = places.split_with_sizes((columns // 2, columns // 2, columns % 2))
     source[second] = first
     x[:, second], x[:, rest] = -x[:, first], 0

@@ -7,7 +7,8 @@ sums. A batch of up to `_FEW` tokens costs what the codes cost to read: N K byte
 is told in `llama.kernels.cpu.matmul`).
 
 For up to `_FEW` tokens a row of y depends neither on the other rows nor on their number: one tile of 16 tokens, and one
-cut of K into splits, which the weight's shape and the device alone decide; splits are added in order.
+cut of K into splits, which the weight's shape and the device alone decide; splits are added in order. A dense weight
+goes through the same loop where that is asked for.
 """
 
 from functools import cache
@@ -184,7 +185,7 @@ def _matmul_kernel(
                     sums = tl.sum(values.to(tl.float32), axis=1)
                 place = block * COLUMNS // GROUP_SIZE * N + rows
                 total = _scaled(total, part, sums, scales, zeros, minima, place, row_mask, HAS_ZEROS, HAS_MINIMA)
-    if AT_THE_END:
+    if AT_THE_END and WAY != "dense":
         total *= tl.load(scales + rows, mask=row_mask, other=0.0).to(tl.float32)[None, :]
     target = y + (split * num_tokens.to(tl.int64) + tokens)[:, None] * N + rows[None, :]
     tl.store(target, total.to(y.dtype.element_ty), mask=token_mask[:, None] & row_mask[None, :])
@@ -207,10 +208,13 @@ class Tile(NamedTuple):
     stages: int
 
 
+_FEW_TILE = Tile(16, 64, warps=4, stages=4)
+
+
 def _tile(weight: QuantizedWeight, tokens: int) -> Tile:
     """Many tokens share a tile of W while registers last: scales of groups ask for a second sum beside the first."""
     if tokens <= _FEW:
-        return Tile(16, 64, warps=4, stages=4)
+        return _FEW_TILE
     one_sum = weight.codes.dtype != torch.int16 and weight.group_size >= weight.shape[1] and weight.zeros is None
     if one_sum:
         return Tile(128, 128, warps=8, stages=3)
@@ -222,9 +226,23 @@ _launch_matmul = Launcher(_matmul_kernel)
 _launch_add = Launcher(_add_kernel)
 
 
+class _Scales(NamedTuple):
+    """What acts on the sums; where a weight has none of some, `values` stand in their place."""
+
+    values: Tensor
+    zeros: Tensor | None
+    minima: Tensor | None
+    group_size: int
+
+
 def quantized_matmul(x: Tensor, weight: QuantizedWeight) -> Tensor:
     """See `ops.quantized_matmul`."""
     return multiply(x, weight, multiprocessor_count(x.device))
+
+
+def dense_matmul(x: Tensor, weight: Tensor) -> Tensor:
+    """x W^T: x [tokens, K], weight [N, K] of its dtype, for up to `_FEW` tokens."""
+    return multiply_dense(x, weight, multiprocessor_count(x.device))
 
 
 def multiply(x: Tensor, weight: QuantizedWeight, processors: int) -> Tensor:
@@ -235,11 +253,26 @@ def multiply(x: Tensor, weight: QuantizedWeight, processors: int) -> Tensor:
         codes = codes.view(torch.uint8)
     check_tensors("quantized_matmul", x=x, codes=codes)
     require(all(tensor.is_contiguous() for tensor in weight.tensors), "quantized_matmul: a weight must be contiguous")
-    tokens, (rows, columns) = x.shape[0], weight.shape
+    scales = _Scales(weight.scales, weight.zeros, weight.minima, weight.group_size)
+    return _product(way, x, codes, scales, _tile(weight, x.shape[0]), _columns(weight, way), processors=processors)
+
+
+def multiply_dense(x: Tensor, weight: Tensor, processors: int) -> Tensor:
+    """`dense_matmul` on a device of so many multiprocessors."""
+    check_tensors("dense_matmul", x=x, weight=weight)
+    require(x.dtype == weight.dtype, f"dense_matmul: x is {x.dtype}, the weight {weight.dtype}")
+    require(x.shape[0] <= _FEW, f"dense_matmul: at most {_FEW} tokens, got {x.shape[0]}")
+    require(weight.is_contiguous(), "dense_matmul: a weight must be contiguous")
+    scales = _Scales(weight, None, None, weight.shape[1])
+    return _product("dense", x, weight, scales, _FEW_TILE, 256 // weight.element_size(), processors=processors)
+
+
+def _product(way: str, x: Tensor, codes: Tensor, scales: _Scales, tile: Tile, block: int, *, processors: int) -> Tensor:
+    tokens, columns = x.shape
+    rows = codes.shape[0]
     y = torch.empty(tokens, rows, dtype=x.dtype, device=x.device)
     if y.numel() == 0:
         return y
-    tile, block = _tile(weight, tokens), _columns(weight, way)
     splits = _splits(rows, columns, block, tile.rows, processors) if tokens <= _FEW else 1
     target = y if splits == 1 else torch.empty(splits, tokens, rows, dtype=torch.float32, device=x.device)
     _launch_matmul(
@@ -247,17 +280,17 @@ def multiply(x: Tensor, weight: QuantizedWeight, processors: int) -> Tensor:
         target,
         x,
         codes,
-        weight.scales,
-        weight.scales if weight.zeros is None else weight.zeros,
-        weight.scales if weight.minima is None else weight.minima,
+        scales.values,
+        scales.values if scales.zeros is None else scales.zeros,
+        scales.values if scales.minima is None else scales.minima,
         tokens,
         x.stride(0),
         N=rows,
         K=columns,
-        GROUP_SIZE=weight.group_size,
+        GROUP_SIZE=scales.group_size,
         WAY=way,
-        HAS_ZEROS=weight.zeros is not None,
-        HAS_MINIMA=weight.minima is not None,
+        HAS_ZEROS=scales.zeros is not None,
+        HAS_MINIMA=scales.minima is not None,
         NATIVE=_is_native(x.device),
         SPLITS=splits,
         TOKENS=tile.tokens,

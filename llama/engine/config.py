@@ -107,8 +107,6 @@ class EngineConfig:
         if device != "cpu" and not 0 <= self.max_logprobs <= MAX_LOGPROBS:
             raise refusal("max_logprobs", f"at most {MAX_LOGPROBS} on {device}", self.max_logprobs)
         check_size(model, self.tensor_parallel_size)
-        if self.deterministic and device != "cpu":
-            raise refusal("deterministic", f"False on {device}", True)
         if self.deterministic and self.tensor_parallel_size > 2:  # the order of three summands is the library's
             raise refusal("tensor_parallel_size", "1 or 2 with deterministic", self.tensor_parallel_size)
         budget = self.max_num_batched_tokens or BATCHED_TOKENS[device]

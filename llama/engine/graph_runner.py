@@ -117,12 +117,12 @@ class GraphRunner(Runner):
         if has_adapters and self._generation != self.adapters.generation:
             self._generation = self.adapters.generation
             self._graphs.forget(lambda key: key[0] == "model" and key[2])
-        count, numbers, has_runs = plan.num_tokens, self._numbers(plan), False
+        count, numbers, runs = plan.num_tokens, self._numbers(plan), self._runs(plan)
+        if runs is not None:
+            self._fill_runs(runs)
         if plan.drafts is not None:
-            if has_runs := int(plan.query_lens.max()) <= self._run_len:
-                self._fill_runs(plan)
-            # Else each token of a run is a decode of its own, in the run's blocks: K and V are stored before any is
-            # read.
+            # Without runs each token of one is a decode of its own, in the run's blocks: K and V are stored before any
+            # is read.
             numbers["row_ids"], numbers["context_lens"] = plan.sample_rows, plan.sample_positions
             numbers["token_ids"] = plan.token_ids
         bucket = self._bucket(plan)
@@ -132,7 +132,7 @@ class GraphRunner(Runner):
         if plan.masks is None and plan.drafts is None:
             flags = self.sampler.write(plan.rows, plan.sample_positions, self._inputs.host)
         self._inputs.send()
-        self._run_model(bucket, has_adapters, has_runs)
+        self._run_model(bucket, has_adapters, has_runs=runs is not None)
         if flags is None:
             rows = self.sampler.rows(plan.sample_rows, plan.sample_positions, plan.masks)
             draws = self._draw(self._logits[:count], rows, self._inputs.device["row_ids"][:count], plan.drafts)
@@ -148,14 +148,21 @@ class GraphRunner(Runner):
             self._inputs.host[name][:count] = numbers.get(name, neutral)
             self._inputs.host[name][count:] = neutral
 
-    def _fill_runs(self, plan: Plan) -> None:
-        """The plan's sequences, all of them as runs, and empty ones behind them."""
-        host, count = self._inputs.host, len(plan.rows)
-        host["run_rows"][:count], host["run_rows"][count:] = plan.rows, self.padding_row
-        host["run_contexts"][:count], host["run_contexts"][count:] = plan.context_lens, 0
-        starts = host["run_starts"]
-        starts[0], starts[count + 1 :] = 0, plan.num_tokens
-        np.cumsum(plan.query_lens, out=starts[1 : count + 1])
+    def _runs(self, plan: Plan) -> Mapping[str, Any] | None:
+        """The plan's tokens in runs, where a step has them."""
+        if self._aligned or self._run_len == 1:
+            return self._in_runs(plan) if self._aligned > 1 else None
+        if plan.drafts is None or int(plan.query_lens.max()) > self._run_len:
+            return None
+        starts = np.concatenate([[0], np.cumsum(plan.query_lens)])
+        return {"seq_rows": plan.rows, "query_starts": starts, "context_lens": plan.context_lens}
+
+    def _fill_runs(self, runs: Mapping[str, Any]) -> None:
+        """Runs of a plan's tokens, and empty ones behind them."""
+        host, starts, count = self._inputs.host, runs["query_starts"], len(runs["seq_rows"])
+        host["run_rows"][:count], host["run_rows"][count:] = runs["seq_rows"], self.padding_row
+        host["run_contexts"][:count], host["run_contexts"][count:] = runs["context_lens"], 0
+        host["run_starts"][: count + 1], host["run_starts"][count + 1 :] = starts, starts[-1]
 
     def _run_model(self, bucket: int, has_adapters: bool, has_runs: bool = False) -> None:
         key = ("model", bucket, has_adapters, has_runs)
@@ -183,9 +190,7 @@ class GraphRunner(Runner):
             inputs = self._inputs.device
             tensors |= {"seq_rows": inputs["run_rows"][:bucket], "context_lens": inputs["run_contexts"][:bucket]}
             tensors["query_starts"] = inputs["run_starts"][: bucket + 1]
-        batch = self._batch(tensors, bucket)
-        if has_runs:
-            batch = replace(batch, num_decodes=0, run_len=self._run_len)
+        batch = self._batch(tensors, bucket, run_len=self._run_len if has_runs else 1)
         if given is not None:
             batch = replace(batch, token_ids=torch.where(given >= 0, given, batch.token_ids))
         self._logits[:bucket].copy_(self.model(batch, self.kv))

@@ -45,7 +45,7 @@ def change_logits(
     if plan.guided:
         at = torch.tensor([guided.sample for guided in plan.guided], device=logits.device)
         scales = changed.new_tensor([guided.scale for guided in plan.guided])[:, None]
-        said, other = changed[at].log_softmax(-1), logits[count:].to(changed.dtype).log_softmax(-1)
+        said, other = _log_softmax(changed[at]), _log_softmax(logits[count:].to(changed.dtype))
         changed[at] = scales * (said - other) + other
     broken = set()
     if plan.processed:
@@ -60,6 +60,14 @@ def change_logits(
         changed[at] = processed if communicator is None else communicator.spread(processed)
         rows = _without_rules(rows, at)
     return ChangedLogits(changed, rows, frozenset(broken))
+
+
+def _log_softmax(logits: Tensor) -> Tensor:
+    """Of each row, with the same bits in any place: on CUDA the order of its sum depends on where it begins among 16
+    bytes."""
+    if logits.shape[1] * logits.element_size() % 16 == 0:
+        return logits.log_softmax(-1)
+    return torch.stack([row.clone().log_softmax(-1) for row in logits])
 
 
 def _processed(one: Processed, row: Tensor) -> Tensor | None:

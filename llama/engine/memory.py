@@ -12,8 +12,9 @@ from llama.engine.budget import blocks_in, free_cpu_bytes, kv_bytes_on_cpu
 from llama.engine.config import EngineConfig
 from llama.engine.graphs import GRAPH_BYTES
 from llama.kernels import ops
-from llama.kernels.types import LOGPROBS_PROCESSED, MOST_RUN_ROWS, SamplerRows, SamplerState, wide_dtype
+from llama.kernels.types import LOGPROBS_PROCESSED, MOST_RUN_ROWS, Runs, SamplerRows, SamplerState, wide_dtype
 from llama.model.batch import Batch
+from llama.model.fixed_rows import fix_rows
 from llama.model.kv_cache import KVCache
 from llama.model.transformer import Transformer
 
@@ -72,14 +73,18 @@ def worst_step(model: Transformer, config: EngineConfig, *, is_decode: bool) -> 
     device, vocab_size = model.device, model.config.vocab_size
     kv = make_kv_cache(model, config, 1)
     kv.data.zero_()
-    seqs, tokens = (num_samples, num_samples) if is_decode else (1, config.token_budget)
-    query_len = tokens // seqs
-    most_of_run = run_len(model, config) if is_decode else 1
+    tokens = num_samples if is_decode else config.token_budget
+    query_len, most_of_run = (1, run_len(model, config)) if is_decode else (tokens, 1)
+    num_blocks = -(-query_len // block_size)
+    if isinstance(model.fixed, Runs):
+        most_of_run = run_len(model, config)
+        query_len, num_blocks = min(query_len, most_of_run), config.blocks_per_sequence
+    seqs = -(-tokens // query_len)
     batch = Batch(
         token_ids=torch.zeros(tokens, dtype=torch.int64, device=device),
         positions=torch.zeros(tokens, dtype=torch.int64, device=device),
-        block_tables=torch.zeros(seqs, -(-query_len // block_size), dtype=torch.int32, device=device),
-        query_starts=torch.arange(0, tokens + 1, query_len, dtype=torch.int32, device=device),
+        block_tables=torch.zeros(seqs, num_blocks, dtype=torch.int32, device=device),
+        query_starts=torch.arange(seqs + 1, dtype=torch.int32, device=device).mul_(query_len).clamp_(max=tokens),
         context_lens=torch.full((seqs,), query_len, dtype=torch.int32, device=device),
         slots=torch.full((tokens,), -1, dtype=torch.int64, device=device),
         num_decodes=seqs if query_len == most_of_run == 1 else 0,
@@ -99,8 +104,10 @@ def worst_step(model: Transformer, config: EngineConfig, *, is_decode: bool) -> 
 
 
 def run_len(model: Transformer, config: EngineConfig) -> int:
-    """`Ragged.run_len` of a recorded step with drafts. 1: too many rows for one tile, or no drafts; each token of a run
-    is a decode of its own then."""
+    """`Ragged.run_len` of a recorded step with drafts, and of every step where the model's rows are fixed. 1: too many
+    rows for one tile, or no drafts; each token of a run is a decode of its own then."""
+    if isinstance(model.fixed, Runs):
+        return model.fixed.most
     if config.speculation is None:
         return 1
     longest = 1 << config.speculation.num_speculative_tokens.bit_length()
@@ -152,6 +159,8 @@ def bytes_of_steps(model: Transformer, config: EngineConfig) -> int:
 def fitting_blocks(model: Transformer, config: EngineConfig, draft: Transformer | None = None) -> int:
     """Blocks that fit, each with the K and V of both models, but no more than all sequences together can fill.
     MemoryError if none does."""
+    if config.deterministic and model.fixed is None:
+        fix_rows(model)  # steps take other memory then
     if model.device.type == "cuda":
         # Measured first: kernels and libraries that it loads take memory too, and are then among what is not free.
         steps = bytes_of_steps(model, config)

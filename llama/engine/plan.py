@@ -91,6 +91,18 @@ class Plan:
         return len(self.token_ids)
 
 
+def aligned_runs(query_lens: Ints, context_lens: Ints, most: int) -> tuple[Ints, Ints, Ints]:
+    """The new tokens of each sequence in runs of at most `most`, cut at positions that are multiples of it -> the
+    sequence of each run, its length, and its context, which ends with it."""
+    starts = context_lens - query_lens
+    firsts = starts // most
+    counts = (context_lens - 1) // most - firsts + 1
+    seqs = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
+    pieces = firsts[seqs] + np.arange(len(seqs), dtype=np.int32) - np.repeat(np.cumsum(counts) - counts, counts)
+    ends = np.minimum((pieces + 1) * most, context_lens[seqs]).astype(np.int32)
+    return seqs, ends - np.maximum(pieces * most, starts[seqs]).astype(np.int32), ends
+
+
 def logprob_entry(found: Logprobs[Array], row: int, token_id: int, num_top: int) -> dict[int, Logprob]:
     """Of one row: the token itself first, then the `num_top` best; equal log-probabilities have equal ranks."""
     entries = {token_id: Logprob(float(found.logprob[row]), int(found.rank[row]))}

@@ -18,12 +18,13 @@ from llama.engine.config import EngineConfig
 from llama.engine.device import fetch, fetch_tensor, pack, to_device
 from llama.engine.logit_changes import change_logits, with_raw_logprobs
 from llama.engine.memory import num_scored_rows
-from llama.engine.plan import Array, Ints, Plan, StepResult
+from llama.engine.plan import Array, Ints, Plan, StepResult, aligned_runs
 from llama.engine.sampler import SamplerTable
 from llama.engine.verification import sample_behind_drafts
 from llama.kernels import ops
+from llama.kernels.cpu.pieces import Pieces
 from llama.kernels.logprobs import Logprobs
-from llama.kernels.types import Sampled, SamplerRows
+from llama.kernels.types import Runs, Sampled, SamplerRows
 from llama.model.adapters import StepAdapters
 from llama.model.batch import Batch
 from llama.model.communicator import Call
@@ -58,6 +59,9 @@ class Runner:
     ) -> None:
         if config.deterministic and model.fixed is None:
             fix_rows(model)
+        fixed = model.fixed
+        self._pieces = fixed if isinstance(fixed, Pieces) else None
+        self._aligned = fixed.most if isinstance(fixed, Runs) else 0  # see Runs; 0 = sequences are computed as they are
         device, count = model.device, config.max_num_seqs
         self.model = model
         self.kv = kv
@@ -67,7 +71,8 @@ class Runner:
         self.padding_row = count  # one more row than there are sequences: padding reads and writes it
         self.last_tokens = torch.zeros(count + 1, dtype=torch.int64, device=device)
         self.sampler = SamplerTable(count, self.vocab_size, eos_token_ids, device=device, dtype=model.dtype)
-        self.adapters = LoadedAdapters(model, config.max_loras)
+        # The kernels of adapters are made for a rank: with one for all, none depends on who else is loaded.
+        self.adapters = LoadedAdapters(model, config.max_loras, config.max_lora_rank if self._aligned else 0)
         # Block tables are kept where they are needed: here to find slots, on the device for attention.
         self._table = np.zeros((count + 1, config.blocks_per_sequence), np.int32)
         self._device_table = torch.from_numpy(self._table).to(device)
@@ -157,14 +162,21 @@ class Runner:
     def _compute(self, plan: Plan) -> Callable[[], StepResult]:
         numbers = self._numbers(plan)
         tensors = {"row_ids": self._row_ids(numbers.pop("row_ids"))}
+        if self._aligned:
+            numbers |= self._in_runs(plan)
         tensors |= {name: self._on_device(array, DTYPES.get(name)) for name, array in numbers.items()}
         num_blocks = -(-int(plan.context_lens.max()) // self.kv.block_size)
+        if self._aligned:
+            block_tables = self._device_table[:, :num_blocks].index_select(0, tensors["seq_rows"])
+        else:
+            block_tables = self._tables_of(plan.rows, num_blocks, tensors["row_ids"])
         samples_all = len(plan.sample_sources) == plan.num_tokens and plan.only_decodes
         taps = self._taps(plan) if plan.taps else None
         batch = self._batch(
             tensors,
             plan.num_decodes,
-            block_tables=self._tables_of(plan.rows, num_blocks, tensors["row_ids"]),
+            run_len=self._aligned or 1,
+            block_tables=block_tables,
             logit_rows=None if samples_all else self._on_device(_sources(plan)),
             taps=taps,
         )
@@ -204,35 +216,47 @@ class Runner:
             numbers["adapter_indices"] = np.repeat(plan.adapter_indices, plan.query_lens)
         return numbers
 
+    def _in_runs(self, plan: Plan) -> dict[str, NDArray[Any]]:
+        """A plan's sequences as `Runs` wants them: the row of each run, where its tokens begin, its context."""
+        seqs, lens, contexts = aligned_runs(plan.query_lens, plan.context_lens, self._aligned)
+        starts = np.zeros(len(seqs) + 1, np.int32)
+        np.cumsum(lens, out=starts[1:])
+        return {"seq_rows": plan.rows[seqs], "query_starts": starts, "context_lens": contexts}
+
     def _batch(
         self,
         tensors: Mapping[str, Tensor],
         num_decodes: int,
         *,
+        run_len: int = 1,
         block_tables: Tensor | None = None,
         logit_rows: Tensor | None = None,
         taps: StepTaps | None = None,
     ) -> Batch:
-        """Of the numbers on the device. `block_tables` None = of as many blocks as there may be."""
+        """Of the numbers on the device; those with seq_rows are of runs, the row of each, all others of sequences.
+        `block_tables` None = of as many blocks as there may be."""
         row_ids = tensors["row_ids"]
         token_ids = self.last_tokens.index_select(0, row_ids[:num_decodes])
         if "token_ids" in tensors:
             token_ids = torch.cat([token_ids, tensors["token_ids"]])
         if block_tables is None:
             block_tables = self._device_table.index_select(0, tensors.get("seq_rows", row_ids))
-        indices = tensors.get("adapter_indices")
+        indices, starts = tensors.get("adapter_indices"), tensors.get("query_starts")
+        if "seq_rows" in tensors:
+            num_decodes = 0 if run_len > 1 else len(tensors["seq_rows"])
         return Batch(
             token_ids=token_ids,
             positions=tensors["positions"],
             block_tables=block_tables,
-            query_starts=tensors.get("query_starts", self._decode_starts[: num_decodes + 1]),
+            query_starts=self._decode_starts[: num_decodes + 1] if starts is None else starts,
             context_lens=tensors["context_lens"],
             slots=tensors["kv_slots"],
             num_decodes=num_decodes,
             block_size=self.kv.block_size,
-            fixed=self.model.fixed,
+            run_len=run_len,
+            fixed=self._pieces,
             logit_rows=logit_rows,
-            adapters=None if indices is None else StepAdapters.of(self.adapters.stacks, indices, self.model.fixed),
+            adapters=None if indices is None else StepAdapters.of(self.adapters.stacks, indices, self._pieces),
             taps=taps,
         )
 

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llama.kernels.cpu.pieces import Pieces
+from llama.kernels.exact_pieces import ExactPieces
 from llama.model.adapters import StepAdapters
 from llama.model.module import Module
 from llama.model.weights.form import WeightForm
@@ -25,7 +26,8 @@ class Linear(Module):
     bias: nn.Parameter | None
     form: WeightForm | None
     finish: Callable[[Tensor], Tensor] | None  # what other ranks add to the output
-    pieces: Pieces | None  # of the rows of x, where each is to have the same bits in any crowd
+    pieces: Pieces | ExactPieces | None  # of the rows of x, where each is to have the same bits in any crowd
+    multiply: Callable[[Tensor, Tensor], Tensor]  # x and a dense W
 
     def __init__(
         self,
@@ -46,7 +48,7 @@ class Linear(Module):
             self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype), requires_grad=False)
         self.form = None
         self.finish = None
-        self.pieces = None
+        self.pieces, self.multiply = None, F.linear
 
     def forward(self, x: Tensor, adapters: StepAdapters | None = None) -> Tensor:
         """x [tokens, in_features] -> [tokens, out_features]; `adapters` says which tokens use an adapter."""
@@ -61,7 +63,7 @@ class Linear(Module):
         return y if self.finish is None else self.finish(y)
 
     def _product(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight) if self.form is None else self.form(x)
+        return self.multiply(x, self.weight) if self.form is None else self.form(x)
 
     def prepare(self, layout: str = "balanced") -> None:
         """Take the form that is fastest on this machine, if there is a faster one; `layout` is for a quantised W."""
@@ -85,6 +87,10 @@ class Linear(Module):
         self.take(quantise(self.dense_weight(), scheme))
 
     @property
+    def device(self) -> torch.device:
+        return self.weight.device if self.coded is None else self.coded.device
+
+    @property
     def coded(self) -> CodedForm | None:
         """The form of a quantised W, None where W is none."""
         return self.form if isinstance(self.form, Quantised | Joined) else None
@@ -105,7 +111,7 @@ class Linear(Module):
             self.take(coded.to(like.device, like.dtype))
         else:
             self.widen()  # a packed weight neither moves nor casts
-        self.pieces = None
+        self.pieces, self.multiply = None, F.linear
         return super()._apply(fn, recurse)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:

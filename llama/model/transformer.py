@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from llama.api.errors import ParameterError
 from llama.kernels import ops
 from llama.kernels.cpu.pieces import Pieces
-from llama.kernels.types import CosSin, KVLayer
+from llama.kernels.types import CosSin, KVLayer, Runs
 from llama.model.adapters import StepAdapters
 from llama.model.batch import Batch
 from llama.model.checkpoint import Checkpoint, save_pretrained
@@ -198,7 +198,7 @@ class Transformer(Research):
         self.requires_grad_(False)
         self.kv_scales: Tensor | None = None  # [layers, 2, kv_heads], where the checkpoint has some for a cache in fp8
         self.packing: Packing = "auto"
-        self.fixed: Pieces | None = None  # of batches, where `fixed_rows.fix_rows` has been called
+        self.fixed: Pieces | Runs | None = None  # of batches, where `fixed_rows.fix_rows` has been called
         self.register_buffer("frequencies", frequencies(config, device), persistent=False)
         self.attention_factor = attention_factor(config)
         if seed is not None and self.device.type != "meta":

@@ -166,11 +166,13 @@ def test_a_context_of_131072_tokens():
     assert all(-100 < entry[token].logprob <= 0 for token, entry in zip(tokens, logprobs, strict=True))
 
 
-def test_steps_stay_within_the_memory_that_was_measured_for_them():
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_steps_stay_within_the_memory_that_was_measured_for_them(deterministic):
     model = small(vocab_size=128_256)
     free, total = torch.cuda.mem_get_info()
     utilization = (total - free + (6 << 30)) / total
     options = {"max_model_len": 131_072, "max_num_batched_tokens": 8192, "max_num_seqs": 64, "block_size": 16}
+    options["deterministic"] = deterministic
     made = engine(model, Case(lag=1), num_blocks=None, gpu_memory_utilization=utilization, **options)
     assert made.pool.num_blocks > 1000
     greedy = [(p * 200, s) for p, s in crowd(64, max_tokens=6)]

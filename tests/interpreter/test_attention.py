@@ -1,14 +1,16 @@
 """The attention kernels in the interpreter, against softmax written out in float64. Tiles are those of the GPU."""
 
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
 
+from llama.engine.plan import aligned_runs
 from llama.kernels import ops
 from llama.kernels.gpu.attention import config, decode, paged_attention, split
-from llama.kernels.types import KVLayer
+from llama.kernels.types import KVLayer, Runs
 from tests.paged_attention import answer, as_runs, each_alone, make_problem
 
 # float16 probabilities and outputs are rounded to 11 bits.
@@ -95,14 +97,6 @@ def test_decode_does_not_depend_on_who_does_the_work(dtype, monkeypatch):
     assert torch.equal(decode_with(problem.only(3, 1), 4), alone[[3, 1]])
 
 
-@pytest.fixture
-def row_by_row(monkeypatch):
-    """The interpreter's products are NumPy's, in which a row's bits depend on its place."""
-    matmul = np.matmul
-    rows = lambda a, b, **options: np.concatenate([matmul(row[None].copy(), b, **options) for row in a])  # noqa: E731
-    monkeypatch.setattr(np, "matmul", rows)
-
-
 @pytest.mark.usefixtures("row_by_row")
 @pytest.mark.parametrize(
     ("dtype", "heads"), [(torch.float32, (4, 2)), (torch.float32, (3, 1)), (torch.float16, (8, 1))], ids=str
@@ -123,6 +117,38 @@ def test_runs_with_more_chunks_than_the_cap(monkeypatch):
     monkeypatch.setattr(split, "max_chunks", lambda kv_heads: 4)
     monkeypatch.setattr(split, "_UNROLL", decode.tl.constexpr(2))
     check(as_runs(make_problem([8, 3, 2], [130, 64, 161], heads=(2, 1), head_dim=16), 8))
+
+
+def in_aligned_runs(problem, start, stop):
+    """Those queries of the only sequence whose positions are start .. stop - 1; the keys up to there are stored."""
+    heads, kv_heads = problem.q.shape[1], problem.kv_layer.k.shape[2]
+    most = Runs.of(heads // kv_heads).most
+    _, lens, contexts = aligned_runs(np.array([stop - start]), np.array([stop]), most)
+    ragged = replace(
+        problem.ragged,
+        block_tables=problem.ragged.block_tables.repeat(len(lens), 1),
+        query_starts=torch.tensor([0, *lens.cumsum()], dtype=torch.int32),
+        context_lens=torch.from_numpy(contexts),
+        run_len=most,
+    )
+    past = int(problem.context_lens[0]) - len(problem.q)
+    return paged_attention(problem.q[start - past : stop - past], problem.kv_layer, ragged, problem.scale)
+
+
+@pytest.mark.usefixtures("row_by_row")
+@pytest.mark.parametrize(("dtype", "heads"), [(torch.float32, (2, 1)), (torch.float16, (6, 2))], ids=str)
+def test_queries_in_aligned_runs_have_the_same_bits_however_they_are_cut(dtype, heads, monkeypatch):
+    """Where chunks are as many as may be, too, so that their width grows with the context."""
+    monkeypatch.setattr(split, "MIN_CHUNK", 32)
+    monkeypatch.setattr(split, "max_chunks", lambda kv_heads: 2)
+    monkeypatch.setattr(split, "_UNROLL", decode.tl.constexpr(2))
+    edge = 2 * config.decode_options(16, dtype.itemsize, 32)[1]["BLOCK_KEYS"]  # from here on a chunk has two tiles
+    first, last = edge - 5, edge + 5
+    whole = make_problem([last - first], [last], heads=heads, head_dim=16, dtype=dtype)
+    expected = in_aligned_runs(whole, first, last)
+    assert (expected.double() - answer(whole)).abs().max() <= TOLERANCES[dtype]
+    parts = [in_aligned_runs(whole, start, stop) for start, stop in pairwise([first, edge - 1, edge, edge + 2, last])]
+    assert torch.equal(torch.cat(parts), expected)
 
 
 @pytest.mark.usefixtures("row_by_row")

@@ -137,6 +137,25 @@ def test_splits_of_k_and_independent_rows(way, monkeypatch):
         assert torch.equal(ops.quantized_matmul(x[:tokens], weight), expected[:tokens])
 
 
+@pytest.mark.usefixtures("row_by_row")
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize(("rows", "columns"), [(70, 300), (64, 1024)])
+def test_dense_rows_have_the_same_bits_in_any_number(rows, columns, dtype, monkeypatch):
+    monkeypatch.setattr(matmul, "multiprocessor_count", lambda device: 4)  # K of the second is split
+    generator = torch.Generator().manual_seed(0)
+    x, weight = (torch.randn(count, columns, generator=generator).to(dtype) for count in (40, rows))
+    y = matmul.dense_matmul(x, weight)
+    bound = TOLERANCE[dtype] * (x.double().abs() @ weight.double().abs().T)
+    assert bool(((y.double() - x.double() @ weight.double().T).abs() <= bound).all())
+    for start, stop in ((0, 1), (3, 20), (39, 40)):
+        assert torch.equal(matmul.dense_matmul(x[start:stop], weight), y[start:stop])
+
+
+def test_a_dense_product_of_many_tokens_is_refused():
+    with pytest.raises(ValueError, match="dense_matmul: at most 64 tokens, got 65"):
+        matmul.dense_matmul(torch.empty(65, 8), torch.empty(4, 8))
+
+
 def test_no_tokens_and_strided_rows():
     weight = made("int8", 8, 64, 64)
     assert ops.quantized_matmul(torch.empty(0, 64), weight).shape == (0, 8)

@@ -10,7 +10,7 @@ import torch
 from llama import LLM, AsyncLLM, LoRARequest, SamplingParams
 from llama.cli import main as command
 from llama.convert.merge import merge
-from llama.model.lora import read_adapter
+from llama.model.lora import LoadedAdapters, read_adapter
 from llama.model.transformer import Transformer
 from tests.lora.adapters import VOCAB, make_adapter
 
@@ -216,6 +216,14 @@ def test_a_batch_without_adapters_runs_the_ops_of_an_engine_without_any(model, p
     llm.generate([[1, 2]], SamplingParams(max_tokens=2), lora="r1")
     monkeypatch.setattr("llama.kernels.ops.lora_shrink", lambda *arguments: pytest.fail("an adapter op ran"))
     llm.generate([[1, 2]], SamplingParams(max_tokens=2))
+
+
+def test_stacks_can_be_for_the_largest_rank_from_the_start(model, paths):
+    held = LoadedAdapters(model, 2, least_rank=64)
+    for index, name in enumerate(("r3", "r8"), 1):
+        held.put(index, read_adapter(paths[name], model, max_rank=64))
+    assert {stack.rank for stack in held.stacks.values()} == {64}
+    assert held.generation == len(held.stacks)  # none was made anew
 
 
 def test_with_deterministic_each_has_the_bits_that_it_has_alone(base_path, paths):

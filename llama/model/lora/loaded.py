@@ -19,10 +19,12 @@ Places = dict[str, tuple[nn.Module, int, tuple[int, ...]]]
 class LoadedAdapters:
     """`generation` counts how often a tensor of `stacks` was made anew: what holds addresses must look."""
 
-    def __init__(self, model: Transformer, max_loras: int) -> None:
+    def __init__(self, model: Transformer, max_loras: int, least_rank: int = 0) -> None:
+        """Stacks are for ranks of at least `least_rank`."""
         self.stacks: dict[nn.Module, LoraStack] = {}
         self.max_loras = max_loras
         self.generation = 0
+        self._least_rank = least_rank
         self._model = model
         self._held: dict[int, AdapterWeights] = {}
 
@@ -44,7 +46,8 @@ class LoadedAdapters:
                 self.stacks[module] = LoraStack(starts, is_embedding=module is self._model.embed_tokens)
             stack = self.stacks[module]
             rank, in_features = pair.a.shape
-            self.generation += stack.reserve(self.max_loras, in_features, rank, self._model.norm.weight)
+            room = max(rank, self._least_rank)
+            self.generation += stack.reserve(self.max_loras, in_features, room, self._model.norm.weight)
             stack.put(index, slice_index, pair.a, pair.b)
         self._held[index] = adapter
 

@@ -22,11 +22,14 @@ CONFIGURATIONS = (
     (256, 16, 1, 16, torch.float32),
 )
 
-# Runs behind drafts: Llama 3.1's of 1B, 8B and 70B.
+# Runs behind drafts, and those of the deterministic mode: Llama 3.1's of 1B, 8B and 70B.
 RUNS = (
-    (64, 32, 8, 16, torch.bfloat16),
-    (128, 32, 8, 16, torch.bfloat16),
-    (128, 64, 8, 16, torch.bfloat16),
+    (64, 32, 8, 16, torch.bfloat16, 8),
+    (64, 32, 8, 16, torch.bfloat16, 16),
+    (128, 32, 8, 16, torch.bfloat16, 8),
+    (128, 32, 8, 16, torch.bfloat16, 16),
+    (128, 32, 8, 16, torch.float32, 16),
+    (128, 64, 8, 16, torch.bfloat16, 8),
 )
 
 
@@ -72,13 +75,13 @@ def cases() -> Iterator[Case]:
             wide_loads=("_prefill_kernel",),
             warp_group=("_prefill_kernel",) if sixteen_bits else (),
         )
-    for configuration in RUNS:
+    for *configuration, run_len in RUNS:
         head_dim, heads, kv_heads, block_size, dtype = configuration
         yield Case(
-            f"decode D={head_dim} heads={heads}/{kv_heads} block={block_size} {str(dtype)[6:]} runs of 8",
-            lambda configuration=configuration: _call(configuration, 64, 64, 0, run_len=8),
+            f"decode D={head_dim} heads={heads}/{kv_heads} block={block_size} {str(dtype)[6:]} runs of {run_len}",
+            lambda arguments=(configuration, run_len): _call(arguments[0], 64, 64, 0, run_len=arguments[1]),
             wide_loads=("_decode_kernel",),
-            tensor_cores=("_decode_kernel",),
+            tensor_cores=("_decode_kernel",) if dtype.itemsize == 2 else (),
         )
     for configuration in CONFIGURATIONS[:2]:  # Llama 3.1's
         head_dim, heads, kv_heads, block_size, dtype = configuration

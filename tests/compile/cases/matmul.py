@@ -1,11 +1,11 @@
-"""quantized_matmul at the shapes of Llama 3.1 8B, for few tokens and for many."""
+"""Products at the shapes of Llama 3.1 8B: with codes, for few tokens and for many; with dense weights, for few."""
 
 from collections.abc import Iterator
 
 import torch
 import triton
 
-from llama.kernels.gpu.matmul import multiply
+from llama.kernels.gpu.matmul import multiply, multiply_dense
 from llama.kernels.types import QuantizedWeight
 from tests.compile.harness import Case
 
@@ -45,4 +45,12 @@ def cases() -> Iterator[Case]:
             wide_loads=("_matmul_kernel",),
             tensor_cores=("_matmul_kernel",),
             per_weight=("_matmul_kernel", *most[way]) if is_bound else None,
+        )
+    for dtype, (rows, columns) in ((torch.bfloat16, square), (torch.bfloat16, gate_up), (torch.float32, down)):
+        x, weight = (torch.empty(size, columns, dtype=dtype, device="meta") for size in (64, rows))
+        yield Case(
+            f"matmul {str(dtype)[6:]} {rows}x{columns} 64",
+            lambda x=x, weight=weight: multiply_dense(x, weight, processors=132),
+            wide_loads=("_matmul_kernel",),
+            tensor_cores=("_matmul_kernel",) if dtype.itemsize == 2 else (),
         )
