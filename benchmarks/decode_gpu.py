@@ -42,28 +42,41 @@ def prefill_flops(config: ModelConfig, length: int) -> int:
 
 
 class DeviceClock:
-    """Seconds that the device spends on each step that is launched; on the CPU there is no telling them apart."""
+    """Seconds that the device spends on each step that is launched; on the CPU there is no telling them apart.
+
+    A recorded step begins with the copy of its inputs: until then the host works, and a device whose queue has run dry
+    waits for it.
+    """
 
     def __init__(self, engine: Engine) -> None:
         self.runner, self.marks = engine.runner, []
         self.is_cuda = engine.runner.model.device.type == "cuda"
         self.launch = self.runner.launch
+        self.inputs = getattr(self.runner, "_inputs", None)
 
     def __enter__(self) -> "DeviceClock":
         if self.is_cuda:
             self.runner.launch = self._launch
+            if self.inputs is not None:
+                self.inputs.send = self._send
         return self
 
     def __exit__(self, *error: object) -> None:
         self.runner.launch = self.launch
+        if self.inputs is not None:
+            vars(self.inputs).pop("send", None)
 
     def _launch(self, plan):
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        self.marks.append((start, end))
         start.record()
         result_of = self.launch(plan)
         end.record()
-        self.marks.append((start, end))
         return result_of
+
+    def _send(self) -> None:
+        self.marks[-1][0].record()  # again: the last time counts
+        type(self.inputs).send(self.inputs)
 
     def seconds(self) -> list[float]:
         if self.is_cuda:

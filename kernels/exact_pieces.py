@@ -23,7 +23,8 @@ class ExactPieces(NamedTuple):
 
     def apply(self, product: Product, x: Tensor) -> Tensor:
         """product(x), piece by piece."""
-        parts, start, rows = [], 0, x.shape[0]
+        parts: list[Tensor] = []
+        start, rows = 0, x.shape[0]
         while start < rows or not parts:
             size = self._size(rows - start)
             part = x[start : start + size]

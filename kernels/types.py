@@ -18,7 +18,7 @@ from llama.kernels.cpu.pieces import Pieces
 from llama.kernels.logprobs import Logprobs
 
 MOST_RUN_ROWS = 64  # of Ragged.run_len, times query heads per KV head
-_MOST_ALIGNED = 16  # divides every tile of keys
+_MOST_ALIGNED, _MOST_ALIGNED_ROWS = 16, 32  # 16 divides every tile of keys; with more rows some GPUs' registers spill
 
 LOGPROBS_OFF, LOGPROBS_RAW, LOGPROBS_PROCESSED = 0, 1, 2
 
@@ -45,7 +45,7 @@ class Runs(NamedTuple):
     @classmethod
     def of(cls, group: int) -> "Runs":
         """For so many query heads per KV head."""
-        return cls(1 << max(1, min(_MOST_ALIGNED, MOST_RUN_ROWS // group)).bit_length() - 1)
+        return cls(1 << max(1, min(_MOST_ALIGNED, _MOST_ALIGNED_ROWS // group)).bit_length() - 1)
 
 
 @dataclass(frozen=True)

@@ -346,7 +346,8 @@ def test_importing_kernels_leaves_triton_alone():
 def test_every_op_exists_on_cpu_and_gpu_in_the_same_file_under_the_same_signature():
     from llama.kernels import ops
 
-    names = [name for name, value in vars(ops).items() if inspect.isfunction(value) and not name.startswith("_")]
+    functions = [name for name, value in vars(ops).items() if inspect.isfunction(value) and not name.startswith("_")]
+    names = [name for name in functions if name != "on_triton"]  # which says where an op goes, and is none
     assert "rms_norm" in names
     places = {}
     for backend in ("cpu", "gpu"):

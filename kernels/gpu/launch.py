@@ -22,7 +22,8 @@ def next_power_of_2(n: int) -> int:
 
 
 class Launcher:
-    """A kernel whose positional parameters are tensors and numbers; constants and options come by name.
+    """A kernel whose positional parameters are tensors, numbers, and tuples of them that begin with a tensor; constants
+    and options come by name.
 
     Compiled forms are kept by the device, the tensors' dtypes, the constants, and the numbers but those that the kernel
     is not specialised for. They are used for tensors on a CUDA device whose addresses are multiples of 16, where
@@ -38,7 +39,8 @@ class Launcher:
         self._is_aligned = [name not in getattr(kernel, "do_not_specialize_on_alignment", ()) for name in names]
 
     def __call__(self, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
-        key = self._key(arguments, constants) if arguments[0].is_cuda else None
+        first = arguments[0][0] if isinstance(arguments[0], tuple) else arguments[0]
+        key = self._key(first.get_device(), arguments, constants) if first.is_cuda else None
         known = None if key is None else self._compiled.get(key)
         if known is not None:
             compiled, others = known
@@ -49,15 +51,16 @@ class Launcher:
             others = tuple(constants[name] for name in self._kernel.arg_names[len(arguments) :])
             self._compiled[key] = launched, others
 
-    def _key(self, arguments: tuple[Any, ...], constants: dict[str, Any]) -> tuple[Any, ...] | None:
+    def _key(self, device: int, arguments: tuple[Any, ...], constants: dict[str, Any]) -> tuple[Any, ...] | None:
         """None where a tensor is not aligned."""
-        parts: list[Any] = [arguments[0].get_device()]
+        parts: list[Any] = [device]
         addresses = 0
         for argument, varies, is_aligned in zip(arguments, self._varies, self._is_aligned, strict=False):
-            if isinstance(argument, Tensor):
-                parts.append(argument.dtype)
-                if is_aligned:
-                    addresses |= argument.data_ptr()
-            else:
-                parts.append(argument >> 31 if varies else argument)  # how many bits it takes is a part of the form
+            for value in argument if isinstance(argument, tuple) else (argument,):
+                if isinstance(value, Tensor):
+                    parts.append(value.dtype)
+                    if is_aligned:
+                        addresses |= value.data_ptr()
+                else:
+                    parts.append(value >> 31 if varies else value)  # how many bits it takes is a part of the form
         return None if addresses & 15 else (*parts, *constants.values())

@@ -193,7 +193,7 @@ class GraphRunner(Runner):
         batch = self._batch(tensors, bucket, run_len=self._run_len if has_runs else 1)
         if given is not None:
             batch = replace(batch, token_ids=torch.where(given >= 0, given, batch.token_ids))
-        self._logits[:bucket].copy_(self.model(batch, self.kv))
+        self.model.lm_head.into(self._logits[:bucket], self.model.hidden(batch, self.kv), batch.adapters)
 
     def _sampler_step(self, bucket: int, flags: Mapping[str, Any]) -> tuple[Tensor | None, Sampled]:
         tensors: dict[str, Any] = {name: self._inputs.device[name][:bucket] for name in self.sampler.fields}

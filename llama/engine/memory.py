@@ -20,8 +20,9 @@ from llama.model.transformer import Transformer
 
 logger = logging.getLogger(__name__)
 
-# Logits of a prompt are scored in pieces: a full [tokens, vocab] tensor of a long prompt would take gigabytes.
-SCORED_LOGITS_BYTES = 32 << 20
+# Logits of a prompt are scored in pieces: a full [tokens, vocab] tensor of a long prompt would take gigabytes. Each
+# piece reads the head's weight once, which is what it costs on a GPU.
+SCORED_LOGITS_BYTES = {"cpu": 32 << 20, "cuda": 256 << 20}
 
 
 def free_cuda_bytes(device: torch.device, utilization: float) -> int:
@@ -30,9 +31,9 @@ def free_cuda_bytes(device: torch.device, utilization: float) -> int:
     return int(total * utilization) - (total - free)
 
 
-def num_scored_rows(vocab_size: int) -> int:
+def num_scored_rows(vocab_size: int, device: torch.device) -> int:
     """Tokens of a prompt that are scored in one piece."""
-    return max(1, SCORED_LOGITS_BYTES // (8 * vocab_size))
+    return max(1, SCORED_LOGITS_BYTES.get(device.type, SCORED_LOGITS_BYTES["cpu"]) // (8 * vocab_size))
 
 
 def _rows_with_everything(count: int, vocab_size: int, device: torch.device, dtype: torch.dtype) -> SamplerRows:
@@ -99,7 +100,7 @@ def worst_step(model: Transformer, config: EngineConfig, *, is_decode: bool) -> 
         apart = state.copy_of(torch.zeros(num_samples, dtype=torch.int64, device=device))
     ops.sample(logits, _rows_with_everything(num_samples, vocab_size, device, model.dtype), apart)
     if not is_decode:
-        scored = torch.zeros(num_scored_rows(vocab_size), dtype=torch.int64, device=device)
+        scored = torch.zeros(num_scored_rows(vocab_size, device), dtype=torch.int64, device=device)
         ops.token_logprobs(model.head(hidden, batch, scored), scored, min(MAX_LOGPROBS, vocab_size))
 
 

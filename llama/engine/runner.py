@@ -82,7 +82,7 @@ class Runner:
         self._tables: tuple[Ints, int, Tensor] | None = None
         self._weights = model.config.num_parameters
         self._names = names_of(model)
-        self._scored_rows = num_scored_rows(self.vocab_size)
+        self._scored_rows = num_scored_rows(self.vocab_size, device)
 
     @torch.inference_mode()
     def launch(self, plan: Plan) -> Callable[[], StepResult]:

@@ -48,7 +48,7 @@ def fix_rows(model: Transformer) -> None:
     if model.device.type == "cuda":
         _forbid_split_k()
     shape = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-    fixed = _runs(model, *shape) if on_triton else find_pieces(*shape, model.dtype)
+    fixed: Pieces | Runs | None = _runs(model, *shape) if on_triton else find_pieces(*shape, model.dtype)
     ways: dict[object, _Way] = {}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.quantize_per_tensor", UserWarning)  # int8 is packed with its help

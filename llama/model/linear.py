@@ -62,6 +62,14 @@ class Linear(Module):
             y = adapters.add(self, x, y)
         return y if self.finish is None else self.finish(y)
 
+    def into(self, out: Tensor, x: Tensor, adapters: StepAdapters | None = None) -> None:
+        """`forward`, its result in `out`: at once where W is a plain tensor and nothing comes behind the product."""
+        is_plain = self.form is None and self.pieces is None and self.bias is None and self.finish is None
+        if is_plain and adapters is None:
+            torch.mm(x, self.weight.t(), out=out)
+        else:
+            out.copy_(self(x, adapters))
+
     def _product(self, x: Tensor) -> Tensor:
         return self.multiply(x, self.weight) if self.form is None else self.form(x)
 
@@ -88,7 +96,9 @@ class Linear(Module):
 
     @property
     def device(self) -> torch.device:
-        return self.weight.device if self.coded is None else self.coded.device
+        if self.form is None:
+            return self.weight.device
+        return torch.device("cpu") if self.coded is None else self.coded.device  # packed weights are a CPU's
 
     @property
     def coded(self) -> CodedForm | None:

@@ -19,7 +19,7 @@ from llama.engine.device import Mirror, fetch, pack, to_device
 from llama.engine.engine import Engine
 from llama.engine.graph_runner import GraphRunner
 from llama.engine.graphs import Graphs, bucket_of
-from llama.engine.memory import make_kv_cache, worst_step
+from llama.engine.memory import make_kv_cache, num_scored_rows, worst_step
 from llama.engine.runner import Runner
 from llama.llm.loras import read_lora
 from tests import drafters, test_equivalence
@@ -362,3 +362,8 @@ def test_the_worst_step_runs(is_decode, num_samples):
         max_num_batched_tokens=33, max_num_seqs=num_samples, block_size=4, speculative_config=speculative
     )
     worst_step(tiny_model(), config, is_decode=is_decode)
+
+
+def test_a_gpu_scores_more_of_a_prompt_at_once():
+    assert [num_scored_rows(128_256, torch.device(name)) for name in ("cpu", "cuda", "meta")] == [32, 261, 32]
+    assert num_scored_rows(1 << 30, torch.device("cuda")) == 1

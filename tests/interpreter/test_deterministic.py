@@ -14,9 +14,8 @@ import torch.nn.functional as F
 from triton.runtime import interpreter
 
 from llama import SamplingParams
-from llama.engine import graph_runner
+from llama.engine import graph_runner, memory
 from llama.engine.config import EngineConfig
-from llama.engine.memory import worst_step
 from llama.kernels.cpu.pieces import Pieces
 from llama.kernels.exact_pieces import ExactPieces
 from llama.kernels.gpu.matmul import dense_matmul
@@ -125,10 +124,13 @@ def test_dense_products_are_the_librarys_where_its_rows_agree_and_else_our_kerne
 
 
 @pytest.mark.parametrize("is_decode", [False, True])
-def test_the_worst_step_runs(is_decode):
+def test_the_worst_step_runs(is_decode, monkeypatch):
+    monkeypatch.setattr(memory, "num_scored_rows", lambda *_: 2)
     made = tiny_model(dtype=torch.float32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1)
     made.fixed = Runs.of(2)
-    worst_step(made, EngineConfig(max_model_len=64, max_num_batched_tokens=33, max_num_seqs=2), is_decode=is_decode)
+    memory.worst_step(
+        made, EngineConfig(max_model_len=64, max_num_batched_tokens=33, max_num_seqs=2), is_decode=is_decode
+    )
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ from llama import LLM, AsyncLLM, LoRARequest, SamplingParams
 from llama.cli import main as command
 from llama.convert.merge import merge
 from llama.model.lora import LoadedAdapters, read_adapter
+from llama.model.lora.loaded import apart, joined
 from llama.model.transformer import Transformer
 from tests.lora.adapters import VOCAB, make_adapter
 
@@ -224,6 +225,14 @@ def test_stacks_can_be_for_the_largest_rank_from_the_start(model, paths):
         held.put(index, read_adapter(paths[name], model, max_rank=64))
     assert {stack.rank for stack in held.stacks.values()} == {64}
     assert held.generation == len(held.stacks)  # none was made anew
+
+
+def test_an_adapters_tensors_are_what_they_were_after_a_journey_in_one(model, paths):
+    pairs = read_adapter(paths["r3"], model, max_rank=64).pairs
+    flat = joined(pairs, torch.float32)
+    for name, pair in apart(flat, pairs).items():
+        assert all(torch.equal(ours, theirs.float()) for ours, theirs in zip(pair, pairs[name], strict=True))
+        assert all((x.data_ptr() - flat.data_ptr()) % 64 == 0 for x in pair)
 
 
 def test_with_deterministic_each_has_the_bits_that_it_has_alone(base_path, paths):

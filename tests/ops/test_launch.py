@@ -106,6 +106,29 @@ def test_what_is_not_aligned_or_on_no_device_always_goes_through_triton(known):
         assert [launched(*known, *tensors)[0] for _ in range(2)] == ["by Triton", "by Triton"]
 
 
+class KernelOfTuples(Kernel):
+    arg_names = ("rules", "x", "count", "SIZE")
+    do_not_specialize_on_alignment = ()
+
+
+def test_members_of_a_tuple_count_like_arguments():
+    kernel = KernelOfTuples()
+    launcher = Launcher(kernel)
+
+    def how(rules, count=3):
+        launcher((4,), rules, on_cuda(), count, SIZE=7, num_warps=4)
+        return kernel.told[-1]
+
+    rules = (on_cuda(), 32, on_cuda(torch.float32))
+    assert how(rules)[0] == "by Triton"
+    told = how(rules, count=9)
+    assert told[:2] == ("direct", (4, 1, 1)) and told[2][0] is rules and told[2][2:] == (9, 7)
+    for other in ((on_cuda(), 1, on_cuda(torch.float32)), (on_cuda(), 32, on_cuda(torch.int32))):
+        assert [how(other)[0] for _ in range(2)] == ["by Triton", "direct"]
+    for other in ((on_cuda(), 32, on_cuda(torch.float32, offset=4)), (torch.zeros(8), 32, on_cuda(torch.float32))):
+        assert [how(other)[0] for _ in range(2)] == ["by Triton", "by Triton"]
+
+
 def test_sizes():
     assert [cdiv(n, 4) for n in (0, 1, 4, 5, 8)] == [0, 1, 1, 2, 2]
     assert [next_power_of_2(n) for n in (1, 2, 3, 4, 5, 1000, 1024, 1025)] == [1, 2, 4, 4, 8, 1024, 1024, 2048]

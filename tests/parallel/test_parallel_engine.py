@@ -37,7 +37,7 @@ MANY = pytest.param(4, marks=pytest.mark.slow)
 @pytest.fixture
 def on_ranks(folder, monkeypatch):
     """test_equivalence's cases run on engines across so many ranks."""
-    monkeypatch.setattr(engine_runner, "num_scored_rows", lambda vocab_size: 7)  # prompts are scored in several pieces
+    monkeypatch.setattr(engine_runner, "num_scored_rows", lambda *_: 7)  # prompts are scored in several pieces
 
     def run(case, size, asks=ASKS):
         config = case.config(tensor_parallel_size=size)

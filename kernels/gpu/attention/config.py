@@ -43,8 +43,6 @@ def decode_options(head_dim: int, element_size: int, group: int) -> tuple[int, d
     rows = max(16, 1 << (group - 1).bit_length())
     if rows > 16:  # twice the registers
         warps, programs = 2 * warps, max(1, programs // 2)
-    if rows > 32:  # or a few addresses are spilled
-        stages -= 1
     # The cap per thread leaves room for `programs`: without it ptxas spills to reach one more.
     registers = min(255, 65536 // (32 * warps * programs) // 8 * 8)
     options = {"ROWS": rows, "BLOCK_KEYS": keys, "num_warps": warps, "num_stages": stages, "maxnreg": registers}

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from llama.kernels.checks import check_tensors, require
+from llama.kernels.gpu.launch import Launcher
 from llama.kernels.gpu.sampling.draw import choose_kernel, finish_kernel, scan_kernel
 from llama.kernels.gpu.sampling.few_groups import few_groups_kernel
 from llama.kernels.gpu.sampling.filters import count_kernel
@@ -31,6 +32,13 @@ _FLOATS = (
     "presence_penalty",
     "bias_values",
 )
+
+
+_launch_scan = Launcher(scan_kernel)
+_launch_few_groups = Launcher(few_groups_kernel)
+_launch_count = Launcher(count_kernel)
+_launch_choose = Launcher(choose_kernel)
+_launch_finish = Launcher(finish_kernel)
 
 
 def _check(logits: Tensor, rows: SamplerRows, state: SamplerState | None) -> None:
@@ -62,20 +70,20 @@ def sample(logits: Tensor, rows: SamplerRows, state: SamplerState | None = None)
 
     if num_rows > 0:
         per_split, per_row = (num_rows, splits), (num_rows,)
-        sizes = {"splits": splits, "VOCAB": vocab, "enable_fp_fusion": False}
+        sizes = {"VOCAB": vocab, "enable_fp_fusion": False}
         most, bits = {"MAX_SPLITS": max_splits(vocab)}, {"ID_BITS": id_bits(vocab)}
-        walk = sizes | {"tiles": tiles, "TILE": TILE, "num_warps": 4}
+        walk = sizes | {"TILE": TILE, "num_warps": 4}
         whole = sizes | most | bits | {"num_warps": 8}
-        scan_kernel[per_split](rules, work, keeps=int(keeps), **flags, **walk)
+        _launch_scan(per_split, rules, work, splits, tiles, int(keeps), *flags.values(), **walk)
         if filters:
-            groups = {"num_groups": num_groups, "MAX_GROUPS": max_splits(vocab) * TILE // 32}
-            few_groups_kernel[per_row](rules, work, *source, **groups, **whole)
-            count_kernel[per_split](rules, work, *source, **most, **walk)
+            groups = {"MAX_GROUPS": max_splits(vocab) * TILE // 32}
+            _launch_few_groups(per_row, rules, work, *source, splits, num_groups, **groups, **whole)
+            _launch_count(per_split, rules, work, *source, splits, tiles, **most, **walk)
         if not rows.all_greedy:
-            choose_kernel[per_split](rules, work, *source, **most, **bits, **walk)
+            _launch_choose(per_split, rules, work, *source, splits, tiles, **most, **bits, **walk)
         # Where log-probabilities are wanted, they are taken before the token is counted.
         counts_here = flags["has_state"] and rows.num_logprobs < 0
-        finish_kernel[per_row](rules, work, has_state=int(counts_here), **whole)
+        _launch_finish(per_row, rules, work, splits, int(counts_here), **whole)
 
     logprobs = None
     if rows.num_logprobs >= 0:

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from llama.kernels.gpu.launch import cdiv
+from llama.kernels.gpu.launch import Launcher, cdiv
 from llama.kernels.gpu.sampling.draw import count_token
 from llama.kernels.gpu.sampling.filters import NO_CUT, is_alive, pack
 from llama.kernels.gpu.sampling.rules import TILE, Rules, depths, id_bits, load_tile, max_splits, row_maximum
@@ -157,6 +157,10 @@ def logprob_merge_kernel(
             tl.store(top_logprobs + row * num_top + place, value - maximum - log_sum)
 
 
+_launch_parts = Launcher(logprob_parts_kernel)
+_launch_merge = Launcher(logprob_merge_kernel)
+
+
 class Draw(NamedTuple):
     """What `sample` leaves behind for the log-probabilities of its tokens."""
 
@@ -215,21 +219,9 @@ def compute_logprobs(
     num_splits = cdiv(vocab, TILE)
     parts = Parts.allocate(rows, num_splits, num_top, device)
     drawn = draw or Draw(rules.logits, 0, token_ids, token_ids, parts.maxima, token_ids)
-    sizes = {"num_splits": num_splits, "num_top": num_top, "DRAWN": draw is not None, "num_warps": 4}
-    sizes |= {"VOCAB": vocab, "MAX_SPLITS": max_splits(vocab), "ID_BITS": id_bits(vocab)}
-    logprob_parts_kernel[(rows, num_splits)](
-        rules, drawn, token_ids, parts, splits=draw_splits, TILE=TILE, enable_fp_fusion=False, **sizes
-    )
-    logprob_merge_kernel[(rows,)](
-        rules,
-        drawn,
-        token_ids,
-        parts,
-        logprobs.logprob,
-        logprobs.rank,
-        logprobs.top_ids,
-        logprobs.top_logprobs,
-        has_state=int(counts),
-        **sizes,
-    )
+    inputs, numbers = (rules, drawn, token_ids, parts), (num_splits, num_top)
+    sizes = {"DRAWN": draw is not None, "VOCAB": vocab, "num_warps": 4}
+    sizes |= {"MAX_SPLITS": max_splits(vocab), "ID_BITS": id_bits(vocab)}
+    _launch_parts((rows, num_splits), *inputs, draw_splits, *numbers, TILE=TILE, enable_fp_fusion=False, **sizes)
+    _launch_merge((rows,), *inputs, *logprobs, *numbers, int(counts), **sizes)
     return logprobs

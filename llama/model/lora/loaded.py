@@ -4,14 +4,19 @@ Stacks are made when the first adapter that needs them is loaded, as wide as its
 an engine without adapters pays nothing.
 """
 
+from collections.abc import Mapping
 from functools import cached_property
 
-from torch import nn
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from llama.model.adapters import LoraStack
 from llama.model.checkpoint.layout import layout
-from llama.model.lora.adapter import AdapterWeights
+from llama.model.lora.adapter import AdapterWeights, Pair
 from llama.model.transformer import Transformer
+
+_ALIGNED = 16  # elements
 
 Places = dict[str, tuple[nn.Module, int, tuple[int, ...]]]
 
@@ -40,7 +45,7 @@ class LoadedAdapters:
         self._held.pop(index, None)
         for stack in self.stacks.values():
             stack.clear(index)
-        for name, pair in adapter.pairs.items():
+        for name, pair in _brought(adapter.pairs, self._model.norm.weight).items():
             module, slice_index, starts = self._places[name]
             if module not in self.stacks:
                 self.stacks[module] = LoraStack(starts, is_embedding=module is self._model.embed_tokens)
@@ -50,6 +55,31 @@ class LoadedAdapters:
             self.generation += stack.reserve(self.max_loras, in_features, room, self._model.norm.weight)
             stack.put(index, slice_index, pair.a, pair.b)
         self._held[index] = adapter
+
+
+def _brought(pairs: Mapping[str, Pair], like: Tensor) -> Mapping[str, Pair]:
+    """An adapter's tensors on a GPU in one copy that nobody waits for; hundreds would each be waited for."""
+    if like.device.type != "cuda":
+        return pairs
+    return apart(joined(pairs, like.dtype).pin_memory().to(like.device, non_blocking=True), pairs)
+
+
+def joined(pairs: Mapping[str, Pair], dtype: torch.dtype) -> Tensor:
+    """All tensors behind one another, each from a multiple of `_ALIGNED` on."""
+    parts = [F.pad(x.flatten().to("cpu", dtype), (0, -x.numel() % _ALIGNED)) for pair in pairs.values() for x in pair]
+    return torch.cat(parts)
+
+
+def apart(flat: Tensor, pairs: Mapping[str, Pair]) -> dict[str, Pair]:
+    """What `joined` made of `pairs`, as views of it."""
+    found, start = {}, 0
+    for name, pair in pairs.items():
+        views = []
+        for x in pair:
+            views.append(flat[start : start + x.numel()].view(x.shape))
+            start += x.numel() + -x.numel() % _ALIGNED
+        found[name] = Pair(*views)
+    return found
 
 
 def module_places(model: Transformer) -> Places:

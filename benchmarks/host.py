@@ -1,0 +1,130 @@
+"""What a step that is not recorded costs the host: a Runner launches decodes of a model on the meta device.
+
+There no op computes and no launch reaches a driver, so what is timed is Python: the plan's numbers, the checks,
+PyTorch's dispatch, the search for each kernel's compiled form. The number of launches is printed; what a driver and
+cuBLAS take for each of theirs comes on top. --profile tells where the time goes.
+"""
+
+import argparse
+import cProfile
+import pstats
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+
+from benchmarks.common import close, summary
+from llama import SamplingParams
+from llama.engine import runner as runners
+from llama.engine.config import EngineConfig
+from llama.engine.memory import make_kv_cache
+from llama.engine.plan import LAST_SAMPLED, NO_COPIES, NO_UPDATES, Ints, Plan
+from llama.engine.runner import Runner
+from llama.kernels import ops
+from llama.kernels.gpu.launch import Launcher
+from llama.model.config import ModelConfig
+from llama.model.transformer import Transformer
+
+
+class Launches:
+    """Stands in for every compiled kernel, and counts."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        return self._launch
+
+    def _launch(self, *arguments: Any) -> None:
+        self.count += 1
+
+
+@contextmanager
+def without_a_device() -> Iterator[Launches]:
+    """Ops over meta tensors take the way of CUDA's up to the driver."""
+    launches = Launches()
+
+    def launch(self: Launcher, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
+        key = self._key(0, arguments, constants)
+        if key not in self._compiled:
+            others = tuple(constants[name] for name in self._kernel.arg_names[len(arguments) :])
+            self._compiled[key] = launches, others
+        compiled, others = self._compiled[key]
+        compiled[*grid, 1, 1](*arguments, *others)
+
+    with (
+        mock.patch.object(ops, "_INTERPRETED", True),
+        mock.patch.object(Launcher, "__call__", launch),
+        mock.patch.object(torch.Tensor, "pin_memory", lambda self: self),
+        mock.patch.object(runners, "fetch_result", lambda *arguments: lambda: None),
+    ):
+        yield launches
+
+
+def decodes(batch: int, context: int) -> Plan:
+    def full(value: int) -> Ints:
+        return np.full(batch, value, np.int32)
+
+    rows = np.arange(batch, dtype=np.int32)
+    return Plan(
+        step=0,
+        rows=rows,
+        query_lens=full(1),
+        context_lens=full(context),
+        num_decodes=batch,
+        token_ids=full(LAST_SAMPLED),
+        sample_rows=rows,
+        sample_sources=rows,
+        sample_positions=full(context),
+        table_updates=NO_UPDATES,
+        copies=NO_COPIES,
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--context", type=int, default=1024)
+    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--profile", action="store_true")
+    given = parser.parse_args(arguments)
+
+    torch.set_num_threads(1)
+    shape = replace(ModelConfig.preset("llama-3.1-8b"), num_hidden_layers=given.layers)
+    model = Transformer(shape, device="meta", dtype=torch.bfloat16)
+    config = EngineConfig(max_model_len=2 * given.context, max_num_seqs=max(given.batches), max_num_batched_tokens=2048)
+    kinds = {"greedy": SamplingParams(temperature=0), "filtered": SamplingParams(temperature=0.8, top_p=0.9, top_k=50)}
+    results: dict[str, dict[str, float | int]] = {}
+    with without_a_device() as launches:
+        for kind, params in kinds.items():
+            runner = Runner(model, make_kv_cache(model, config, 2), config)
+            for row in range(config.max_num_seqs):
+                runner.sampler.set_row(row, params, row, np.zeros(1, np.int32), [])
+            for batch in given.batches:
+                plan, times = decodes(batch, given.context), []
+                runner.launch(plan)
+                launches.count = 0
+                profile = cProfile.Profile()
+                for _ in range(given.steps):
+                    start = time.perf_counter()
+                    if given.profile:
+                        profile.runcall(runner.launch, plan)
+                    else:
+                        runner.launch(plan)
+                    times.append(1000 * (time.perf_counter() - start))
+                per_step = launches.count // given.steps
+                found = results[f"{kind} {batch}"] = {"launches": per_step, **summary(times)}
+                print(f"{kind} {batch:3}: {found['median']:.2f} ms of the host a step, {per_step} launches", flush=True)
+                if given.profile:
+                    pstats.Stats(profile).sort_stats("tottime").print_stats(25)
+    close("host", results=results, layers=given.layers, context=given.context)
+
+
+if __name__ == "__main__":
+    main()
