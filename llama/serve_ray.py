@@ -183,7 +183,8 @@ def run(arguments: Arguments, host: str, port: int) -> None:
 
 def _replicas_said() -> str | None:
     """The last line of the traceback of one that did not start."""
-    deployment = serve.status().applications[APPLICATION].deployments.get(APPLICATION)
+    application = serve.status().applications.get(APPLICATION)
+    deployment = None if application is None else application.deployments.get(APPLICATION)
     return None if deployment is None else deployment.message.strip().rpartition("\n")[2]
 
 
