@@ -11,6 +11,7 @@ both from the same round. An engine whose workload takes more than `--longest` s
 
 import argparse
 import json
+import os
 import random
 import statistics
 import subprocess
@@ -43,10 +44,11 @@ class Worker:
 
     def __init__(self, kind: str, python: str, model: str, form: str) -> None:
         self.kind = kind
-        command = [python, str(WORKER), kind, model, form]
-        self._process = subprocess.Popen(
-            command, cwd=REPOSITORY, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
+        # -P: names of modules beside the worker may be others' too. Ours is this repository's, installed or not.
+        command = [python, "-P", str(WORKER), kind, model, form]
+        env = os.environ | {"PYTHONPATH": str(REPOSITORY)} if kind == OURS else None
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        self._process = subprocess.Popen(command, cwd=REPOSITORY, env=env, **pipes)
         self.hello: dict[str, Any] = json.loads(self._answer())
 
     def _answer(self) -> str:
