@@ -201,7 +201,7 @@ def test_a_stopped_rank_is_given_up_after_its_silence(folder):
     with pytest.raises(EngineDeadError, match="rank 1 has given no sign of life for 15 seconds"):
         llm.generate(PROMPT, LONG, use_tqdm=False)
     assert 10 < time.monotonic() - started < 25
-    assert process.poll() == -signal.SIGKILL
+    assert process.wait(timeout=10) == -signal.SIGKILL
 
 
 @pytest.mark.slow
@@ -363,7 +363,7 @@ def test_ranks_live_on_when_the_thread_that_made_them_ends(folder, expected):
 def test_starts_and_stops_leave_nothing(folder, expected):
     """No process, no shared memory, no port, no descriptor."""
     me = os.getpid()
-    before, descriptors = children_of(me), 0
+    before, descriptors = set(children_of(me)), 0
     for i in range(50):
         llm = LLM(folder, **SMALL)
         assert llm.generate(PROMPT, GREEDY, use_tqdm=False)[0].outputs[0].token_ids == expected
@@ -375,7 +375,7 @@ def test_starts_and_stops_leave_nothing(folder, expected):
                 llm.generate(PROMPT, GREEDY, use_tqdm=False)
         del llm
         gc.collect()
-        assert children_of(me) == before
+        assert set(children_of(me)) <= before
         if i == 1:
             descriptors, ports = len(os.listdir("/proc/self/fd")), ports_of(me)
     assert len(os.listdir("/proc/self/fd")) <= descriptors
