@@ -277,8 +277,8 @@ def decode_attention(
     block_size, kv_heads = k_cache.shape[1:3]
     group = heads // kv_heads
     programs, options = decode_options(head_dim, q.element_size(), queries * group)
-    if kv_layer.scales is not None:  # widening takes a few registers more; on sm_80 two spill with a third stage
-        options = options | {"maxnreg": 255, "num_stages": min(options["num_stages"], 2 if head_dim > 64 else 4)}
+    if kv_layer.scales is not None:  # widening takes a few registers more
+        options = options | {"maxnreg": 255}
     if num_programs is None:
         num_programs = programs * multiprocessor_count(q.device)
     partials = split.allocate(out, sequences * kv_heads, num_programs, kv_heads, queries)
