@@ -87,17 +87,18 @@ class Runner:
     @torch.inference_mode()
     def launch(self, plan: Plan) -> Callable[[], StepResult]:
         """Set the device to one step -> what waits for its result."""
-        if self.device.type == "cpu":
-            threads = torch.get_num_threads()
-            if threads == 1 or self.model.fixed is not None or plan.num_tokens * self._weights > ALONE:
+        if self.device.type == "cuda":
+            with torch.cuda.device(self.device):
                 return self._launch(plan)
-            torch.set_num_threads(1)
-            try:
-                return self._launch(plan)
-            finally:
-                torch.set_num_threads(threads)
-        with torch.cuda.device(self.device):
+        threads = torch.get_num_threads()
+        is_small = plan.num_tokens * self._weights <= ALONE and self.model.fixed is None
+        if threads == 1 or not is_small or self.device.type != "cpu":
             return self._launch(plan)
+        torch.set_num_threads(1)
+        try:
+            return self._launch(plan)
+        finally:
+            torch.set_num_threads(threads)
 
     def _launch(self, plan: Plan) -> Callable[[], StepResult]:
         self._take_over(plan)

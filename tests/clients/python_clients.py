@@ -81,9 +81,10 @@ def openai(model: Model) -> dict[str, Task]:
     def responses() -> None:
         answer = client.responses.create(model=model.name, input="Hello", max_output_tokens=80)
         model.check(answer.output_text, "Hello")
-        with client.responses.stream(model=model.name, input="Hello") as events:
+        with client.responses.stream(model=model.name, input="Hello", max_output_tokens=80) as events:
             kinds = [event.type for event in events]
-        assert kinds[-1] == "response.completed"
+        ends = {"response.completed"} if model.is_scripted else {"response.completed", "response.incomplete"}
+        assert kinds[-1] in ends
 
     return {"chat": chat, "stream": stream, "tools": tools, "structured": structured, "responses": responses}
 

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from llama.async_llm.async_llm import AsyncLLM
 from tests.server import helpers
@@ -47,10 +48,21 @@ def servers(names: Sequence[str]) -> Iterator[list[tuple[str, str]]]:
                 llm, engine = helpers.scripted_llm()
                 engine.script, engine.longest_prompt = say, 4000
             else:
-                llm = AsyncLLM(DEMO_MODEL, dtype="float32", max_model_len=2048)
+                folder = greedy(Path(DEMO_MODEL), Path(stack.enter_context(TemporaryDirectory())))
+                llm = AsyncLLM(folder, dtype="float32", max_model_len=2048)
             server = stack.enter_context(helpers.running(llm, model_names=(name,)))
             listed.append((server.url, name))
         yield listed
+
+
+def greedy(model: Path, folder: Path) -> Path:
+    """The model in another folder, where it answers without chance: what passes once passes again."""
+    for file in model.iterdir():
+        (folder / file.name).symlink_to(file.absolute())
+    defaults = json.loads((model / "generation_config.json").read_text())
+    (folder / "generation_config.json").unlink()
+    (folder / "generation_config.json").write_text(json.dumps({**defaults, "do_sample": False}))
+    return folder
 
 
 def say(prompt, index):

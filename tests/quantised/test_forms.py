@@ -154,7 +154,7 @@ def test_prepared_moved_cast_and_widened(scheme, dtype):
     model = tiny_model(dtype=dtype, tie_word_embeddings=True)
     model.quantise(scheme)
     expected, state = model.logits(IDS), {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    model.prepare()
+    model.prepare(packing="always")
     model.prepare()
     assert all(linear.is_prepared for linear in linears(model))
     bound = {torch.float32: 1e-5, torch.bfloat16: 0.1}[dtype] * expected.abs().max()
