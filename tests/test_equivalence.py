@@ -292,7 +292,7 @@ def combined(seed: int) -> Case:
 
 
 DRAFTED = {
-    "ngram": {"drafts": "ngram"},
+    "ngram": {"drafts": "ngram", "strangers": True},
     "right": {"drafts": "right", "poison": True},
     "wrong, preempted, poisoned": {"drafts": "wrong", "preempt": True, "poison": True},
     "mixed, few blocks of one": {"drafts": "mixed", "num_tokens": 96, "block_size": 1},
@@ -303,7 +303,7 @@ DRAFTED = {
 @pytest.mark.parametrize("changes", DRAFTED.values(), ids=DRAFTED)
 def test_drafts(changes):
     counts = check(replace(Case(), **changes)).metrics()
-    assert counts.num_draft_tokens > 30
+    assert counts.num_draft_tokens > 40
     assert (counts.num_accepted_tokens > 5) == (changes["drafts"] != "wrong")
 
 
