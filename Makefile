@@ -43,7 +43,7 @@ test: demo-model $(READY)
 	status=0; $(PYTEST) -n $(JOBS) || status=$$?; $(MAKE) test-kernels || status=$$?; exit $$status
 
 test-slow: demo-model $(READY)
-	$(PYTEST) -m slow --hypothesis-profile new-examples
+	$(PYTEST) -n $(JOBS) --dist loadfile -m slow --hypothesis-profile new-examples
 	TRITON_INTERPRET=1 $(PYTEST) -n $(JOBS) -m slow tests/interpreter
 
 # Attacks and injected faults on a server of its own, some minutes; `make soak MINUTES=20` goes on with them.
