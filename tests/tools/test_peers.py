@@ -1,6 +1,7 @@
 """benchmarks/peers.py without its engines, and the chart of what it finds."""
 
 import json
+import math
 import sys
 import xml.etree.ElementTree as ElementTree
 
@@ -102,4 +103,6 @@ def test_the_engines_themselves(tmp_path, capsys):
     flags = ["--parts", "tiny", "--steps", "2", "--rounds", "1", "--starts", "1"]
     peers.main(flags)
     tiny = last_line(capsys.readouterr().out)["results"]["tiny"]
-    assert all(found["transformers"]["by_ours"] > 0 for found in tiny.values())
+    assert len(tiny) == 4
+    # Seconds of two steps are a difference, which on a busy machine has any sign.
+    assert all(math.isfinite(found["transformers"]["by_ours"]) for found in tiny.values())
