@@ -13,7 +13,7 @@ from html import escape
 from pathlib import Path
 from typing import Any, NamedTuple
 
-LABELS, BARS, ROW, PANEL = 250, 420, 20, 46  # widths and heights in pixels
+LABELS, BARS, ROW, PANEL = 250, 420, 20, 64  # widths and heights in pixels
 LEAST, MOST = 0.25, 16.0  # of the scale
 TICKS = (0.25, 0.5, 1, 2, 4, 8, 16)
 COLOURS = {  # a page's own, then on a dark one
@@ -42,7 +42,8 @@ def rows_of(workloads: dict[str, dict[str, Any]]) -> list[Row]:
 
 def panels(document: dict[str, Any]) -> list[tuple[str, list[Row]]]:
     """Title and rows."""
-    results, cpu = document["results"], document["machine"]["cpu"]
+    results, machine = document["results"], document["machine"]
+    cpu = f"{machine['cpu']}, {machine['capability']}"
     found = []
     if "tiny" in results:
         found.append((f"tiny preset, float32 · {cpu}", rows_of(results["tiny"])))

@@ -118,7 +118,9 @@ def rounds(workloads: list[Workload], workers: dict[str, Worker], given: argpars
         start, slow = time.monotonic(), []
         for workload, name, worker in pairs:
             began = time.monotonic()
-            found[workload.name][name].append(workload.run(worker))
+            seconds = workload.run(worker)
+            found[workload.name][name].append(seconds)
+            print(f"{workload.name}, {name}: {1e3 * seconds:.2f} ms", file=sys.stderr, flush=True)
             if time.monotonic() - began > given.longest:
                 slow.append((workload, name, worker))
         pairs = [pair for pair in pairs if pair not in slow]
