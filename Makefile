@@ -141,3 +141,6 @@ bench: $(DEMO_MODEL) $(READY)
 bench-gpu:
 	$(PYTHON) -m benchmarks.ops --op all
 	$(PYTHON) -m benchmarks.decode_gpu
+	for form in int4 int8 fp8; do $(PYTHON) -m benchmarks.decode_gpu --quantization $$form --contexts 1024 131072; done
+	for form in fp8 int4; do $(PYTHON) -m benchmarks.decode_gpu --preset llama-3.1-70b --quantization $$form \
+		--kv-cache-dtype fp8 --contexts 1024 131072 --prefill 2048; done

@@ -1,10 +1,12 @@
 """Decode steps over their byte floor and prefills over the matmul rate: the whole engine on a preset's shapes.
 
 python -m benchmarks.decode_gpu                                 on a GPU: Llama 3.1 8B in bfloat16, random weights
+python -m benchmarks.decode_gpu --preset llama-3.1-70b --quantization fp8 --kv-cache-dtype fp8 --contexts 1024 131072
 python -m benchmarks.decode_gpu --preset tiny --contexts 16 100 --prefill 64     anywhere, as a dry run
 
 A step is timed from result to result while steps follow one another, scheduling, sampling and bookkeeping included.
-Beside it stands transformers on a static cache, compiled with CUDA graphs where there is a GPU, with an argmax.
+Beside it stands transformers on a static cache, compiled with CUDA graphs where there is a GPU, with an argmax; beside
+quantised weights, which are drawn as codes and never lie dense, nothing does.
 """
 
 import argparse
@@ -16,9 +18,12 @@ import torch
 
 from benchmarks.common import close, summary, timed
 from benchmarks.device import Timer, ceilings
+from benchmarks.random_models import random_model
 from llama import ModelConfig, SamplingParams, Transformer
 from llama.engine.config import EngineConfig
 from llama.engine.engine import Engine
+from llama.model.linear import Linear
+from llama.model.weights.quantised import SCHEMES, Quantised
 
 WARM_STEPS = 8  # kernels compile, graphs are recorded
 PREFILL_ROUNDS = 3
@@ -29,11 +34,16 @@ def prompt_of(length: int, vocab_size: int) -> list[int]:
     return torch.randint(0, vocab_size, (length,), generator=torch.Generator().manual_seed(length)).tolist()
 
 
-def floor_bytes(model: Transformer, batch: int, context: int) -> int:
+def floor_bytes(model: Transformer, batch: int, context: int, kv_itemsize: int) -> int:
     """What a decode step must read: every weight but the input embedding's other rows, and K and V."""
     config = model.config
     weights = config.num_parameters - (0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size)
-    return (weights + batch * context * config.kv_values_per_token) * model.dtype.itemsize
+    size = weights * model.dtype.itemsize + batch * context * config.kv_values_per_token * kv_itemsize
+    for module in model.modules():
+        if isinstance(module, Linear) and isinstance(form := module.form, Quantised):
+            dense = module.out_features * module.in_features * model.dtype.itemsize
+            size += sum(tensor.nbytes for tensor in form.weight.tensors) - dense
+    return size
 
 
 def prefill_flops(config: ModelConfig, length: int) -> int:
@@ -109,7 +119,7 @@ def finish(engine: Engine) -> None:
 def decode(engine: Engine, batch: int, context: int, rounds: int, params: dict) -> dict:
     with decoding(engine, batch, context, rounds, params) as length, DeviceClock(engine) as clock:
         seconds = [timed(engine.step) for _ in range(rounds - 2)]
-    num_bytes = floor_bytes(engine.runner.model, batch, length)
+    num_bytes = floor_bytes(engine.runner.model, batch, length, engine.runner.kv.data.itemsize)
     row = {"batch": batch, "context": length, **summary(seconds), "bytes": num_bytes}
     if device_seconds := clock.seconds():
         row["device"] = summary(device_seconds)
@@ -207,7 +217,11 @@ def build(arguments: argparse.Namespace, device: torch.device, dtype: torch.dtyp
     """-> an engine with room for all that is asked for, and the seconds that its parts took."""
     seconds = {}
     started = time.perf_counter()
-    model = Transformer(ModelConfig.preset(arguments.preset), device=device, dtype=dtype)
+    shapes, scheme = ModelConfig.preset(arguments.preset), arguments.quantization
+    if scheme is None:
+        model = Transformer(shapes, device=device, dtype=dtype)
+    else:
+        model = random_model(shapes, scheme, device=device, dtype=dtype)
     seconds["fill"] = time.perf_counter() - started
     longest = min(model.config.max_position_embeddings, max(*arguments.contexts, *arguments.prefill, 0) + 256)
     tokens = max(arguments.batch) * (max(arguments.contexts, default=0) + arguments.rounds + 64)
@@ -219,6 +233,7 @@ def build(arguments: argparse.Namespace, device: torch.device, dtype: torch.dtyp
         max_num_seqs=max(arguments.batch),
         enable_prefix_caching=False,
         enforce_eager=arguments.enforce_eager,
+        kv_cache_dtype=arguments.kv_cache_dtype,
     )
     engine = Engine(model, config)
     seconds["engine"] = time.perf_counter() - started
@@ -228,7 +243,7 @@ def build(arguments: argparse.Namespace, device: torch.device, dtype: torch.dtyp
 def measure(engine: Engine, limits: dict, params: dict, arguments: argparse.Namespace) -> dict[str, dict]:
     model = engine.runner.model
     is_cuda = model.device.type == "cuda"
-    peer = None if arguments.no_peer else Peer(model, compiled=is_cuda)
+    peer = None if arguments.no_peer or arguments.quantization else Peer(model, compiled=is_cuda)
     print(f"{'ms':<28} {'median':>10} {'p10':>10} {'p90':>10}")
     rows = {}
     for batch in arguments.batch:
@@ -254,6 +269,8 @@ def main(given: Sequence[str] | None = None) -> None:
     parser.add_argument("--preset", default="llama-3.1-8b", help="its shapes, with random weights (%(default)s)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", help="bfloat16 on a GPU, else float32")
+    parser.add_argument("--quantization", choices=SCHEMES, help="of the linear layers, as LLM(quantization=...) has it")
+    parser.add_argument("--kv-cache-dtype", choices=("auto", "fp8"), default="auto")
     parser.add_argument("--contexts", nargs="*", type=int, default=[128, 1024, 8192, 131_072])
     parser.add_argument("--prefill", nargs="*", type=int, default=[2048, 8192, 131_072])
     parser.add_argument("--batch", nargs="+", type=int, default=[1])
@@ -267,13 +284,15 @@ def main(given: Sequence[str] | None = None) -> None:
     dtype = getattr(torch, arguments.dtype or ("bfloat16" if is_cuda else "float32"))
     limits = ceilings(Timer(device, 20 if is_cuda else 3), dtype, tiny=not is_cuda)
     engine, seconds = build(arguments, device, dtype)
+    scheme = f" {arguments.quantization}" if arguments.quantization else ""
     print(
-        f"{arguments.preset}, {dtype}, {device}: copy {limits['copy_bytes_per_second'] / 1e9:.1f} GB/s, "
+        f"{arguments.preset}{scheme}, {dtype}, {device}: copy {limits['copy_bytes_per_second'] / 1e9:.1f} GB/s, "
         f"matmul {limits['matmul_flops_per_second'] / 1e12:.2f} TFLOP/s, {seconds}"
     )
     params = {"temperature": 0.7, "top_p": 0.9, "top_k": 50} if arguments.sampling else {"temperature": 0}
     rows = measure(engine, limits, params, arguments)
-    shapes = {name: getattr(arguments, name) for name in ("preset", "batch", "enforce_eager")} | {"sampling": params}
+    names = ("preset", "quantization", "kv_cache_dtype", "batch", "enforce_eager")
+    shapes = {name: getattr(arguments, name) for name in names} | {"sampling": params}
     close("decode_gpu", unit="s", dtype=str(dtype)[6:], shapes=shapes, ceilings=limits, seconds=seconds, rows=rows)
 
 

@@ -2,8 +2,9 @@
 
 python -m benchmarks.first_look 1 --out DIR            correctness, the device's own limits, a decode step node by node
 python -m benchmarks.first_look 2 --out DIR            what to tune: cache layout, tiles, host time; then the benchmarks
+python -m benchmarks.first_look 3 --out DIR            quantised weights: products, 8B and 70B with an fp8 KV cache
 python -m benchmarks.first_look nodes matmul           single sections, in this process
-python -m benchmarks.first_look 1 2 --tiny             anywhere, as a dry run: small shapes, Triton's interpreter
+python -m benchmarks.first_look 1 2 3 --tiny           anywhere, as a dry run: small shapes, Triton's interpreter
 
 A part takes at most five minutes: each step is a process of its own with a time limit, may fail alone, and leaves its
 output in DIR. Needs torch, Triton and pytest, and runs from the repository's root. The last line is one JSON document.
@@ -50,6 +51,14 @@ class Step:
         return [*python, "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider", *how, "-k", self.tests]
 
 
+def _in_codes(preset: str, scheme: str, seconds: float, *flags: str) -> Step:
+    """Decode steps over a short and the longest context; most of the time goes into computing that."""
+    codes = ("--quantization", scheme, "--kv-cache-dtype", "fp8")
+    full = ("--preset", preset, *codes, *"--contexts 1024 131072 --prefill --rounds 30".split(), *flags)
+    tiny = ("--preset", "tiny", *codes, *"--contexts 16 40 --prefill --rounds 3".split())
+    return Step(f"{preset} {scheme}", seconds, module=("benchmarks.decode_gpu", *full), tiny=tiny)
+
+
 PARTS = {
     "1": (
         Step("ops", 60, ("machine", "ops")),
@@ -81,6 +90,17 @@ PARTS = {
             module=tuple("benchmarks.ops --op sample prefill_attention --rounds 20 --no-peers".split()),
             tiny=tuple("--op sample --rounds 1 --no-peers --tiny".split()),
         ),
+    ),
+    "3": (
+        Step(
+            "products with codes",
+            60,
+            module=tuple("benchmarks.ops --op quantized_matmul --rounds 5".split()),
+            tiny=tuple("--op quantized_matmul --rounds 1 --tiny".split()),
+        ),
+        *(_in_codes("llama-3.1-8b", scheme, 35) for scheme in ("int4", "int8", "fp8")),
+        _in_codes("llama-3.1-70b", "fp8", 100),
+        _in_codes("llama-3.1-70b", "int4", 100),
     ),
 }
 

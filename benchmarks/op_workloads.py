@@ -14,8 +14,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 
 from benchmarks.device import Call
+from benchmarks.random_models import KINDS, num_bytes, random_weight
 from llama.kernels import ops
+from llama.kernels.cpu.e4m3 import to_e4m3
 from llama.kernels.types import LOGPROBS_OFF, CosSin, KVLayer, Ragged, SamplerRows, SamplerState
+from llama.model.weights.quantised import SCHEMES
 
 
 @dataclass(frozen=True)
@@ -143,12 +146,23 @@ def rope(setting: Setting) -> Iterator[Workload]:
         yield Workload("rope_and_store", shape, moved, 3 * tokens * (heads + kv_heads) * head_dim, make)
 
 
-def _paged(setting: Setting, batch: int, queries: int, context: int, seed: int) -> tuple[Tensor, Call]:
+def _cache(setting: Setting, shape: tuple[int, ...], seed: int, is_fp8: bool) -> KVLayer:
+    """In fp8 each layer's largest value lies within the codes, as calibrated scales have it."""
+    caches = [setting.randn(*shape, seed=seed + i) for i in (1, 2)]
+    if not is_fp8:
+        return KVLayer(*caches)
+    scales = torch.full((2, shape[2]), 1 / 64, device=setting.device)
+    return KVLayer(*(to_e4m3(cache, scale) for cache, scale in zip(caches, scales, strict=True)), scales)
+
+
+def _paged(
+    setting: Setting, batch: int, queries: int, context: int, seed: int, is_fp8: bool = False
+) -> tuple[Tensor, Call]:
     """-> q and our call over caches whose blocks lie in no order."""
     heads, kv_heads, head_dim = setting.heads
     block_size = 16
     blocks = -(-context // block_size)
-    caches = [setting.randn(batch * blocks, block_size, kv_heads, head_dim, seed=seed + i) for i in (1, 2)]
+    kv_layer = _cache(setting, (batch * blocks, block_size, kv_heads, head_dim), seed, is_fp8)
     order = torch.randperm(batch * blocks, device=setting.device).to(torch.int32)
     starts = (torch.arange(batch + 1, device=setting.device) * queries).to(torch.int32)
     contexts = torch.full((batch,), context, dtype=torch.int32, device=setting.device)
@@ -161,7 +175,7 @@ def _paged(setting: Setting, batch: int, queries: int, context: int, seed: int) 
         num_decodes=batch if queries == 1 else 0,
         block_size=block_size,
     )
-    return q, partial(ops.paged_attention, q, KVLayer(*caches), ragged, head_dim**-0.5)
+    return q, partial(ops.paged_attention, q, kv_layer, ragged, head_dim**-0.5)
 
 
 def _sdpa(setting: Setting, q: Tensor, batch: int, queries: int, context: int, seed: int) -> dict[str, Call]:
@@ -183,14 +197,16 @@ def _sdpa(setting: Setting, q: Tensor, batch: int, queries: int, context: int, s
     return {name: partial(run, backend) for name, backend in backends.items()}
 
 
-def _attention(setting: Setting, op: str, batch: int, queries: int, context: int) -> Workload:
+def _attention(setting: Setting, op: str, batch: int, queries: int, context: int, *, is_fp8: bool = False) -> Workload:
+    """Peers read a cache of the model's dtype beside one in fp8 too."""
     heads, kv_heads, head_dim = setting.heads
 
     def make(seed: int) -> dict[str, Call]:
-        q, ours = _paged(setting, batch, queries, context, seed)
+        q, ours = _paged(setting, batch, queries, context, seed, is_fp8)
         return {"ours": ours, **_sdpa(setting, q, batch, queries, context, seed)}
 
-    moved = batch * (2 * kv_heads * context + 2 * heads * queries) * head_dim * setting.dtype.itemsize
+    size = setting.dtype.itemsize
+    moved = batch * head_dim * (2 * kv_heads * context * (1 if is_fp8 else size) + 2 * heads * queries * size)
     pairs = queries * context - queries * (queries - 1) // 2  # query and key that see each other
     shape = {
         "batch": batch,
@@ -198,7 +214,7 @@ def _attention(setting: Setting, op: str, batch: int, queries: int, context: int
         "context": context,
         "heads": f"{heads}/{kv_heads}",
         "head_dim": head_dim,
-    }
+    } | ({"cache": "fp8"} if is_fp8 else {})
     against = ["copy"] if queries == 1 else ["matmul"]
     return Workload(op, shape, moved, 4 * batch * heads * head_dim * pairs, make, against)
 
@@ -207,6 +223,8 @@ def decode_attention(setting: Setting) -> Iterator[Workload]:
     sweep = [(1, 1024), (1, 8192), (1, 32768), (1, 131072), (8, 1024), (8, 8192), (32, 1024), (32, 8192), (256, 1024)]
     for batch, context in setting.pick(sweep, [(2, 40)]):
         yield _attention(setting, "decode_attention", batch, 1, context)
+    for batch, context in setting.pick([(1, 1024), (1, 131072), (32, 8192)], [(2, 40)]):
+        yield _attention(setting, "decode_attention", batch, 1, context, is_fp8=True)
 
 
 def prefill_attention(setting: Setting) -> Iterator[Workload]:
@@ -214,6 +232,44 @@ def prefill_attention(setting: Setting) -> Iterator[Workload]:
     chunks = [(2048, 32768), (8192, 131072)]
     for queries, context in setting.pick(whole + chunks, [(20, 20), (8, 36)]):
         yield _attention(setting, "prefill_attention", 1, queries, context)
+    for queries, context in setting.pick([(2048, 2048), (8192, 131072)], [(8, 36)]):
+        yield _attention(setting, "prefill_attention", 1, queries, context, is_fp8=True)
+
+
+# Of a layer of Llama 3.1 8B, then of the 70B: [out, in].
+MATRICES = {
+    "8B": [(6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336)],
+    "70B": [(10240, 8192), (8192, 8192), (57344, 8192), (8192, 28672)],
+}
+
+
+def quantized_matmul(setting: Setting) -> Iterator[Workload]:
+    """Beside the same product with a dense weight."""
+    sizes = {"tiny": [(48, 256)]} if setting.tiny else MATRICES
+    few, many = setting.pick([1, 16, 64], [3]), setting.pick([2048], [])
+    for model, shapes in sizes.items():
+        for kind in KINDS:
+            is_plain = kind in SCHEMES
+            if model == "70B" and not is_plain:
+                continue
+            for shape in shapes if is_plain else shapes[-2:-1] or shapes:
+                for tokens in few + many if model == "8B" else few[:2] + many:
+                    yield _product(setting, model, kind, shape, tokens)
+
+
+def _product(setting: Setting, model: str, kind: str, shape: tuple[int, int], tokens: int) -> Workload:
+    rows, columns = shape
+
+    def make(seed: int) -> dict[str, Call]:
+        x, dense = setting.randn(tokens, columns, seed=seed), setting.randn(rows, columns, seed=seed + 1) * 0.02
+        weight = random_weight(KINDS[kind], shape, device=setting.device, dtype=setting.dtype, seed=seed)
+        ours = partial(ops.quantized_matmul, x, weight)
+        return {"ours": ours, "F.linear, dense": partial(F.linear, x, dense)}
+
+    moved = num_bytes(KINDS[kind], shape, setting.dtype) + tokens * (rows + columns) * setting.dtype.itemsize
+    against = ["matmul"] if tokens > 64 else ["copy"]
+    told = {"model": model, "kind": kind, "tokens": tokens, "rows": rows, "columns": columns}
+    return Workload("quantized_matmul", told, moved, 2 * tokens * rows * columns, make, against)
 
 
 # --- sampling
@@ -318,5 +374,6 @@ OPS: dict[str, Callable[[Setting], Iterator[Workload]]] = {
     "rope_and_store": rope,
     "decode_attention": decode_attention,
     "prefill_attention": prefill_attention,
+    "quantized_matmul": quantized_matmul,
     "sample": sampling,
 }

@@ -1,6 +1,6 @@
 """Ops against the ceilings of the device and against their peers, all in one run.
 
-python -m benchmarks.ops --op all            on a GPU: bfloat16, the shapes of Llama 3.1 8B
+python -m benchmarks.ops --op all            on a GPU: bfloat16, the shapes of Llama 3.1 8B, with codes also the 70B's
 python -m benchmarks.ops --op all --tiny     anywhere: small shapes, on the CPU through Triton's interpreter
 """
 
@@ -11,7 +11,15 @@ import torch
 
 from benchmarks.common import close, ratio, summary
 
-OP_NAMES = ("norm", "silu_mul", "rope_and_store", "decode_attention", "prefill_attention", "sample")
+OP_NAMES = (
+    "norm",
+    "silu_mul",
+    "rope_and_store",
+    "decode_attention",
+    "prefill_attention",
+    "quantized_matmul",
+    "sample",
+)
 
 
 def _measure(workload, timer, limits: dict[str, float], peers: bool) -> dict:

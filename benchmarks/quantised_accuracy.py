@@ -3,8 +3,8 @@
 python -m benchmarks.quantised_accuracy --model checkpoints/smollm2-135m-instruct --windows 12
 
 Windows of 512 tokens, evenly spread over tests/golden/python_reference.txt (Python's help texts, PSF licence). float32
-models are weight-only; the bfloat16 ones compute as an engine on a CPU does, int8 with x in two parts of 7 bits for
-windows of up to 64 tokens, which is why theirs are computed in pieces of 64.
+models are weight-only; the bfloat16 ones compute as an engine on a CPU does in the balanced layout, int8 with x in two
+parts of 7 bits for up to 64 tokens, which is why their windows are computed in pieces of 64.
 """
 
 import argparse
@@ -44,7 +44,7 @@ def in_pieces(model: Transformer, kv_dtype: torch.dtype) -> Callable[[Tensor], T
 def variants(path: Path, kept: Path | None) -> dict[str, Callable[[Tensor], Tensor]]:
     def loaded(dtype: str, scheme: str | None = None, folder: Path = path) -> Transformer:
         model = Transformer.from_pretrained(folder, dtype=dtype, quantization=scheme)
-        model.prepare()
+        model.prepare("balanced")
         return model
 
     dense = loaded("float32")

@@ -2,7 +2,10 @@
 
 import re
 from argparse import ArgumentTypeError, Namespace
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from functools import partial
+from pathlib import Path
 
 from llama.cli.flags import Parser, UsageError, checked, integer
 from llama.engine.budget import blocks_in, free_cpu_bytes, kv_bytes_on_cpu
@@ -35,7 +38,7 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument("--quantization", choices=tuple(SCHEMES), help=text)
     text = "KV cache in fp8, or as the weights (%(default)s)"
     parser.add_argument("--kv-cache-dtype", choices=("auto", "fp8"), default="auto", help=text)
-    text = "also in which forms this machine's CPU would hold the dense linear layers (imports torch)"
+    text = "also in which forms this machine's CPU would hold the linear layers (imports torch)"
     parser.add_argument("--weight-forms", action="store_true", help=text)
     text = "ranks that share it: what each of them holds (%(default)s)"
     parser.add_argument("-tp", "--tensor-parallel-size", type=integer(1, 1024), default=1, metavar="INT", help=text)
@@ -53,6 +56,7 @@ def run(options: Namespace) -> int:
     models = [own] if options.draft_model is None else [own, ModelConfig.from_pretrained(options.draft_model)]
     of = f" of 1 in {size}" if size > 1 else ""
     memory, where = options.memory or (free_cpu_bytes(), "this machine's CPU")
+    forms: Iterable[str] = _weight_forms(own, dtype, options, folder) if options.weight_forms else ()
     rows = [
         ("architecture", _architecture(config)),
         ("parameters", f"{config.num_parameters:,}"),
@@ -64,7 +68,7 @@ def run(options: Namespace) -> int:
         ),
         ("generation", _generation(generation, config)),
         (f"fits {where}", _fits(models, dtype, memory, options)),
-        *([("forms on this CPU", line) for line in _weight_forms(own, dtype)] if options.weight_forms else []),
+        *(("forms on this CPU", line) for line in forms),
     ]
     width = max(len(name) for name, _ in rows) + 2
     before = None
@@ -112,16 +116,41 @@ def _weight_bytes(config: ModelConfig, dtype: str, scheme: str | None) -> int:
     return weights * SCHEMES[scheme] // 8 + (config.num_parameters - weights + scales) * BYTES[dtype]
 
 
-def _weight_forms(config: ModelConfig, dtype: str) -> list[str]:
+def _weight_forms(config: ModelConfig, dtype: str, options: Namespace, folder: Path) -> Iterator[str]:
+    """By shape and dtype; of a quantised folder its tensors tell, of which the first layer's are read."""
     import torch
 
-    from llama.model.packing import library_for, linear_shapes
+    from llama.model.checkpoint.load import Checkpoint
+    from llama.model.checkpoint.quantised import find_quantization
+    from llama.model.packing import library_for, linear_shapes, quantised_forms, sample_of
+    from llama.model.weights.quantised import Quantised
 
-    lines = []
-    for name, (rows, columns) in linear_shapes(config).items():
-        library = library_for((rows, columns), getattr(torch, dtype))
-        lines.append(f"{name:13}{rows:>8,} x {columns:,} {f'packed ({library})' if library else 'plain'}")
-    return lines
+    wanted, shapes = getattr(torch, dtype), linear_shapes(config)
+    samples: dict[str, Quantised] = {}
+    if options.quantization is not None:
+        rounded = [name for name in shapes if name != "lm_head"]
+        samples = {name: sample_of(shapes[name], wanted, options.quantization) for name in rounded}
+    elif folder.is_dir() and find_quantization(folder) is not None:
+        head = shapes.pop("lm_head")
+        shapes.clear()
+        for entry, sample in Checkpoint(folder).samples(wanted):
+            name = entry.name.split(".")[-2]
+            shapes[name] = entry.shape[0], entry.shape[1]
+            if sample is not None:
+                samples[name] = sample
+        shapes["lm_head"] = head
+    sizes: Counter[str] = Counter()
+    for name, shape in shapes.items():
+        if name in samples:
+            told, each = quantised_forms(samples[name], shape[0])
+            sizes.update(each)
+        else:
+            library = library_for(shape, wanted)
+            told = f"packed ({library})" if library else "plain"
+        yield f"{name:13}{shape[0]:>8,} x {shape[1]:,} {told}"
+    if sizes:
+        layers = config.num_hidden_layers
+        yield "in codes     " + ", ".join(f"{layout} {size * layers:,}" for layout, size in sizes.items()) + " bytes"
 
 
 def _fits(models: list[ModelConfig], dtype: str, memory: int, options: Namespace) -> str:

@@ -54,6 +54,9 @@ def fix_rows(model: Transformer) -> None:
         warnings.filterwarnings("ignore", "torch.quantize_per_tensor", UserWarning)  # int8 is packed with its help
         for module in model.modules():
             if isinstance(module, Linear):
+                for part in _parts(module.form):
+                    if isinstance(part, Quantised):
+                        part.serve_few()
                 # Linears of one kind have the same pieces.
                 kind = (module.in_features, module.out_features, *_kind(module.form))
                 if kind not in ways:

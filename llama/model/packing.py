@@ -18,7 +18,7 @@ from llama.model.config import ModelConfig
 from llama.model.linear import Linear
 from llama.model.weights.huge_pages import give_back, move_to_huge_pages
 from llama.model.weights.packed import Library, library_of
-from llama.model.weights.quantised import LAYOUTS
+from llama.model.weights.quantised import LAYOUTS, Quantised, quantise
 
 logger = logging.getLogger(__name__)
 
@@ -64,6 +64,25 @@ def prepare(linears: Sequence[Linear], layout: str, packing: Packing) -> None:
     logger.debug("linear layers by form (packing %s): %s", packing, dict(forms))
     if sum(linear.form.nbytes for linear in chosen if linear.form is not None) >= WORTH_MOVING:
         move_to_huge_pages(seconds=2.5)
+
+
+def sample_of(shape: tuple[int, int], dtype: torch.dtype, scheme: str) -> Quantised:
+    """As many rows of a weight that is rounded by `scheme` as stand for all of them."""
+    return quantise(torch.zeros(shape[0] % 16 or 16, shape[1], dtype=dtype), scheme)
+
+
+def quantised_forms(sample: Quantised, rows: int) -> tuple[str, dict[str, int]]:
+    """In which forms a weight of so many rows like the sample's lies on this machine's CPU in the layout "auto", and
+    its bytes in each layout."""
+    told, sizes = "", dict.fromkeys(LAYOUTS, 0)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.quantize_per_tensor", UserWarning)
+        for layout in LAYOUTS:
+            form = Quantised(sample.weight, sample.dtype)
+            form.prepare(layout)
+            sizes[layout] = form.nbytes * rows // sample.weight.shape[0]
+            told = told or form.told  # "auto" is the first of them
+    return told, sizes
 
 
 def _is_packed(linear: Linear, packing: Packing) -> bool:

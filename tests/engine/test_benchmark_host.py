@@ -1,12 +1,19 @@
-"""Benchmarks of the host's time run, and count what a step launches; a device's time begins behind the host's."""
+"""Benchmarks of the host's time run, and count what a step launches; a device's time begins behind the host's. Those of
+decodes in codes run anywhere, and know what a step reads."""
 
 import json
 from types import SimpleNamespace
 
+import pytest
 import torch
 
-from benchmarks import host
+from benchmarks import decode_gpu, host, quantised_speed
 from benchmarks.decode_gpu import DeviceClock
+from benchmarks.random_models import KINDS, num_bytes, random_weight
+from llama.kernels.cpu.matmul import widen
+from llama.model.config import ModelConfig
+from llama.model.packing import linear_shapes
+from llama.model.weights.quantised import SCHEMES
 
 
 def test_it_counts_the_launches_of_a_step(capsys):
@@ -48,3 +55,36 @@ def test_the_clock_of_a_recorded_step_starts_with_its_copy(monkeypatch):
     assert told == ["host", "send", "replay"]
     assert [(start.recorded, end.recorded) for start, end in clock.marks] == [(1, 3)]
     assert runner.launch is launch and "send" not in vars(runner._inputs)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_random_codes_are_numbers_of_the_usual_size(kind):
+    weight = random_weight(KINDS[kind], (96, 256), device="cpu", dtype=torch.bfloat16, seed=0)
+    assert sum(tensor.nbytes for tensor in weight.tensors) == num_bytes(KINDS[kind], (96, 256), torch.bfloat16)
+    dense = widen(weight)
+    assert dense.shape == (96, 256) and 0.003 < dense.std() < 0.05 and dense.abs().max() < 0.2
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_a_step_in_codes_reads_codes(scheme, capsys):
+    flags = ["--preset", "tiny", "--device", "cpu", "--quantization", scheme, "--kv-cache-dtype", "fp8"]
+    decode_gpu.main([*flags, "--contexts", "16", "--prefill", "20", "--rounds", "4"])
+    rows = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
+    assert set(rows) == {"decode batch 1 context 16", "prefill 20"} and "peer" not in rows["prefill 20"]
+    config, row = ModelConfig.preset("tiny"), rows["decode batch 1 context 16"]
+    shapes = linear_shapes(config)
+    dense = shapes["lm_head"][0] * config.hidden_size + (2 * config.num_hidden_layers + 1) * config.hidden_size
+    codes = sum(num_bytes(KINDS[scheme], shape, torch.float32) for name, shape in shapes.items() if name != "lm_head")
+    cache = row["context"] * config.kv_values_per_token
+    assert row["bytes"] == 4 * dense + config.num_hidden_layers * codes + cache
+
+
+def test_forms_of_weights_in_turn(capsys):
+    flags = ["--preset", "tiny", "--layers", "1", "--forms", "int8 fast", "int4 balanced", "fp8"]
+    quantised_speed.main([*flags, "--batches", "1", "3", "--prompt", "20", "--rounds", "2", "--prompt-rounds", "1"])
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert set(found["results"]) == {"decode batch 1", "decode batch 3", "prompt of 20"}
+    assert found["forms"]["bfloat16"]["forms"] == "dense" and "codes" in found["forms"]["int4 balanced"]["forms"]
+    for rows in found["results"].values():
+        assert list(rows) == ["bfloat16", "int8 fast", "int4 balanced", "fp8"]
+        assert all(row["times_bfloat16"] > 0 for name, row in rows.items() if name != "bfloat16")

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from llama.kernels import ops
+from llama.kernels.cpu.e4m3 import from_e4m3, to_e4m3
 from llama.kernels.gpu.attention import decode, paged_attention
 from llama.kernels.types import KVLayer
 from tests.paged_attention import answer, as_runs, each_alone, make_problem
@@ -77,6 +78,29 @@ def test_context_of_131072_tokens(dtype):
     options = {"heads": (8, 2), "head_dim": 128, "dtype": dtype}
     check(decodes([131_072, 131_071, 1], **options))
     check(problem([1, 33], [131_072, 131_072], num_decodes=1, **options))
+
+
+def narrow(case):
+    """The same over e4m3's bytes, each head with a scale, and what these bytes stand for in float32."""
+    kv_heads = case.kv_layer.k.shape[2]
+    scales = torch.stack((torch.linspace(0.01, 0.03, kv_heads), torch.linspace(0.02, 0.01, kv_heads))).to(DEVICE)
+    caches = [to_e4m3(cache, scale) for cache, scale in zip((case.kv_layer.k, case.kv_layer.v), scales, strict=True)]
+    wide = [from_e4m3(cache, torch.float32) * scale[:, None] for cache, scale in zip(caches, scales, strict=True)]
+    return replace(case, kv_layer=KVLayer(*caches, scales)), replace(case, kv_layer=KVLayer(*wide))
+
+
+@pytest.mark.parametrize("dtype", BUDGET, ids=str)
+@pytest.mark.parametrize("shape", SHAPES[:4], ids=str)
+def test_a_cache_in_fp8(shape, dtype):
+    head_dim, heads, block_size = shape
+    options = {"head_dim": head_dim, "heads": heads, "block_size": block_size, "dtype": dtype}
+    for case in (
+        problem(**MIXED, num_decodes=4, **options),
+        decodes([131_072, 131_071, 1], **options),
+        problem([1, 33], [131_072, 131_072], num_decodes=1, **options),
+    ):
+        stored, wide = narrow(case)
+        check(wide, stored.run(ops.paged_attention).to(dtype))
 
 
 @pytest.mark.parametrize("queries", [1, 40])

@@ -35,7 +35,7 @@ def test_every_section_belongs_to_a_step():
     assert sorted(name for step in STEPS for name in step.sections) == sorted(SECTIONS)
 
 
-def test_two_parts_take_five_minutes_each():
+def test_each_part_takes_five_minutes():
     for steps in PARTS.values():
         assert first_look.PART_SECONDS == 300
         # Limits may add up to more, for few steps reach theirs; the last one must not depend on it.

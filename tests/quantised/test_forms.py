@@ -6,7 +6,9 @@ import torch
 from llama.api.errors import ParameterError
 from llama.kernels.cpu.matmul import codes_of, nibble_block, pack_nibbles, quantized_matmul, unpack_nibbles, widen
 from llama.kernels.types import QuantizedWeight
+from llama.model.config import ModelConfig
 from llama.model.linear import Linear
+from llama.model.packing import linear_shapes
 from llama.model.transformer import Transformer
 from llama.model.weights.int8 import FewTokensInt8
 from llama.model.weights.quantised import SCHEMES, Joined, Quantised, quantise
@@ -49,6 +51,13 @@ def test_nibbles(columns, size, block):
     quarter = block // 4
     expected = sum((int(q[3, block * (columns // block - 1) + i * quarter + 2]) + 8) << 4 * i for i in range(4))
     assert int(words[3, quarter * (columns // block - 1) + 2]) & 0xFFFF == expected
+
+
+@pytest.mark.parametrize("preset", ["llama-3.1-8b", "llama-3.1-70b", "llama-3.1-405b", "llama-3.2-1b", "llama-3.2-3b"])
+def test_every_presets_shapes_have_all_forms_of_int4(preset):
+    """Nibbles in the largest block, groups of 128, and rows that PyTorch's product takes."""
+    for rows, columns in linear_shapes(ModelConfig.preset(preset)).values():
+        assert columns % 128 == 0 and nibble_block(columns, 128) == 256 and rows % 16 == 0
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -206,6 +215,19 @@ def test_a_published_folder_stays_quantised_and_is_saved_so(name, tmp_path):
     if name not in TABLES:
         assert torch.equal(again.logits(IDS % 90), logits)
         assert [type(form) for form in forms] == [type(linear.coded) for linear in linears(again)]
+
+
+@pytest.mark.parametrize("name", [*TABLES, "gptq"])
+def test_codes_of_a_table_become_plain_weights_and_that_is_told(name, caplog):
+    model = Transformer.from_pretrained(GOLDEN / name)
+    dense = [linear for layer in model.layers for linear in linears(layer) if linear.form is None]
+    assert caplog.records == [] if name == "gptq" else len(dense) == 4 * len(model.layers)
+    if name != "gptq":
+        coded = [linear.weight.nbytes for linear in dense]
+        size = int(caplog.records[-1].getMessage().split()[-2].replace(",", ""))
+        assert 0 < size <= sum(coded) and "weights in nf4 or fp4 have no form of their own" in caplog.text
+        model.prepare(packing="always")
+        assert all(linear.coded is None for linear in dense)
 
 
 def test_parts_that_differ_are_joined():

@@ -4,11 +4,13 @@ import pytest
 import torch
 
 from llama.api.errors import ParameterError
+from llama.cli import main as command
 from llama.llm.llm import LLM
+from llama.model.fixed_rows import fix_rows
 from llama.model.transformer import Transformer
 from llama.model.weights.int4 import FewTokensInt4
 from llama.model.weights.quantised import LAYOUTS, SCHEMES, Quantised, quantise
-from tests.model.models import tiny_model
+from tests.model.models import tiny_config, tiny_model
 from tests.quantised.folders import GOLDEN
 from tests.tiny_checkpoint import make_model
 
@@ -53,19 +55,24 @@ def test_products_and_weights_are_those_of_the_codes(scheme, layout, dtype):
 @BY_CODES
 def test_bytes_of_each_layout():
     dense = weight(torch.bfloat16).nbytes
-    sizes = {scheme: [prepared(scheme, layout).nbytes / dense for layout in LAYOUTS] for scheme in SCHEMES}
-    expected = {"int4": [0.26, 0.52, 1.52], "int8": [0.5, 1.0, 2.0], "fp8": [0.5, 1.0, 1.0]}
+    layouts = ("compact", "balanced", "fast")
+    sizes = {scheme: [prepared(scheme, layout).nbytes / dense for layout in layouts] for scheme in SCHEMES}
+    expected = {"int4": [0.26, 0.52, 1.52], "int8": [0.5, 1.0, 1.5], "fp8": [0.5, 1.0, 1.0]}
     for scheme in SCHEMES:
         assert sizes[scheme] == pytest.approx(expected[scheme], abs=0.03)
 
 
 @BY_CODES
 def test_which_form_multiplies():
-    """In the fast layout the dense copy does, but where codes win; in the balanced one few tokens have their form."""
+    """In the fast layout the form for many tokens does, but where codes win; in the balanced one few have theirs."""
     fast, balanced = prepared("int8", "fast"), prepared("int8", "balanced")
     x = torch.randn(40, 512).bfloat16()
-    assert torch.equal(fast(x), fast.copy(x)) and torch.equal(fast(x[:16]), balanced.few_tokens(x[:16]))
-    assert torch.equal(fast(x[:17]), fast.copy(x[:17])) and torch.equal(balanced(x), balanced.few_tokens(x))
+    assert fast.copy is None and fast._weight is None  # int8 codes in float16 serve many tokens, and are the codes
+    assert torch.equal(fast(x), fast._float16(x)) and torch.equal(fast(x[:16]), balanced.few_tokens(x[:16]))
+    assert torch.equal(fast(x[:17]), fast._float16(x[:17])) and torch.equal(balanced(x), balanced.few_tokens(x))
+    assert fast.told == "fbgemm for up to 16 tokens, float16 codes for more"
+    fast.serve_few()
+    assert torch.equal(fast(x), balanced(x))
     int4 = prepared("int4", "fast")
     assert torch.equal(int4(x[:4]), int4.few_tokens(x[:4])) and torch.equal(int4(x[:5]), int4.copy(x[:5]))
     # In float32 alone a dense copy is all there is to gain.
@@ -74,6 +81,37 @@ def test_which_form_multiplies():
     for scheme in SCHEMES:
         plain = prepared(scheme, "compact")
         assert plain.is_prepared and plain.few_tokens is plain.copy is None
+
+
+@BY_CODES
+@pytest.mark.parametrize(("has_vnni", "expected"), [(False, "fast"), (True, "balanced")])
+def test_what_pays_without_vnni(has_vnni, expected, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: has_vnni)
+    assert prepared("int8", "auto").told == prepared("int8", expected).told
+    assert prepared("int8", "auto").nbytes == prepared("int8", expected).nbytes
+    for scheme, dtype in (("int4", torch.bfloat16), ("fp8", torch.bfloat16), ("int8", torch.float32)):
+        auto, balanced = prepared(scheme, "auto", dtype), prepared(scheme, "balanced", dtype)
+        assert (auto.told, auto.nbytes) == (balanced.told, balanced.nbytes)
+
+
+@BY_CODES
+@pytest.mark.parametrize("scheme", ["int8", "int4"])
+def test_fixed_rows_take_one_form_in_every_layout(scheme):
+    model = tiny_model(dtype=torch.bfloat16, hidden_size=128, intermediate_size=256)
+    model.quantise(scheme)
+    model.prepare("fast")
+    fix_rows(model)
+    linear = model.layers[0].mlp.down_proj
+    x = torch.randn(40, linear.in_features).bfloat16()
+    assert torch.equal(linear(x)[:1], linear(x[:1]))
+
+
+def test_all_values_of_int8_come_back_from_float16():
+    form = Quantised(quantise(torch.ones(16, 16).bfloat16(), "int8").weight, torch.bfloat16)
+    codes = torch.arange(-128, 128).to(torch.int8).view(16, 16)
+    form.weight.codes.copy_(codes)
+    form.prepare("fast")
+    assert torch.equal(form.codes(), codes)
 
 
 @BY_CODES
@@ -104,11 +142,42 @@ def test_columns_in_another_order_have_a_dense_copy_too():
 
 def test_the_layout_is_an_option_of_the_engine(tmp_path):
     folder = make_model(tmp_path)
-    for layout, has_copy in (("compact", False), ("fast", True)):
+    for layout, has_copy in (("auto", False), ("compact", False), ("fast", True)):
         llm = LLM(folder, quantization="int4", quantization_layout=layout, num_blocks=16)
         assert (llm.model.layers[0].mlp.down_proj.form.copy is not None) == has_copy
-    with pytest.raises(ParameterError, match="quantization_layout must be one of compact, balanced, fast, got 'small'"):
+    with pytest.raises(ParameterError, match="must be one of auto, compact, balanced, fast, got 'small'"):
         LLM(folder, quantization_layout="small", num_blocks=16)
     model = tiny_model()
     with pytest.raises(ParameterError, match="quantization_layout"):
         model.prepare("small")
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_info_says_in_which_forms_codes_will_lie(scheme, tmp_path, capsys):
+    config, sizes = tiny_config(hidden_size=128, intermediate_size=384), []
+    Transformer(config, dtype=torch.bfloat16).save_pretrained(tmp_path / "dense")
+    for layout in LAYOUTS:
+        model = Transformer(config, dtype=torch.bfloat16)
+        model.quantise(scheme)
+        model.prepare(layout)
+        forms = [module.coded for module in model.modules() if getattr(module, "coded", None) is not None]
+        sizes.append(f"{layout} {sum(form.nbytes for form in forms):,}")
+    assert command(["info", str(tmp_path / "dense"), "--weight-forms", "--quantization", scheme]) == 0
+    out = capsys.readouterr().out
+    assert f"in codes     {', '.join(sizes)} bytes" in out
+    model = Transformer(config, dtype=torch.bfloat16)
+    model.quantise(scheme)
+    model.prepare()
+    assert f"down_proj         128 x 384 {model.layers[0].mlp.down_proj.form.told}\n" in out
+
+
+@pytest.mark.parametrize("name", ["gptq_desc_act", "ct_w8a8", "bnb_nf4", "mlx_4bit"])
+def test_info_reads_the_forms_of_a_quantised_folder(name, capsys):
+    assert command(["info", str(GOLDEN / name), "--weight-forms"]) == 0
+    out = capsys.readouterr().out
+    model = Transformer.from_pretrained(GOLDEN / name)
+    model.prepare()
+    linear = model.layers[0].mlp.down_proj
+    told = "p" if linear.coded is None else linear.coded.told  # packed or plain
+    assert f"{'down_proj':13}{linear.out_features:>8,} x {linear.in_features:,} {told}" in out
+    assert ("in codes" in out) == (linear.coded is not None)

@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
 
@@ -18,6 +20,26 @@ for line in sys.stdin:
     job = json.loads(line)
     seconds = (1 if kind == "ours" else 2) * max(job["tokens"]) + (3 if len(job["prompts"][0]) == 10 else 0)
     print(seconds, flush=True)
+"""
+
+
+# llama-cpp-python's face, as far as the worker uses it: the best token is the number of those it has seen.
+LLAMA_CPP = """
+import ctypes
+class Llama:
+    def __init__(self, model, **options):
+        self.ctx = (ctypes.c_float * 60)()
+    def n_vocab(self):
+        return 60
+    def reset(self):
+        self.count = 0
+        ctypes.memset(self.ctx, 0, 240)
+    def eval(self, tokens):
+        assert len(tokens) > 1 or tokens == [self.count]
+        self.count += len(tokens)
+        self.ctx[self.count] = self.count
+def llama_get_logits(ctx):
+    return ctypes.cast(ctx, ctypes.POINTER(ctypes.c_float))
 """
 
 
@@ -50,6 +72,7 @@ def test_a_run_over_all_engines(document):
         workloads["decode batch 8"]["vllm"]["by_ours"] == 2.0 and "llama.cpp x-q8_0" not in workloads["decode batch 8"]
     )
     assert workloads["prompt of 10"]["llama.cpp x-q8_0"]["by_ours"] == 5 / 4
+    assert workloads["prompt of 10"]["llama.cpp x-q8_0"]["by_ours int8"] == 5 / 4
     assert workloads["prompt of 10"]["ours int8"]["by_ours"] == 1.0
 
 
@@ -71,6 +94,17 @@ def test_what_is_slow_is_measured_once_and_the_time_is_kept(monkeypatch):
     given.longest = 20
     found = peers.rounds(peers.decodes([1], 4, 100), {"ours": Worker()}, given)
     assert 10 < len(found["decode batch 1"]["ours"]) < 30
+
+
+def test_llama_cpp_is_fed_its_own_best_token(tmp_path):
+    (tmp_path / "llama_cpp.py").write_text(LLAMA_CPP)
+    command = [sys.executable, "-P", str(peers.WORKER), "llama.cpp", "model.gguf", "gguf"]
+    job = json.dumps({"prompts": [list(range(10))], "tokens": [5]})
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    ran = subprocess.run(command, input=f"{job}\n{job}\n", env=environment, capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr
+    hello, *seconds = ran.stdout.splitlines()
+    assert "start_s" in json.loads(hello) and len(seconds) == 2 and all(float(each) > 0 for each in seconds)
 
 
 def test_an_engine_that_ends_is_told(tmp_path):

@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -54,6 +54,7 @@ class Checkpoint:
         folder = Path(path)
         if not folder.is_dir():
             raise CheckpointError(f"{folder}: there is no such folder")
+        self._folder = folder
         self.config = ModelConfig.from_pretrained(folder) if config is None else config
         self._entries = list(layout(self.config)) if entries is None else entries(self.config)
         self.absent: list[Entry] = []
@@ -91,7 +92,7 @@ class Checkpoint:
             if kind in seen or Shard(self.config, 0, size).cut(entry.name).columns == slice(None):
                 continue
             seen.add(kind)
-            if (row := _first_row(entry, coded, scheme)) is None:
+            if (row := _first_rows(entry, coded, scheme)) is None:
                 continue
             for n in legal[1:]:
                 try:
@@ -103,6 +104,15 @@ class Checkpoint:
         if problem:
             told = f"must be one of {', '.join(map(str, legal))}" if len(legal) > 1 else "must be 1"
             raise ParameterError(f"tensor_parallel_size {told}, got {size}: {problem}", "tensor_parallel_size")
+
+    def samples(self, dtype: torch.dtype) -> Iterator[tuple[Entry, Quantised | None]]:
+        """The linear weights of the first layer, in a model of this dtype: as many of their rows as stand for all of
+        them, None where they are dense or become so. Each is read whole."""
+        for entry in self._entries:
+            if entry.name.startswith("model.layers.0.") and len(entry.shape) == 2:
+                count = entry.shape[0] % 16 or 16  # what matters of their number
+                form = _first_rows(entry, self._coded.get(entry.name), None, count)
+                yield entry, None if form is None else form.to(form.device, dtype)
 
     def load(
         self,
@@ -123,12 +133,24 @@ class Checkpoint:
         sources: dict[str, Source] = {**self._stored, **self._coded}
         entries = self._entries if shard is None else list(layout(shard.local))
         _stream(target, entries, sources)
+        self._tell_widened(module, entries)
         if self.config.tie_word_embeddings and "lm_head.weight" in self._stored:
             embedding = module.get_parameter(f"{self._entries[0].module}.weight").detach()
             _compare_tied_head(embedding, self._stored["lm_head.weight"], target.cut(self._entries[0]))
         for entry in entries if check_weights else ():
             if not bool(stored_rows(module, entry).isfinite().all()):
                 raise CheckpointError(f"{entry.name} holds NaN or infinite weights")
+
+    def _tell_widened(self, module: nn.Module, entries: Sequence[Entry]) -> None:
+        """Of linear layers: who loads 4 bits and gets 16 should hear of it."""
+        size = 0
+        for entry in entries:
+            owner = module.get_submodule(entry.module)
+            if entry.name in self._coded and isinstance(owner, Linear) and owner.form is None:
+                size += entry.shape[0] * entry.shape[1] * owner.weight.itemsize
+        if size:
+            told = "%s: weights in nf4 or fp4 have no form of their own here; dense they take %s bytes"
+            logger.warning(told, self._folder, f"{size:,}")
 
 
 def find_tensors(folder: Path) -> dict[str, StoredTensor]:
@@ -188,13 +210,13 @@ def _check(folder: Path, config: ModelConfig, entries: list[Entry], stored: dict
             )
 
 
-def _first_row(entry: Entry, coded: CodedSource | None, scheme: str | None) -> Quantised | None:
+def _first_rows(entry: Entry, coded: CodedSource | None, scheme: str | None, count: int = 1) -> Quantised | None:
     """Of a weight that is quantised, or will be by `scheme`; None of one that is dense, or becomes so."""
     if coded is None:
-        return None if scheme is None else quantise(torch.zeros(1, entry.shape[1]), scheme)
+        return None if scheme is None else quantise(torch.zeros(count, entry.shape[1]), scheme)
     found = coded.read()
     names = ("codes", "scales", "zeros", "minima")
-    first = {name: getattr(found, name)[:1] for name in names if getattr(found, name) is not None}
+    first = {name: getattr(found, name)[:count] for name in names if getattr(found, name) is not None}
     return of_coded(found._replace(**first), torch.float32)
 
 
@@ -215,7 +237,12 @@ class Target(NamedTuple):
         weights = [entry for entry in entries if entry.leaf == "weight"]
         if isinstance(owner, Linear) and any(isinstance(sources[entry.name], CodedSource) for entry in weights):
             dtype = owner.weight.dtype
-            owner.take(join([part for entry in weights for part in self._parts(sources[entry.name], entry, dtype)]))
+            parts = [part for entry in weights for part in self._parts(sources[entry.name], entry, dtype)]
+            dense = [part.weight for part in parts if isinstance(part, Dense)]
+            if len(dense) < len(parts):
+                owner.take(join(parts))
+            else:
+                owner.weight = nn.Parameter(dense[0] if len(dense) == 1 else torch.cat(dense), requires_grad=False)
             weights = []
         is_rounded = self.quantization is not None and entries[0].module != "lm_head"
         if isinstance(owner, Linear) and is_rounded and weights and self.cut(weights[0]).columns != slice(None):

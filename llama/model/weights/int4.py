@@ -65,6 +65,7 @@ class FewTokensInt4:
     the middle of the codes, which is where they lie.
     """
 
+    library = "int4pack"
     most_tokens, most_beside_dense = 32, 4
 
     def __init__(self, weight: QuantizedWeight) -> None:

@@ -24,17 +24,23 @@ def quantise(weight: Tensor) -> QuantizedWeight:
     return round_rows(weight, torch.int8, 127)
 
 
-def few_tokens(weight: QuantizedWeight, dtype: torch.dtype) -> "FewTokensInt8 | None":
+def fits(weight: QuantizedWeight, dtype: torch.dtype) -> bool:
     """Models of 16 bits alone: in float32 and float64 x is never quantised."""
-    fits = weight.codes.dtype == torch.int8 and weight.group_size == weight.shape[1]
-    fits = fits and weight.zeros is None and weight.minima is None and weight.codes.device.type == "cpu"
+    has_form = weight.codes.dtype == torch.int8 and weight.group_size == weight.shape[1]
+    has_form = has_form and weight.zeros is None and weight.minima is None and weight.codes.device.type == "cpu"
     is_there = torch.backends.quantized.engine in ("x86", "fbgemm")
-    return FewTokensInt8(weight) if fits and is_there and dtype in (torch.bfloat16, torch.float16) else None
+    return has_form and is_there and dtype in (torch.bfloat16, torch.float16)
+
+
+def few_tokens(weight: QuantizedWeight, dtype: torch.dtype) -> "FewTokensInt8 | None":
+    """None where it does not fit."""
+    return FewTokensInt8(weight) if fits(weight, dtype) else None
 
 
 class FewTokensInt8:
     """Twice the rows cost nothing while memory is what a product waits for; many tokens are better off widened."""
 
+    library = "fbgemm"
     most_tokens, most_beside_dense = 64, 16
 
     def __init__(self, weight: QuantizedWeight) -> None:

@@ -5,7 +5,9 @@ on a CPU `prepare` makes further forms of a weight, by the layout that is asked 
 
     compact    none: a product widens the codes strip by strip
     balanced   one for few tokens in models of 16 bits (int8, int4); fp8 codes lie in float16 instead, which holds them
-    fast       and a dense copy for many tokens, so that none is slower than the dense model
+    fast       and one for many tokens, so that none is slower than the dense model: int8 codes with a scale per row lie
+               in float16 too, others have a dense copy beside them
+    auto       by the table in `layout_for`
 """
 
 from collections.abc import Sequence
@@ -20,19 +22,29 @@ from llama.kernels import ops
 from llama.kernels.cpu.matmul import codes_of, nibble_block, pack_nibbles, widen
 from llama.kernels.types import QuantizedWeight
 from llama.model.parallel import Cut
-from llama.model.weights import fp8, int4, int8
+from llama.model.weights import float16_codes, fp8, int4, int8
 from llama.model.weights.coded import CodedWeight
 from llama.model.weights.form import WeightForm
 from llama.model.weights.packed import pack
 
 _STRIP = 1 << 20  # weights widened at once for dense()
 SCHEMES = ("int8", "int4", "fp8")
-LAYOUTS = ("compact", "balanced", "fast")
+LAYOUTS = ("auto", "compact", "balanced", "fast")
+_NAMES = {torch.int16: "int4 codes", torch.int8: "int8 codes", torch.float8_e4m3fn: "fp8 codes"}
+
+
+def layout_for(weight: QuantizedWeight, dtype: torch.dtype) -> str:
+    """What "auto" stands for on this machine. Without VNNI the integer products of int8 lose to the dense model from 32
+    tokens on, and in the balanced layout it takes as much memory as that: half as much again makes it fast for all.
+    int4 is asked for where memory is short, so it gets no copy of four times its size."""
+    is_slow = int8.fits(weight, dtype) and not torch.cpu._is_vnni_supported()
+    return "fast" if is_slow else "balanced"
 
 
 class FewTokens(Protocol):
     """A second form for up to `most_tokens` rows of x; `most_beside_dense` are those that a dense copy loses to it."""
 
+    library: str
     most_tokens: int
     most_beside_dense: int
     nbytes: int
@@ -51,9 +63,9 @@ class Quantised:
         self.few_tokens: FewTokens | None = None
         self._most_few = 0
         self.copy: WeightForm | None = None  # dense, columns in the order of x
-        self._float16: fp8.Float16Codes | None = None  # in place of the weight
+        self._float16: float16_codes.Float16Codes | None = None  # in place of the weight
         self.is_prepared = False
-        self._layout = "balanced"
+        self._layout = "auto"
 
     @property
     def weight(self) -> QuantizedWeight:
@@ -89,24 +101,39 @@ class Quantised:
         beside = (self.few_tokens, self.copy, self._float16, self.order)
         return own + sum(form.nbytes for form in beside if form is not None)
 
-    def prepare(self, layout: str = "balanced") -> None:
+    def prepare(self, layout: str = "auto") -> None:
         """Add the forms that this machine multiplies fast."""
         if self.is_prepared:
             return
         self.is_prepared, self._layout = True, layout
+        weight = self.weight
+        if layout == "auto":
+            layout = layout_for(weight, self.dtype)
         if layout == "compact" or self.device.type != "cpu":
             return
-        weight = self.weight
-        if (wide := fp8.float16_codes(weight, self.dtype)) is not None:
-            self._weight, self._float16 = None, wide
-            return
         self.few_tokens = int8.few_tokens(weight, self.dtype) or int4.few_tokens(weight, self.dtype)
-        if layout == "fast":
+        few, is_fp8 = self.few_tokens, weight.codes.dtype == torch.float8_e4m3fn
+        if (layout == "fast" or is_fp8) and float16_codes.fits(weight, self.dtype):
+            self._weight, self._float16 = None, float16_codes.Float16Codes(weight)
+        elif layout == "fast":
             dense = self.dense()
             self.copy = pack(dense) or Dense(dense)
+        if few is not None:
+            self._most_few = few.most_beside_dense if layout == "fast" else few.most_tokens
+
+    def serve_few(self) -> None:
+        """All tokens that the form for few can take go through it, whatever else there is: in one form they have the
+        same bits."""
         if self.few_tokens is not None:
-            few = self.few_tokens
-            self._most_few = few.most_tokens if self.copy is None else few.most_beside_dense
+            self._most_few = self.few_tokens.most_tokens
+
+    @property
+    def told(self) -> str:
+        """Its forms, for a user."""
+        many = "float16 codes" if self._weight is None else _NAMES[self._weight.codes.dtype]
+        many = many if self.copy is None else "a dense copy"
+        few = self.few_tokens
+        return many if few is None else f"{few.library} for up to {self._most_few} tokens, {many} for more"
 
     def to(self, device: torch.device, dtype: torch.dtype) -> "Quantised":
         """For another device or dtype of the model; codes and scales are neither rounded nor widened."""
@@ -159,6 +186,7 @@ class Quantised:
         taken = Quantised(_with(self.weight, fields), self.dtype)
         if self.is_prepared:
             taken.prepare(self._layout)
+            taken._most_few = self._most_few
         return taken
 
     def codes(self) -> Tensor:
@@ -185,7 +213,7 @@ class Dense:
     def nbytes(self) -> int:
         return self.weight.nbytes
 
-    def prepare(self, layout: str = "balanced") -> None:
+    def prepare(self, layout: str = "auto") -> None:
         """Stays as it is: few modules have such a part."""
 
     def to(self, device: torch.device, dtype: torch.dtype) -> "Dense":
@@ -217,7 +245,7 @@ class Joined:
     def nbytes(self) -> int:
         return sum(part.nbytes for part in self.parts)
 
-    def prepare(self, layout: str = "balanced") -> None:
+    def prepare(self, layout: str = "auto") -> None:
         for part in self.parts:
             part.prepare(layout)
         self.is_prepared = True
