@@ -76,8 +76,11 @@ test-package: demo-model $(READY)
 	$(PYTEST) -m slow tests/package
 
 # On a GPU machine, with its own python3: they want torch for CUDA, Triton, safetensors and pytest, and fetch nothing.
+# N=12: in so many processes (pytest-xdist), for most of the time goes into compiling. Those that want the memory of the
+# whole GPU come one by one, behind the others.
 test-gpu:
-	$(PYTHON) -m pytest -m gpu
+	$(PYTHON) -m pytest -m "gpu and not alone" $(if $(N),-n $(N) --dist worksteal)
+	$(PYTHON) -m pytest -m "gpu and alone"
 
 # Accesses outside of any allocation. Each tensor is one of its own here, or its neighbours would hide them.
 memcheck:

@@ -1,7 +1,7 @@
 """The first minutes on a GPU: does everything launch, is it right, and where does the time go?
 
 python -m benchmarks.first_look 1 --out DIR            correctness, the device's own limits, a decode step node by node
-python -m benchmarks.first_look 2 --out DIR            what to tune: cache layout, tiles, host time; then the benchmarks
+python -m benchmarks.first_look 2 --out DIR            quantised and deterministic; what to tune; then the benchmarks
 python -m benchmarks.first_look 3 --out DIR            quantised weights: products, 8B and 70B with an fp8 KV cache
 python -m benchmarks.first_look nodes matmul           single sections, in this process
 python -m benchmarks.first_look 1 2 3 --tiny           anywhere, as a dry run: small shapes, Triton's interpreter
@@ -28,7 +28,6 @@ from benchmarks.common import REPOSITORY, close
 PART_SECONDS = 300.0
 LEAST_SECONDS = 5.0  # no step is begun with less
 TAIL = 40  # lines of a step's output that are printed
-ALONE = "beyond_32 or to_the_31 or stay_within or worst_step"  # tests that want the memory of the whole device
 
 
 @dataclass(frozen=True)
@@ -36,7 +35,7 @@ class Step:
     name: str
     seconds: float
     sections: tuple[str, ...] = ()  # of this program
-    tests: str = ""  # an expression for pytest -k over the GPU's tests
+    tests: str = ""  # which of the GPU's: "not alone", or those that are "alone"
     module: tuple[str, ...] = ()  # a benchmark with its arguments
     tiny: tuple[str, ...] = ()  # what replaces the arguments in a dry run
 
@@ -46,9 +45,9 @@ class Step:
             return [*python, "benchmarks.first_look", *self.sections, "--out", str(out), *["--tiny"] * is_tiny]
         if self.module:
             return [*python, *(self.module[:1] + self.tiny if is_tiny else self.module)]
-        together = ["-n", "12", "--dist", "worksteal"] if self.tests.startswith("not") and _has("xdist") else []
+        together = ["-n", "12", "--dist", "worksteal"] if self.tests == "not alone" and _has("xdist") else []
         how = ["--collect-only"] if is_tiny else together
-        return [*python, "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider", *how, "-k", self.tests]
+        return [*python, "pytest", "-m", f"gpu and {self.tests}", "-q", "-p", "no:cacheprovider", *how]
 
 
 def _in_codes(preset: str, scheme: str, seconds: float, *flags: str) -> Step:
@@ -62,16 +61,17 @@ def _in_codes(preset: str, scheme: str, seconds: float, *flags: str) -> Step:
 PARTS = {
     "1": (
         Step("ops", 60, ("machine", "ops")),
-        Step("tests", 130, tests=f"not ({ALONE})"),
-        Step("large tests", 45, tests=ALONE),
+        Step("tests", 130, tests="not alone"),
+        Step("large tests", 45, tests="alone"),
         Step("step", 80, ("step",)),
         Step("device", 80, ("nodes", "invariance", "matmul", "cublas")),
     ),
     "2": (
-        Step("choices", 110, ("decode_layout", "prefill_tiles", "eager")),
+        Step("forms", 70, ("forms", "deterministic")),
+        Step("choices", 80, ("decode_layout", "prefill_tiles", "eager")),
         Step(
             "decode",
-            60,
+            50,
             module=tuple(
                 "benchmarks.decode_gpu --no-peer --contexts 128 1024 8192 --prefill 2048 8192 --rounds 40".split()
             ),
@@ -80,9 +80,16 @@ PARTS = {
         # Beside the weights, one engine for both batches and 8,192 tokens would want more than the device has.
         Step(
             "decode of 64",
-            50,
+            45,
             module=tuple("benchmarks.decode_gpu --no-peer --contexts 1024 --prefill --batch 64".split()),
             tiny=tuple("--preset tiny --no-peer --contexts 16 --prefill --batch 2 --rounds 3".split()),
+        ),
+        # On the host alone; its launches stop short of the driver.
+        Step(
+            "host",
+            20,
+            module=tuple("benchmarks.host --steps 30".split()),
+            tiny=tuple("--layers 1 --batches 1 --steps 2".split()),
         ),
         Step(
             "sampler and prefill",
@@ -147,10 +154,10 @@ def run_sections(names: list[str], out: Path, is_tiny: bool) -> bool:
     """Run each of these sections; its result goes to a file at once. -> whether all of them succeeded."""
     if is_tiny:
         os.environ["TRITON_INTERPRET"] = "1"  # read when Triton and our ops are imported, below
-    from benchmarks import first_look_device, first_look_engine
+    from benchmarks import first_look_device, first_look_engine, first_look_forms
 
     look = first_look_device.Look(is_tiny=is_tiny)
-    known = first_look_device.SECTIONS | first_look_engine.SECTIONS
+    known = first_look_device.SECTIONS | first_look_engine.SECTIONS | first_look_forms.SECTIONS
     succeeded = True
     for name in names:
         started = time.monotonic()

@@ -5,7 +5,7 @@ Only the engine is asked, over token ids: neither tokenizer nor checkpoint is ne
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, replace
 from functools import partial
@@ -33,7 +33,12 @@ from tests.sampling_rows import make_rows
 
 PROFILED_STEPS = 4
 TOP_KERNELS = 24
-SAMPLED = {"temperature": 0.7, "top_p": 0.9, "top_k": 50}
+DRAWS: dict[str, dict[str, Any]] = {
+    "greedy": {"temperature": 0.0},
+    "plain": {"temperature": 1.0},
+    "filtered": {"temperature": 0.7, "top_p": 0.9, "top_k": 50},
+    "with 20 log-probabilities": {"temperature": 0.0, "logprobs": 20},
+}
 
 
 def _error(actual: Tensor, expected: Tensor) -> float:
@@ -65,6 +70,12 @@ def ops(look: Look) -> dict:
         problem = make_problem(queries, contexts, num_decodes=num_decodes, **shape)
         return _error(problem.run(ours.paged_attention), answer(problem))
 
+    def cosine_error() -> float:
+        positions = torch.tensor([0, 1, 300, 8191, 131_071], device=look.device)
+        frequencies = torch.rand(head_dim, device=look.device)
+        pairs = zip(ours.cos_sin(positions, frequencies), rope.cos_sin(positions, frequencies, 1.0), strict=True)
+        return max(_error(actual, expected) for actual, expected in pairs)
+
     def rotation_error() -> float:
         q, k, v = look.randn(5, heads + 2 * kv_heads, head_dim).split([heads, kv_heads, kv_heads], dim=1)
         cos_sin = rotation(torch.rand(5, head_dim // 2, device=look.device) * 6)
@@ -84,6 +95,7 @@ def ops(look: Look) -> dict:
             ours.add_rms_norm(x, residual, weight, 1e-5)[0], norm.add_rms_norm(x, residual, weight, 1e-5)[0]
         ),
         "silu_mul": lambda: _error(ours.silu_mul(gate_up), activation.silu_mul(gate_up)),
+        "cos_sin": cosine_error,
         "rope_and_store": rotation_error,
         "decode attention": lambda: attention([1] * 6, decodes, 6),
         "prefill attention": lambda: attention([300 // scale, 17, 128 // scale], prompts, 0),
@@ -185,6 +197,58 @@ def _engine(look: Look, **options: int) -> Engine:
     return Engine(model, EngineConfig(enable_prefix_caching=False, **options))
 
 
+# Parts of our kernels' names, and which node of a step each is.
+KERNELS = {
+    "_norm_kernel": "norm",
+    "_cos_sin_kernel": "cos_sin",
+    "_rope_and_store_kernel": "rope",
+    "_decode_kernel": "attention",
+    "_merge_kernel": "merge",
+    "_silu_mul_kernel": "silu",
+    **dict.fromkeys(("scan_kernel", "few_groups_kernel", "count_kernel", "choose_kernel"), "sampler"),
+    **dict.fromkeys(("finish_kernel", "logprob_parts_kernel", "logprob_merge_kernel"), "sampler"),
+}
+# What a library computes between two of them.
+PRODUCTS = {
+    ("norm", "rope"): "qkv",
+    ("attention", "norm"): "o",
+    ("merge", "norm"): "o",
+    ("norm", "silu"): "gate_up",
+    ("silu", "norm"): "down",
+    ("norm", "sampler"): "head",
+}
+
+
+def labels(names: Sequence[str]) -> list[str]:
+    """Which node of a step each kernel belongs to, in the order in which they ran."""
+    own = [next((label for part, label in KERNELS.items() if part in name), None) for name in names]
+    before: list[str | None] = []
+    behind: list[str | None] = []
+    for order, seen in ((own, before), (own[::-1], behind)):
+        last = None
+        for label in order:
+            last = label or last
+            seen.append(last)
+    pairs = zip(own, before, behind[::-1], strict=True)
+    return [label or PRODUCTS.get((first or "", second or ""), "rest") for label, first, second in pairs]
+
+
+def _floors(look: Look, model: ModelConfig, batch: int, context: int) -> dict[str, float]:
+    """Microseconds of a step that a node's weights, or its keys and values, take at the bandwidth of a large copy."""
+    heads, kv_heads, dim = model.num_attention_heads, model.num_key_value_heads, model.head_dim
+    hidden, size, layers = model.hidden_size, model.intermediate_size, model.num_hidden_layers
+    elements = {
+        "qkv": layers * (heads + 2 * kv_heads) * dim * hidden,
+        "attention": layers * batch * context * 2 * kv_heads * dim,
+        "o": layers * heads * dim * hidden,
+        "gate_up": layers * 2 * size * hidden,
+        "down": layers * size * hidden,
+        "head": model.vocab_size * hidden,
+    }
+    each = look.dtype.itemsize / look.limits["copy_bytes_per_second"] * 1e6
+    return {name: number * each for name, number in elements.items()}
+
+
 def _profiled(look: Look, step: Callable[[], object]) -> dict:
     """Microseconds of each kernel in one step: their sum, the span from first to last, the longest by name."""
     with profile(
@@ -198,32 +262,40 @@ def _profiled(look: Look, step: Callable[[], object]) -> dict:
         for event in profiled.events()
         if look.is_tiny or event.device_type == torch.autograd.DeviceType.CUDA
     ]
+    spans.sort(key=lambda span: span[1])
     total, count = Counter[str](), Counter(name for name, *_ in spans)
-    for name, start, end in spans:
+    nodes: dict[str, list[float]] = {}
+    for label, (name, start, end) in zip(labels([name for name, *_ in spans]), spans, strict=True):
         total[name] += end - start
+        us, number = nodes.get(label, (0, 0))
+        nodes[label] = [us + (end - start) / PROFILED_STEPS, number + 1 / PROFILED_STEPS]
     kernels = [[name, us / PROFILED_STEPS, count[name] / PROFILED_STEPS] for name, us in total.most_common(TOP_KERNELS)]
     span = max(end for *_, end in spans) - min(start for _, start, _ in spans)
     busy = sum(total.values())
     return {"busy_us": busy / PROFILED_STEPS, "span_us": span / PROFILED_STEPS,
-            "nodes": len(spans) / PROFILED_STEPS, "kernels": kernels}  # fmt: skip
+            "nodes": len(spans) / PROFILED_STEPS, "by_node": nodes, "kernels": kernels}  # fmt: skip
 
 
 def step(look: Look) -> dict:
-    """Where a decode step of Llama 3.1 8B goes, node by node: wall time of a step, and its kernels by the profiler."""
+    """Where a decode step of Llama 3.1 8B goes: wall time, and by the profiler each node beside its floor."""
     length, blocks, most = look.setting.pick([16384, 6000, 64], [256, 64, 4])
     engine = _engine(look, max_model_len=length, num_blocks=blocks, max_num_seqs=most)
-    greedy = {"temperature": 0.0}
-    cases = [(1, 1000, greedy), (1, 8000, greedy), (1, 1000, SAMPLED), (64, 1000, greedy), (64, 1000, SAMPLED)]
+    cases = [(1, 1000, "greedy"), (1, 8000, "greedy"), *((1, 1000, name) for name in list(DRAWS)[1:])]
+    cases += [(64, 1000, "greedy"), (64, 1000, "filtered")]
     rounds = 1 if look.is_tiny else 30
     found = {}
-    for batch, context, params in look.setting.pick(cases, [(2, 20, SAMPLED)]):
-        with decoding(engine, batch, context, rounds + PROFILED_STEPS + 2, params):
+    for batch, context, draw in look.setting.pick(cases, [(2, 20, "filtered")]):
+        with decoding(engine, batch, context, rounds + PROFILED_STEPS + 2, DRAWS[draw]):
             look.timer.wait()
             seconds = timed(lambda: [engine.step() for _ in range(rounds)])
             row = {"wall_ms": seconds / rounds * 1e3, **_profiled(look, engine.step)}
-        name = f"batch {batch} context {context} {'greedy' if params is greedy else 'sampled'}"
+        name = f"batch {batch} context {context} {draw}"
         found[name] = row
+        row["floor_us"] = _floors(look, engine.runner.model.config, batch, context)
         print(f"{name}: {row['wall_ms']:.3f} ms, {row['nodes']:.0f} nodes, busy {row['busy_us'] / 1e3:.3f} ms")
+        for label, (us, count) in row["by_node"].items():
+            floor = row["floor_us"].get(label, 0.0)
+            print(f"    {us:10.1f} us, floor {floor:8.1f}, {count:6.1f} x {label}")
         for kernel, us, count in row["kernels"]:
             print(f"    {us:10.1f} us {count:6.1f} x {kernel}", flush=True)
     return found

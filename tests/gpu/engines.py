@@ -1,11 +1,13 @@
 """Engines on a GPU for tests: tiny models whose float64 copy on the CPU is the oracle, and larger ones in bfloat16."""
 
 from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 
 from llama.engine.engine import Engine
 from llama.engine.graph_runner import GraphRunner
+from llama.engine.graphs import Record
 from llama.model.config import ModelConfig
 from llama.model.kv_cache import KVCache
 from llama.model.transformer import Transformer
@@ -13,6 +15,7 @@ from tests.model.models import tiny_model
 from tests.test_equivalence import EOS, Case
 
 DEVICE = "cuda"
+T = TypeVar("T")
 
 
 def tiny() -> Transformer:
@@ -35,7 +38,7 @@ def small(**changes) -> Transformer:
     return Transformer(ModelConfig(**{**values, **changes}), device=DEVICE, dtype=torch.bfloat16, seed=1)
 
 
-def engine(model: Transformer, case: Case | None = None, *, record: Callable | None = None, **options) -> Engine:
+def engine(model: Transformer, case: Case | None = None, *, record: Record | None = None, **options) -> Engine:
     """`record` stands in for CUDA graphs."""
     case = case or Case()
     config = case.config(**options)
@@ -49,9 +52,14 @@ def engine(model: Transformer, case: Case | None = None, *, record: Callable | N
     return made
 
 
-def unrecorded(function: Callable) -> Callable:
-    """In place of a graph: the same function on the same tensors, launched kernel by kernel."""
-    return function
+class Unrecorded:
+    """In place of graphs: the same functions on the same tensors, launched kernel by kernel."""
+
+    def __call__(self, function: Callable[[], T]) -> Callable[[], T]:
+        return function
+
+    def used_bytes(self) -> int:
+        return 0
 
 
 def poison(made: Engine) -> None:

@@ -37,6 +37,7 @@ def test_saturation_without_nan():
     _check(ops.silu_mul(gate_up), gate_up)
 
 
+@pytest.mark.alone
 def test_offsets_beyond_32_bits():
     size = 14336
     gate_up = torch.zeros(2**31 // (2 * size) + 8, 2 * size, dtype=torch.bfloat16, device=DEVICE)

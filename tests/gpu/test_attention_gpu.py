@@ -103,6 +103,7 @@ def test_a_cache_in_fp8(shape, dtype):
         check(wide, stored.run(ops.paged_attention).to(dtype))
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("queries", [1, 40])
 def test_cache_of_more_than_2_to_the_31_elements(queries):
     """The blocks in use are the last of a cache of 4.3 GB each for K and V."""

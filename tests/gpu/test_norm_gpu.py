@@ -40,6 +40,7 @@ def test_error_budget(shape, dtype):
     _check(normed, summed, weight)
 
 
+@pytest.mark.alone
 def test_offsets_beyond_32_bits():
     tokens, hidden = 524_300, 4096  # 2^31 elements and some rows
     x = torch.zeros(tokens, hidden, dtype=torch.bfloat16, device=DEVICE)

@@ -59,6 +59,7 @@ def test_padding_stores_nothing():
     assert kv_layer.k.isnan().all() and kv_layer.v.isnan().all()
 
 
+@pytest.mark.alone
 def test_cache_of_more_than_2_to_the_31_elements():
     blocks = (1 << 31) // (16 * 8 * 128) + 2
     q, k, v, cos_sin, kv_layer = make(4, 32, 8, 128, torch.bfloat16, blocks=blocks)
@@ -80,3 +81,14 @@ def test_a_token_does_not_depend_on_its_batch():
         assert torch.equal(alone, together[one])
         assert torch.equal(kv_layer.k.flatten(0, 1)[token], other.k.flatten(0, 1)[token])
         assert torch.equal(kv_layer.v.flatten(0, 1)[token], other.v.flatten(0, 1)[token])
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_cosines_and_sines(head_dim):
+    """Of angles as float32 has them, to two units of the last place of 1."""
+    positions = torch.tensor([0, 1, 77, 8191, 131_071, 1_000_003], device=DEVICE)
+    inverse = 500_000.0 ** -(torch.arange(0, head_dim, 2, device=DEVICE) / head_dim)
+    frequencies = torch.cat((-inverse, inverse))
+    angles = (positions.float()[:, None, None] * frequencies).double()
+    cos, sin = ops.cos_sin(positions, frequencies, 1.0)
+    assert (cos - angles.cos()).abs().max() <= 2**-23 and (sin - angles.sin()).abs().max() <= 2**-23

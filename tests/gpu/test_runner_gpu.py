@@ -10,10 +10,11 @@ from llama import SamplingParams
 from llama.engine import graph_runner, memory
 from llama.engine.config import EngineConfig
 from llama.engine.graph_runner import GraphRunner
+from llama.engine.graphs import Graphs
 from llama.llm.loras import read_lora
 from tests.engine import fakes
 from tests.engine.test_graphs import save_adapters
-from tests.gpu.engines import engine, poison, run, small, tiny, unrecorded
+from tests.gpu.engines import Unrecorded, engine, poison, run, small, tiny
 from tests.test_equivalence import ASKS, Case, Run, oracle
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
@@ -50,7 +51,7 @@ def test_graphs_are_the_same_launches_to_the_last_bit(kind, count):
     """Both run at the bucket's shape, on tensors that hold garbage before each step."""
     model, told = small(), []
     kinds = tuple(name for name in KINDS if name != "bias") if kind == "all" else (kind,)
-    for record in (None, unrecorded):
+    for record in (None, Unrecorded()):
         made = engine(model, Case(max_num_seqs=16, budget=512, lag=0), record=record)
         made.runner.kv.data.fill_(float("nan"))
         logits = []
@@ -135,7 +136,7 @@ def test_launching_waits_for_nothing():
 
 def test_graphs_with_adapters(tmp_path):
     folder, model, told = save_adapters(tmp_path), tiny(), []
-    for record in (None, unrecorded):
+    for record in (None, Unrecorded()):
         made = engine(model, Case(lag=1), record=record, max_loras=2)
         for name in ("small", "large"):
             made.adapters.add(read_lora(made, model, name, folder / name))
@@ -166,6 +167,7 @@ def test_a_context_of_131072_tokens():
     assert all(-100 < entry[token].logprob <= 0 for token, entry in zip(tokens, logprobs, strict=True))
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("deterministic", [False, True])
 def test_steps_stay_within_the_memory_that_was_measured_for_them(deterministic):
     model = small(vocab_size=128_256)
@@ -184,19 +186,21 @@ def test_steps_stay_within_the_memory_that_was_measured_for_them(deterministic):
 
 
 def test_no_memory_for_a_graph_costs_no_token(monkeypatch, caplog):
-    def full(*args, **kwargs):
-        raise torch.OutOfMemoryError("no memory for a graph")
+    class Full(Unrecorded):
+        def __call__(self, function):
+            raise torch.OutOfMemoryError("no memory for a graph")
 
     made = engine(small(), Case(max_num_seqs=4, lag=1))
     add(made, crowd(4))
     expected = run(made)
     made = engine(small(), Case(max_num_seqs=4, lag=1))
-    monkeypatch.setattr(made.runner._graphs, "_record", full)
+    monkeypatch.setattr(made.runner, "_graphs", Graphs(Full()))
     add(made, crowd(4))
     assert run(made) == expected
-    assert "no memory for more than 2 graphs" in caplog.text
+    assert "no memory for more than 0 graphs" in caplog.text
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("is_decode", [False, True])
 def test_the_worst_step_is_measured(is_decode):
     model, config = small(), EngineConfig(max_num_batched_tokens=4096, max_num_seqs=64)

@@ -217,6 +217,7 @@ def test_a_graph_replays_what_the_eager_call_does():
         assert torch.equal(state.counts, eager_state.counts)
 
 
+@pytest.mark.alone
 def test_offsets_beyond_32_bits():
     rows = 2**31 // VOCAB + 8
     logits = torch.zeros(rows, VOCAB, dtype=torch.bfloat16, device=DEVICE)

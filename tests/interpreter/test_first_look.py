@@ -2,17 +2,16 @@
 
 import json
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from benchmarks import first_look, first_look_device, first_look_engine
+from benchmarks import first_look, first_look_device, first_look_engine, first_look_forms
 from benchmarks.first_look import PARTS, Step, main
 
-SECTIONS = first_look_device.SECTIONS | first_look_engine.SECTIONS
+SECTIONS = first_look_device.SECTIONS | first_look_engine.SECTIONS | first_look_forms.SECTIONS
 STEPS = [step for steps in PARTS.values() for step in steps]
 REPOSITORY = Path(__file__).resolve().parents[2]
 # What the engine imports beside these is Python's own, or NumPy, which torch brings.
@@ -24,7 +23,9 @@ def look():
     return first_look_device.Look(is_tiny=True)
 
 
-@pytest.mark.parametrize("name", SECTIONS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name == "deterministic")) for name in SECTIONS]
+)
 def test_a_section_runs(name, look):
     found = json.loads(json.dumps(SECTIONS[name](look)))
     assert found
@@ -42,10 +43,15 @@ def test_each_part_takes_five_minutes():
         assert sum(step.seconds for step in steps[:-1]) < 320
 
 
-def test_the_tests_that_run_alone_exist():
-    source = "".join(path.read_text() for path in (REPOSITORY / "tests/gpu").glob("test_*.py"))
-    for part in first_look.ALONE.split(" or "):
-        assert re.search(rf"def test_\w*{part}", source), part
+def test_every_node_of_a_step_is_told_apart():
+    layer = "_norm_kernel gemm _rope_and_store_kernel _decode_kernel _merge_kernel gemv splitK _norm_kernel gemm"
+    names = f"gather embedding _cos_sin_kernel {layer} _silu_mul_kernel gemm {layer} _silu_mul_kernel gemm _norm_kernel"
+    names += " gemm scan_kernel finish_kernel scatter Memcpy"
+    told = first_look_engine.labels(names.split())
+    half = "norm qkv rope attention merge o o norm gate_up silu down".split()
+    assert told == ["rest", "rest", "cos_sin", *half, *half, "norm", "head", "sampler", "sampler", "rest", "rest"]
+    short = first_look_engine.labels("_norm_kernel a _rope_and_store_kernel _decode_kernel b _norm_kernel".split())
+    assert short == "norm qkv rope attention o norm".split()
 
 
 def test_it_needs_nothing_but_torch_and_triton(tmp_path):
