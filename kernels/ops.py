@@ -74,6 +74,22 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
     return cpu_norm.add_rms_norm(x, residual, weight, eps)
 
 
+def cos_sin(positions: Tensor, frequencies: Tensor, factor: float = 1.0) -> CosSin:
+    """What `rope_and_store` rotates the tokens at `positions` [tokens] by: factor * (cos, sin) of position * frequency,
+    each [tokens, 1, head_dim] float32.
+
+    frequencies [head_dim] float32 are the inverse frequencies negated, then as they are: a negated one gives the same
+    cosine and the negated sine, bit for bit.
+    """
+    if positions.dim() != 1 or frequencies.dim() != 1 or frequencies.dtype != float32:
+        raise _refuse("cos_sin", positions=positions, frequencies=frequencies)
+    if on_triton(positions):
+        from llama.kernels.gpu import rope
+
+        return rope.cos_sin(positions, frequencies, factor)
+    return cpu_rope.cos_sin(positions, frequencies, factor)
+
+
 def rope_and_store(q: Tensor, k: Tensor, v: Tensor, cos_sin: CosSin, kv_layer: KVLayer, ragged: Ragged) -> Tensor:
     """Rotate q and k, write k and v to their slots in the cache, -> rotated q [tokens, heads, head_dim].
 

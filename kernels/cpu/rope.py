@@ -7,6 +7,12 @@ from llama.kernels.cpu.e4m3 import to_e4m3
 from llama.kernels.types import CosSin, KVLayer, Ragged
 
 
+def cos_sin(positions: Tensor, frequencies: Tensor, factor: float = 1.0) -> CosSin:
+    angles = positions.to(torch.float32)[:, None, None] * frequencies
+    cos, sin = angles.cos(), angles.sin()
+    return (cos, sin) if factor == 1.0 else (cos * factor, sin * factor)
+
+
 def rope_and_store(q: Tensor, k: Tensor, v: Tensor, cos_sin: CosSin, kv_layer: KVLayer, ragged: Ragged) -> Tensor:
     x = _side_by_side(q, k)
     cos, sin = cos_sin

@@ -1,4 +1,4 @@
-"""Rotary embedding of q and k fused with the write of k and v into the paged cache.
+"""Cosines and sines of positions; the rotary embedding of q and k fused with the write of k and v into the paged cache.
 
     x'[i] = x[i] cos[i] - x[i + D/2] sin[i],   x'[i + D/2] = x[i + D/2] cos[i] + x[i] sin[i]   (half-split pairs)
 
@@ -16,6 +16,16 @@ from llama.kernels.checks import check_tensors, require
 from llama.kernels.gpu.e4m3 import to_e4m3
 from llama.kernels.gpu.launch import Launcher, cdiv, next_power_of_2
 from llama.kernels.types import CosSin, KVLayer, Ragged
+
+
+@triton.jit(do_not_specialize_on_alignment=["positions"])
+def _cos_sin_kernel(cos, sin, positions, frequencies, factor, HEAD_DIM: tl.constexpr, DIMS: tl.constexpr):
+    token = tl.program_id(0).to(tl.int64)
+    dims = tl.arange(0, DIMS)
+    mask = dims < HEAD_DIM
+    angles = tl.load(positions + token).to(tl.float32) * tl.load(frequencies + dims, mask=mask, other=0.0)
+    tl.store(cos + token * HEAD_DIM + dims, tl.cos(angles) * factor, mask=mask)
+    tl.store(sin + token * HEAD_DIM + dims, tl.sin(angles) * factor, mask=mask)
 
 
 @triton.jit
@@ -115,7 +125,19 @@ def _rope_and_store_kernel(
                 _store_halves(v_cache + place, first, second, mask, HALF_DIM)
 
 
+_launch_cos_sin = Launcher(_cos_sin_kernel)
 _launch_rope_and_store = Launcher(_rope_and_store_kernel)
+
+
+def cos_sin(positions: Tensor, frequencies: Tensor, factor: float = 1.0) -> CosSin:
+    """See `ops.cos_sin`."""
+    check_tensors("cos_sin", positions=positions, frequencies=frequencies)
+    tokens, head_dim = len(positions), len(frequencies)
+    cos, sin = (torch.empty((tokens, 1, head_dim), device=positions.device) for _ in range(2))
+    if tokens > 0:
+        sizes = {"HEAD_DIM": head_dim, "DIMS": next_power_of_2(head_dim), "num_warps": 1}
+        _launch_cos_sin((tokens,), cos, sin, positions, frequencies, float(factor), **sizes)
+    return cos, sin
 
 
 def rope_and_store(q: Tensor, k: Tensor, v: Tensor, cos_sin: CosSin, kv_layer: KVLayer, ragged: Ragged) -> Tensor:

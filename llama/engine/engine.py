@@ -18,7 +18,7 @@ import torch
 from llama.api.errors import EngineDeadError, ParameterError, refusal
 from llama.api.outputs import FinishReason
 from llama.api.params import SamplingParams
-from llama.engine.adapters import Adapters
+from llama.engine.adapters import Adapter, Adapters
 from llama.engine.blocks import BlockPool
 from llama.engine.budget import free_cpu_bytes, lora_bytes
 from llama.engine.config import EngineConfig
@@ -120,6 +120,11 @@ class Engine:
     def graph_bytes(self) -> int:
         """Memory of the device that recorded steps take."""
         return self.runner.graph_bytes if isinstance(self.runner, Runner | ParallelRunner) else 0
+
+    def warm(self, adapter: Adapter) -> None:
+        """Have ready what steps with this adapter need, before it is added. Legal on any thread."""
+        if isinstance(self.runner, Runner | ParallelRunner):
+            self.runner.warm(adapter.content)
 
     def request(
         self,

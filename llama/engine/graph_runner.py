@@ -6,7 +6,9 @@ so that their variants do not multiply; logits pass between them. Where a sample
 grammar masks, drafts) it runs without one. The model knows of none of this.
 """
 
-from collections.abc import Callable, Mapping
+import logging
+import time
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -19,7 +21,7 @@ from llama.api.params import MAX_LOGPROBS
 from llama.engine.config import EngineConfig
 from llama.engine.device import Mirror
 from llama.engine.graphs import CudaRecord, Graphs, Record, bucket_of
-from llama.engine.memory import make_kv_cache, run_len
+from llama.engine.memory import make_kv_cache, run_len, warm_up
 from llama.engine.plan import LAST_SAMPLED, Plan, StepResult
 from llama.engine.runner import DTYPES, Runner, fetch_result
 from llama.kernels.types import Sampled, SamplerRows
@@ -28,12 +30,29 @@ from llama.model.kv_cache import KVCache
 from llama.model.module import hooks_of
 from llama.model.transformer import Transformer
 
+logger = logging.getLogger(__name__)
+
 
 def make_runner(model: Transformer, config: EngineConfig, num_blocks: int, eos_token_ids: frozenset[int]) -> Runner:
     """With a KV cache of so many blocks, and with graphs on CUDA unless `enforce_eager`."""
     kv = make_kv_cache(model, config, num_blocks)
-    has_graphs = model.device.type == "cuda" and not config.enforce_eager
-    return (GraphRunner if has_graphs else Runner)(model, kv, config, eos_token_ids=eos_token_ids)
+    is_cuda = model.device.type == "cuda"
+    make: type[Runner] = GraphRunner if is_cuda and not config.enforce_eager else Runner
+    runner = make(model, kv, config, eos_token_ids=eos_token_ids)
+    if is_cuda and config.num_blocks is not None:  # without it steps have been measured
+        with torch.cuda.device(model.device):
+            warm_up(model, config)
+    return runner
+
+
+def _with_bar(sizes: list[int], is_silent: bool) -> Iterable[int]:
+    try:
+        from tqdm.auto import tqdm
+    except ModuleNotFoundError:  # machines that only run kernels have none
+        return sizes
+    disable = True if is_silent else None  # None: where there is no terminal
+    bar: Iterable[int] = tqdm(sizes, desc="Recording graphs", disable=disable, leave=False)
+    return bar
 
 
 class GraphRunner(Runner):
@@ -79,27 +98,47 @@ class GraphRunner(Runner):
 
     @torch.inference_mode()
     def prepare(self) -> None:
-        """Record the largest step before all others, of padding alone. They then find room in the memory that it leaves
-        behind; in rising order each would take more, and never give it back."""
+        """Record the decodes of all sizes without adapters, drawn greedily, from all tokens or from filtered ones, over
+        padding alone. The largest step comes first: the others find room in the memory that it leaves behind; in rising
+        order each would take more, and never give it back. All ranks do the same, however much memory each has."""
+        started, count = time.monotonic(), len(self._logits)
         self._fill({}, 0)
         nothing = np.zeros(0, np.int64)
-        flags = self.sampler.write(nothing, nothing, self._inputs.host)
-        assert flags is not None
+        greedy = self.sampler.write(nothing, nothing, self._inputs.host)
+        assert greedy is not None
         self._inputs.send()
-        most = min(MAX_LOGPROBS, self.vocab_size)
-        flags = {**flags, "num_logprobs": most, "any_filter": True, "all_greedy": False, "any_processed": True}
-        for _ in range(2):
-            self._run_model(len(self._logits), has_adapters=False, has_runs=self._run_len > 1)
-            self._run_sampler(len(self._logits), flags)
+        plain = {**greedy, "all_greedy": False}
+        filtered = {**plain, "any_filter": True}
+        longest = {**filtered, "num_logprobs": min(MAX_LOGPROBS, self.vocab_size), "any_processed": True}
+        most_rows = self._bucket(self.padding_row)  # of the sampler's: it draws behind drafts without a graph
+        for size in _with_bar(self._buckets(), is_silent=self.model.shard.rank > 0):
+            flags = [longest] * (size == most_rows) + [filtered, plain, greedy] * (size <= most_rows)
+            for _ in range(2):  # a key's second run records it
+                for has_runs in self._kinds_of_runs:
+                    self._run_model(size, has_adapters=False, has_runs=has_runs)
+                for each in flags:
+                    self._run_sampler(size, each)
+        told = len(self._graphs), time.monotonic() - started, self.graph_bytes / 2**20, count
+        logger.info("%d graphs recorded in %.1f s, %.0f MiB: decodes of up to %d tokens", *told)
+
+    @property
+    def _kinds_of_runs(self) -> list[bool]:
+        """Whether a recorded step may have runs, not have them, or either."""
+        has_runs = self._run_len > 1
+        return [True, False] if has_runs and not self._aligned else [has_runs]
+
+    def _buckets(self) -> list[int]:
+        """All that steps take, the largest first."""
+        return sorted({self._bucket(count + 1) for count in range(len(self._logits))}, reverse=True)
 
     def calls(self, plan: Plan) -> list[Call] | None:
         if not self._is_plain(plan):
             return super().calls(plan)
-        bucket = self._bucket(plan)
+        bucket = self._bucket(plan.num_tokens)
         return [*self._calls_of_model(bucket), Call(bucket, "gather")]
 
-    def _bucket(self, plan: Plan) -> int:
-        return min(bucket_of(plan.num_tokens), len(self._logits))
+    def _bucket(self, num_tokens: int) -> int:
+        return min(bucket_of(num_tokens), len(self._logits))
 
     def _is_plain(self, plan: Plan) -> bool:
         """Whether graphs can run it."""
@@ -125,7 +164,7 @@ class GraphRunner(Runner):
             # is read.
             numbers["row_ids"], numbers["context_lens"] = plan.sample_rows, plan.sample_positions
             numbers["token_ids"] = plan.token_ids
-        bucket = self._bucket(plan)
+        bucket = self._bucket(plan.num_tokens)
         self._fill(numbers, count)
         # Where not all of the sampler's input has a place, there are no flags.
         flags = None

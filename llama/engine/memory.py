@@ -3,6 +3,7 @@
 import logging
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 
@@ -98,10 +99,22 @@ def worst_step(model: Transformer, config: EngineConfig, *, is_decode: bool) -> 
     apart = state  # behind drafts each sample has one of its own
     if num_samples > config.max_num_seqs:
         apart = state.copy_of(torch.zeros(num_samples, dtype=torch.int64, device=device))
-    ops.sample(logits, _rows_with_everything(num_samples, vocab_size, device, model.dtype), apart)
+    everything = _rows_with_everything(num_samples, vocab_size, device, model.dtype)
+    ops.sample(logits, everything, apart)
+    ops.sample(logits, replace(everything, mask=None, any_penalty=False), apart)  # kernels for logits as they came
     if not is_decode:
         scored = torch.zeros(num_scored_rows(vocab_size, device), dtype=torch.int64, device=device)
         ops.token_logprobs(model.head(hidden, batch, scored), scored, min(MAX_LOGPROBS, vocab_size))
+
+
+def warm_up(model: Transformer, config: EngineConfig) -> None:
+    """Compile what steps may need, where none is measured: the worst one, but small."""
+    started = time.monotonic()
+    num_seqs, num_tokens = min(config.max_num_seqs, 2), min(config.token_budget, 128)
+    small = replace(config, max_num_seqs=num_seqs, max_num_batched_tokens=num_tokens)
+    for is_decode in (False, True):
+        worst_step(model, small, is_decode=is_decode)
+    logger.info("kernels made ready in %.1f s", time.monotonic() - started)
 
 
 def run_len(model: Transformer, config: EngineConfig) -> int:

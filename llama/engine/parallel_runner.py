@@ -22,6 +22,7 @@ from llama.engine.plan import Array, Plan, StepResult
 from llama.engine.runner import Runner
 from llama.engine.tap_messages import decode_taps, encode_taps
 from llama.engine.wire import Message, decode_plan, encode_plan
+from llama.model.lora import AdapterWeights
 from llama.model.taps import SequenceTaps
 
 logger = logging.getLogger(__name__)
@@ -158,6 +159,10 @@ class ParallelRunner:
                 raise lost from error
             raise
 
+    def warm(self, adapter: AdapterWeights) -> None:
+        """See Runner; the others do so when they read it."""
+        self.own.warm(adapter)
+
     def share(self, adapter: Adapter) -> None:
         """Have the others read an adapter that rank 0 has read, from the same files. AdapterError where they cannot."""
         number = self._num_shared + 1
@@ -263,7 +268,8 @@ class Follower:
 
     def _load(self, told: Mapping[str, Any]) -> dict[str, Any]:
         try:
-            self._adapters[told["number"]] = self._read(told)
+            adapter = self._adapters[told["number"]] = self._read(told)
         except ValueError as error:
             return {"refused": str(error)}
+        self._runner.warm(adapter.content)
         return {"loaded": told["number"]}

@@ -30,7 +30,7 @@ from llama.model.batch import Batch
 from llama.model.communicator import Call
 from llama.model.fixed_rows import fix_rows
 from llama.model.kv_cache import KVCache
-from llama.model.lora import LoadedAdapters
+from llama.model.lora import AdapterWeights, LoadedAdapters
 from llama.model.taps import Span, StepTaps, names_of
 from llama.model.transformer import Transformer
 
@@ -126,6 +126,13 @@ class Runner:
     def graph_bytes(self) -> int:
         """Memory that recorded steps take."""
         return 0
+
+    @torch.inference_mode()
+    def warm(self, adapter: AdapterWeights) -> None:
+        """Have the kernels ready that steps with this adapter need. Legal on any thread, while steps run."""
+        if self.device.type == "cuda":  # nothing is compiled elsewhere
+            with torch.cuda.device(self.device):
+                self.adapters.warm(adapter)
 
     def release_memory(self) -> None:
         """Give back what the allocator keeps for later. The KV cache is one fixed allocation and stays."""

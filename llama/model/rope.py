@@ -1,7 +1,8 @@
-"""Rotary position embedding: inverse frequencies with each rope type's scaling, and cos/sin of positions.
+"""Rotary position embedding: inverse frequencies with each rope type's scaling.
 
 Everything here is float32, whatever the model's dtype, and the order of operations is transformers', so that both agree
-to the last bit. The rotation itself is `ops.rope_and_store`, in the half-split layout.
+to the last bit. `ops.cos_sin` makes cosines and sines of them; the rotation itself is `ops.rope_and_store`, in the
+half-split layout.
 """
 
 import math
@@ -9,7 +10,6 @@ import math
 import torch
 from torch import Tensor
 
-from llama.kernels.types import CosSin
 from llama.model.config import ModelConfig
 from llama.model.rope_scaling import LinearScaling, Llama3Scaling, YarnScaling
 
@@ -71,16 +71,6 @@ def attention_factor(config: ModelConfig) -> float:
 
 
 def frequencies(config: ModelConfig, device: torch.device | str | None = None) -> Tensor:
-    """[head_dim] float32: the inverse frequencies negated, then as they are. See `cos_sin`."""
+    """[head_dim] float32: the inverse frequencies negated, then as they are. See `ops.cos_sin`."""
     inverse = inverse_frequencies(config, device)
     return torch.cat((-inverse, inverse))
-
-
-def cos_sin(positions: Tensor, frequencies: Tensor, factor: float = 1.0) -> CosSin:
-    """What `ops.rope_and_store` rotates the tokens at positions [tokens] by, times `attention_factor`.
-
-    A negated frequency gives the same cosine and the negated sine, bit for bit.
-    """
-    angles = positions.to(torch.float32)[:, None, None] * frequencies
-    cos, sin = angles.cos(), angles.sin()
-    return (cos, sin) if factor == 1.0 else (cos * factor, sin * factor)

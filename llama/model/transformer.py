@@ -30,7 +30,7 @@ from llama.model.module import Module
 from llama.model.packing import Packing, prepare
 from llama.model.parallel import Shard
 from llama.model.research import Research
-from llama.model.rope import attention_factor, cos_sin, frequencies
+from llama.model.rope import attention_factor, frequencies
 from llama.model.weights.quantised import SCHEMES
 
 
@@ -292,7 +292,7 @@ class Transformer(Research):
 
     def hidden(self, batch: Batch, kv: KVCache) -> Tensor:
         """-> [tokens, hidden] after the last norm, of every token; `head` makes logits of it."""
-        rotation = cos_sin(batch.positions, self.frequencies, self.attention_factor)
+        rotation = ops.cos_sin(batch.positions, self.frequencies, self.attention_factor)
         x, residual = self.embed_tokens(batch.token_ids, batch.adapters), None
         if batch.taps is not None:
             x = batch.taps.at(self, "embed", x)

@@ -74,6 +74,10 @@ def test_kernels_that_are_not_named_may_lack_instructions():
     assert complaints(replace(GOOD, kernel="other", wide_loads=0, tensor_cores=0, warp_group=0), CASE, None) == []
 
 
+def test_local_memory_is_no_spill_where_a_cosine_has_a_stack():
+    assert complaints(replace(GOOD, spills=2), replace(CASE, stack=("kernel",)), None) == []
+
+
 def test_the_longest_loop():
     code = """
         /*0000*/                   MOV R1, c[0x0][0x28] ;

@@ -251,17 +251,6 @@ def test_bans_end_within_a_graphed_run():
         assert_as_the_oracle(engine, Case(lag=1), [asked])
 
 
-def test_the_largest_step_can_be_recorded_first_and_leaves_no_trace():
-    case, stand = Case(lag=1), Stand()
-    engine = graph_engine(case, stand)
-    engine.runner.kv.data.zero_()
-    last_tokens = engine.runner.last_tokens.clone()
-    engine.runner.prepare()
-    assert {(key[0], key[1]) for key in keys(engine)} == {("model", 16), ("sampler", 16)}
-    assert not engine.runner.kv.data.any() and torch.equal(engine.runner.last_tokens[:-1], last_tokens[:-1])
-    assert_as_the_oracle(engine, case, ASKS)
-
-
 def test_prompt_logprobs_are_computed_without_graphs():
     stand = Stand()
     engine = graph_engine(Case(), stand)

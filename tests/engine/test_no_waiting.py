@@ -4,6 +4,8 @@ Triton's kernels are not launched; all around them runs. A tensor of the host am
 shape depends on values, would be a place where the host waits for the device: no graph can hold it.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -12,7 +14,7 @@ from triton.runtime.jit import JITFunction
 
 from llama.engine.config import EngineConfig
 from llama.engine.graph_runner import GraphRunner
-from llama.engine.memory import worst_step
+from llama.engine.memory import warm_up, worst_step
 from llama.kernels import ops
 from llama.kernels.types import SamplerState
 from llama.llm.loras import read_lora
@@ -118,3 +120,52 @@ def test_the_worst_step(launched, is_decode):
         worst_step(model, EngineConfig(max_num_batched_tokens=8192), is_decode=is_decode)
     assert ("_decode_kernel" in launched) == is_decode and ("_prefill_kernel" in launched) != is_decode
     assert {"choose_kernel", "count_kernel", "logprob_merge_kernel"} <= set(launched)
+
+
+def variants(monkeypatch, call) -> set:
+    """What is compiled for the kernels that a call launches: dtypes, constants, and the numbers that a kernel may be
+    specialised for."""
+    found = set()
+
+    def note(self, *args, grid, **options):
+        names = [name for name in self.arg_names if name not in options]
+        given = []
+        for name, arg in zip(names, args, strict=False):
+            leaves = [leaf.dtype if isinstance(leaf, torch.Tensor) else leaf for leaf in tree_leaves(arg)]
+            given += [name] if name in self.do_not_specialize else leaves
+        found.add((self.fn.__name__, *given, *sorted(options.items())))
+
+    monkeypatch.setattr(ops, "_INTERPRETED", True)
+    monkeypatch.setattr(JITFunction, "run", note)
+    with torch.inference_mode():
+        call()
+    return found
+
+
+@pytest.mark.parametrize("speculative", [None, {"method": "ngram"}])
+def test_a_small_step_needs_the_kernels_of_the_worst_one(monkeypatch, speculative):
+    preset = replace(ModelConfig.preset("llama-3.1-8b"), num_hidden_layers=1)
+    model = Transformer(preset, device="meta", dtype=torch.bfloat16)
+    config = EngineConfig(max_num_batched_tokens=8192, speculative_config=speculative).resolved(preset, "cuda")
+
+    def worst() -> None:
+        for is_decode in (False, True):
+            worst_step(model, config, is_decode=is_decode)
+
+    assert variants(monkeypatch, lambda: warm_up(model, config)) == variants(monkeypatch, worst)
+
+
+def test_loading_an_adapter_needs_the_kernels_of_its_steps(monkeypatch, tmp_path):
+    """And moves no tensor that steps use. The second adapter is wider; with it the first one's kernels are others."""
+    made = graphed(tiny_config(), torch.bfloat16)
+    folder = save_adapters(tmp_path)
+    host = graph_engine(Case(), Stand(), max_loras=1)
+    for index, name in enumerate(("small", "large", "small"), start=1):
+        content = read_lora(host, tiny_model(), name, folder / name).content
+        warmed = variants(monkeypatch, lambda content=content: made.adapters.warm(content))
+        generation = made.adapters.generation
+        made.adapters.put(min(index, 2), content)
+        assert index == 3 or generation == (0, 4)[index - 1]
+        step = variants(monkeypatch, lambda: made._model_step(3, has_adapters=True, has_runs=False))
+        assert warmed == {each for each in step if "shrink" in each[0] or "expand" in each[0]}
+        assert len(warmed) == 4

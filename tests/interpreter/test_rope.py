@@ -100,3 +100,16 @@ def test_public_op_takes_the_kernel():
 def test_refuses_what_the_interpreter_cannot(dtype):
     with pytest.raises(ValueError, match=str(dtype)):
         rope.rope_and_store(*make(dtype=dtype))
+
+
+@pytest.mark.parametrize("factor", [1.0, 1.3])
+@pytest.mark.parametrize("head_dim", [2, 80, 128])
+def test_cosines_and_sines(head_dim, factor):
+    positions = torch.tensor([0, 1, 77, 8191, 131_071, 1_000_003])
+    inverse = 10_000.0 ** -(torch.arange(0, head_dim, 2) / head_dim)
+    frequencies = torch.cat((-inverse, inverse))
+    actual = ops.cos_sin(positions, frequencies, factor)
+    for ours, expected in zip(actual, cpu_rope.cos_sin(positions, frequencies, factor), strict=True):
+        assert ours.shape == (6, 1, head_dim)
+        torch.testing.assert_close(ours, expected, rtol=0, atol=2.5e-7)
+    assert ops.cos_sin(positions[:0], frequencies)[0].shape == (0, 1, head_dim)

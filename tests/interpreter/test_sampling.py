@@ -237,6 +237,24 @@ def test_bias_and_mask():
     assert sampled.token_ids[0] == 0 and sampled.token_ids[3] == 7
 
 
+def test_many_biases_are_read_together():
+    """More than are read at once, in one tile and in many; where a row's begin is no round number."""
+    generator = torch.Generator().manual_seed(3)
+    ids = torch.randperm(1200, generator=generator).tolist()
+    values = (torch.randn(1200, generator=generator) * 4).tolist()
+    pairs = list(zip(ids, values, strict=True))
+    inf = float("inf")
+    params = [
+        {"bias": dict(pairs[:3]), "temperature": 0.0},
+        {"bias": dict(pairs[:300])},
+        {"bias": {id: value for id, value in pairs if id < 150} | {1199: -inf}, "top_k": 9},
+        {},
+        {"bias": dict(pairs) | {5: -inf, 7: 90.0}, "temperature": 0.0},
+    ]
+    sampled = _check(_logits(5, 1200), params)
+    assert sampled.token_ids[4] == 7
+
+
 def test_bias_comes_before_penalties_and_the_mask_after():
     slots = [([4, 5], [5, 6])]
     params = [{"penalty_row": 0, "repetition_penalty": 2.0, "presence_penalty": 1.0, "bias": {4: -9.0, 5: 2.5, 6: 1.0}}]

@@ -146,5 +146,12 @@ def test_refusals_name_the_op_and_the_shapes():
     ):
         with pytest.raises(ValueError, match="rope_and_store"):
             ops.rope_and_store(**{**arguments, **changed})
+    for positions, frequencies in (
+        (cos, cos[0, 0]),
+        (slots := torch.zeros(2).long(), cos),
+        (slots, cos[0, 0].double()),
+    ):
+        with pytest.raises(ValueError, match="cos_sin"):
+            ops.cos_sin(positions, frequencies)
     with pytest.raises(ValueError, match="slots int64"):
         only_slots(torch.zeros(2, dtype=torch.int32), 4)

@@ -19,6 +19,8 @@ from llama.kernels.types import SamplerRows, SamplerState
 TILE = 1024
 PROGRAMS = 2048
 
+_BIASES = tl.constexpr(128)  # whose ids are read together
+
 
 def split_rows(rows: int, vocab: int) -> tuple[int, int]:
     """-> splits, which are the programs of each row, and how many of the row's tiles each of them walks."""
@@ -94,16 +96,31 @@ def load_tile(source, stride, row, first, VOCAB: tl.constexpr, TILE: tl.constexp
 
 
 @triton.jit
+def _biased(rules, row, first, ids, logits, TILE: tl.constexpr):
+    """Logits of one tile plus the row's biases. Their ids are read many at a time; those of the tile, mostly few, are
+    added one by one."""
+    end = tl.load(rules.bias_starts + row + 1)
+    for start in range(tl.load(rules.bias_starts + row), end, _BIASES):
+        entries = start + tl.arange(0, _BIASES)
+        tokens = tl.load(rules.bias_ids + entries, mask=entries < end, other=-1)
+        left = tl.where((tokens >= first) & (tokens < first + TILE), entries, end)
+        entry = tl.min(left)
+        while entry < end:
+            token = tl.load(rules.bias_ids + entry)
+            logits = tl.where(ids == token, logits + tl.load(rules.bias_values + entry), logits)
+            left = tl.where(left > entry, left, end)
+            entry = tl.min(left)
+    return logits
+
+
+@triton.jit
 def load_changed(rules, row, first, has_bias, has_state, has_mask, VOCAB: tl.constexpr, TILE: tl.constexpr):
     """Ids and logits of one tile after bias, penalties and mask, in this order."""
     ids, logits = load_tile(rules.logits, rules.logits_stride, row, first, VOCAB, TILE)
     WORDS: tl.constexpr = (VOCAB + 31) // 32
 
     if has_bias != 0:
-        for entry in range(tl.load(rules.bias_starts + row), tl.load(rules.bias_starts + row + 1)):
-            token = tl.load(rules.bias_ids + entry)
-            if (token >= first) & (token < first + TILE):
-                logits = tl.where(ids == token, logits + tl.load(rules.bias_values + entry), logits)
+        logits = _biased(rules, row, first, ids, logits, TILE)
 
     if has_state != 0:
         penalty_row = tl.load(rules.penalty_rows + row).to(tl.int64)

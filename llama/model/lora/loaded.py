@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from llama.kernels.types import TokenAdapters
 from llama.model.adapters import LoraStack
 from llama.model.checkpoint.layout import layout
 from llama.model.lora.adapter import AdapterWeights, Pair
@@ -55,6 +56,24 @@ class LoadedAdapters:
             self.generation += stack.reserve(self.max_loras, in_features, room, self._model.norm.weight)
             stack.put(index, slice_index, pair.a, pair.b)
         self._held[index] = adapter
+
+    def warm(self, adapter: AdapterWeights) -> None:
+        """Launch what steps with `adapter` will launch, over zeros, so that no step waits for a compiler. Nothing that
+        steps use is changed."""
+        like = self._model.norm.weight
+        rooms: dict[nn.Module, tuple[tuple[int, ...], int, int]] = {}
+        for name, pair in adapter.pairs.items():
+            module, _, starts = self._places[name]
+            rank, in_features = pair.a.shape
+            held = self.stacks[module].rank if module in self.stacks else self._least_rank
+            rooms[module] = starts, in_features, max(rank, rooms[module][2] if module in rooms else held)
+        for is_embedding, room in {(module is self._model.embed_tokens, room) for module, room in rooms.items()}:
+            starts, in_features, rank = room
+            stack = LoraStack(starts, is_embedding=is_embedding)
+            stack.reserve(1, in_features, rank, like)
+            none = torch.zeros(1, dtype=torch.int32, device=like.device)
+            x = none.long() if is_embedding else like.new_zeros(1, in_features)
+            stack.add(x, like.new_zeros(1, starts[-1]), TokenAdapters(none))
 
 
 def _brought(pairs: Mapping[str, Pair], like: Tensor) -> Mapping[str, Pair]:

@@ -1,10 +1,10 @@
-"""rope_and_store over views of a fused qkv output, as the model calls it."""
+"""rope_and_store over views of a fused qkv output, as the model calls it, and what it rotates by."""
 
 from collections.abc import Iterator
 
 import torch
 
-from llama.kernels.gpu.rope import rope_and_store
+from llama.kernels.gpu.rope import cos_sin, rope_and_store
 from llama.kernels.types import KVLayer
 from tests.compile.harness import Case
 from tests.paged_attention import only_slots
@@ -34,3 +34,6 @@ def cases() -> Iterator[Case]:
             wide_loads=("_rope_and_store_kernel",),
         )
     yield Case("rope D=128 heads=32/8 bfloat16 e4m3", lambda: _call(128, 32, 8, torch.bfloat16, e4m3=True))
+    positions = torch.empty(64, dtype=torch.int64, device="meta")
+    frequencies = torch.empty(128, device="meta")
+    yield Case("cos_sin D=128", lambda: cos_sin(positions, frequencies, 1.0), stack=("_cos_sin_kernel",))
