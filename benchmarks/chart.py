@@ -45,6 +45,8 @@ def panels(document: dict[str, Any]) -> list[tuple[str, list[Row]]]:
     results, machine = document["results"], document["machine"]
     cpu = f"{machine['cpu']}, {machine['capability']}"
     found = []
+    if "starts" in results:
+        found.append((f"a process with the tiny preset · {cpu}", rows_of(results["starts"])))
     if "tiny" in results:
         found.append((f"tiny preset, float32 · {cpu}", rows_of(results["tiny"])))
     if "model" in results:

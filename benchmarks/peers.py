@@ -34,11 +34,12 @@ WORKER = Path(__file__).with_name("peers_worker.py")
 OURS = "ours"
 # What a user of the tiny preset waits for: imports, a model, its first tokens.
 STARTS = {
-    "ours": "from llama import LLM, SamplingParams; import sys; LLM(sys.argv[1]).generate([[1, 2, 3]], "
-    "SamplingParams(max_tokens=8, ignore_eos=True), use_tqdm=False)",
-    "transformers": "import sys, torch; from transformers import LlamaForCausalLM; "
-    "LlamaForCausalLM.from_pretrained(sys.argv[1]).generate(torch.tensor([[1, 2, 3]]), min_new_tokens=8, "
-    "max_new_tokens=8, do_sample=False, pad_token_id=0)",
+    "ours": "from llama import LLM, ModelConfig, SamplingParams, Transformer; "
+    "LLM(Transformer(ModelConfig.preset('tiny'))).generate([[1, 2, 3]], "
+    "SamplingParams(temperature=0, max_tokens=8, ignore_eos=True), use_tqdm=False)",
+    "transformers": "import json, sys, torch; from transformers import LlamaConfig, LlamaForCausalLM; "
+    "LlamaForCausalLM(LlamaConfig.from_dict(json.loads(sys.argv[1]))).generate(torch.tensor([[1, 2, 3]]), "
+    "min_new_tokens=8, max_new_tokens=8, do_sample=False, pad_token_id=0)",
 }
 Times = dict[str, list[float]]  # by engine: one number a round
 
@@ -133,14 +134,18 @@ def rounds(workloads: list[Workload], workers: dict[str, Worker], given: argpars
     return found
 
 
-def starts(model: str, count: int) -> Times:
-    """Seconds of whole processes."""
+def starts(count: int) -> Times:
+    """Seconds of whole processes: imports, a tiny model with random weights, its first eight tokens. What is installed
+    has been compiled to bytecode: so is ours, in a first start of each that does not count."""
+    config = json.dumps(ModelConfig.preset("tiny").to_hugging_face("float32"))
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
     found: Times = defaultdict(list)
-    for _ in range(count):
+    for number in range(count + 1):
         for name, script in STARTS.items():
-            start = time.perf_counter()
-            subprocess.run([sys.executable, "-c", script, model], cwd=REPOSITORY, check=True, capture_output=True)
-            found[name].append(time.perf_counter() - start)
+            command, start = [sys.executable, "-c", script, config], time.perf_counter()
+            subprocess.run(command, cwd=REPOSITORY, env=env, check=True, capture_output=True)
+            if number:
+                found[name].append(time.perf_counter() - start)
     return found
 
 
@@ -180,8 +185,11 @@ def measure_tiny(given: argparse.Namespace) -> dict[str, Any]:
         found = rounds(decodes([1, 4, 32], given.steps, config.vocab_size), workers, given)
         for worker in workers.values():
             worker.close()
-        found["start to first tokens"] = starts(model, given.starts)
     return table("tiny", found)
+
+
+def measure_starts(given: argparse.Namespace) -> dict[str, Any]:
+    return table("starts", {"start to first tokens": starts(given.starts)})
 
 
 def measure_model(given: argparse.Namespace) -> dict[str, Any]:
@@ -203,9 +211,12 @@ def measure_model(given: argparse.Namespace) -> dict[str, Any]:
     return {"workloads": table(given.dtype, found), "engines": told}
 
 
+MEASURES = {"starts": measure_starts, "tiny": measure_tiny, "model": measure_model}
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", nargs="+", choices=["tiny", "model"], default=["tiny", "model"])
+    parser.add_argument("--parts", nargs="+", choices=MEASURES, default=list(MEASURES))
     parser.add_argument("--model", default="checkpoints/smollm2-135m-instruct")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
     forms = [f"{scheme}{layout}" for scheme in SCHEMES for layout in ("", *(f"-{layout}" for layout in LAYOUTS))]
@@ -226,8 +237,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--minutes", type=float, default=3.0, help="for each part, beside loading")
     parser.add_argument("--longest", type=float, default=10.0, help="seconds; what takes longer is measured once")
     given = parser.parse_args(arguments)
-    measures = {"tiny": measure_tiny, "model": measure_model}
-    results = {part: measures[part](given) for part in given.parts}
+    results = {part: MEASURES[part](given) for part in given.parts}
     close("peers", unit="s", model=given.model, dtype=given.dtype, results=results)
 
 

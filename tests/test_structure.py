@@ -336,6 +336,19 @@ def test_importing_llama_is_light():
     run_python("import sys, llama; assert not {'torch', 'triton', 'tokenizers', 'jinja2'} & sys.modules.keys()")
 
 
+def test_a_process_that_generates_is_light():
+    """A model of one's own and token ids need neither files of a checkpoint nor text, no thread and no process."""
+    run_python(
+        "import multiprocessing, sys, threading\n"
+        "from llama import LLM, ModelConfig, SamplingParams, Transformer\n"
+        "llm = LLM(Transformer(ModelConfig.preset('tiny')), num_blocks=4)\n"
+        "llm.generate([[1, 2]], SamplingParams(max_tokens=2), use_tqdm=False)\n"
+        "heavy = {'transformers', 'jinja2', 'llguidance', 'safetensors', 'pydantic', 'starlette', 'llama.server'}\n"
+        "assert not {*heavy, 'llama.async_llm', 'llama.batch'} & sys.modules.keys(), heavy & sys.modules.keys()\n"
+        "assert threading.active_count() == 1 and not multiprocessing.active_children()"
+    )
+
+
 def test_importing_kernels_leaves_triton_alone():
     run_python(
         "import sys, torch; before = 'triton' in sys.modules; import llama.kernels.ops; "

@@ -1,8 +1,8 @@
 """Attention over the paged cache in plain PyTorch.
 
 No copy of K or V per query head: grouped heads share them through a dimension of stride 0 (prefill) or lie beside one
-another as the queries of one head (decode). Slots past a sequence's context are never read, so that whatever lies there
-cannot leak.
+another as the queries of one head (decode). Keys come in whole blocks, for a copy of many short pieces costs more than
+the bytes; what lies past a sequence's context is cut off or made 0, so that it cannot leak.
 """
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from llama.kernels.cpu import fixed_attention
 from llama.kernels.cpu.e4m3 import from_e4m3
-from llama.kernels.cpu.layout import Decodes, Layout
+from llama.kernels.cpu.layout import Decodes, Keys, Layout
 from llama.kernels.types import KVLayer, Ragged
 
 # Entries of one mask at most (queries x keys), which bounds what a chunk of a long prompt allocates.
@@ -40,8 +40,9 @@ def _attention(q: Tensor, kv_layer: KVLayer, ragged: Ragged, scale: float) -> Te
     parts = []
     if num_decodes:
         parts.append(_decode(q[:num_decodes], kv_layer, layout, scale))
-    for start, end, rows in layout.prefills:
-        k, v = (layout.gather(cache, rows, name) for cache, name in zip(kv_layer.slots, "kv", strict=True))
+    for start, end, keys, context_len in layout.prefills:
+        k = _in_order(kv_layer.k, keys, context_len, layout, "k")
+        v = _in_order(kv_layer.v, keys, context_len, layout, "v")
         parts.append(_causal(q[start:end], _widened(k, q), _widened(v, q), scale, layout))
     if ragged.run_len > 1:  # a recorded step: behind the last run there may be padding
         parts.append(torch.zeros_like(q[sum(map(len, parts)) :]))
@@ -52,27 +53,45 @@ def _attention(q: Tensor, kv_layer: KVLayer, ragged: Ragged, scale: float) -> Te
 
 def _decode(q: Tensor, kv_layer: KVLayer, layout: Layout, scale: float) -> Tensor:
     """One query per sequence. Sequences of much the same length are computed together: little is padded."""
+    decodes = layout.parts(kv_layer.k.shape[2] * kv_layer.k.shape[3])
     if layout.order is None or layout.places is None:
-        return _decode_some(q, kv_layer, layout, layout.decodes[0], scale)
+        return _decode_some(q, kv_layer, layout, decodes[0], scale)
     q = q.index_select(0, layout.order)
-    parts = [_decode_some(q[some.first : some.stop], kv_layer, layout, some, scale) for some in layout.decodes]
+    parts = [_decode_some(q[some.first : some.stop], kv_layer, layout, some, scale) for some in decodes]
     return torch.cat(parts).index_select(0, layout.places)
 
 
 def _decode_some(q: Tensor, kv_layer: KVLayer, layout: Layout, some: Decodes, scale: float) -> Tensor:
     """The heads of a group become the queries of their KV head."""
     sequences, heads, head_dim = q.shape
-    kv_heads, rows = kv_layer.k.shape[2], some.rows
-    if isinstance(rows, slice):
-        k, v = _run(kv_layer.k, rows), _run(kv_layer.v, rows)
+    kv_heads = kv_layer.k.shape[2]
+    if isinstance(some.keys, slice):
+        k, v = _run(kv_layer.k, some.keys), _run(kv_layer.v, some.keys)
     else:
-        shape, (cached_k, cached_v) = (sequences, -1, kv_heads, head_dim), kv_layer.slots
-        k = layout.gather(cached_k, rows, "k").view(shape).transpose(1, 2)
-        v = layout.gather(cached_v, rows, "v").view(shape).transpose(1, 2)
+        k = _side_by_side(layout.gather(kv_layer.k, some.keys, "k"), some)
+        v = _side_by_side(layout.gather(kv_layer.v, some.keys, "v"), some)
     grouped = q.view(sequences, kv_heads, heads // kv_heads, head_dim)
     k, v = _widened(k, q), _widened(v, q)
     mixed = F.scaled_dot_product_attention(grouped, k, v, attn_mask=some.mask_for(q.dtype), scale=scale)
     return mixed.reshape(q.shape)
+
+
+def _side_by_side(blocks: Tensor, some: Decodes) -> Tensor:
+    """[sequences * blocks, block_size, kv_heads, head_dim] -> [sequences, kv_heads, keys, head_dim], a view. What lies
+    past a context becomes 0: a NaN there would outlive the mask."""
+    _, _, kv_heads, head_dim = blocks.shape
+    if some.missing is not None:
+        blocks.flatten(0, 1).index_fill_(0, some.missing, 0)
+    slot = kv_heads * head_dim
+    shape = (some.stop - some.first, kv_heads, some.longest, head_dim)
+    return blocks.as_strided(shape, (some.width * slot, head_dim, slot, 1))
+
+
+def _in_order(cache: Tensor, keys: Keys, context_len: int, layout: Layout, name: str) -> Tensor:
+    """[keys, kv_heads, head_dim] of one sequence."""
+    if isinstance(keys, slice):
+        return cache.flatten(0, 1)[keys]
+    return layout.gather(cache, keys, name).flatten(0, 1)[:context_len]
 
 
 def _widened(x: Tensor, q: Tensor) -> Tensor:

@@ -16,10 +16,11 @@ _KEPT_MASK = 1 << 16
 # Rows per adapter that may only fill up a batched matmul: fewer than would cost what a call costs.
 _FILLED = 4
 
-# Keys by which sequences that are gathered together may be padded, all of them: as many as cost what a call more costs.
-_PADDED_KEYS = 128
+# Keys by which sequences that are gathered together may be padded, all of them: as many as cost what a call more costs,
+# which is so many numbers of keys (a small model's keys are short).
+_PADDED_KEYS, _PADDED_NUMBERS = 128, 24_576
 
-Rows = slice | Tensor  # of a cache seen as [slots, kv_heads, head_dim]: a run, or indices
+Keys = slice | Tensor  # of one sequence: its slots where they lie in a row, or the blocks that they are in
 
 
 @dataclass(slots=True)
@@ -28,26 +29,46 @@ class Decodes:
 
     first: int  # among the decodes, in the order of `Layout.order`
     stop: int
-    rows: Rows  # of one after the other, each padded to the longest
-    mask: Tensor | None  # [sequences, 1, 1, keys] bool at first; None where nothing is padded
+    keys: Keys  # of a single one; or the blocks of one sequence after the other, as many of each
+    longest: int  # keys that each is computed with
+    width: int  # slots in the blocks of one
+    missing: Tensor | None  # int64, places in [sequences, width] that are past a context and before `longest`
+    mask: Tensor | None = None
+
+    @classmethod
+    def of(cls, block_tables: Tensor, lens: list[int], first: int, block_size: int) -> "Decodes":
+        longest = max(1, *lens)
+        num_blocks = -(-longest // block_size)
+        width = num_blocks * block_size
+        if lens == [longest]:
+            return cls(first, first + 1, _keys(block_tables[0], longest, block_size), longest, width, None)
+        places: list[int] = []
+        for i, length in enumerate(lens):
+            places += range(i * width + length, i * width + longest)
+        missing = torch.tensor(places) if places else None
+        return cls(first, first + len(lens), block_tables[:, :num_blocks].flatten(), longest, width, missing)
 
     def mask_for(self, dtype: torch.dtype) -> Tensor | None:
-        """As SDPA adds it; given bool, it would be made this in every layer."""
-        mask = self.mask
-        if mask is not None and mask.dtype == torch.bool:
-            mask = self.mask = torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, -math.inf)
-        return mask
+        """[sequences, 1, 1, longest] as SDPA adds it, one for all layers; None where nothing is missing."""
+        if self.mask is None and self.missing is not None:
+            mask = torch.zeros(self.stop - self.first, 1, 1, self.width, dtype=dtype)
+            mask.view(-1).index_fill_(0, self.missing, -math.inf)
+            self.mask = mask[..., : self.longest].contiguous()
+        return self.mask
 
 
 @dataclass(slots=True)
 class Layout:
     """Where in the cache the keys of each sequence lie."""
 
-    decodes: list[Decodes]
-    order: Tensor | None  # [decodes] int64, by length; None where they stay as they come
-    places: Tensor | None  # its inverse
-    prefills: list[tuple[int, int, Rows]]  # first token, end, rows
+    block_tables: Tensor  # of the decodes
+    lens: list[int]  # their contexts
+    block_size: int
+    prefills: list[tuple[int, int, Keys, int]]  # first token, end, keys, and how many these are
     stores_all: bool  # no token is padding
+    decodes: list[Decodes] = field(default_factory=list)  # see parts
+    order: Tensor | None = None  # [decodes] int64, by length; None where they stay as they come
+    places: Tensor | None = None  # its inverse
     buffers: dict[str, Tensor] = field(default_factory=dict)  # working memory that the layers share
     groups: dict[int, Any] = field(default_factory=dict)  # of fixed_attention.py, by heads per KV head
     masks: dict[tuple[int, int, int], Tensor] = field(default_factory=dict)  # see causal_mask
@@ -67,15 +88,32 @@ class Layout:
         """See `Ragged`."""
         stores_all = -1 not in slots.tolist()
         if is_fixed:
-            return cls([], None, None, [], stores_all)
+            return cls(block_tables, [], block_size, [], stores_all)
         starts, lens = query_starts.tolist(), context_lens.tolist()
         prefills = [
-            (starts[s], starts[s + 1], _rows(block_tables[s], lens[s], block_size))
+            (starts[s], starts[s + 1], _keys(block_tables[s], lens[s], block_size), lens[s])
             for s in range(num_decodes, len(lens))
             if starts[s + 1] > starts[s]
         ]
-        decodes = _decodes(block_tables[:num_decodes], context_lens[:num_decodes], lens[:num_decodes], block_size)
-        return cls(*decodes, prefills, stores_all)
+        return cls(block_tables[:num_decodes], lens[:num_decodes], block_size, prefills, stores_all)
+
+    def parts(self, numbers: int) -> list[Decodes]:
+        """The decodes, one at least, where a key is so many numbers: those that are gathered together."""
+        if not self.decodes:
+            most_padded = max(_PADDED_KEYS, _PADDED_NUMBERS // numbers)
+            order = sorted(range(len(self.lens)), key=lambda i: self.lens[i])
+            bounds = _bounds([self.lens[i] for i in order], most_padded)
+            block_tables = self.block_tables
+            if len(bounds) > 2:
+                self.order = torch.tensor(order)
+                self.places, block_tables = self.order.argsort(), block_tables.index_select(0, self.order)
+            else:
+                order.sort()
+            self.decodes = [
+                Decodes.of(block_tables[first:stop], [self.lens[i] for i in order[first:stop]], first, self.block_size)
+                for first, stop in pairwise(bounds)
+            ]
+        return self.decodes
 
     def causal_mask(self, queries: int, keys: int, dtype: torch.dtype, times: int = 1) -> Tensor:
         """[times * queries, keys]: 0, and minus infinity for what comes after a query, the last seeing all keys; all
@@ -88,73 +126,32 @@ class Layout:
                 self.masks[queries, keys, times] = mask
         return mask
 
-    def gather(self, cache: Tensor, rows: Rows, name: str) -> Tensor:
-        """Of a cache [slots, kv_heads, head_dim] -> [keys, kv_heads, head_dim]: a view, or a copy that holds until the
-        next gather under the same name."""
-        if isinstance(rows, slice):
-            return cache[rows]
-        count, buffer = rows.shape[0], self.buffers.get(name)
+    def gather(self, cache: Tensor, places: Tensor, name: str) -> Tensor:
+        """cache[places], a copy that holds until the next gather under the same name."""
+        count, buffer = places.shape[0], self.buffers.get(name)
         if buffer is None or buffer.shape[0] < count or buffer.dtype != cache.dtype:
             buffer = self.buffers[name] = cache.new_empty(count, *cache.shape[1:])
-        return torch.index_select(cache, 0, rows, out=buffer if buffer.shape[0] == count else buffer[:count])
+        return torch.index_select(cache, 0, places, out=buffer if buffer.shape[0] == count else buffer[:count])
 
 
-def _decodes(
-    block_tables: Tensor, context_lens: Tensor, lens: list[int], block_size: int
-) -> tuple[list[Decodes], Tensor | None, Tensor | None]:
-    """`decodes`, `order` and `places` of Layout."""
-    order = sorted(range(len(lens)), key=lambda i: lens[i])
-    bounds = _bounds([lens[i] for i in order])
-    if len(bounds) < 3:
-        rows_and_mask = _decode_rows(block_tables, context_lens, lens, block_size) if lens else None
-        return [] if rows_and_mask is None else [Decodes(0, len(lens), *rows_and_mask)], None, None
-    by_length = torch.tensor(order)
-    block_tables, context_lens = block_tables.index_select(0, by_length), context_lens.index_select(0, by_length)
-    decodes = []
-    for first, stop in pairwise(bounds):
-        of_them = block_tables[first:stop], context_lens[first:stop], [lens[i] for i in order[first:stop]]
-        decodes.append(Decodes(first, stop, *_decode_rows(*of_them, block_size)))
-    return decodes, by_length, by_length.argsort()
-
-
-def _bounds(lens: list[int]) -> list[int]:
-    """Cuts of ascending lengths, ends included, between which at most _PADDED_KEYS are missing to the longest."""
+def _bounds(lens: list[int], most_padded: int) -> list[int]:
+    """Cuts of ascending lengths, ends included, between which at most so many keys are missing to the longest."""
     bounds, missing = [len(lens)], 0
     for i in range(len(lens) - 1, -1, -1):
         missing += lens[bounds[-1] - 1] - lens[i]
-        if missing > _PADDED_KEYS:
+        if missing > most_padded:
             bounds.append(i + 1)
             missing = 0
     return [0, *reversed(bounds)]
 
 
-def _decode_rows(
-    block_tables: Tensor, context_lens: Tensor, lens: list[int], block_size: int
-) -> tuple[Rows, Tensor | None]:
-    """`rows` and `mask` of Decodes."""
-    if len(lens) == 1:
-        # A padding row without context reads the first slot of its first block, which its mask then drops.
-        mask = None if lens[0] else context_lens.new_zeros(1, 1, 1, 1, dtype=torch.bool)
-        return _rows(block_tables[0], max(1, lens[0]), block_size), mask
-    longest = max(1, *lens)
-    keys = torch.arange(max(longest, block_size), dtype=torch.int32, device=block_tables.device)
-    blocks = block_tables[:, : -(-longest // block_size), None]
-    rows = torch.add(keys[:block_size], blocks, alpha=block_size).flatten(1)[:, :longest]  # [decodes, keys]
-    if min(lens) == longest:
-        return rows.flatten(), None
-    # Past its end a sequence reads its own first token again: no slot that is not its own.
-    is_key = keys[:longest] < context_lens[:, None]
-    return torch.where(is_key, rows, rows[:, :1]).flatten(), is_key[:, None, None, :]
-
-
-def _rows(block_table: Tensor, context_len: int, block_size: int) -> Rows:
-    num_blocks = -(-context_len // block_size)
-    blocks = block_table[:num_blocks].tolist()
-    first = blocks[0]
-    if blocks == list(range(first, first + num_blocks)):
+def _keys(block_table: Tensor, context_len: int, block_size: int) -> Keys:
+    blocks = block_table[: -(-context_len // block_size)]
+    numbers = blocks.tolist()
+    first = numbers[0]
+    if numbers == list(range(first, first + len(numbers))):
         return slice(first * block_size, first * block_size + context_len)
-    offsets = torch.arange(block_size, device=block_table.device)
-    return (block_table[:num_blocks, None].to(torch.int64) * block_size + offsets).flatten()[:context_len]
+    return blocks
 
 
 class LoraGroup(NamedTuple):

@@ -8,7 +8,7 @@ from llama.kernels.types import CosSin, KVLayer, Ragged
 
 
 def cos_sin(positions: Tensor, frequencies: Tensor, factor: float = 1.0) -> CosSin:
-    angles = positions.to(torch.float32)[:, None, None] * frequencies
+    angles = positions.view(-1, 1, 1) * frequencies  # in float32, as integers beside floats are multiplied
     cos, sin = angles.cos(), angles.sin()
     return (cos, sin) if factor == 1.0 else (cos * factor, sin * factor)
 

@@ -11,7 +11,6 @@ import weakref
 import zlib
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
@@ -248,7 +247,7 @@ class Follower:
         for number, told, names in content["new_taps"]:
             self._taps[number] = decode_taps(told, [message.arrays[name] for name in names], self._runner.model)
         plan = decode_plan(message, self._adapters)
-        plan = replace(plan, taps=tuple((place, self._taps[number]) for place, number in content["taps"]))
+        plan = plan._replace(taps=tuple((place, self._taps[number]) for place, number in content["taps"]))
         result_of = launch_alike(self._runner, plan, lambda error: self._say({"starved": plan.step}))
         self._in_flight.append((plan.step, result_of))
         if self._runner.lag == 0:

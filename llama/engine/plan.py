@@ -6,7 +6,6 @@ be made before that value is known.
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -53,8 +52,7 @@ class Guided(NamedTuple):
     scale: float
 
 
-@dataclass(frozen=True, slots=True)
-class Plan:
+class Plan(NamedTuple):
     """One step. Sequences that only decode (one token, the row's last sampled one) come first."""
 
     step: int

@@ -77,6 +77,7 @@ class Runner:
         self._table = np.zeros((count + 1, config.blocks_per_sequence), np.int32)
         self._device_table = torch.from_numpy(self._table).to(device)
         self._decode_starts = torch.arange(config.most_samples + 1, dtype=torch.int32, device=device)
+        self._starts = self._decode_starts[:1]  # as many of them as the last step of decodes had
         # What consecutive steps of the same sequences share: rows as a tensor, and their part of the block table.
         self._rows: tuple[Ints, Tensor] | None = None
         self._tables: tuple[Ints, int, Tensor] | None = None
@@ -190,7 +191,8 @@ class Runner:
         )
         hidden = self.model.hidden(batch, self.kv)
         result_of = self._sample(plan, batch, hidden)
-        self.kv.copy_blocks([(source, target) for source, target in plan.copies.tolist()])
+        if len(plan.copies):
+            self.kv.copy_blocks([(source, target) for source, target in plan.copies.tolist()])
         scores_of = [] if plan.prompt_sources is None else self._score(plan, batch, hidden)
         captured_of = None if taps is None else fetch_values(taps.captured)
 
@@ -244,7 +246,8 @@ class Runner:
         """Of the numbers on the device; those with seq_rows are of runs, the row of each, all others of sequences.
         `block_tables` None = of as many blocks as there may be."""
         row_ids = tensors["row_ids"]
-        token_ids = self.last_tokens.index_select(0, row_ids[:num_decodes])
+        decoding = row_ids if row_ids.shape[0] == num_decodes else row_ids[:num_decodes]
+        token_ids = self.last_tokens.index_select(0, decoding)
         if "token_ids" in tensors:
             token_ids = torch.cat([token_ids, tensors["token_ids"]])
         if block_tables is None:
@@ -252,11 +255,13 @@ class Runner:
         indices, starts = tensors.get("adapter_indices"), tensors.get("query_starts")
         if "seq_rows" in tensors:
             num_decodes = 0 if run_len > 1 else len(tensors["seq_rows"])
+        if starts is None and self._starts.shape[0] != num_decodes + 1:
+            self._starts = self._decode_starts[: num_decodes + 1]
         return Batch(
             token_ids=token_ids,
             positions=tensors["positions"],
             block_tables=block_tables,
-            query_starts=self._decode_starts[: num_decodes + 1] if starts is None else starts,
+            query_starts=self._starts if starts is None else starts,
             context_lens=tensors["context_lens"],
             slots=tensors["kv_slots"],
             num_decodes=num_decodes,

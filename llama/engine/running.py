@@ -138,12 +138,12 @@ class Running:
             return rows, sequences
         return rows[ready], [sequences[i] for i in np.flatnonzero(ready)]
 
-    def reserve_decodes(self, rows: Ints, sequences: list[Sequence], preempt: Callable[[Sequence], None]) -> None:
-        """A place for one more token in each of these rows; some of them leave if there are not enough blocks."""
+    def reserve_decodes(self, rows: Ints, sequences: list[Sequence], preempt: Callable[[Sequence], None]) -> bool:
+        """A place for one more token in each of these rows. False where blocks were short: some may have left."""
         full = self.computed[rows] >= self.capacity[rows]
         count = int(np.count_nonzero(full))
         if count == 0:
-            return
+            return True
         if count <= self.pool.num_available:
             full_rows = rows[full]
             columns = self.capacity[full_rows] // self.pool.block_size
@@ -151,10 +151,11 @@ class Running:
             self.table[full_rows, columns] = update[2]
             self.capacity[full_rows] += self.pool.block_size
             self._updates.append(update)
-            return
+            return True
         for sequence in sorted((sequences[i] for i in np.flatnonzero(full)), key=by_order):
             if sequence.row >= 0 and self.reserve(sequence, 1, preempt) == 0:
                 preempt(sequence)
+        return False
 
     def reserve(self, sequence: Sequence, count: int, preempt: Callable[[Sequence], None]) -> int:
         """Places for `count` more tokens, taken from newer sequences where no block is left -> how many there are."""

@@ -242,6 +242,8 @@ class SamplerTable:
             self._chosen_ban_until = ban_until if ban_until.any() else None
             self._chosen_bans = None
             self._chosen_ids = row_ids.tobytes()
+        if self._chosen_ban_until is None and self._chosen_bans is not None:
+            return
         bans = np.zeros(len(row_ids), np.bool_)
         if self._chosen_ban_until is not None:
             bans = positions < self._chosen_ban_until

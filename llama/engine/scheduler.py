@@ -135,8 +135,9 @@ class Scheduler:
         """Hand out at most `max_tokens` tokens (None = the whole budget); None if no sequence can use one now."""
         budget = self.token_budget if max_tokens is None else min(max_tokens, self.token_budget)
         step = StepRecord(self._num_steps)
-        self.running.reserve_decodes(*self._ready(budget), self.preempt)
         rows, step.decodes = self._ready(budget)
+        if not self.running.reserve_decodes(rows, step.decodes, self.preempt):
+            rows, step.decodes = self._ready(budget)
         if self.waiting or self.running.prefilling:
             self._add_chunks(step, budget - len(step.decodes))
             rows, step.decodes = self._ready(budget)  # chunks may have taken blocks from some
@@ -144,7 +145,7 @@ class Scheduler:
             return None
         if self.speculation is not None and self.running.num_speculating:
             rows = self.speculation.add_runs(step, rows, budget - step.num_tokens)
-        if len(self._constants[0]) != len(rows):
+        if len(self._constants["query_lens"]) != len(rows):
             self._constants = decode_constants(len(rows))
         adapters = self.adapters.running() if self.running.num_adapters else ()
         plan = step.plan(self.running, adapters, rows, self._constants, self._mask_words)
@@ -274,10 +275,8 @@ class Scheduler:
         for i, (sequence, token) in enumerate(zip(step.samples[:num_plain], token_ids[:num_plain], strict=True)):
             if not needs_care[i]:
                 sequence.output_token_ids.append(token)
-                cached = sequence.num_cached_tokens
-                outputs.append(
-                    TokenOutput(sequence.request_id, sequence.index, [token], None, None, None, None, cached)
-                )
+                name, cached = sequence.request_id, sequence.num_cached_tokens
+                outputs.append(TokenOutput(name, sequence.index, [token], None, None, None, None, cached))
             elif not sequence.finished:
                 output = self._take(step, result, i, token)
                 num_failed += not output.token_ids

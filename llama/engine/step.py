@@ -84,7 +84,7 @@ class StepRecord:
         running: Running,
         adapters: tuple[Adapter, ...],
         rows: Ints,
-        constants: tuple[Ints, Ints, Ints],
+        constants: dict[str, Ints],
         mask_words: int,
     ) -> Plan:
         """The plan of `decodes`, whose rows are `rows`, and `chunks`. `adapters` are those that some sequence uses;
@@ -94,9 +94,8 @@ class StepRecord:
         num_scored = -1
         guided: tuple[Guided, ...] = ()
         if not self.chunks and not self.runs:
-            query_lens, token_ids, sources = constants
-            arrays = {"rows": rows, "query_lens": query_lens, "context_lens": contexts, "token_ids": token_ids}
-            arrays |= {"sample_rows": rows, "sample_sources": sources, "sample_positions": contexts}
+            own = {"rows": rows, "context_lens": contexts, "sample_rows": rows, "sample_positions": contexts}
+            arrays = constants | own
         else:
             self.samples = [*self.decodes, *(sequence for chunk in self.chunks for sequence in chunk.samples)]
             self.samples += [run.sequence for run in self.runs for _ in run.token_ids]
@@ -196,9 +195,10 @@ class StepRecord:
         return masks
 
 
-def decode_constants(count: int) -> tuple[Ints, Ints, Ints]:
-    """What a plan of `count` decodes and nothing else always holds: query_lens, token_ids and sample_sources."""
-    return np.ones(count, np.int32), np.full(count, LAST_SAMPLED, np.int32), np.arange(count, dtype=np.int32)
+def decode_constants(count: int) -> dict[str, Ints]:
+    """What a plan of `count` decodes and nothing else always holds."""
+    lens, token_ids = np.ones(count, np.int32), np.full(count, LAST_SAMPLED, np.int32)
+    return {"query_lens": lens, "token_ids": token_ids, "sample_sources": np.arange(count, dtype=np.int32)}
 
 
 def _flatten(rows: Ints, contexts: Ints, chunks: list[Chunk], runs: list[Run]) -> dict[str, Ints]:

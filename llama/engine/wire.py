@@ -7,7 +7,7 @@ frame. What joins a row comes as the fields that a sampler reads; an adapter as 
 import json
 import socket
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
@@ -21,7 +21,7 @@ _LENGTH, _JSON_LENGTH = 8, 4
 _ITEM = 4  # bytes
 _NUMBERS = ("step", "num_decodes", "num_prompt_logprobs")
 _OTHERS = (*_NUMBERS, "joins", "adapters", "guided", "processed", "taps")
-_ARRAYS = tuple(field.name for field in fields(Plan) if field.name not in _OTHERS)
+_ARRAYS = tuple(name for name in Plan._fields if name not in _OTHERS)
 # What `SamplerTable.set_row` reads of the parameters; logit_bias apart, whose keys JSON would make texts of.
 _PARAMS = (
     *("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "frequency_penalty", "presence_penalty"),

@@ -86,6 +86,9 @@ class Completion:
         """Take a step's tokens. A stop string drops the tokens behind the one that completed it and wins over the
         engine's own reason to end; the text of a token that ended the completion is hidden, its id is not (both as
         vLLM does)."""
+        if self.decoder is None and new.finish_reason is None and new.logprobs is None:  # no text, and nothing ends
+            self.output.token_ids += new.token_ids
+            return Piece(self.output.index, "", new.token_ids)
         hides_last = new.finish_reason is FinishReason.STOP and not self.params.include_stop_str_in_output
         texts: list[str] = []
         num_thoughts = len(self.thought_parts)

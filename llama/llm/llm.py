@@ -8,13 +8,13 @@ import inspect
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar, Unpack, cast
 
 import torch
-from tqdm.auto import tqdm
 
 from llama.api.errors import ParameterError, of_each
 from llama.api.outputs import Piece, RequestOutput
@@ -51,6 +51,18 @@ __all__ = ["LLM"]
 
 T = TypeVar("T")
 ProgressBar = bool | Callable[..., Any]  # whether, or what makes one
+
+
+def _bar(use_tqdm: ProgressBar, total: int) -> AbstractContextManager[Any]:
+    """A progress bar, or None in its place."""
+    if not use_tqdm:
+        return nullcontext()
+    from tqdm.auto import tqdm  # not above: it starts a thread with its first bar
+
+    bar_of: Callable[..., Any] = use_tqdm if callable(use_tqdm) else tqdm
+    # disable=None lets tqdm itself be silent where stderr is no terminal
+    bar: AbstractContextManager[Any] = bar_of(total=total, desc="Prompts", unit="prompt", disable=None)
+    return bar
 
 
 def _names_options(cls: type[T]) -> type[T]:
@@ -335,9 +347,7 @@ class LLM(Scoring, Upkeep):
         in_order = deque(replies)
         prompt_tokens = output_tokens = 0
         started = time.monotonic()
-        # disable=None lets tqdm itself be silent where stderr is no terminal
-        bar_of: Callable[..., Any] = use_tqdm if callable(use_tqdm) else tqdm
-        with bar_of(total=len(replies), desc="Prompts", unit="prompt", disable=None if use_tqdm else True) as bar:
+        with _bar(use_tqdm, len(replies)) as bar:
             while in_order:
                 if in_order[0].finished:  # perhaps in a step of another thread
                     ended = [in_order.popleft()]
@@ -347,6 +357,8 @@ class LLM(Scoring, Upkeep):
                     if reply.request.request_id not in awaited:
                         continue
                     awaited.remove(reply.request.request_id)
+                    if bar is None:
+                        continue
                     usage = reply.usage()
                     prompt_tokens += usage.prompt_tokens
                     output_tokens += usage.completion_tokens

@@ -6,8 +6,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 
 from llama.api.errors import ParameterError
 from llama.engine.adapters import Adapter
@@ -18,6 +16,8 @@ from llama.engine.runner import Runner
 
 def write_prefix(engine: Engine, token_ids: Sequence[int], adapter: Adapter, path: str | Path) -> int:
     """Keep what the prefix cache has of a prompt -> how many tokens; 0 writes nothing."""
+    from safetensors.torch import save_file  # here and below: most processes keep no prefix
+
     runner, size = _runner(engine), engine.pool.block_size
     tokens = np.array(token_ids, np.int32)
     blocks = engine.pool.match(_root(engine, adapter), tokens.tobytes(), len(tokens) // size)
@@ -30,6 +30,8 @@ def write_prefix(engine: Engine, token_ids: Sequence[int], adapter: Adapter, pat
 
 def read_prefix(engine: Engine, adapter: Adapter, path: str | Path) -> int:
     """Put a kept prefix into the prefix cache -> how many of its tokens are found there from now on."""
+    from safetensors import safe_open
+
     runner, pool = _runner(engine), engine.pool
     with safe_open(path, "pt") as file:
         if (file.metadata() or {}) != _signature(runner, adapter):

@@ -61,7 +61,7 @@ class Reply:
     def push(self, new: TokenOutput) -> Piece | None:
         """What a step's output adds; None if its completion had ended already (a lagging step may still report it)."""
         completion = self._completions[new.index]
-        if completion.ended:
+        if completion.output.finish_reason is not None:
             return None
         output = self._output
         if new.prompt_logprobs is not None:
@@ -73,7 +73,8 @@ class Reply:
             output.metrics.first_token = time.monotonic()
         if new.num_draft_tokens:
             self._count_drafts(new)
-        return self._closed(completion.push(new))
+        piece = completion.push(new)
+        return piece if piece.finish_reason is None else self._closed(piece)
 
     def _count_drafts(self, new: TokenOutput) -> None:
         metrics, num_accepted = self._output.metrics, max(0, len(new.token_ids) - 1)
@@ -93,7 +94,7 @@ class Reply:
         return [self._closed(c.fail()) for c in self._completions if not c.ended]
 
     def _closed(self, piece: Piece) -> Piece:
-        if piece.finish_reason is None or not all(c.ended for c in self._completions):
+        if not all(c.ended for c in self._completions):
             return piece
         if self.request.taps is not None:
             broken = (FinishReason.ABORT, FinishReason.ERROR)

@@ -4,9 +4,7 @@ import os
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import safetensors.torch
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from llama.api.errors import ParameterError
@@ -56,6 +54,8 @@ class Update:
 
     def read(self, name: str, path: str) -> None:
         """`put` the rank's part of what rank 0 has written."""
+        from safetensors import safe_open  # here and below: most processes change no weights
+
         rows, columns = self.cut(name)
         with safe_open(path, "pt") as file:
             whole = file.get_slice(name)
@@ -94,10 +94,12 @@ def update_weights(model: Transformer, named_tensors: Iterable[tuple[str, Tensor
 
 def _show(ask: Ask, name: str, tensor: Tensor) -> None:
     """In a file of this process's memory, for as long as the others read it."""
+    from safetensors.torch import save
+
     descriptor = os.memfd_create("llama-weights")
     try:
         with open(descriptor, "wb", closefd=False) as file:
-            file.write(safetensors.torch.save({name: tensor}))
+            file.write(save({name: tensor}))
         ask({"weights": name, "path": f"/proc/{os.getpid()}/fd/{descriptor}"})
     finally:
         os.close(descriptor)

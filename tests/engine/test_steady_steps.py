@@ -1,11 +1,13 @@
 """What consecutive steps of the same sequences share, and when it is made anew."""
 
+from collections import Counter
 from itertools import pairwise
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from llama import LLM, SamplingParams
+from llama import LLM, ModelConfig, SamplingParams, Transformer
 from llama.engine import runner
 from tests.model.models import tiny_model
 
@@ -69,3 +71,29 @@ def test_small_steps_take_one_thread_and_leave_the_number_as_it_was(is_small, mo
     finally:
         torch.set_num_threads(1)
     assert seen == [1 if is_small else 2] * 3
+
+
+class Calls(TorchDispatchMode):
+    """Counts what is called of PyTorch."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = Counter()
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        self.counts[str(function)] += 1
+        return function(*arguments, **(keywords or {}))
+
+
+@pytest.mark.parametrize(("batch", "most"), [(1, 109), (4, 128)])
+def test_a_step_of_a_tiny_model_makes_few_calls(batch, most):
+    """What such a step costs is their number. It is raised for a reason alone."""
+    llm = LLM(Transformer(ModelConfig.preset("tiny")), num_blocks=64)
+    for i in range(batch):
+        params = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)
+        llm.engine.add(llm.engine.request(str(i), [5] * (17 + i), params))
+    for _ in range(4):
+        llm.engine.step()
+    with Calls() as calls:
+        assert len(llm.engine.step()) == batch
+    assert calls.counts.total() <= most, calls.counts

@@ -8,7 +8,7 @@ import torch
 
 from llama.kernels import ops
 from llama.kernels.cpu import attention
-from llama.kernels.cpu.layout import _PADDED_KEYS
+from llama.kernels.cpu.layout import _PADDED_KEYS, _PADDED_NUMBERS
 from llama.kernels.types import KVLayer, Ragged
 
 TOLERANCES = {torch.float64: 1e-12, torch.float32: 5e-6, torch.float16: 4e-3, torch.bfloat16: 3e-2}
@@ -74,21 +74,34 @@ LENGTHS = [[*range(1, 321, 5)], [700, 3, 3, 3, 3], [0, 300, 299, 0], [40] * 9 + 
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@pytest.mark.parametrize("head_dim", [16, 128])
 @pytest.mark.parametrize("contexts", LENGTHS, ids=len)
-def test_decodes_of_unequal_lengths(contexts, dtype):
+def test_decodes_of_unequal_lengths(contexts, head_dim, dtype):
     """In any order, and with a sequence or two in blocks that lie in a row."""
     order = torch.randperm(len(contexts), generator=torch.Generator().manual_seed(1)).tolist()
-    p = problem([1] * len(contexts), [contexts[i] for i in order], dtype=dtype)
+    p = problem([1] * len(contexts), [contexts[i] for i in order], dtype=dtype, head_dim=head_dim)
     out, wanted = ops.paged_attention(**p), expected(p)
     has_keys = p["ragged"].context_lens > 0
     tolerance = TOLERANCES[dtype]
     torch.testing.assert_close(out[has_keys].double(), wanted[has_keys], atol=tolerance, rtol=tolerance)
-    decodes = p["ragged"].cpu_layout.decodes
+    decodes, most = p["ragged"].cpu_layout.decodes, max(_PADDED_KEYS, _PADDED_NUMBERS // (2 * head_dim))
     assert sum(some.stop - some.first for some in decodes) == len(contexts)
     for some in decodes:
-        mask = some.mask
-        assert mask is None or int((mask == -math.inf).sum()) <= _PADDED_KEYS
-    assert (len(decodes) > 1) == (len(contexts) * max(contexts) - sum(contexts) > _PADDED_KEYS)
+        assert some.missing is None or len(some.missing) <= most
+    assert (len(decodes) > 1) == (len(contexts) * max(contexts) - sum(contexts) > most)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@pytest.mark.parametrize("contexts", [[37], [64], [30, 33, 37]], ids=str)
+def test_where_blocks_lie_changes_no_bit(contexts, dtype):
+    p = problem([1] * len(contexts), contexts, dtype=dtype, block_size=16)
+    tables, kv_layer = p["ragged"].block_tables, p["kv_layer"]
+    in_a_row = torch.arange(tables.numel(), dtype=torch.int32).view_as(tables)
+    moved = KVLayer(*(cache[tables.flatten().long()] for cache in (kv_layer.k, kv_layer.v)))
+    there = {**p, "kv_layer": moved, "ragged": replace(p["ragged"], block_tables=in_a_row)}
+    assert torch.equal(ops.paged_attention(**p), ops.paged_attention(**there))
+    found = [one["ragged"].cpu_layout.decodes[0].keys for one in (p, there)]
+    assert [isinstance(keys, slice) for keys in found] == [False, len(contexts) == 1]
 
 
 CASES = [

@@ -35,11 +35,10 @@ def sample(logits: Tensor, rows: SamplerRows, state: SamplerState | None = None)
     """
     if rows.any_penalty and state is None:
         raise ValueError("rows with penalties need a SamplerState")
-    parts = []
-    for start, stop in row_ranges(logits) or [(0, 0)]:
-        part = rows if stop - start == len(rows) else _slice_rows(rows, start, stop)
-        parts.append(_sample_some(logits[start:stop], part, state))
-    return parts[0] if len(parts) == 1 else _join(parts)
+    ranges = row_ranges(logits)
+    if len(ranges) < 2:
+        return _sample_some(logits, rows, state)
+    return _join([_sample_some(logits[start:stop], _slice_rows(rows, start, stop), state) for start, stop in ranges])
 
 
 def _sample_some(logits: Tensor, rows: SamplerRows, state: SamplerState | None) -> Sampled:
