@@ -92,7 +92,7 @@ def openai(model: Model) -> dict[str, Task]:
 def cloudflare(model: Model) -> dict[str, Task]:
     import cloudflare
 
-    client = cloudflare.Cloudflare(api_token="key", base_url=f"{model.url}/client/v4", max_retries=0)
+    client = cloudflare.Cloudflare(api_token="key", base_url=f"{model.url}/client/v4", max_retries=0, timeout=300)
 
     def run(**body: object) -> dict[str, object]:
         return client.ai.run(model.name, account_id="me", **body)

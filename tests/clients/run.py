@@ -116,22 +116,23 @@ def main() -> int:
     else:
         python = options.vllm.absolute() / "bin/python"
         asked.append(("vllm", "bench serve", [str(python), str(HERE / "python_clients.py")]))
-    rows, failures = [], []
+    rows, is_failed = [], False
     with servers(options.models) as served:
         for name, language, command in asked:
             if options.only not in (None, name):
                 continue
             answer = run(name, command, served)
             told = [(model, *task) for model, tasks in answer["models"].items() for task in tasks.items()]
-            failures += [f"{name} ({language}), {task}, {model}: {what}" for model, task, what in told if what != "ok"]
+            failures = [f"{name} ({language}), {task}, {model}: {what}" for model, task, what in told if what != "ok"]
+            is_failed |= bool(failures)
             cells = " | ".join(cells_of(answer["models"]))
             rows.append(f"| {name.replace('_', '-')} ({language}) | {answer['version']} | {cells} |")
-            print(rows[-1], flush=True)
+            print("\n".join([rows[-1], *failures]), flush=True)
     table = "\n".join([f"| client | version | {' | '.join(TASKS)} |", "|---" * (2 + len(TASKS)) + "|", *rows, ""])
-    print("\n".join(["", table, *failures]))
+    print(f"\n{table}")
     if options.output:
         options.output.write_text(HEAD.format(models=", ".join(options.models)) + table, encoding="utf-8")
-    return bool(failures)
+    return is_failed
 
 
 if __name__ == "__main__":
