@@ -18,6 +18,9 @@ _DECODE = {
     (256, 4): (16, 8, 3, 1),
 }
 
+# Where K and V are e4m3, which is widened in registers: beside it the addresses of a third stage would spill on sm_80.
+_DECODE_E4M3 = _DECODE | {(128, 2): (64, 4, 2, 2)}
+
 # the same -> rows of a tile (queries x heads of one group), keys, warps, stages
 _PREFILL = {
     (64, 2): (128, 128, 8, 3),
@@ -36,15 +39,19 @@ def padded(head_dim: int) -> int:
     return max(16, 1 << (head_dim - 1).bit_length())
 
 
-def decode_options(head_dim: int, element_size: int, group: int) -> tuple[int, dict[str, int]]:
+def decode_options(
+    head_dim: int, element_size: int, group: int, *, is_e4m3: bool = False
+) -> tuple[int, dict[str, int]]:
     """-> programs per multiprocessor, all of them resident at once, and the kernel's options. `group`: query heads per
-    KV head, times queries of a run; a tile has all of them, padded to what tensor cores take."""
-    keys, warps, stages, programs = _DECODE[max(64, padded(head_dim)), element_size]
+    KV head, times queries of a run; a tile has all of them, padded to what tensor cores take. `is_e4m3`: K and V are,
+    while `element_size` is that of the queries."""
+    table = _DECODE_E4M3 if is_e4m3 else _DECODE
+    keys, warps, stages, programs = table[max(64, padded(head_dim)), element_size]
     rows = max(16, 1 << (group - 1).bit_length())
     if rows > 16:  # twice the registers
         warps, programs = 2 * warps, max(1, programs // 2)
     # The cap per thread leaves room for `programs`: without it ptxas spills to reach one more.
-    registers = min(255, 65536 // (32 * warps * programs) // 8 * 8)
+    registers = 255 if is_e4m3 else min(255, 65536 // (32 * warps * programs) // 8 * 8)
     options = {"ROWS": rows, "BLOCK_KEYS": keys, "num_warps": warps, "num_stages": stages, "maxnreg": registers}
     return programs, options
 

@@ -276,9 +276,8 @@ def decode_attention(
     heads, head_dim = q.shape[1:]
     block_size, kv_heads = k_cache.shape[1:3]
     group = heads // kv_heads
-    programs, options = decode_options(head_dim, q.element_size(), queries * group)
-    if kv_layer.scales is not None:  # widening takes a few registers more
-        options = options | {"maxnreg": 255}
+    is_e4m3 = kv_layer.scales is not None
+    programs, options = decode_options(head_dim, q.element_size(), queries * group, is_e4m3=is_e4m3)
     if num_programs is None:
         num_programs = programs * multiprocessor_count(q.device)
     partials = split.allocate(out, sequences * kv_heads, num_programs, kv_heads, queries)
@@ -298,7 +297,7 @@ def decode_attention(
         q,
         k_cache,
         kv_layer.v,
-        kv_layer.k if kv_layer.scales is None else kv_layer.scales,
+        kv_layer.scales if is_e4m3 else kv_layer.k,
         block_tables,
         ragged.query_starts,
         ragged.context_lens,
@@ -313,7 +312,7 @@ def decode_attention(
         SLOT_STRIDE=k_cache.stride(1),
         HEAD_STRIDE=k_cache.stride(2),
         PRECISION="ieee",
-        HAS_SCALES=kv_layer.scales is not None,
+        HAS_SCALES=is_e4m3,
         **options,
     )
     # A context within one chunk is never split.

@@ -26,7 +26,9 @@ CONFIGURATIONS = (
 RUNS = (
     (64, 32, 8, 16, torch.bfloat16, 8),
     (128, 32, 8, 16, torch.bfloat16, 8),
+    (128, 32, 8, 16, torch.float32, 8),
     (128, 64, 8, 16, torch.bfloat16, 8),
+    (128, 64, 8, 16, torch.bfloat16, 4),
 )
 
 
