@@ -8,6 +8,7 @@ import torch
 
 from llama.kernels import ops
 from llama.kernels.cpu import sampling as cpu_sampling
+from llama.kernels.gpu import sampling
 from llama.kernels.types import SamplerRows
 from tests.sampling_rows import gumbel, make_rows, make_state
 
@@ -174,6 +175,17 @@ def test_the_same_call_gives_the_same_bits():
     first = _answers(logits, PARAMS)
     for _ in range(5):
         assert all(torch.equal(a, b) for a, b in zip(first, _answers(logits, PARAMS), strict=True))
+
+
+def test_cuts_by_sorting_and_by_searching_are_the_same(monkeypatch):
+    params = [{**param, "key": (row, -row)} for row, param in enumerate(PARAMS)]
+    for scale in (0.3, 3.0):
+        logits = _logits(len(params), scale=scale).mul(8).round().div(8)  # equals
+        by_default = _answers(logits, params)
+        for size in (0, 64):
+            monkeypatch.setattr(sampling, "sort_size", lambda vocab, size=size: size)
+            assert all(torch.equal(a, b) for a, b in zip(by_default, _answers(logits, params), strict=True))
+        monkeypatch.undo()
 
 
 # --- log-probabilities

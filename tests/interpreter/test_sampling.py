@@ -7,6 +7,7 @@ import triton.language as tl
 
 from llama.kernels import ops
 from llama.kernels.cpu import sampling as cpu_sampling
+from llama.kernels.gpu import sampling
 from llama.kernels.gpu.sampling import few_groups, filters, noise, rules
 from llama.kernels.types import SamplerState
 from tests.naive_sampling import M32, lowbias32
@@ -175,6 +176,18 @@ def test_more_candidates_than_one_chunk(many_groups):
     _check(logits, params)
 
 
+# --- cuts by sorting, as a GPU finds them
+
+
+@pytest.mark.parametrize("groups", [0, 512])
+def test_filters_by_sorting(groups, monkeypatch):
+    monkeypatch.setattr(few_groups, "FEW_GROUPS", tl.constexpr(groups))
+    monkeypatch.setattr(sampling, "sort_size", lambda vocab: 32)  # more candidates are searched
+    logits = _logits(len(FILTERS), 60, seed=3)
+    logits[::2] = (logits[::2] * 2).round() / 2
+    _check(logits, FILTERS, seed=3)
+
+
 def test_equal_tokens_share_a_nucleus_by_id():
     # 300 of 600 equal tokens: the 300th starts below half of the mass, the 301st at half.
     sampled = _check(torch.zeros(1, 600), [{"top_p": 0.5}], num_logprobs=302)
@@ -221,6 +234,16 @@ def test_rows_that_share_a_slot_are_all_counted():
     logits[:, 33] = 1
     ops.sample(logits, rows, state)
     assert state.counts[:, 33].tolist() == [1, 3] and state.counts.sum() == 4
+
+
+def test_tokens_are_counted_once_where_few_candidates_decide():
+    params = [{"top_k": 3}, {"top_p": 0.8}, {"min_p": 0.2}, {"top_k": 40, "top_p": 0.5}, {"temperature": 0.0}, {}]
+    params = [{**param, "penalty_row": row % 2, "presence_penalty": 0.5} for row, param in enumerate(params)]
+    logits, rows = _logits(len(params), 100), make_rows(params, 100)
+    states = [make_state(100, [([1], [2]), ([], [])]) for _ in range(2)]
+    tokens = ops.sample(logits, rows, states[0]).token_ids
+    assert tokens.tolist() == cpu_sampling.sample(logits, rows, states[1]).token_ids.tolist()
+    assert torch.equal(states[0].counts, states[1].counts) and states[0].counts.sum() == 1 + len(params)
 
 
 def test_bias_and_mask():

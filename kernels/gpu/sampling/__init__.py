@@ -1,11 +1,12 @@
-"""Sampling in Triton: raw logits to token ids and log-probabilities, rows split over programs, no sort.
+"""Sampling in Triton: raw logits to token ids and log-probabilities, rows split over programs, no sort of a row.
 
 The rules, their order and formulas are those of `llama.kernels.cpu.sampling`. Per row of V logits of e bytes, `sample`
 reads V e bytes once for a greedy row, once more for one that is sampled from all tokens or from the top_p of all, and
 three times where filters keep very many; with penalties also 4 V of counts, and with any rule that changes logits it
-writes them once in float32 and reads those from then on. Log-probabilities read V e once more. Launches and grids
-follow from the number of rows and from what the host knows of them, never from a value, and nothing waits for the
-device: `sample` can be captured in a CUDA graph. Filters want a scratch of 8 V bytes per row, mostly never touched.
+writes them once in float32 and reads those from then on. Log-probabilities read V e once more. It launches 2 kernels
+where all rows are greedy, else 3, with filters 5, and 2 more for log-probabilities: this and the grids follow from the
+number of rows and from what the host knows of them, never from a value, and nothing waits for the device, so a CUDA
+graph can hold it. Filters want a scratch of 8 V bytes per row, mostly never touched.
 """
 
 import torch
@@ -17,7 +18,7 @@ from llama.kernels.gpu.sampling.draw import choose_kernel, finish_kernel, scan_k
 from llama.kernels.gpu.sampling.few_groups import few_groups_kernel
 from llama.kernels.gpu.sampling.filters import count_kernel
 from llama.kernels.gpu.sampling.logprobs import Draw, compute_logprobs
-from llama.kernels.gpu.sampling.rules import TILE, Rules, gather_rules, id_bits, max_splits, split_rows
+from llama.kernels.gpu.sampling.rules import TILE, Rules, gather_rules, id_bits, max_splits, sort_size, split_rows
 from llama.kernels.gpu.sampling.work import Work
 from llama.kernels.logprobs import Logprobs
 from llama.kernels.types import Sampled, SamplerRows, SamplerState
@@ -73,17 +74,17 @@ def sample(logits: Tensor, rows: SamplerRows, state: SamplerState | None = None)
         sizes = {"VOCAB": vocab, "enable_fp_fusion": False}
         most, bits = {"MAX_SPLITS": max_splits(vocab)}, {"ID_BITS": id_bits(vocab)}
         walk = sizes | {"TILE": TILE, "num_warps": 4}
-        whole = sizes | most | bits | {"num_warps": 8}
+        whole = sizes | most | bits | {"SORTED": sort_size(vocab), "num_warps": 8}
+        # Where log-probabilities are wanted, they are taken before a token is counted.
+        counts_here = int(flags["has_state"] and rows.num_logprobs < 0)
         _launch_scan(per_split, rules, work, splits, tiles, int(keeps), *flags.values(), **walk)
         if filters:
             groups = {"MAX_GROUPS": max_splits(vocab) * TILE // 32}
-            _launch_few_groups(per_row, rules, work, *source, splits, num_groups, **groups, **whole)
+            _launch_few_groups(per_row, rules, work, *source, splits, num_groups, counts_here, **groups, **whole)
             _launch_count(per_split, rules, work, *source, splits, tiles, **most, **walk)
         if not rows.all_greedy:
             _launch_choose(per_split, rules, work, *source, splits, tiles, **most, **bits, **walk)
-        # Where log-probabilities are wanted, they are taken before the token is counted.
-        counts_here = flags["has_state"] and rows.num_logprobs < 0
-        _launch_finish(per_row, rules, work, splits, int(counts_here), **whole)
+        _launch_finish(per_row, rules, work, splits, counts_here, **whole)
 
     logprobs = None
     if rows.num_logprobs >= 0:

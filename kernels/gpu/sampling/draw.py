@@ -2,9 +2,10 @@
 
     scan     changed logits -> maximum per split, in a greedy row with its lowest id, and maxima of groups of 32 tokens.
              NaN counts as infinite. A greedy row needs no more.
-    few_groups  (few_groups.py) rows with filters: the candidates, where few groups can hold them.
+    few_groups  (few_groups.py) rows with filters: the candidates, where few groups can hold them, and all that
+             `finish` does, if they can be sorted, but for top_p alone, which needs the mass of the row.
     count    (filters.py) other rows with filters: tokens per bin of depth, and the mass of the row.
-    choose   tokens surely kept: the best of noise - depth per split. Tokens near a cut, which only an exact search can
+    choose   tokens surely kept: the best of noise - depth per split. Tokens near a cut, which only exact sums can
              decide: a list of candidates per row, in any order.
     finish   one program per row: the exact cut within the candidates, the winner, its count.
 
@@ -17,6 +18,8 @@ import triton.language as tl
 
 from llama.kernels.gpu.sampling.filters import (
     BINS,
+    DRAWN,
+    MANY,
     NO_CUT,
     bin_of,
     bracket,
@@ -99,7 +102,7 @@ def choose_kernel(
         place_of_mass = 1
         if is_filtered(rules, row, VOCAB):
             min_p = tl.load(rules.min_p + row)
-            if tl.load(work.is_few + row) != 0:
+            if tl.load(work.progress + row) != MANY:
                 begin = 0
                 end = -1
                 place_of_mass = 0
@@ -150,6 +153,23 @@ def count_token(rules, row, token, is_bad, has_state, VOCAB: tl.constexpr):
             tl.atomic_add(rules.counts + penalty_row * VOCAB + token, 1, sem="relaxed")
 
 
+@triton.jit
+def draw_among(rules, row, candidates, count, cut, score, token, VOCAB: tl.constexpr, ID_BITS: tl.constexpr):
+    """The best of the row's candidates up to `cut`, or `token`, whose score is known, if none is better."""
+    for start in range(0, count, 1024):
+        place = start + tl.arange(0, 1024)
+        packed = tl.load(candidates + place, mask=place < count, other=NO_CUT)
+        ids = (packed & ((1 << ID_BITS) - 1)).to(tl.int32)
+        scores = gumbel(ids, rules.keys, row) - unpack_depth(packed, ID_BITS)
+        scores = tl.where((packed <= cut) & (place < count), scores, -float("inf"))
+        best = tl.max(scores)
+        best_id = tl.min(tl.where(scores == best, ids, VOCAB))
+        if (best > score) | ((best == score) & (best_id < token)):
+            score = best
+            token = best_id
+    return token
+
+
 @triton.jit(do_not_specialize=["splits", "has_state"])
 def finish_kernel(
     rules,
@@ -159,8 +179,14 @@ def finish_kernel(
     VOCAB: tl.constexpr,
     MAX_SPLITS: tl.constexpr,
     ID_BITS: tl.constexpr,
+    SORTED: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
+    progress = MANY + 0
+    if is_filtered(rules, row, VOCAB):
+        progress = tl.load(work.progress + row)
+    if progress == DRAWN:
+        return
     maximum = row_maximum(work.maxima, row, splits, MAX_SPLITS)
     temperature = tl.load(rules.temperature + row)
     bad = 1 - is_finite(maximum).to(tl.int32)
@@ -181,19 +207,11 @@ def finish_kernel(
             count = tl.load(work.num_candidates + row)
             if count > 0:
                 candidates = work.candidates + row * VOCAB
-                cut = find_cut(rules, work, row, candidates, count, ID_BITS)
-                for start in range(0, count, 1024):
-                    place = start + tl.arange(0, 1024)
-                    packed = tl.load(candidates + place, mask=place < count, other=NO_CUT)
-                    packed_ids = (packed & ((1 << ID_BITS) - 1)).to(tl.int32)
-                    packed_depths = unpack_depth(packed, ID_BITS)
-                    noisy = gumbel(packed_ids, rules.keys, row) - packed_depths
-                    noisy = tl.where((packed <= cut) & (place < count), noisy, -float("inf"))
-                    best = tl.max(noisy)
-                    best_id = tl.min(tl.where(noisy == best, packed_ids, VOCAB))
-                    if (best > score) | ((best == score) & (best_id < token)):
-                        score = best
-                        token = best_id
+                _, _, num_above = bracket(rules, work, row)
+                mass = tl.load(work.totals + row * 2)
+                mass_above = tl.load(work.totals + row * 2 + 1)
+                cut = find_cut(rules, row, candidates, count, num_above, mass, mass_above, SORTED, False, ID_BITS)
+                token = draw_among(rules, row, candidates, count, cut, score, token, VOCAB, ID_BITS)
     tl.store(work.token_ids + row, token.to(tl.int64))
     tl.store(work.is_bad + row, bad != 0)
     tl.store(work.cuts + row, cut)

@@ -3,12 +3,26 @@
 A group's maximum is one of its tokens, so the maxima bound from below how many tokens reach a depth, and from above
 what the tokens past it can weigh. That gives a bin of depths beyond which nothing is kept. Where few groups reach it,
 their tokens are the candidates, and `count` and `choose` need not look at the row, but for its mass with top_p alone.
+Without that the row's token is drawn here, if its candidates can be sorted.
 """
 
 import triton
 import triton.language as tl
 
-from llama.kernels.gpu.sampling.filters import BINS, bin_of, count_bins, edge_of, is_alive, is_filtered, pack
+from llama.kernels.gpu.sampling.draw import count_token, draw_among
+from llama.kernels.gpu.sampling.filters import (
+    BINS,
+    DRAWN,
+    FEW,
+    MANY,
+    bin_of,
+    count_bins,
+    edge_of,
+    find_cut,
+    is_alive,
+    is_filtered,
+    pack,
+)
 from llama.kernels.gpu.sampling.rules import depths, is_finite, row_maximum
 
 # At most so many groups are few.
@@ -37,23 +51,25 @@ def _last_bin(rules, row, counts):
     return last, tl.sum(tl.where(bins <= last, counts, 0))
 
 
-@triton.jit(do_not_specialize=["splits", "num_groups"])
+@triton.jit(do_not_specialize=["splits", "num_groups", "has_state"])
 def few_groups_kernel(
     rules,
-    work,  # out: is_few, candidates, num_candidates, and group_ids for itself
+    work,  # out: progress, candidates, num_candidates, and group_ids for itself; of rows DRAWN what `finish` has
     source,
     stride,
     splits,
     num_groups,
+    has_state,  # whether to count a token here
     VOCAB: tl.constexpr,
     MAX_SPLITS: tl.constexpr,
     MAX_GROUPS: tl.constexpr,
     ID_BITS: tl.constexpr,
+    SORTED: tl.constexpr,
 ):
     AT_ONCE: tl.constexpr = 32
     row = tl.program_id(0).to(tl.int64)
     maximum = row_maximum(work.maxima, row, splits, MAX_SPLITS)
-    few = 0
+    progress = MANY + 0
     if is_filtered(rules, row, VOCAB) & is_finite(maximum):
         temperature = tl.load(rules.temperature + row)
         min_p = tl.load(rules.min_p + row)
@@ -63,10 +79,11 @@ def few_groups_kernel(
         depth = depths(peaks, maximum, temperature)
         last, count = _last_bin(rules, row, count_bins(depth, min_p, MAX_GROUPS))
         if count <= FEW_GROUPS:
-            few = 1
+            progress = FEW + 0
             chosen = (is_alive(depth, min_p) & (bin_of(depth) <= last)).to(tl.int32)
             tl.store(group_ids + tl.cumsum(chosen) - 1, groups, mask=chosen != 0)
             tl.debug_barrier()  # what other threads of this program have just written is read below
+            candidates = work.candidates + row * VOCAB
             found = 0
             for start in range(0, count, AT_ONCE):
                 at = start + tl.arange(0, AT_ONCE)
@@ -77,7 +94,21 @@ def few_groups_kernel(
                 kept = (is_alive(below, min_p) & (bin_of(below) <= last)).to(tl.int32)
                 counts = tl.sum(kept, axis=1)
                 place = found + (tl.cumsum(counts) - counts)[:, None] + tl.cumsum(kept, axis=1) - 1
-                tl.store(work.candidates + row * VOCAB + place, pack(below, ids, ID_BITS), mask=kept != 0)
+                tl.store(candidates + place, pack(below, ids, ID_BITS), mask=kept != 0)
                 found += tl.sum(counts)
             tl.store(work.num_candidates + row, found)
-    tl.store(work.is_few + row, few)
+            needs_mass = (tl.load(rules.top_k + row) <= 0) & (tl.load(rules.top_p + row) < 1)
+            # To search, too, would take more registers than there are for two programs of a multiprocessor.
+            if (found <= (SORTED if SORTED > 0 else VOCAB)) & (needs_mass == 0):
+                progress = DRAWN + 0
+                tl.debug_barrier()
+                nothing = tl.zeros((), tl.int64)
+                cut = find_cut(rules, row, candidates, found, 0, nothing, nothing, SORTED, True, ID_BITS)
+                score = tl.full((), -float("inf"), tl.float32)
+                token = tl.full((), VOCAB, tl.int32)
+                token = draw_among(rules, row, candidates, found, cut, score, token, VOCAB, ID_BITS)
+                tl.store(work.token_ids + row, token.to(tl.int64))
+                tl.store(work.is_bad + row, False)
+                tl.store(work.cuts + row, cut)
+                count_token(rules, row, token, tl.zeros((), tl.int32), has_state, VOCAB)
+    tl.store(work.progress + row, progress)

@@ -1,9 +1,10 @@
-"""min_p, top_k and top_p without a sort: where the cut of a row lies, first to a bin of depths, then exactly.
+"""min_p, top_k and top_p without a sort of the row: where its cut lies, first to a bin of depths, then exactly.
 
 A token's depth is (maximum - logit) / temperature, its mass exp(-depth) as an integer multiple of 2^-40. Depth and id
 packed into one integer order the tokens of a row totally, as the filters want it: less deep first, ties by lower id.
 Every cut is the largest packed value that is kept. Sums are over integers, hence exact in any order: a cut depends
-neither on how a row is split nor on its neighbours, and atomics do no harm.
+neither on how a row is split nor on its neighbours, atomics do no harm, and whether the tokens near it are sorted or
+searched changes nothing.
 """
 
 import triton
@@ -17,6 +18,11 @@ _FINE_BINS = tl.constexpr(192)
 _FINE = tl.constexpr(16.0)
 _COARSE = tl.constexpr(4.0)
 _FINE_DEPTH = tl.constexpr(12.0)
+
+# How far `few_groups` comes with a row: not at all, to its candidates, or to its token.
+MANY = tl.constexpr(0)
+FEW = tl.constexpr(1)
+DRAWN = tl.constexpr(2)
 
 # A row with at most this many tokens above the lowest cut leaves them all to `finish`: `choose` computes no noise.
 _FEW = tl.constexpr(1024)
@@ -90,7 +96,7 @@ def count_kernel(
     row = tl.program_id(0).to(tl.int64)
     split = tl.program_id(1)
     maximum = row_maximum(work.maxima, row, splits, MAX_SPLITS)
-    if is_filtered(rules, row, VOCAB) & is_finite(maximum) & (tl.load(work.is_few + row) == 0):
+    if is_filtered(rules, row, VOCAB) & is_finite(maximum) & (tl.load(work.progress + row) == MANY):
         temperature = tl.load(rules.temperature + row)
         min_p = tl.load(rules.min_p + row)
         weighs = tl.load(rules.top_k + row) <= 0
@@ -174,16 +180,40 @@ def _search(candidates, count, low, high, before, goal, BY_MASS: tl.constexpr, I
 
 
 @triton.jit
-def find_cut(rules, work, row, candidates, count, ID_BITS: tl.constexpr):
-    """The largest packed value that top_k and top_p keep, of the row's `count` candidates."""
-    _, _, num_above = bracket(rules, work, row)
-    top_k = tl.load(rules.top_k + row)
-    top_p = tl.load(rules.top_p + row)
+def _goal(top_p, mass):
+    """The mass that top_p asks for; in float32, so that 0.4 of 3000 equals is 1200 of them."""
+    return tl.maximum((top_p * mass.to(tl.float32)).to(tl.int64), 1)
+
+
+@triton.jit
+def _sorted_cut(
+    candidates, count, top_k, top_p, num_above, mass, mass_above, SORTED: tl.constexpr, ID_BITS: tl.constexpr
+):
+    """What `_searched_cut` gives, of at most SORTED candidates, by a sort and one cumulative sum."""
+    place = tl.arange(0, SORTED)
+    is_used = place < count
+    packed = tl.sort(tl.load(candidates + place, mask=is_used, other=NO_CUT))
+    weights = tl.where(is_used, masses(unpack_depth(packed, ID_BITS)), 0)
+    before = mass_above + tl.cumsum(weights) - weights
+    cut = tl.zeros((), tl.int64) + (1 << 31 + ID_BITS)
+    if top_k > 0:
+        if num_above + count >= top_k:
+            cut = tl.max(tl.where(is_used & (num_above + place < top_k), packed, 0))
+        cut |= (1 << ID_BITS) - 1
+        mass = tl.sum(tl.where(packed <= cut, weights, 0))
+    if top_p < 1:
+        goal = _goal(top_p, mass)
+        if mass_above + tl.sum(tl.where(packed < cut, weights, 0)) >= goal:
+            cut = tl.max(tl.where(is_used & (before < goal), packed, 0))
+    return cut
+
+
+@triton.jit
+def _searched_cut(candidates, count, top_k, top_p, num_above, mass, mass_above, ID_BITS: tl.constexpr):
     zero = tl.zeros((), tl.int64)
     cut = zero + (1 << 31 + ID_BITS)  # more than any token's
-    mass = tl.load(work.totals + row * 2)
     if top_k > 0:
-        cut = _search(candidates, count, zero, cut, num_above.to(tl.int64), top_k, False, ID_BITS)
+        cut = _search(candidates, count, zero, cut, zero + num_above, top_k, False, ID_BITS)
         cut |= (1 << ID_BITS) - 1  # whatever is as deep as the top_k-th token is kept
         if top_p < 1:
             mass = zero
@@ -192,7 +222,35 @@ def find_cut(rules, work, row, candidates, count, ID_BITS: tl.constexpr):
                 packed = tl.load(candidates + at, mask=at < count, other=NO_CUT)
                 mass += tl.sum(tl.where(packed <= cut, masses(unpack_depth(packed, ID_BITS)), 0))
     if top_p < 1:
-        goal = (top_p * mass.to(tl.float32)).to(tl.int64)  # in float32, so that 0.4 of 3000 equals is 1200 of them
-        above = tl.load(work.totals + row * 2 + 1)
-        cut = _search(candidates, count, zero, cut, above, tl.maximum(goal, 1), True, ID_BITS)
+        cut = _search(candidates, count, zero, cut, mass_above, _goal(top_p, mass), True, ID_BITS)
+    return cut
+
+
+@triton.jit
+def find_cut(
+    rules,
+    row,
+    candidates,
+    count,
+    num_above,  # further tokens of the row, less deep than any candidate
+    mass,  # int64, of the row, where it has top_p and no top_k
+    mass_above,  # int64, of the tokens above, where it has top_p
+    SORTED: tl.constexpr,  # up to so many candidates are sorted: a power of two, or 0
+    FITS: tl.constexpr,  # there are no more
+    ID_BITS: tl.constexpr,
+):
+    """The largest packed value that top_k and top_p keep, of the row's `count` candidates."""
+    top_k = tl.load(rules.top_k + row)
+    top_p = tl.load(rules.top_p + row)
+    cut = tl.zeros((), tl.int64) + (1 << 31 + ID_BITS)
+    if (top_k > 0) | (top_p < 1):
+        if SORTED == 0:
+            cut = _searched_cut(candidates, count, top_k, top_p, num_above, mass, mass_above, ID_BITS)
+        elif FITS:
+            cut = _sorted_cut(candidates, count, top_k, top_p, num_above, mass, mass_above, SORTED, ID_BITS)
+        else:
+            if count <= SORTED:
+                cut = _sorted_cut(candidates, count, top_k, top_p, num_above, mass, mass_above, SORTED, ID_BITS)
+            else:
+                cut = _searched_cut(candidates, count, top_k, top_p, num_above, mass, mass_above, ID_BITS)
     return cut

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from llama.kernels.checks import INTERPRETED
 from llama.kernels.gpu.launch import cdiv, next_power_of_2
 from llama.kernels.types import SamplerRows, SamplerState
 
@@ -18,6 +19,7 @@ from llama.kernels.types import SamplerRows, SamplerState
 # many, since one program alone moves only a fraction of what memory can.
 TILE = 1024
 PROGRAMS = 2048
+_MOST_SORTED = 1024  # four of them lie in each thread's registers
 
 _BIASES = tl.constexpr(128)  # whose ids are read together
 
@@ -37,6 +39,14 @@ def max_splits(vocab: int) -> int:
 def id_bits(vocab: int) -> int:
     """They hold any id of any tile."""
     return (cdiv(vocab, TILE) * TILE - 1).bit_length()
+
+
+def sort_size(vocab: int) -> int:
+    """Up to how many of a row's tokens near its cuts are sorted, a power of two; the cuts among more are searched for.
+
+    0: all are, which the interpreter does in milliseconds where a sort takes seconds.
+    """
+    return 0 if INTERPRETED else next_power_of_2(min(max(vocab, 32), _MOST_SORTED))
 
 
 class Rules(NamedTuple):

@@ -18,7 +18,7 @@ class Work(NamedTuple):
     changed: Tensor  # [rows, vocab] float32, the logits after bias, penalties and mask
     histogram: Tensor  # [rows, BINS] int32, tokens per bin of depth
     totals: Tensor  # [rows, 2] int64, the mass of the row and that of the tokens surely kept
-    is_few: Tensor  # [rows] int32, whether the candidates come from few groups
+    progress: Tensor  # [rows] int32, of rows with filters: MANY, FEW or DRAWN, see `filters`
     candidates: Tensor  # [rows, vocab] int64, packed depths and ids in any order
     num_candidates: Tensor  # [rows] int32
     best_scores: Tensor  # [rows, splits] float32, noise - depth of the best token surely kept
@@ -46,7 +46,7 @@ class Work(NamedTuple):
             changed=empty(rows, vocab if keeps else 0, dtype=torch.float32),
             histogram=empty(rows, BINS.value, dtype=torch.int32),
             totals=empty(rows, 2, dtype=torch.int64),
-            is_few=empty(rows, dtype=torch.int32),
+            progress=empty(rows, dtype=torch.int32),
             candidates=empty(rows, vocab if filters else 0, dtype=torch.int64),
             num_candidates=empty(rows, dtype=torch.int32),
             best_scores=empty(*split, dtype=torch.float32),
