@@ -21,9 +21,10 @@ def test_it_counts_the_launches_of_a_step(capsys):
     *lines, last = capsys.readouterr().out.splitlines()
     results = json.loads(last)["results"]
     assert len(lines) == len(results) == 4
-    # Two norms, rope, attention, its merge and the activation in each layer, one norm behind them, and the sampler.
-    assert {results[f"greedy {batch}"]["launches"] for batch in (1, 3)} == {2 * 6 + 1 + 2}
-    assert {results[f"filtered {batch}"]["launches"] for batch in (1, 3)} == {2 * 6 + 1 + 5}
+    # Two norms, rope, attention, its merge and the activation in each layer; cosines and sines before them, one norm
+    # behind, and the sampler.
+    assert {results[f"greedy {batch}"]["launches"] for batch in (1, 3)} == {1 + 2 * 6 + 1 + 2}
+    assert {results[f"filtered {batch}"]["launches"] for batch in (1, 3)} == {1 + 2 * 6 + 1 + 5}
     assert all(found["median"] > 0 and found["n"] == 2 for found in results.values())
 
 
