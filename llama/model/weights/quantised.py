@@ -5,7 +5,7 @@ on a CPU `prepare` makes further forms of a weight, by the layout that is asked 
 
     compact    none: a product widens the codes strip by strip
     balanced   one for few tokens in models of 16 bits (int8, int4); fp8 codes lie in float16 instead, which holds them
-    fast       and one for many tokens, so that none is slower than the dense model: int8 codes with a scale per row lie
+    fast       and one for many tokens, as fast as the dense model: int8 codes with a scale per row lie
                in float16 too, others have a dense copy beside them
     auto       by the table in `layout_for`
 """
