@@ -22,7 +22,7 @@ class Ours:
         options = {"dtype": form}
         if form not in ("float32", "bfloat16"):
             scheme, _, layout = form.partition("-")
-            options = {"dtype": "bfloat16", "quantization": scheme, "quantization_layout": layout or "auto"}
+            options = {"dtype": "bfloat16", "quantization": scheme, "quantization_layout": layout or "balanced"}
         self.llm = LLM(model, max_model_len=4096, num_blocks=2048, enable_prefix_caching=False, **options)
 
     def generate(self, prompts: list[list[int]], tokens: list[int]) -> float:

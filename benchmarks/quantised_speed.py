@@ -42,7 +42,7 @@ def build(given: argparse.Namespace, form: str) -> tuple[Engine, dict[str, Any]]
         model = Transformer(cut_preset(given.preset, given.layers, given.vocab_size), dtype=torch.bfloat16)
         if form != DENSE:
             model.quantise(scheme)
-    model.prepare(layout or "auto")
+    model.prepare(layout or "balanced")
     linears = [module for module in model.modules() if isinstance(module, Linear)]
     held = sum(linear.weight.nbytes if linear.form is None else linear.form.nbytes for linear in linears)
     first = linears[0].coded

@@ -39,8 +39,8 @@ class LoadOptions:
         None,
         "int8, int4 or fp8: round a dense model's linear layers as it is loaded; or a quantised folder's method",
     )
-    quantization_layout: Literal["auto", "compact", "balanced", "fast"] = _option(
-        "auto", "of quantised weights on a CPU: compact, or with a form for few tokens, or with one for many too"
+    quantization_layout: Literal["compact", "balanced", "fast"] = _option(
+        "balanced", "of quantised weights on a CPU: compact, or with a form for few tokens, or with one for many too"
     )
     check_weights: bool = _option(False, "refuse weights that are NaN or infinite")
     revision: str | None = _option(None, "branch, tag or commit of a model on the hub")

@@ -118,12 +118,11 @@ class LLM(Scoring, Upkeep):
     alone. quantization: "int8", "int4" or "fp8" rounds the linear layers of a dense model as it is loaded (head,
     embedding and norms stay); a quantised folder is taken as it is, and vLLM's word for its method is accepted.
     quantization_layout, on a CPU: "compact" keeps the codes alone, "balanced" also what makes few tokens fast, "fast"
-    what makes many fast too, "auto" is fast for int8 where the processor has no VNNI, else balanced. check_weights:
-    refuse NaN and infinities. reasoning_parser: "deepseek_r1" looks for `<think>...</think>` at the beginning of a
-    chat's answer and gives it as `reasoning_content`; None does so where the chat template knows of `</think>`, "none"
-    never does. Stop strings, grammars and tool calls begin behind the thought. `options` are the fields of
-    `llama.engine.config.EngineConfig`, as the signature lists them. Arguments of vLLM's that are not here are refused
-    by name unless they hold vLLM's default.
+    what makes many fast too. check_weights: refuse NaN and infinities. reasoning_parser: "deepseek_r1" looks for
+    `<think>...</think>` at the beginning of a chat's answer and gives it as `reasoning_content`; None does so where the
+    chat template knows of `</think>`, "none" never does. Stop strings, grammars and tool calls begin behind the
+    thought. `options` are the fields of `llama.engine.config.EngineConfig`, as the signature lists them. Arguments of
+    vLLM's that are not here are refused by name unless they hold vLLM's default.
     """
 
     def __init__(
@@ -135,7 +134,7 @@ class LLM(Scoring, Upkeep):
         dtype: str | torch.dtype = "auto",
         load_format: str = "auto",
         quantization: str | None = None,
-        quantization_layout: str = "auto",
+        quantization_layout: str = "balanced",
         check_weights: bool = False,
         revision: str | None = None,
         reasoning_parser: str | None = None,

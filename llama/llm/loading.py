@@ -132,7 +132,7 @@ def load_model(
     dtype: str | torch.dtype,
     load_format: str,
     quantization: str | None = None,
-    quantization_layout: str = "auto",
+    quantization_layout: str = "balanced",
     check_weights: bool = False,
     communicator: Communicator | None = None,
 ) -> Transformer:

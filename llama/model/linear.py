@@ -73,7 +73,7 @@ class Linear(Module):
     def _product(self, x: Tensor) -> Tensor:
         return self.multiply(x, self.weight) if self.form is None else self.form(x)
 
-    def prepare(self, layout: str = "auto") -> None:
+    def prepare(self, layout: str = "balanced") -> None:
         """Take the form that is fastest on this machine, if there is a faster one; `layout` is for a quantised W."""
         if self.coded is not None:
             self.coded.prepare(layout)

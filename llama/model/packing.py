@@ -72,16 +72,16 @@ def sample_of(shape: tuple[int, int], dtype: torch.dtype, scheme: str) -> Quanti
 
 
 def quantised_forms(sample: Quantised, rows: int) -> tuple[str, dict[str, int]]:
-    """In which forms a weight of so many rows like the sample's lies on this machine's CPU in the layout "auto", and
-    its bytes in each layout."""
+    """In which forms a weight of so many rows like the sample's lies on this machine's CPU in the default layout, and
+    its bytes in each."""
     told, sizes = "", dict.fromkeys(LAYOUTS, 0)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.quantize_per_tensor", UserWarning)
         for layout in LAYOUTS:
             form = Quantised(sample.weight, sample.dtype)
-            form.prepare(layout)
+            form.prepare(layout, rows)
             sizes[layout] = form.nbytes * rows // sample.weight.shape[0]
-            told = told or form.told  # "auto" is the first of them
+            told = form.told if layout == "balanced" else told
     return told, sizes
 
 

@@ -309,14 +309,14 @@ class Transformer(Research):
             adapters = None if adapters is None else adapters.rows(rows)
         return self.lm_head(hidden, adapters)
 
-    def prepare(self, layout: str = "auto", packing: Packing | None = None) -> None:
+    def prepare(self, layout: str = "balanced", packing: Packing | None = None) -> None:
         """Pack the weights for this machine's CPU, in place, where that is faster; nothing on other devices.
 
         `packing` "auto" goes by a table of shapes and dtypes (llama/model/packing.py), "always" packs what can be
         packed, "never" no dense weight. What was said last holds for later calls that do not say (an LLM makes one).
         Each dense weight is kept once, in its packed form (a head tied to the embedding is a second copy). A quantised
         one keeps its codes: alone ("compact"), with a form for few tokens ("balanced"), or with one for many as well
-        ("fast"); "auto" is what pays on this machine. Idempotent; moving or casting the model undoes it.
+        ("fast"). Idempotent; moving or casting the model undoes it.
         """
         self.packing = packing or self.packing
         prepare([module for module in self.modules() if isinstance(module, Linear)], layout, self.packing)

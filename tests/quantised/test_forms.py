@@ -108,19 +108,20 @@ def test_products_are_those_of_the_dense_weight(scheme, dtype, tokens):
 
 def test_int8_takes_x_as_two_parts_of_7_bits_and_no_neighbour_changes_a_bit():
     form = quantise(random(64, 256, dtype=torch.bfloat16), "int8")
-    few = FewTokensInt8(form.weight)
+    few = FewTokensInt8(form.weight, form.weight.codes.numel())
     x = random(9, 256, dtype=torch.bfloat16, seed=1)
     x[4] = 0
     together = few(x)
     assert not together[4].any()
     for row in range(9):
         assert torch.equal(few(x[row : row + 1])[0], together[row])
-    # By hand: what 14 bits hold of x, in whole numbers.
+    # By hand: what two parts hold of x, in whole numbers.
     scale = x.float().abs().amax(1, keepdim=True).clamp_(min=1e-30) / 63
     first = (x.float() / scale).round()
-    second = ((x.float() / scale - first) * 128).round().clamp(-64, 63)
-    sums = (first * 128 + second).double() @ form.weight.codes.double().T
-    expected = sums.float() * scale * (form.weight.scales[0].float() / 128)
+    second = ((x.float() / scale - first) * 126).round()
+    assert first.abs().max() == 63 and second.abs().max() <= 63
+    sums = (first * 126 + second).double() @ form.weight.codes.double().T
+    expected = sums.float() * scale * (form.weight.scales[0].float() / 126)
     assert torch.equal(together, expected.bfloat16())
 
 

@@ -52,25 +52,40 @@ def test_products_and_weights_are_those_of_the_codes(scheme, layout, dtype):
         assert bool(((y.double() - x.double() @ w.T).abs() <= RELATIVE[dtype] * (x.double().abs() @ w.abs().T)).all())
 
 
+@pytest.fixture(params=[False, True], ids=["no VNNI", "VNNI"])
+def has_vnni(request, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: request.param)
+    return request.param
+
+
+def large(layout):
+    """The form of an int8 weight that counts as one of 2^21 numbers."""
+    form = quantise(weight(torch.bfloat16), "int8")
+    form.prepare(layout, rows=2**21 // 512)
+    return form
+
+
 @BY_CODES
-def test_bytes_of_each_layout():
+def test_bytes_of_each_layout(has_vnni):
     dense = weight(torch.bfloat16).nbytes
     layouts = ("compact", "balanced", "fast")
-    sizes = {scheme: [prepared(scheme, layout).nbytes / dense for layout in layouts] for scheme in SCHEMES}
-    expected = {"int4": [0.26, 0.52, 1.52], "int8": [0.5, 1.0, 1.5], "fp8": [0.5, 1.0, 1.0]}
+    expected = {"int4": [0.26, 0.52, 1.52], "int8": [0.5, 1.0, 1.5 if has_vnni else 1.0], "fp8": [0.5, 1.0, 1.0]}
     for scheme in SCHEMES:
-        assert sizes[scheme] == pytest.approx(expected[scheme], abs=0.03)
+        sizes = [prepared(scheme, layout).nbytes / dense for layout in layouts]
+        assert sizes == pytest.approx(expected[scheme], abs=0.03)
+    assert [large(layout).nbytes / dense for layout in layouts] == pytest.approx([0.5, 1.0, 1.5], abs=0.03)
 
 
 @BY_CODES
-def test_which_form_multiplies():
+def test_which_form_multiplies(has_vnni):
     """In the fast layout the form for many tokens does, but where codes win; in the balanced one few have theirs."""
-    fast, balanced = prepared("int8", "fast"), prepared("int8", "balanced")
-    x = torch.randn(40, 512).bfloat16()
+    fast, balanced = large("fast"), large("balanced")
+    x, most = torch.randn(40, 512).bfloat16(), 16 if has_vnni else 8
     assert fast.copy is None and fast._weight is None  # int8 codes in float16 serve many tokens, and are the codes
-    assert torch.equal(fast(x), fast._float16(x)) and torch.equal(fast(x[:16]), balanced.few_tokens(x[:16]))
-    assert torch.equal(fast(x[:17]), fast._float16(x[:17])) and torch.equal(balanced(x), balanced.few_tokens(x))
-    assert fast.told == "fbgemm for up to 16 tokens, float16 codes for more"
+    assert torch.equal(fast(x), fast._float16(x)) and torch.equal(fast(x[:most]), balanced.few_tokens(x[:most]))
+    assert torch.equal(fast(x[: most + 1]), fast._float16(x[: most + 1]))
+    assert torch.equal(balanced(x), balanced.few_tokens(x))
+    assert fast.told == f"fbgemm for up to {most} tokens, float16 codes for more"
     fast.serve_few()
     assert torch.equal(fast(x), balanced(x))
     int4 = prepared("int4", "fast")
@@ -84,14 +99,15 @@ def test_which_form_multiplies():
 
 
 @BY_CODES
-@pytest.mark.parametrize(("has_vnni", "expected"), [(False, "fast"), (True, "balanced")])
-def test_what_pays_without_vnni(has_vnni, expected, monkeypatch):
-    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: has_vnni)
-    assert prepared("int8", "auto").told == prepared("int8", expected).told
-    assert prepared("int8", "auto").nbytes == prepared("int8", expected).nbytes
-    for scheme, dtype in (("int4", torch.bfloat16), ("fp8", torch.bfloat16), ("int8", torch.float32)):
-        auto, balanced = prepared(scheme, "auto", dtype), prepared(scheme, "balanced", dtype)
-        assert (auto.told, auto.nbytes) == (balanced.told, balanced.nbytes)
+def test_small_weights_of_int8_have_integer_products_with_vnni_alone(has_vnni):
+    for layout in ("balanced", "fast"):
+        small = prepared("int8", layout)
+        assert (small.few_tokens is not None) == has_vnni
+        assert has_vnni or small.told == "float16 codes"
+    assert prepared("int8", "balanced", torch.float32).told == "int8 codes"
+    form = quantise(weight(torch.bfloat16), "int8")
+    form.prepare("fast", rows=2**24 // 512)
+    assert form.told == "fbgemm for up to 16 tokens, float16 codes for more"
 
 
 @BY_CODES
@@ -142,10 +158,10 @@ def test_columns_in_another_order_have_a_dense_copy_too():
 
 def test_the_layout_is_an_option_of_the_engine(tmp_path):
     folder = make_model(tmp_path)
-    for layout, has_copy in (("auto", False), ("compact", False), ("fast", True)):
+    for layout, has_copy in (("balanced", False), ("compact", False), ("fast", True)):
         llm = LLM(folder, quantization="int4", quantization_layout=layout, num_blocks=16)
         assert (llm.model.layers[0].mlp.down_proj.form.copy is not None) == has_copy
-    with pytest.raises(ParameterError, match="must be one of auto, compact, balanced, fast, got 'small'"):
+    with pytest.raises(ParameterError, match="must be one of compact, balanced, fast, got 'small'"):
         LLM(folder, quantization_layout="small", num_blocks=16)
     model = tiny_model()
     with pytest.raises(ParameterError, match="quantization_layout"):

@@ -74,7 +74,7 @@ def large(tmp_path_factory):
     shutil.rmtree(target)
 
 
-def measure(folder, scheme="", layout="auto"):
+def measure(folder, scheme="", layout="balanced"):
     """-> bytes (of the folder's weights, at most while loading, at most until prepared, in the end)"""
     words = [sys.executable, "-c", MEASURE, folder.parent / f"small-{folder.name}", folder, scheme, layout]
     # Two threads read; what glibc keeps for each of them, between 0 and 10 MB, is not what is measured here.

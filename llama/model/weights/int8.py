@@ -3,10 +3,10 @@
 FBGEMM multiplies uint8 by int8 in integers. Where the processor adds pairs of products in 16 bits (AVX2), that is exact
 for values of 7 bits alone, so x is taken as the sum of two such parts, of 14 bits together:
 
-    x[t] = s[t] (a[t] + b[t] / 128)     a, b integers from -64 to 63, s[t] = max |x[t]| / 63
+    x[t] = s[t] (a[t] + b[t] / 126)     a, b integers from -63 to 63, s[t] = max |x[t]| / 63
 
-A row knows nothing of the others, and sums of integers have one result: neighbours change no bit. 14 bits are more
-than a bfloat16 has; what falls below the last of them is lost beside the row's largest value.
+A row knows nothing of the others, and sums of integers have one result: neighbours change no bit. Two parts are finer
+than a bfloat16; what falls below the last of them is lost beside the row's largest value.
 """
 
 import torch
@@ -15,8 +15,12 @@ from torch import Tensor
 from llama.kernels.types import QuantizedWeight
 from llama.model.weights.rows import round_rows
 
-_MIDDLE = 64  # of the uint8 that stand for -64 .. 63
-_PART = 128
+_MIDDLE = 64  # the uint8 that stands for 0
+_PART = 126  # the second part is at most half of a first one's 1, as 63
+# Without VNNI such a product wins over one in float16 from so many numbers of a weight on, up to 8 tokens; of a large
+# one up to 16 (benchmarks/LOG.md, "When int8 pays without VNNI").
+_FEWEST_NUMBERS = 1 << 21
+_LARGE = 1 << 24
 
 
 def quantise(weight: Tensor) -> QuantizedWeight:
@@ -32,19 +36,22 @@ def fits(weight: QuantizedWeight, dtype: torch.dtype) -> bool:
     return has_form and is_there and dtype in (torch.bfloat16, torch.float16)
 
 
-def few_tokens(weight: QuantizedWeight, dtype: torch.dtype) -> "FewTokensInt8 | None":
-    """None where it does not fit."""
-    return FewTokensInt8(weight) if fits(weight, dtype) else None
+def few_tokens(weight: QuantizedWeight, dtype: torch.dtype, numbers: int) -> "FewTokensInt8 | None":
+    """None where it does not fit or does not pay. `numbers`: of the whole weight, of which this may be a sample."""
+    pays = numbers >= _FEWEST_NUMBERS or torch.cpu._is_vnni_supported()
+    return FewTokensInt8(weight, numbers) if pays and fits(weight, dtype) else None
 
 
 class FewTokensInt8:
     """Twice the rows cost nothing while memory is what a product waits for; many tokens are better off widened."""
 
     library = "fbgemm"
-    most_tokens, most_beside_dense = 64, 16
+    most_tokens = 64
 
-    def __init__(self, weight: QuantizedWeight) -> None:
+    def __init__(self, weight: QuantizedWeight, numbers: int) -> None:
         rows = weight.shape[0]
+        is_large = numbers >= _LARGE or torch.cpu._is_vnni_supported()
+        self.most_beside_dense = 16 if is_large else 8
         scales, zeros = torch.ones(rows, dtype=torch.float64), torch.zeros(rows, dtype=torch.int64)
         codes = torch._make_per_channel_quantized_tensor(weight.codes, scales, zeros, 0)
         self.nbytes = weight.codes.nbytes
@@ -55,12 +62,12 @@ class FewTokensInt8:
         self._keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
 
     def __call__(self, x: Tensor) -> Tensor:
-        tokens = x.shape[0]
         wide = x.float()  # a copy: x has 16 bits
         scales = wide.abs().amax(1, keepdim=True).div_(63).clamp_(min=torch.finfo(torch.float32).tiny)
         wide /= scales
-        parts = wide.new_empty(2, tokens, wide.shape[1])
-        torch.round(wide, out=parts[0])
-        torch.sub(wide, parts[0], out=parts[1]).mul_(_PART).round_().clamp_(-_MIDDLE, _MIDDLE - 1)
-        sums = self._linear(self._keys, parts.flatten(0, 1), 1.0, _MIDDLE, self._packed).view(2, tokens, -1)
-        return (sums[0] * _PART).add_(sums[1]).mul_(scales).mul_(self._scales).to(x.dtype)
+        parts = wide.new_empty(2, *wide.shape)
+        first, second = parts.unbind()
+        torch.round(wide, out=first)
+        torch.sub(wide, first, out=second).mul_(_PART)  # rounded by the product
+        a, b = self._linear(self._keys, parts.flatten(0, 1), 1.0, _MIDDLE, self._packed).split(x.shape[0])
+        return torch.add(b, a, alpha=_PART).mul_(scales).mul_(self._scales).to(x.dtype)

@@ -4,10 +4,10 @@
 on a CPU `prepare` makes further forms of a weight, by the layout that is asked for:
 
     compact    none: a product widens the codes strip by strip
-    balanced   one for few tokens in models of 16 bits (int8, int4); fp8 codes lie in float16 instead, which holds them
+    balanced   one for few tokens in models of 16 bits (int8, int4). Codes that have none lie in float16 instead, which
+               holds them: fp8, and int8 of a small weight on a processor without VNNI
     fast       and one for many tokens, as fast as the dense model: int8 codes with a scale per row lie
                in float16 too, others have a dense copy beside them
-    auto       by the table in `layout_for`
 """
 
 from collections.abc import Sequence
@@ -29,16 +29,8 @@ from llama.model.weights.packed import pack
 
 _STRIP = 1 << 20  # weights widened at once for dense()
 SCHEMES = ("int8", "int4", "fp8")
-LAYOUTS = ("auto", "compact", "balanced", "fast")
+LAYOUTS = ("compact", "balanced", "fast")
 _NAMES = {torch.int16: "int4 codes", torch.int8: "int8 codes", torch.float8_e4m3fn: "fp8 codes"}
-
-
-def layout_for(weight: QuantizedWeight, dtype: torch.dtype) -> str:
-    """What "auto" stands for on this machine. Without VNNI the integer products of int8 lose to the dense model from 32
-    tokens on, and in the balanced layout it takes as much memory as that: half as much again makes it fast for all.
-    int4 is asked for where memory is short, so it gets no copy of four times its size."""
-    is_slow = int8.fits(weight, dtype) and not torch.cpu._is_vnni_supported()
-    return "fast" if is_slow else "balanced"
 
 
 class FewTokens(Protocol):
@@ -65,7 +57,7 @@ class Quantised:
         self.copy: WeightForm | None = None  # dense, columns in the order of x
         self._float16: float16_codes.Float16Codes | None = None  # in place of the weight
         self.is_prepared = False
-        self._layout = "auto"
+        self._layout = "balanced"
 
     @property
     def weight(self) -> QuantizedWeight:
@@ -101,19 +93,18 @@ class Quantised:
         beside = (self.few_tokens, self.copy, self._float16, self.order)
         return own + sum(form.nbytes for form in beside if form is not None)
 
-    def prepare(self, layout: str = "auto") -> None:
-        """Add the forms that this machine multiplies fast."""
+    def prepare(self, layout: str = "balanced", rows: int | None = None) -> None:
+        """Add the forms that this machine multiplies fast. `rows`: of the weight that this one is a sample of."""
         if self.is_prepared:
             return
         self.is_prepared, self._layout = True, layout
         weight = self.weight
-        if layout == "auto":
-            layout = layout_for(weight, self.dtype)
         if layout == "compact" or self.device.type != "cpu":
             return
-        self.few_tokens = int8.few_tokens(weight, self.dtype) or int4.few_tokens(weight, self.dtype)
-        few, is_fp8 = self.few_tokens, weight.codes.dtype == torch.float8_e4m3fn
-        if (layout == "fast" or is_fp8) and float16_codes.fits(weight, self.dtype):
+        numbers = (rows or weight.shape[0]) * weight.shape[1]
+        self.few_tokens = int8.few_tokens(weight, self.dtype, numbers) or int4.few_tokens(weight, self.dtype)
+        few, has_eight_bits = self.few_tokens, weight.codes.dtype != torch.int16
+        if (layout == "fast" or (few is None and has_eight_bits)) and float16_codes.fits(weight, self.dtype):
             self._weight, self._float16 = None, float16_codes.Float16Codes(weight)
         elif layout == "fast":
             dense = self.dense()
@@ -213,7 +204,7 @@ class Dense:
     def nbytes(self) -> int:
         return self.weight.nbytes
 
-    def prepare(self, layout: str = "auto") -> None:
+    def prepare(self, layout: str = "balanced") -> None:
         """Stays as it is: few modules have such a part."""
 
     def to(self, device: torch.device, dtype: torch.dtype) -> "Dense":
@@ -245,7 +236,7 @@ class Joined:
     def nbytes(self) -> int:
         return sum(part.nbytes for part in self.parts)
 
-    def prepare(self, layout: str = "auto") -> None:
+    def prepare(self, layout: str = "balanced") -> None:
         for part in self.parts:
             part.prepare(layout)
         self.is_prepared = True
