@@ -8,7 +8,8 @@ import torch
 
 from llama.model.linear import Linear
 from llama.model.transformer import Transformer
-from llama.model.weights import packed
+from llama.model.weights import float16, packed
+from llama.model.weights.float16 import Float16Matrix
 from llama.model.weights.packed import Float16Weight, OneDNNWeight, pack
 from tests.model.models import hugging_face_weights, tiny_model
 
@@ -48,6 +49,23 @@ def test_forms_of_16_bit_weights():
     assert torch.equal(form.dense(), w)
     x = weight(3, 96, torch.bfloat16, scale=1.0)
     torch.testing.assert_close(form(x), x @ w.T, atol=4e-3, rtol=2e-2)
+
+
+def test_strips_of_rows_change_no_bit(monkeypatch):
+    """A matrix is packed in strips, so that a large one is never there as float32 as a whole."""
+    w, x = weight(70, 96, torch.bfloat16), weight(5, 96, torch.bfloat16, scale=1.0)
+    w[[3, 40, 69], 5] = torch.tensor([2.0**-18 * 1.5, 3e-9, -1e-7], dtype=torch.bfloat16)
+    scales = torch.rand(70, generator=torch.Generator().manual_seed(1))
+    whole, matrix = Float16Weight.of(w), Float16Matrix(w)
+    monkeypatch.setattr(packed, "_STRIP", 1000)
+    monkeypatch.setattr(float16, "_STRIP", 16 * 96)
+    strips, parts = Float16Weight.of(w), Float16Matrix(w)
+    assert len(parts._strips) == 5 and len(matrix._strips) == 1
+    assert torch.equal(strips.dense(), w) and torch.equal(whole.dense(), w)
+    assert strips.nbytes == whole.nbytes
+    for tokens in (0, 1, 5):
+        assert torch.equal(strips(x[:tokens]), whole(x[:tokens]))
+        assert torch.equal(parts(x[:tokens], scales), matrix(x[:tokens], scales))
 
 
 @pytest.mark.parametrize("value", [7e4, -7e4, float("inf"), float("nan")])

@@ -89,7 +89,7 @@ def test_a_dense_checkpoint_rounded_to_int4(large, layout, bound):
     size, _, peak, held = measure(large, "int4", layout)
     assert size > 2e9 and len(list(large.glob("*.safetensors"))) > 3
     assert held <= bound * size
-    assert peak <= held + 2.5 * LARGE_LAYER  # two modules lie dense, one on each thread, and what rounds them
+    assert peak <= held + 2 * LARGE_LAYER  # two modules lie dense, one on each thread, and what rounds them
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)

@@ -4,13 +4,15 @@ import torch
 from torch import Tensor
 
 from llama.kernels.types import QuantizedWeight
+from llama.model.weights import float16
+from llama.model.weights.float16 import Float16Matrix
 
 
 def fits(weight: QuantizedWeight, dtype: torch.dtype) -> bool:
     """Models of 16 bits on x86, and one scale per row, which acts on the result."""
     if weight.codes.dtype == torch.int16 or weight.zeros is not None or weight.minima is not None:
         return False
-    is_there = torch.backends.quantized.engine in ("x86", "fbgemm") and weight.codes.device.type == "cpu"
+    is_there = float16.is_available() and weight.codes.device.type == "cpu"
     return is_there and weight.group_size >= weight.shape[1] and dtype in (torch.bfloat16, torch.float16)
 
 
@@ -19,16 +21,13 @@ class Float16Codes:
 
     def __init__(self, weight: QuantizedWeight) -> None:
         self._dtype = weight.codes.dtype
-        self._packed = torch.ops.quantized.linear_prepack_fp16(weight.codes.float(), None)
+        self._q = Float16Matrix(weight.codes)
         self._kept_scales, self._scales = weight.scales, weight.scales[0].float()
-        self.nbytes = weight.codes.numel() * 2 + self._kept_scales.nbytes + self._scales.nbytes
-        # Straight to the kernel: checking the packed object on the way costs four times the call itself.
-        self._linear = torch.ops.quantized.linear_dynamic_fp16.default.redispatch
-        self._keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
+        self.nbytes = self._q.nbytes + self._kept_scales.nbytes + self._scales.nbytes
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self._linear(self._keys, x.float(), self._packed).mul_(self._scales).to(x.dtype)
+        return self._q(x, self._scales)
 
     def weight(self) -> QuantizedWeight:
-        q, _ = torch.ops.quantized.linear_unpack_fp16(self._packed)
-        return QuantizedWeight(q.to(self._dtype), self._kept_scales, q.shape[1])
+        q = self._q.to(self._dtype)
+        return QuantizedWeight(q, self._kept_scales, q.shape[1])

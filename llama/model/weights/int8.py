@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from llama.kernels.types import QuantizedWeight
+from llama.model.weights import float16
 from llama.model.weights.rows import round_rows
 
 _MIDDLE = 64  # the uint8 that stands for 0
@@ -32,8 +33,7 @@ def fits(weight: QuantizedWeight, dtype: torch.dtype) -> bool:
     """Models of 16 bits alone: in float32 and float64 x is never quantised."""
     has_form = weight.codes.dtype == torch.int8 and weight.group_size == weight.shape[1]
     has_form = has_form and weight.zeros is None and weight.minima is None and weight.codes.device.type == "cpu"
-    is_there = torch.backends.quantized.engine in ("x86", "fbgemm")
-    return has_form and is_there and dtype in (torch.bfloat16, torch.float16)
+    return has_form and float16.is_available() and dtype in (torch.bfloat16, torch.float16)
 
 
 def few_tokens(weight: QuantizedWeight, dtype: torch.dtype, numbers: int) -> "FewTokensInt8 | None":

@@ -11,10 +11,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from llama.model.weights import float16
+from llama.model.weights.float16 import Float16Matrix
 from llama.model.weights.form import WeightForm
 
 Library = Literal["onednn", "fbgemm"]
 
+_STRIP = 1 << 20  # numbers looked at together
 _LARGEST = torch.finfo(torch.float16).max
 _SMALL_BITS = torch.tensor(2.0**-17, dtype=torch.bfloat16).view(torch.int16).item()
 
@@ -33,7 +36,7 @@ def library_of(dtype: torch.dtype) -> Library | None:
         return None
     if dtype == torch.float32 or _computes_natively(dtype):
         return "onednn"
-    if dtype in (torch.bfloat16, torch.float16) and torch.backends.quantized.engine in ("x86", "fbgemm"):
+    if dtype in (torch.bfloat16, torch.float16) and float16.is_available():
         return "fbgemm"
     return None
 
@@ -81,14 +84,10 @@ class Float16Weight:
     """
 
     def __init__(self, weight: Tensor, small: Tensor) -> None:
-        self.shape = weight.shape
         self.dtype = weight.dtype
         self.small = small  # flat indices of what float16 rounds
         self.small_values = weight.flatten()[small]
-        self.weight = torch.ops.quantized.linear_prepack_fp16(weight.float(), None)
-        # Straight to the kernel: checking the packed object on the way costs four times the call itself.
-        self._linear = torch.ops.quantized.linear_dynamic_fp16.default.redispatch
-        self._keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
+        self._matrix = Float16Matrix(weight)
 
     @classmethod
     def of(cls, weight: Tensor) -> "Float16Weight | None":
@@ -100,19 +99,21 @@ class Float16Weight:
         if weight.dtype == torch.float16:
             return cls(weight, torch.empty(0, dtype=torch.int64))
         # Where 0 < |w| < 2^-17: the bits of a positive bfloat16 grow with its value, and zero's come before them all.
-        magnitude = weight.view(torch.int16) & 0x7FFF
-        small = ((magnitude > 0) & (magnitude < _SMALL_BITS)).flatten().nonzero().flatten()
+        found = []
+        for start, bits in enumerate(weight.view(torch.int16).flatten().split(_STRIP)):
+            magnitude = bits & 0x7FFF
+            found.append(((magnitude > 0) & (magnitude < _SMALL_BITS)).nonzero().flatten().add_(start * _STRIP))
+        small = torch.cat(found)
         return cls(weight, small) if len(small) * 50 <= weight.numel() else None
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self._linear(self._keys, x.float(), self.weight).to(self.dtype)
+        return self._matrix(x)
 
     def dense(self) -> Tensor:
-        weight, _ = torch.ops.quantized.linear_unpack_fp16(self.weight)
-        weight = weight.to(self.dtype)
+        weight = self._matrix.to(self.dtype)
         weight.view(-1)[self.small] = self.small_values
         return weight
 
     @property
     def nbytes(self) -> int:
-        return self.shape.numel() * 2 + self.small.nbytes + self.small_values.nbytes
+        return self._matrix.nbytes + self.small.nbytes + self.small_values.nbytes
