@@ -99,6 +99,7 @@ def ops(look: Look) -> dict:
         "rope_and_store": rotation_error,
         "decode attention": lambda: attention([1] * 6, decodes, 6),
         "prefill attention": lambda: attention([300 // scale, 17, 128 // scale], prompts, 0),
+        "prefill in chunks": lambda: attention([7], [9000 // scale], 0),
         "both": lambda: attention([1, 1, 40 // scale], mixed, 2),
         "sample": lambda: _tokens_like_the_cpus(look, vocab),
     }
@@ -204,6 +205,8 @@ KERNELS = {
     "_rope_and_store_kernel": "rope",
     "_decode_kernel": "attention",
     "_merge_kernel": "merge",
+    "_prefill_kernel": "attention",
+    "_merge_chunks_kernel": "merge",
     "_silu_mul_kernel": "silu",
     **dict.fromkeys(("scan_kernel", "few_groups_kernel", "count_kernel", "choose_kernel"), "sampler"),
     **dict.fromkeys(("finish_kernel", "logprob_parts_kernel", "logprob_merge_kernel"), "sampler"),

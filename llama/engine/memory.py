@@ -63,6 +63,18 @@ def _rows_with_everything(count: int, vocab_size: int, device: torch.device, dty
     )
 
 
+def _first_alone(batch: Batch, num_blocks: int) -> Batch:
+    """The batch's first token as a prompt, whose table has so many blocks."""
+    return replace(
+        batch,
+        **{name: getattr(batch, name)[:1] for name in ("token_ids", "positions", "slots")},
+        block_tables=batch.block_tables.new_zeros(1, num_blocks),
+        query_starts=torch.arange(2, dtype=torch.int32, device=batch.slots.device),
+        context_lens=torch.ones_like(batch.context_lens[:1]),
+        num_decodes=0,
+    )
+
+
 @torch.inference_mode()
 def worst_step(model: Transformer, config: EngineConfig, *, is_decode: bool) -> None:
     """A step as large as any: one prompt of the whole budget, or as many decodes as tokens can be drawn, and each of
@@ -93,6 +105,9 @@ def worst_step(model: Transformer, config: EngineConfig, *, is_decode: bool) -> 
         block_size=block_size,
         run_len=most_of_run,
     )
+    if not is_decode and not isinstance(model.fixed, Runs):
+        for most in (1, config.blocks_per_sequence):  # few queries have kernels of their own behind long contexts
+            model.hidden(_first_alone(batch, most), kv)
     hidden = model.hidden(batch, kv)
     logits = model.head(hidden, batch, torch.zeros(num_samples, dtype=torch.int64, device=device))
     state = SamplerState(config.max_num_seqs, vocab_size, device)

@@ -42,6 +42,7 @@ class Case:
     # A kernel, how many weights a thread widens in a turn of its main loop, and the instructions that sm_90 may spend
     # on each.
     per_weight: tuple[str, int, float] | None = None
+    architectures: tuple[int, ...] = ARCHITECTURES
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import triton
 
-from tests.compile.harness import ARCHITECTURES, Row, cases_of, compile_task, complaints
+from tests.compile.harness import Row, cases_of, compile_task, complaints
 
 HERE = Path(__file__).parent
 EXPECTED = HERE / "expected.json"
@@ -62,7 +62,7 @@ def main() -> int:
     cases = {(module, case.name): case for module in modules for case in cases_of(module).values()}
     if arguments.names:
         cases = {key: case for key, case in cases.items() if any(n == key[0] or n in key[1] for n in arguments.names)}
-    tasks = [(*key, arch) for key in cases for arch in ARCHITECTURES]
+    tasks = [(*key, arch) for key, case in cases.items() for arch in case.architectures]
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(arguments.processes, mp_context=context) as pool:
         results = list(pool.map(compile_task, tasks))

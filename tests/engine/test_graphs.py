@@ -350,7 +350,8 @@ def test_the_worst_step_runs(is_decode, num_samples):
     config = EngineConfig(
         max_num_batched_tokens=33, max_num_seqs=num_samples, block_size=4, speculative_config=speculative
     )
-    worst_step(tiny_model(), config, is_decode=is_decode)
+    made = tiny_model()
+    worst_step(made, config.resolved(made.config, "cpu"), is_decode=is_decode)
 
 
 def test_a_gpu_scores_more_of_a_prompt_at_once():

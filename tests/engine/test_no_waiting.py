@@ -16,6 +16,7 @@ from llama.engine.config import EngineConfig
 from llama.engine.graph_runner import GraphRunner
 from llama.engine.memory import warm_up, worst_step
 from llama.kernels import ops
+from llama.kernels.gpu.attention import prefill
 from llama.kernels.types import SamplerState
 from llama.llm.loras import read_lora
 from llama.model.config import ModelConfig
@@ -119,12 +120,16 @@ def test_a_samplers_step(launched, flags, kernels):
 
 
 @pytest.mark.parametrize("is_decode", [False, True])
-def test_the_worst_step(launched, is_decode):
+def test_the_worst_step(launched, is_decode, monkeypatch):
     """It must need nothing of the host either: kernels take their parts of it as they do in a real step."""
-    model = Transformer(ModelConfig.preset("llama-3.1-8b"), device="meta", dtype=torch.bfloat16)
+    monkeypatch.setattr(prefill, "multiprocessor_count", lambda device: 132)
+    preset = ModelConfig.preset("llama-3.1-8b")
+    model = Transformer(preset, device="meta", dtype=torch.bfloat16)
+    config = EngineConfig(max_num_batched_tokens=8192).resolved(preset, "cuda")
     with OnDeviceAlone():
-        worst_step(model, EngineConfig(max_num_batched_tokens=8192), is_decode=is_decode)
+        worst_step(model, config, is_decode=is_decode)
     assert ("_decode_kernel" in launched) == is_decode and ("_prefill_kernel" in launched) != is_decode
+    assert ("_merge_chunks_kernel" in launched) != is_decode
     assert {"choose_kernel", "count_kernel", "logprob_merge_kernel"} <= set(launched)
 
 
@@ -150,6 +155,7 @@ def variants(monkeypatch, call) -> set:
 
 @pytest.mark.parametrize("speculative", [None, {"method": "ngram"}])
 def test_a_small_step_needs_the_kernels_of_the_worst_one(monkeypatch, speculative):
+    monkeypatch.setattr(prefill, "multiprocessor_count", lambda device: 132)
     preset = replace(ModelConfig.preset("llama-3.1-8b"), num_hidden_layers=1)
     model = Transformer(preset, device="meta", dtype=torch.bfloat16)
     config = EngineConfig(max_num_batched_tokens=8192, speculative_config=speculative).resolved(preset, "cuda")
@@ -159,6 +165,18 @@ def test_a_small_step_needs_the_kernels_of_the_worst_one(monkeypatch, speculativ
             worst_step(model, config, is_decode=is_decode)
 
     assert variants(monkeypatch, lambda: warm_up(model, config)) == variants(monkeypatch, worst)
+
+
+@pytest.mark.parametrize("multiprocessors", [1, 132, 1000])
+def test_a_worst_step_has_prefill_whole_and_in_chunks(monkeypatch, multiprocessors):
+    """Whatever the largest step alone would take on such a GPU."""
+    monkeypatch.setattr(prefill, "multiprocessor_count", lambda device: multiprocessors)
+    preset = replace(ModelConfig.preset("llama-3.1-8b"), num_hidden_layers=1)
+    model = Transformer(preset, device="meta", dtype=torch.bfloat16)
+    config = EngineConfig(max_num_batched_tokens=1024).resolved(preset, "cuda")
+    found = variants(monkeypatch, lambda: worst_step(model, config, is_decode=False))
+    splits = {split for split in (False, True) for each in found if ("SPLIT", split) in each}
+    assert splits == ({False} if multiprocessors == 1 else {False, True})
 
 
 def test_loading_an_adapter_needs_the_kernels_of_its_steps(monkeypatch, tmp_path):

@@ -150,10 +150,21 @@ def test_decode_of_300_sequences():
 
 
 def test_prefill_has_the_same_bits_in_any_company():
-    case = problem([64, 1, 130, 9, 500], [64, 300, 1000, 9, 700], heads=(32, 8), head_dim=128, dtype=torch.bfloat16)
+    """In contexts that are too short to be cut into chunks."""
+    case = problem([64, 1, 130, 9, 500], [64, 300, 900, 9, 700], heads=(32, 8), head_dim=128, dtype=torch.bfloat16)
     together = check(case)
     for sequence in range(5):
         assert torch.equal(case.only(sequence).run(paged_attention), together[case.rows(sequence)])
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_prefill_of_few_queries_behind_long_contexts(shape):
+    head_dim, heads, block_size = shape
+    sizes = {"heads": heads, "head_dim": head_dim, "block_size": block_size, "dtype": torch.bfloat16}
+    for queries, contexts in (([30], [20_000]), ([1, 40, 0, 3], [1, 9000, 0, 3]), ([1, 128, 1], [700, 5000, 2049])):
+        case = problem(queries, contexts, num_decodes=int(contexts[0] == 700), **sizes)
+        out = check(case)
+        assert torch.equal(case.run(paged_attention), out)
 
 
 def test_prefill_of_a_whole_prompt():

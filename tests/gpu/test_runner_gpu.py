@@ -203,6 +203,6 @@ def test_no_memory_for_a_graph_costs_no_token(monkeypatch, caplog):
 @pytest.mark.alone
 @pytest.mark.parametrize("is_decode", [False, True])
 def test_the_worst_step_is_measured(is_decode):
-    model, config = small(), EngineConfig(max_num_batched_tokens=4096, max_num_seqs=64)
+    model, config = small(), EngineConfig(max_model_len=4096, max_num_batched_tokens=4096, max_num_seqs=64)
     peak = memory.peak_cuda_bytes(model.device, lambda: memory.worst_step(model, config, is_decode=is_decode))
     assert peak > 64 * 4003 * 8  # the filters' scratch alone

@@ -9,7 +9,7 @@ import torch
 
 from llama.engine.plan import aligned_runs
 from llama.kernels import ops
-from llama.kernels.gpu.attention import config, decode, paged_attention, split
+from llama.kernels.gpu.attention import config, decode, paged_attention, prefill, split
 from llama.kernels.types import KVLayer, Runs
 from tests.paged_attention import answer, as_runs, each_alone, make_problem
 
@@ -187,10 +187,71 @@ def test_prefill_of_head_dims(head_dim):
 
 
 def test_prefill_finds_its_sequence_among_many(monkeypatch):
-    from llama.kernels.gpu.attention import prefill
-
     monkeypatch.setattr(prefill, "_SEQUENCES", prefill.tl.constexpr(4))
     check(make_problem([2, 0, 3, 1, 40, 1, 0, 5], [9, 0, 3, 8, 40, 33, 1, 20], head_dim=16))
+
+
+@pytest.fixture
+def many_chunks(monkeypatch):
+    """Contexts are cut as by a GPU with many multiprocessors, into up to four chunks. -> The parts of each launch."""
+    parts = []
+
+    def allocate(out, number, members, real=prefill._allocate):
+        parts.append(number)
+        return [tensor.fill_(torch.nan) for tensor in real(out, number, members)]
+
+    monkeypatch.setattr(prefill, "_allocate", allocate)
+    monkeypatch.setattr(prefill, "MIN_CHUNK", 32)
+    monkeypatch.setattr(prefill, "MAX_CHUNKS", 4)
+    monkeypatch.setattr(prefill, "multiprocessor_count", lambda device: 1000)
+    monkeypatch.setattr(split, "_UNROLL", decode.tl.constexpr(2))
+    for key in config._PREFILL:
+        monkeypatch.setitem(config._PREFILL, key, (16, 32, 4, 2))
+    return parts
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+def test_prefill_in_chunks(dtype, many_chunks):
+    """A long context before few queries, queries in several tiles and of which the first see fewer chunks than the
+    last, a context of one chunk, an empty one, a single query; behind a decode."""
+    problem = make_problem([1, 5, 0, 9, 1], [9, 170, 0, 70, 3], num_decodes=1, heads=(4, 1), dtype=dtype)
+    check(problem)
+    assert many_chunks == [(15 // 4 + 4) * 4]
+
+
+@pytest.mark.parametrize(
+    ("heads", "head_dim", "block_size"), [((3, 1), 24, 1), ((2, 2), 80, 128), ((16, 1), 16, 16)], ids=str
+)
+def test_prefill_in_chunks_of_other_shapes(heads, head_dim, block_size, many_chunks):
+    check(make_problem([3], [101], heads=heads, head_dim=head_dim, block_size=block_size))
+    assert many_chunks
+
+
+def test_prefill_in_chunks_over_an_fp8_cache(many_chunks):
+    problem = make_problem([2], [70], heads=(2, 1), head_dim=16, dtype=torch.float16)
+    data = [torch.randint(0, 120, cache.shape, dtype=torch.uint8) for cache in (problem.kv_layer.k, problem.kv_layer.v)]
+    problem = replace(problem, kv_layer=KVLayer(*data, torch.tensor([[0.5], [2.0]])))
+    cut = problem.run(paged_attention)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prefill, "multiprocessor_count", lambda device: 1)
+        torch.testing.assert_close(cut, problem.run(paged_attention), rtol=2e-3, atol=0)
+    assert len(many_chunks) == 1
+
+
+@pytest.mark.parametrize(
+    ("tiles", "kv_heads", "capacity", "chunks"),
+    [
+        (1, 8, 131_072, 16),  # up to 32 queries of Llama 3.1 8B
+        (4, 8, 131_072, 4),
+        (9, 8, 131_072, 1),
+        (300, 8, 131_072, 1),
+        (1, 1, 131_072, 64),
+        (1, 8, 2048, 4),
+        (1, 8, 1023, 1),
+    ],
+)
+def test_contexts_are_cut_for_a_gpu_of_132_multiprocessors(tiles, kv_heads, capacity, chunks):
+    assert prefill.num_chunks(tiles, kv_heads, capacity, 132) == chunks
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)

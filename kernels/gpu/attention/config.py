@@ -1,7 +1,7 @@
 """What the attention kernels are launched with by head_dim and element size, chosen for sm_90 and within the limits of
 sm_80 and sm_100.
 
-One fixed choice each: neither batch nor length may pick a kernel, or a request's result would depend on its neighbours.
+One fixed choice each: neither batch nor length may pick a tile, or a request's result would depend on its neighbours.
 """
 
 import math

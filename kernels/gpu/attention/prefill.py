@@ -8,20 +8,31 @@ row sees go through a loop without masks; those on the diagonal and at the conte
 
 The launch has queries // tile + sequences programs per KV head, which is enough for any lengths: sequence i owns the
 tiles from (its first query) // tile + i on, and a program finds the last sequence that starts no later than its tile.
+
+Where so few tiles would leave most of a GPU without work (a question behind a long cached context), contexts are cut
+into chunks too: a program takes one chunk, a second kernel adds them up. How many chunks depends on the step's number
+of queries, so the last bits of a result do; the deterministic mode has runs of queries, which `decode` computes.
 """
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from llama.kernels.checks import multiprocessor_count
 from llama.kernels.gpu.attention.config import LOG2_E, padded, prefill_options
+from llama.kernels.gpu.attention.split import NOTHING, add_chunks, chunking
 from llama.kernels.gpu.attention.tiles import key_rows, load_blocks, row_mask
 from llama.kernels.gpu.e4m3 import load_all_as, load_as
-from llama.kernels.gpu.launch import Launcher
+from llama.kernels.gpu.launch import Launcher, cdiv
 from llama.kernels.types import KVLayer, Ragged
 
 # Sequences that a program looks at together when it finds its own.
 _SEQUENCES = tl.constexpr(128)
+
+# Keys of a chunk at least, which take about three times as long as to write and to add up a part; chunks at most.
+MIN_CHUNK = 512
+MAX_CHUNKS = 64
 
 
 @triton.jit
@@ -73,44 +84,9 @@ def _attend(
     return top, total, values
 
 
-# What varies from step to step makes no further variants of the kernel.
-@triton.jit(
-    do_not_specialize=["num_decodes", "num_sequences", "table_stride"],
-    do_not_specialize_on_alignment=["block_tables", "query_starts", "context_lens"],
-)
-def _prefill_kernel(
-    out,
-    q,
-    k_cache,
-    v_cache,
-    kv_scales,  # [2, KV_HEADS] float32, where the caches are e4m3
-    block_tables,
-    query_starts,
-    context_lens,
-    num_decodes,
-    num_sequences,
-    scale_log2,
-    q_token_stride,
-    q_head_stride,
-    table_stride,
-    KV_HEADS: tl.constexpr,
-    GROUP: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-    BLOCK_STRIDE: tl.constexpr,
-    SLOT_STRIDE: tl.constexpr,
-    HEAD_STRIDE: tl.constexpr,
-    ROWS: tl.constexpr,
-    DIMS: tl.constexpr,
-    BLOCK_KEYS: tl.constexpr,
-    PRECISION: tl.constexpr,
-    HAS_SCALES: tl.constexpr,
-):
-    QUERIES: tl.constexpr = ROWS // GROUP
-    # The last tiles of a prompt see the most keys: they start first, and short work fills the end.
-    tile = tl.num_programs(0) - 1 - tl.program_id(0)
-    head = tl.program_id(1)
-
+@triton.jit
+def _tile_queries(query_starts, tile, num_decodes, num_sequences, QUERIES: tl.constexpr):
+    """-> the sequence of a tile, where its queries start, how many it has, and which of them is the tile's first."""
     passed = 0
     for first in range(num_decodes, num_sequences, _SEQUENCES):
         index = first + tl.arange(0, _SEQUENCES)
@@ -121,6 +97,52 @@ def _prefill_kernel(
     query_start = tl.load(query_starts + sequence)
     queries = tl.load(query_starts + sequence + 1) - query_start
     first_query = (tile - (query_start - num_decodes) // QUERIES - (sequence - num_decodes)) * QUERIES
+    return sequence, query_start, queries, first_query
+
+
+# What varies from step to step makes no further variants of the kernel.
+@triton.jit(
+    do_not_specialize=["num_decodes", "num_sequences", "max_chunks", "table_stride"],
+    do_not_specialize_on_alignment=["block_tables", "query_starts", "context_lens"],
+)
+def _prefill_kernel(
+    out,
+    partial_values,  # where SPLIT, see `_allocate`
+    partial_stats,
+    q,
+    k_cache,
+    v_cache,
+    kv_scales,  # [2, KV_HEADS] float32, where the caches are e4m3
+    block_tables,
+    query_starts,
+    context_lens,
+    num_decodes,
+    num_sequences,
+    max_chunks,
+    scale_log2,
+    q_token_stride,
+    q_head_stride,
+    table_stride,
+    KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    DIMS: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_KEYS: tl.constexpr,
+    MIN_CHUNK: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    BLOCK_STRIDE: tl.constexpr,
+    SLOT_STRIDE: tl.constexpr,
+    HEAD_STRIDE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    HAS_SCALES: tl.constexpr,
+    SPLIT: tl.constexpr,
+):
+    QUERIES: tl.constexpr = ROWS // GROUP
+    # The last tiles of a prompt see the most keys: they start first, and short work fills the end.
+    tile = tl.num_programs(0) - 1 - tl.program_id(0)
+    head = tl.program_id(1)
+    sequence, query_start, queries, first_query = _tile_queries(query_starts, tile, num_decodes, num_sequences, QUERIES)
     if first_query >= queries:
         return
 
@@ -128,7 +150,8 @@ def _prefill_kernel(
     row = tl.arange(0, ROWS)
     token, member = row // GROUP, row % GROUP
     dims = tl.arange(0, DIMS)[None, :]
-    mask = row_mask((first_query + token < queries) & (row < QUERIES * GROUP), DIMS, HEAD_DIM)
+    row_valid = (first_query + token < queries) & (row < QUERIES * GROUP)
+    mask = row_mask(row_valid, DIMS, HEAD_DIM)
     # One 64-bit offset for the tile and 32 bits within it: rows of 64-bit offsets would stay in registers meanwhile.
     first_token = (query_start + first_query).to(tl.int64)
     q += first_token * q_token_stride + head * GROUP * q_head_stride
@@ -140,10 +163,21 @@ def _prefill_kernel(
     visible = past + first_query + token + 1
     seen_by_all = (past + first_query + 1) // BLOCK_KEYS * BLOCK_KEYS
     end = past + tl.minimum(first_query + QUERIES, queries)
-    top = tl.full([ROWS], -float("inf"), tl.float32)
+    if SPLIT:
+        _, width, chunks = chunking(context, BLOCK_KEYS, MIN_CHUNK, max_chunks)
+        chunk_start = tl.program_id(2) * width * BLOCK_KEYS
+        chunk_end = chunk_start + width * BLOCK_KEYS
+        if chunk_start >= end:
+            return
+    top = tl.full([ROWS], NOTHING, tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     values = tl.zeros([ROWS, DIMS], tl.float32)
     for masked in tl.static_range(2):
+        first = seen_by_all * masked
+        last = end if masked else seen_by_all
+        if SPLIT:
+            first = tl.maximum(first, chunk_start)
+            last = tl.minimum(last, chunk_end)
         top, total, values = _attend(
             query,
             top,
@@ -152,8 +186,8 @@ def _prefill_kernel(
             k_cache + head * HEAD_STRIDE,
             v_cache + head * HEAD_STRIDE,
             block_tables + sequence.to(tl.int64) * table_stride,
-            seen_by_all * masked,
-            end if masked else seen_by_all,
+            first,
+            last,
             visible,
             scale_log2,
             HEAD_DIM,
@@ -164,50 +198,135 @@ def _prefill_kernel(
             PRECISION,
             masked == 1,
         )
-    # Key 0 is visible to every row: the first tile already gave each a finite maximum.
-    out += (first_token * KV_HEADS + head) * GROUP * HEAD_DIM
     if HAS_SCALES:
         values *= tl.load(kv_scales + KV_HEADS + head)
+    if SPLIT:
+        if chunks > 1:
+            whole = tl.ceil(top)  # then adding up rescales by powers of two
+            factor = tl.exp2(top - whole)
+            part = (tile * KV_HEADS + head).to(tl.int64) * max_chunks + tl.program_id(2)
+            partial_values += part * (QUERIES * GROUP * HEAD_DIM)
+            tl.store(partial_values + row[:, None] * HEAD_DIM + dims, values * factor[:, None], mask=mask)
+            stats = partial_stats + part * (2 * QUERIES * GROUP) + row
+            tl.store(stats, whole, mask=row_valid)
+            tl.store(stats + QUERIES * GROUP, total * factor, mask=row_valid)
+            return
+    # Key 0 is visible to every row: the first tile already gave each a finite maximum.
+    out += (first_token * KV_HEADS + head) * GROUP * HEAD_DIM
     result = (values / total[:, None]).to(out.dtype.element_ty)
     tl.store(out + ((token * KV_HEADS * GROUP + member) * HEAD_DIM)[:, None] + dims, result, mask=mask)
 
 
+@triton.jit(
+    do_not_specialize=["num_decodes", "num_sequences", "max_chunks"],
+    do_not_specialize_on_alignment=["query_starts", "context_lens"],
+)
+def _merge_chunks_kernel(
+    out,
+    partial_values,
+    partial_stats,
+    query_starts,
+    context_lens,
+    num_decodes,
+    num_sequences,
+    max_chunks,
+    KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    DIMS: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_KEYS: tl.constexpr,
+    MIN_CHUNK: tl.constexpr,
+    MAX_CHUNKS: tl.constexpr,
+):
+    """A program for each row of each tile, where its context has more than one chunk."""
+    QUERIES: tl.constexpr = ROWS // GROUP
+    tile, head, member = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    sequence, query_start, queries, first_query = _tile_queries(query_starts, tile, num_decodes, num_sequences, QUERIES)
+    query = first_query + member // GROUP
+    if query >= queries:
+        return
+    context = tl.load(context_lens + sequence)
+    _, width, chunks = chunking(context, BLOCK_KEYS, MIN_CHUNK, max_chunks)
+    if chunks == 1:
+        return
+    seen = context - queries + query + 1
+    chunks = tl.cdiv(tl.cdiv(seen, BLOCK_KEYS), width)
+    row = (tile * KV_HEADS + head).to(tl.int64) * max_chunks
+    values, total = add_chunks(
+        partial_values, partial_stats, row, member, 1, chunks, QUERIES * GROUP, HEAD_DIM, DIMS, MAX_CHUNKS
+    )
+    dims = tl.arange(0, DIMS)
+    query_head = (query_start + query).to(tl.int64) * (KV_HEADS * GROUP) + head * GROUP + member % GROUP
+    result = tl.div_rn(values, total).to(out.dtype.element_ty)
+    tl.store(out + query_head * HEAD_DIM + dims, result, mask=dims < HEAD_DIM)
+
+
 _launch_prefill = Launcher(_prefill_kernel)
+_launch_merge = Launcher(_merge_chunks_kernel)
+
+
+def num_chunks(tiles: int, kv_heads: int, capacity: int, multiprocessors: int) -> int:
+    """Into how many chunks contexts of up to `capacity` keys are cut at most, where there are so many tiles of queries
+    per KV head: as few as keep the multiprocessors busy."""
+    return max(1, min(multiprocessors // (tiles * kv_heads), capacity // MIN_CHUNK, MAX_CHUNKS))
+
+
+def _allocate(out: Tensor, parts: int, members: int) -> tuple[Tensor, Tensor]:
+    """For each tile, KV head and chunk: values [parts, members, head_dim] float32, and maxima (of the base 2, integers)
+    and sums of weights [parts, 2, members] float32. A tile's members are its rows in use."""
+    return (
+        torch.empty((parts, members, out.shape[2]), dtype=torch.float32, device=out.device),
+        torch.empty((parts, 2, members), dtype=torch.float32, device=out.device),
+    )
 
 
 def prefill_attention(out: Tensor, q: Tensor, kv_layer: KVLayer, ragged: Ragged, scale: float) -> None:
     """Write the rows of all sequences behind the decodes to `out`."""
     k_cache, block_tables, num_decodes = kv_layer.k, ragged.block_tables, ragged.num_decodes
-    sequences = block_tables.shape[0]
     heads, head_dim = q.shape[1:]
     block_size, kv_heads = k_cache.shape[1:3]
     group = heads // kv_heads
     options = prefill_options(head_dim, q.element_size(), group)
-    programs = (q.shape[0] - num_decodes) // (options["ROWS"] // group) + sequences - num_decodes
+    tile_queries = options["ROWS"] // group
+    queries, sequences = q.shape[0] - num_decodes, block_tables.shape[0] - num_decodes
+    programs = queries // tile_queries + sequences
+    tiles = max(cdiv(queries, tile_queries), sequences, 1)
+    chunks = num_chunks(tiles, kv_heads, block_tables.shape[1] * block_size, multiprocessor_count(q.device))
+    partials = (out, out) if chunks == 1 else _allocate(out, programs * kv_heads * chunks, tile_queries * group)
+    of_sequences = ragged.query_starts, ragged.context_lens, num_decodes, block_tables.shape[0], chunks
+    sizes = {
+        "KV_HEADS": kv_heads,
+        "GROUP": group,
+        "HEAD_DIM": head_dim,
+        "DIMS": padded(head_dim),
+        "ROWS": options["ROWS"],
+        "BLOCK_KEYS": options["BLOCK_KEYS"],
+        "MIN_CHUNK": MIN_CHUNK,
+    }
     _launch_prefill(
-        (programs, kv_heads),
+        (programs, kv_heads, chunks),
         out,
+        *partials,
         q,
         k_cache,
         kv_layer.v,
         k_cache if kv_layer.scales is None else kv_layer.scales,
         block_tables,
-        ragged.query_starts,
-        ragged.context_lens,
-        num_decodes,
-        sequences,
+        *of_sequences,
         scale * LOG2_E,
         *q.stride()[:2],
         block_tables.stride(0),
-        KV_HEADS=kv_heads,
-        GROUP=group,
-        HEAD_DIM=head_dim,
+        **sizes | options,
         BLOCK_SIZE=block_size,
         BLOCK_STRIDE=k_cache.stride(0),
         SLOT_STRIDE=k_cache.stride(1),
         HEAD_STRIDE=k_cache.stride(2),
-        DIMS=padded(head_dim),
         PRECISION="ieee",
         HAS_SCALES=kv_layer.scales is not None,
-        **options,
+        SPLIT=chunks > 1,
     )
+    if chunks > 1:
+        grid = (programs, kv_heads, tile_queries * group)
+        sizes |= {"MAX_CHUNKS": MAX_CHUNKS, "num_warps": max(1, sizes["DIMS"] // 128), "maxnreg": 255}
+        _launch_merge(grid, out, *partials, *of_sequences, **sizes)

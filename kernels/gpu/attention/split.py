@@ -1,4 +1,7 @@
-"""The chunks of a context, and how those that several programs computed add up. See `decode` for why this is exact."""
+"""The chunks of a context, and how those that several programs computed add up. See `decode` for why this is exact.
+
+Decodes and runs are added up here; prefill has chunks and a merge of its own, of the same parts.
+"""
 
 import torch
 import triton
@@ -29,11 +32,46 @@ def power_of_two(exponent):
 
 
 @triton.jit
-def chunking(context, BLOCK_KEYS: tl.constexpr, MIN_CHUNK: tl.constexpr, MAX_CHUNKS: tl.constexpr):
+def chunking(context, BLOCK_KEYS: tl.constexpr, MIN_CHUNK: tl.constexpr, max_chunks):
     """-> tiles of a context (one for an empty one), tiles of a chunk, chunks."""
     tiles = tl.maximum(tl.cdiv(context, BLOCK_KEYS), 1)
-    width = tl.maximum(tl.cdiv(tiles, MAX_CHUNKS), MIN_CHUNK // BLOCK_KEYS)
+    width = tl.maximum(tl.cdiv(tiles, max_chunks), MIN_CHUNK // BLOCK_KEYS)
     return tiles, width, tl.cdiv(tiles, width)
+
+
+@triton.jit
+def add_chunks(
+    partial_values,
+    partial_stats,
+    row,  # int64, of the partials' first two dimensions as one: where chunk 0 lies
+    member,
+    prefix,  # so many chunks are in the place of chunk 0
+    chunks,
+    MEMBERS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    DIMS: tl.constexpr,
+    MAX_CHUNKS: tl.constexpr,
+):
+    """-> the weighted sum of values [DIMS] and the sum of weights of one member, over all chunks in order."""
+    dims = tl.arange(0, DIMS)
+    stats = partial_stats + row * 2 * MEMBERS + member
+    index = tl.arange(0, MAX_CHUNKS)
+    written = (index == 0) | ((index >= prefix) & (index < chunks))
+    tops = tl.load(stats + index * 2 * MEMBERS, mask=written, other=NOTHING)
+    top = tl.max(tops, axis=0)
+
+    total = 0.0
+    values = tl.zeros([DIMS], tl.float32)
+    # Step 0 adds the prefix, the further ones the chunks behind it, in order.
+    for first in range(prefix - 1, chunks, _UNROLL):
+        for step in tl.static_range(_UNROLL):
+            place = tl.where(first + step < prefix, 0, first + step)
+            used = first + step < chunks
+            factor = power_of_two(tl.load(stats + place * 2 * MEMBERS, mask=used, other=NOTHING) - top)
+            total += factor * tl.load(stats + (place * 2 + 1) * MEMBERS, mask=used, other=0.0)
+            part = partial_values + ((row + place) * MEMBERS + member) * HEAD_DIM + dims
+            values += factor * tl.load(part, mask=used & (dims < HEAD_DIM), other=0.0)
+    return values, total
 
 
 @triton.jit(do_not_specialize_on_alignment=["query_starts", "context_lens"])
@@ -68,24 +106,10 @@ def _merge_kernel(
     if prefix >= chunks:
         return
     row = tl.load(covered + pair * 2 + 1).to(tl.int64) * MAX_CHUNKS
+    values, total = add_chunks(
+        partial_values, partial_stats, row, member, prefix, chunks, QUERIES * GROUP, HEAD_DIM, DIMS, MAX_CHUNKS
+    )
     dims = tl.arange(0, DIMS)
-    stats = partial_stats + row * 2 * (QUERIES * GROUP) + member
-    index = tl.arange(0, MAX_CHUNKS)
-    written = (index == 0) | ((index >= prefix) & (index < chunks))
-    tops = tl.load(stats + index * 2 * (QUERIES * GROUP), mask=written, other=NOTHING)
-    top = tl.max(tops, axis=0)
-
-    total = 0.0
-    values = tl.zeros([DIMS], tl.float32)
-    # Step 0 adds the prefix, the further ones the chunks behind it, in order.
-    for first in range(prefix - 1, chunks, _UNROLL):
-        for step in tl.static_range(_UNROLL):
-            place = tl.where(first + step < prefix, 0, first + step)
-            used = first + step < chunks
-            factor = power_of_two(tl.load(stats + place * 2 * (QUERIES * GROUP), mask=used, other=NOTHING) - top)
-            total += factor * tl.load(stats + (place * 2 + 1) * (QUERIES * GROUP), mask=used, other=0.0)
-            part = partial_values + ((row + place) * (QUERIES * GROUP) + member) * HEAD_DIM + dims
-            values += factor * tl.load(part, mask=used & (dims < HEAD_DIM), other=0.0)
     target = out + (query.to(tl.int64) * KV_HEADS * GROUP + query_head) * HEAD_DIM + dims
     tl.store(target, tl.div_rn(values, total).to(out.dtype.element_ty), mask=dims < HEAD_DIM)
 

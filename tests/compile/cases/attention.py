@@ -1,10 +1,11 @@
 """Attention: one call per kernel, so that a row of the table tells of one configuration."""
 
 from collections.abc import Iterator
+from unittest import mock
 
 import torch
 
-from llama.kernels.gpu.attention import paged_attention
+from llama.kernels.gpu.attention import config, paged_attention, prefill
 from llama.kernels.gpu.attention.config import decode_options
 from llama.kernels.types import KVLayer, Ragged
 from tests.compile.harness import Case
@@ -31,6 +32,9 @@ RUNS = (
     (128, 64, 8, 16, torch.bfloat16, 4),
 )
 
+# Rows, keys, warps, stages: what benchmarks.first_look tries in place of the table's tile.
+PREFILL_TILES = ((128, 128, 8, 2), (64, 64, 4, 3), (64, 128, 4, 2))
+
 
 def _call(
     configuration: tuple, queries: int, sequences: int, num_decodes: int, e4m3: bool = False, run_len: int = 1
@@ -54,6 +58,18 @@ def _call(
     scales = empty(2, kv_heads, dtype=torch.float32) if e4m3 else None
     kv_layer = KVLayer(empty(*cache, dtype=stored), empty(*cache, dtype=stored), scales)
     return paged_attention(empty(queries, heads, head_dim, dtype=dtype), kv_layer, ragged, head_dim**-0.5)
+
+
+def _call_in_chunks(configuration: tuple, e4m3: bool) -> torch.Tensor:
+    """Few queries behind a long context, on a GPU that has multiprocessors for chunks of it."""
+    with mock.patch.object(prefill, "multiprocessor_count", lambda device: 132):
+        return _call(configuration, 8, 1, 0, e4m3=e4m3)
+
+
+def _call_with_tile(tile: tuple[int, int, int, int]) -> torch.Tensor:
+    configuration = CONFIGURATIONS[0]
+    with mock.patch.dict(config._PREFILL, {(configuration[0], configuration[-1].itemsize): tile}):
+        return _call(configuration, 8192, 8, 0)
 
 
 def cases() -> Iterator[Case]:
@@ -92,3 +108,20 @@ def cases() -> Iterator[Case]:
                 wide_loads=(f"_{kernel}_kernel",),
                 tensor_cores=(f"_{kernel}_kernel",),
             )
+    for configuration, e4m3 in ((CONFIGURATIONS[0], False), (CONFIGURATIONS[0], True), (CONFIGURATIONS[2], False)):
+        head_dim, heads, kv_heads, block_size, dtype = configuration
+        name = f"D={head_dim} heads={heads}/{kv_heads} block={block_size} {str(dtype)[6:]}{' e4m3' * e4m3}"
+        yield Case(
+            f"chunks of prefill {name}",
+            lambda arguments=(configuration, e4m3): _call_in_chunks(*arguments),
+            wide_loads=("_prefill_kernel",),
+            tensor_cores=("_prefill_kernel",),
+        )
+    for tile in PREFILL_TILES:
+        yield Case(
+            f"prefill tile {'x'.join(map(str, tile))} D=128 bfloat16",
+            lambda tile=tile: _call_with_tile(tile),
+            architectures=(90, 100),  # on sm_80 they spill
+            wide_loads=("_prefill_kernel",),
+            warp_group=("_prefill_kernel",),
+        )
