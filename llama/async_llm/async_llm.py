@@ -216,7 +216,7 @@ class AsyncLLM:
     async def load_lora(self, name: str, path: str | Path, replace: bool = False) -> LoraInfo:
         """LLM.load_lora while requests run; the files are read off the event loop."""
         adapter = await asyncio.to_thread(read_lora, self.llm.engine, self.llm.model, name, path, replace)
-        await asyncio.wrap_future(self._stepper.call(partial(self.llm.engine.adapters.add, adapter, replace)))
+        await asyncio.wrap_future(self._stepper.call(partial(self.llm.engine.add_adapter, adapter, replace)))
         return describe(adapter)
 
     async def unload_lora(self, name: str) -> None:

@@ -126,6 +126,12 @@ class Engine:
         if isinstance(self.runner, Runner | ParallelRunner):
             self.runner.warm(adapter.content)
 
+    def add_adapter(self, adapter: Adapter, replace: bool = False) -> None:
+        """See Adapters.add. Steps with it are recorded now if no request waits for that, and otherwise as they come."""
+        if isinstance(self.runner, Runner) and not (self.has_unfinished or self.is_sleeping):
+            self.runner.record(adapter.content)
+        self.adapters.add(adapter, replace)
+
     def request(
         self,
         request_id: str,

@@ -3,14 +3,18 @@
 A step of n sequences runs in a graph of the next larger bucket. The rows behind n are padding: they belong to the row
 that no sequence has, have no context, store nothing and are drawn greedily. Model and sampler have graphs of their own,
 so that their variants do not multiply; logits pass between them. Where a sampler's input has no fixed place (biases,
-grammar masks, drafts) it runs without one. The model knows of none of this.
+grammar masks, drafts) it runs without one. So does, once the start has recorded the usual ones, one with penalties or
+log-probabilities: the host launches its few kernels while the device computes the model, and no request waits for a
+recording. The model knows of none of this.
 """
 
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -27,6 +31,7 @@ from llama.engine.runner import DTYPES, Runner, fetch_result
 from llama.kernels.types import Sampled, SamplerRows
 from llama.model.communicator import Call
 from llama.model.kv_cache import KVCache
+from llama.model.lora import AdapterWeights
 from llama.model.module import hooks_of
 from llama.model.transformer import Transformer
 
@@ -70,6 +75,7 @@ class GraphRunner(Runner):
         self._hooks = hooks_of(model)
         self._graphs = Graphs(record or CudaRecord(self.device))
         self._generation = self.adapters.generation
+        self._records_samplers = True
         self._dtypes: dict[str, type] = dict(DTYPES)
         if config.speculation is not None:
             self._dtypes["token_ids"] = np.int64  # or LAST_SAMPLED: drafts are known to the host
@@ -94,13 +100,17 @@ class GraphRunner(Runner):
 
     def sleep(self) -> None:
         self._graphs.forget(lambda key: True)  # the cache that they know will be elsewhere
+        self._records_samplers = True
         super().sleep()
 
     @torch.inference_mode()
     def prepare(self) -> None:
         """Record the decodes of all sizes without adapters, drawn greedily, from all tokens or from filtered ones, over
         padding alone. The largest step comes first: the others find room in the memory that it leaves behind; in rising
-        order each would take more, and never give it back. All ranks do the same, however much memory each has."""
+        order each would take more, and never give it back. All ranks do the same, however much memory each has. Nothing
+        is recorded while there are hooks: graphs would keep what these do."""
+        if any(self._hooks):
+            return
         started, count = time.monotonic(), len(self._logits)
         self._fill({}, 0)
         nothing = np.zeros(0, np.int64)
@@ -118,8 +128,31 @@ class GraphRunner(Runner):
                     self._run_model(size, has_adapters=False, has_runs=has_runs)
                 for each in flags:
                     self._run_sampler(size, each)
+        self._records_samplers = False
         told = len(self._graphs), time.monotonic() - started, self.graph_bytes / 2**20, count
         logger.info("%d graphs recorded in %.1f s, %.0f MiB: decodes of up to %d tokens", *told)
+
+    @torch.inference_mode()
+    def record(self, adapter: AdapterWeights) -> None:
+        self.adapters.reserve(adapter)
+        if any(self._hooks) or not self._forget_moved():
+            return
+        started = time.monotonic()
+        with torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext():
+            self._fill({}, 0)
+            self._inputs.send()
+            for size in _with_bar(self._buckets(), is_silent=False):
+                for _, has_runs in product(range(2), self._kinds_of_runs):
+                    self._run_model(size, has_adapters=True, has_runs=has_runs)
+        logger.info("decodes with adapters recorded in %.1f s", time.monotonic() - started)
+
+    def _forget_moved(self) -> bool:
+        """Forget the steps with adapters if these lie elsewhere by now -> whether they do."""
+        has_moved = self._generation != self.adapters.generation
+        if has_moved:
+            self._generation = self.adapters.generation
+            self._graphs.forget(lambda key: key[0] == "model" and key[2])
+        return has_moved
 
     @property
     def _kinds_of_runs(self) -> list[bool]:
@@ -153,9 +186,8 @@ class GraphRunner(Runner):
         if not self._is_plain(plan):
             return super()._compute(plan)
         has_adapters = plan.adapter_indices is not None and bool(plan.adapter_indices.any())
-        if has_adapters and self._generation != self.adapters.generation:
-            self._generation = self.adapters.generation
-            self._graphs.forget(lambda key: key[0] == "model" and key[2])
+        if has_adapters:
+            self._forget_moved()
         count, numbers, runs = plan.num_tokens, self._numbers(plan), self._runs(plan)
         if runs is not None:
             self._fill_runs(runs)
@@ -215,7 +247,8 @@ class GraphRunner(Runner):
 
     def _run_sampler(self, bucket: int, flags: Mapping[str, int]) -> tuple[Tensor | None, Sampled]:
         key = ("sampler", bucket, *flags.items())
-        return self._graphs.run(key, partial(self._sampler_step, bucket, flags))
+        draw = partial(self._sampler_step, bucket, flags)
+        return self._graphs.run(key, draw, may_record=self._records_samplers)
 
     # What follows is recorded: it must depend on its arguments and on tensors that do not move, and never wait.
 

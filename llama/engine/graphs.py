@@ -85,12 +85,12 @@ class Graphs:
         """Memory of the device that the graphs took when they were recorded."""
         return sum(graph.nbytes for graph in list(self._graphs.values()))
 
-    def run(self, key: Hashable, function: Callable[[], T]) -> T:
+    def run(self, key: Hashable, function: Callable[[], T], *, may_record: bool = True) -> T:
         """Do what `function` does. It must be the same for the same key, but for what tensors hold."""
         graph = self._graphs.get(key)
         if graph is not None:
             self._graphs.move_to_end(key)
-        elif key in self._ready and not self._is_full:
+        elif key in self._ready and may_record and not self._is_full:
             graph = self._try_record(key, function)
         if graph is not None:
             replayed: T = graph.replay()

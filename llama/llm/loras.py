@@ -60,13 +60,15 @@ class RequestedLoras:
 
 
 def read_lora(engine: Engine, model: Transformer, name: str, path: str | Path, replace: bool = False) -> Adapter:
-    """Read and check what is to be loaded; nothing of the engine is changed."""
+    """Read and check what is to be loaded, and compile what steps with it need; nothing of the engine is changed."""
     engine.adapters.check_new(name, replace)
     if not isinstance(path, str | Path):
         raise ValueError(f"path must be an adapter's folder, got {type(path).__name__}")
     check_size = partial(engine.adapters.check_room, name)
     content = read_adapter(adapter_folder(path), model, max_rank=engine.config.max_lora_rank, check_size=check_size)
-    return Adapter(name, content.digest, content, content.nbytes)
+    adapter = Adapter(name, content.digest, content, content.nbytes)
+    engine.warm(adapter)
+    return adapter
 
 
 def describe(adapter: Adapter) -> LoraInfo:

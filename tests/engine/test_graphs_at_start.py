@@ -11,9 +11,11 @@ from llama.engine import graph_runner
 from llama.engine.config import EngineConfig
 from llama.engine.engine import Engine
 from llama.engine.graphs import Graphs
+from llama.llm.loras import read_lora
 from tests.engine.fakes import add
-from tests.engine.test_graphs import Stand, assert_as_the_oracle, graph_engine, keys, run
-from tests.test_equivalence import ASKS, Case
+from tests.engine.test_graphs import Stand, assert_as_the_oracle, graph_engine, keys, run, save_adapters
+from tests.model.models import tiny_model
+from tests.test_equivalence import ASKS, Case, model
 
 
 def prepared(case: Case, **options) -> tuple[Engine, Stand]:
@@ -51,6 +53,67 @@ def test_decodes_of_all_sizes_are_recorded_at_the_start_the_largest_first(caplog
         run(engine)
     assert stand.num_recorded == recorded == len(engine.runner._graphs) == 4 * 10 + 1
     assert stand.num_replays > recorded
+
+
+def test_no_request_waits_for_the_recording_of_a_sampler():
+    """What was not recorded at the start is drawn without a graph: penalties, log-probabilities, both in a crowd."""
+    engine, stand = prepared(Case(lag=1))
+    recorded = stand.num_recorded
+    for _ in range(3):
+        assert_as_the_oracle(engine, Case(lag=1), ASKS)
+    assert any(asked.params.logprobs is not None for asked in ASKS)
+    assert any(asked.params.frequency_penalty for asked in ASKS)
+    assert stand.num_recorded == recorded
+
+
+def test_steps_with_adapters_are_recorded_when_one_is_loaded_unless_requests_run(tmp_path):
+    folder = save_adapters(tmp_path)
+    engine, stand = prepared(Case(lag=1, max_num_seqs=3), max_loras=2)
+    eager = graph_engine(Case(lag=1, max_num_seqs=3), None, max_loras=2)
+
+    def load(name: str, path: str) -> int:
+        """-> How many steps that records."""
+        before = stand.num_recorded
+        for each in (engine, eager):
+            each.add_adapter(read_lora(each, model(), name, folder / path))
+        return stand.num_recorded - before
+
+    def ask(*loras: str | None) -> dict:
+        told = []
+        for each in (engine, eager):
+            for i, lora in enumerate(loras):
+                params = SamplingParams(max_tokens=6, temperature=0, ignore_eos=True)
+                add(each, f"{i}", [7 + i, 8, 9], params, lora=lora)
+            told.append(run(each))
+        assert told[0] == told[1]
+        return told[0]
+
+    base = ask("small" if load("small", "small") else None, None)
+    recorded = stand.num_recorded
+    for loras in (["small"], ["small", None, "small"], [None]):
+        ask(*loras)
+    assert stand.num_recorded == recorded and base["0", 0] != base["1", 0]
+    assert [load("again", "small"), load("large", "large")] == [0, 3]  # as wide as room is made for; wider
+    add(engine, "runs", [1, 2], SamplingParams(max_tokens=3, ignore_eos=True))
+    engine.runner.adapters.generation += 1
+    assert load("late", "large") == 0
+    run(engine)
+    ask("large", "late", "again")
+
+
+def test_nothing_is_recorded_while_there_are_hooks(tmp_path):
+    """A graph would do for ever what a hook did once."""
+    made = tiny_model(dtype=torch.float64)
+    handle = made.norm.register_forward_hook(lambda module, args, output: output * 0)
+    engine, stand = prepared(Case(), model_=made, max_loras=1)
+    folder = save_adapters(tmp_path)
+    engine.add_adapter(read_lora(engine, made, "small", folder / "small"))
+    assert stand.num_recorded == 0
+    handle.remove()
+    for lora in (None, "small"):
+        add(engine, "a", [1, 2, 3], SamplingParams(max_tokens=5, temperature=0, ignore_eos=True), lora=lora)
+        run(engine)
+    assert {key[2] for key in keys(engine) if key[0] == "model"} == {True, False}
 
 
 def test_recording_at_the_start_keeps_to_its_bytes():

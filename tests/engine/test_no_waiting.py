@@ -4,6 +4,7 @@ Triton's kernels are not launched; all around them runs. A tensor of the host am
 shape depends on values, would be a place where the host waits for the device: no graph can hold it.
 """
 
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -177,6 +178,25 @@ def test_a_worst_step_has_prefill_whole_and_in_chunks(monkeypatch, multiprocesso
     found = variants(monkeypatch, lambda: worst_step(model, config, is_decode=False))
     splits = {split for split in (False, True) for each in found if ("SPLIT", split) in each}
     assert splits == ({False} if multiprocessors == 1 else {False, True})
+
+
+def test_a_draw_by_any_rules_needs_the_kernels_of_the_worst_step(monkeypatch):
+    preset = replace(ModelConfig.preset("llama-3.1-8b"), num_hidden_layers=1)
+    made = graphed(preset, torch.bfloat16)
+    config = EngineConfig(max_num_seqs=16, max_num_batched_tokens=64).resolved(preset, "cuda")
+
+    def worst() -> None:
+        for is_decode in (False, True):
+            worst_step(made.model, config, is_decode=is_decode)
+
+    def draws() -> None:
+        names = ("any_penalty", "any_filter", "all_greedy", "any_processed")
+        for num_logprobs, *flags in itertools.product((-1, 0, 3, 20), *[(False, True)] * len(names)):
+            for rows in (1, 3, 16):
+                made._sampler_step(rows, {"num_logprobs": num_logprobs} | dict(zip(names, flags, strict=True)))
+
+    needed = variants(monkeypatch, draws)
+    assert len({name for name, *_ in needed}) == 7 and needed <= variants(monkeypatch, worst)
 
 
 def test_loading_an_adapter_needs_the_kernels_of_its_steps(monkeypatch, tmp_path):

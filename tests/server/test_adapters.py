@@ -1,5 +1,6 @@
 """Adapters over HTTP: by `lora`, as `model`, from a folder on first use, and never from a path."""
 
+import asyncio
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -8,6 +9,7 @@ import pytest
 
 from llama import LLM, SamplingParams
 from llama.async_llm.async_llm import AsyncLLM
+from llama.engine.engine import Engine
 from tests.lora.adapters import make_adapter, save_base
 from tests.server.helpers import NAME, RUN, running
 
@@ -48,6 +50,22 @@ def server(folders):
     llm.load_lora("first", folders / "first")
     with running(AsyncLLM(llm), lora_dir=folders / "shelf") as made:
         yield made
+
+
+def test_what_steps_with_an_adapter_need_is_ready_before_it_is_loaded(folders, monkeypatch):
+    warmed = []
+    monkeypatch.setattr(
+        Engine, "warm", lambda self, adapter: warmed.append((adapter.name, list(self.adapters.by_name)))
+    )
+    llm = LLM(folders / "base", dtype="float64", num_blocks=64, max_num_seqs=4)
+    llm.load_lora("first", folders / "first")
+
+    async def load() -> None:
+        async with AsyncLLM(llm) as served:
+            await served.load_lora("second", folders / "shelf" / "second")
+
+    asyncio.run(load())
+    assert warmed == [("first", []), ("second", ["first"])]
 
 
 def tokens_of(response) -> list[int]:

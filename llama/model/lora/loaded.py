@@ -46,16 +46,21 @@ class LoadedAdapters:
         self._held.pop(index, None)
         for stack in self.stacks.values():
             stack.clear(index)
+        self.reserve(adapter)
         for name, pair in _brought(adapter.pairs, self._model.norm.weight).items():
-            module, slice_index, starts = self._places[name]
+            module, slice_index, _ = self._places[name]
+            self.stacks[module].put(index, slice_index, pair.a, pair.b)
+        self._held[index] = adapter
+
+    def reserve(self, adapter: AdapterWeights) -> None:
+        """Make room for `adapter` in the stacks, so that `put` moves none of them."""
+        for name, pair in adapter.pairs.items():
+            module, _, starts = self._places[name]
             if module not in self.stacks:
                 self.stacks[module] = LoraStack(starts, is_embedding=module is self._model.embed_tokens)
-            stack = self.stacks[module]
             rank, in_features = pair.a.shape
             room = max(rank, self._least_rank)
-            self.generation += stack.reserve(self.max_loras, in_features, room, self._model.norm.weight)
-            stack.put(index, slice_index, pair.a, pair.b)
-        self._held[index] = adapter
+            self.generation += self.stacks[module].reserve(self.max_loras, in_features, room, self._model.norm.weight)
 
     def warm(self, adapter: AdapterWeights) -> None:
         """Launch what steps with `adapter` will launch, over zeros, so that no step waits for a compiler. Nothing that
