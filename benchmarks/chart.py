@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 LABELS, BARS, ROW, PANEL = 250, 420, 20, 64  # widths and heights in pixels
 LEAST, MOST = 0.25, 16.0  # of the scale
+ALIKE = {"Q8_0": "int8", "Q4_0": "int4"}
 TICKS = (0.25, 0.5, 1, 2, 4, 8, 16)
 COLOURS = {  # a page's own, then on a dark one
     "text": ("#1f2328", "#e6edf3"),
@@ -31,13 +32,17 @@ class Row(NamedTuple):
 
 
 def rows_of(workloads: dict[str, dict[str, Any]]) -> list[Row]:
-    """Of one part; engines without a ratio are ours."""
-    return [
-        Row(workload, engine, found["by_ours"])
-        for workload, engines in workloads.items()
-        for engine, found in engines.items()
-        if "by_ours" in found and not engine.startswith("ours")
-    ]
+    """Of one part; engines without a ratio are ours. Theirs in codes stand beside ours of as many bits, if we ran."""
+    rows = []
+    for workload, engines in workloads.items():
+        for engine, found in engines.items():
+            if "by_ours" not in found or engine.startswith("ours"):
+                continue
+            form = next((f"ours {ours}" for theirs, ours in ALIKE.items() if engine.endswith(theirs)), "")
+            is_coded = f"by_{form}" in found
+            told = f"{engine} by {form}" if is_coded else engine
+            rows.append(Row(workload, told, found[f"by_{form}" if is_coded else "by_ours"]))
+    return rows
 
 
 def panels(document: dict[str, Any]) -> list[tuple[str, list[Row]]]:

@@ -53,7 +53,7 @@ def document(monkeypatch, tmp_path, capsys):
     peers.Transformer(peers.ModelConfig.preset("tiny")).save_pretrained(tmp_path / "tiny")
     monkeypatch.setattr(peers, "WORKER", tmp_path / "worker.py")
     monkeypatch.setattr(peers, "STARTS", dict.fromkeys(peers.STARTS, "pass"))
-    flags = ["--model", str(tmp_path / "tiny"), "--vllm", sys.executable, "--gguf", "some/x-q8_0.gguf"]
+    flags = ["--model", str(tmp_path / "tiny"), "--vllm", sys.executable, "--gguf", "some/x-Q8_0.gguf"]
     flags += ["--forms", "int8", "--batches", "1", "8", "--prompts", "10", "--steps", "4", "--rounds", "3"]
     peers.main([*flags, "--starts", "2", "--requests", "5"])
     return last_line(capsys.readouterr().out)
@@ -65,14 +65,14 @@ def test_a_run_over_all_engines(document):
     assert tiny["decode batch 4"]["ours"]["seconds"] == {"median": 1.0, "p10": 1.0, "p90": 1.0, "n": 3}
     assert tiny["decode batch 4"]["transformers"]["by_ours"] == 2.0
     assert document["results"]["starts"]["start to first tokens"]["transformers"]["seconds"]["n"] == 2
-    assert set(model["engines"]) == {"ours", "transformers", "vllm", "ours int8", "llama.cpp x-q8_0"}
+    assert set(model["engines"]) == {"ours", "transformers", "vllm", "ours int8", "llama.cpp x-Q8_0"}
     workloads = model["workloads"]
     assert set(workloads) == {"decode batch 1", "decode batch 8", "prompt of 10", "5 unequal requests"}
     assert (
-        workloads["decode batch 8"]["vllm"]["by_ours"] == 2.0 and "llama.cpp x-q8_0" not in workloads["decode batch 8"]
+        workloads["decode batch 8"]["vllm"]["by_ours"] == 2.0 and "llama.cpp x-Q8_0" not in workloads["decode batch 8"]
     )
-    assert workloads["prompt of 10"]["llama.cpp x-q8_0"]["by_ours"] == 5 / 4
-    assert workloads["prompt of 10"]["llama.cpp x-q8_0"]["by_ours int8"] == 5 / 4
+    assert workloads["prompt of 10"]["llama.cpp x-Q8_0"]["by_ours"] == 5 / 4
+    assert workloads["prompt of 10"]["llama.cpp x-Q8_0"]["by_ours int8"] == 5 / 4
     assert workloads["prompt of 10"]["ours int8"]["by_ours"] == 1.0
 
 
@@ -126,6 +126,12 @@ def test_the_chart_has_a_bar_for_each_ratio_and_two_sets_of_colours(document, tm
     assert len(bars) == len(ratios) == 4 + 10
     for bar, ratio in zip(bars, ratios, strict=True):
         assert float(bar.get("width")) == pytest.approx(abs(chart.place(ratio) - chart.place(1)), abs=0.1)
+    beside_int8 = [row for _, rows in chart.panels(document) for row in rows if "Q8_0" in row.engine]
+    workloads = document["results"]["model"]["workloads"]
+    assert beside_int8[0].engine.endswith("Q8_0 by ours int8")
+    assert [row.ratio for row in beside_int8] == [
+        found["by_ours int8"] for engines in workloads.values() for name, found in engines.items() if "Q8_0" in name
+    ]
     style = svg.find("{*}style").text
     assert "prefers-color-scheme:dark" in style and all(
         colour in style for pair in chart.COLOURS.values() for colour in pair
