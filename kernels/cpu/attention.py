@@ -2,8 +2,11 @@
 
 No copy of K or V per query head: grouped heads share them through a dimension of stride 0 (prefill) or lie beside one
 another as the queries of one head (decode). Keys come in whole blocks, for a copy of many short pieces costs more than
-the bytes; what lies past a sequence's context is cut off or made 0, so that it cannot leak.
+the bytes; what lies past a sequence's context is cut off or made 0, so that it cannot leak. Large steps in float32 copy
+nothing.
 """
+
+import math
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +22,10 @@ MASK_ENTRIES = 1 << 22
 
 # Up to so many queries of a KV head's group, a product for each KV head costs less than one for each head.
 FEW_ROWS = 32
+
+# Numbers of K in all contexts of a step's decodes from which float32's K and V are read where they lie, and query heads
+# per KV head up to which they are: each of these reads them again.
+IN_PLACE, FEW_READERS = 1 << 18, 4
 
 
 def paged_attention(q: Tensor, kv_layer: KVLayer, ragged: Ragged, scale: float) -> Tensor:
@@ -54,10 +61,11 @@ def _attention(q: Tensor, kv_layer: KVLayer, ragged: Ragged, scale: float) -> Te
 def _decode(q: Tensor, kv_layer: KVLayer, layout: Layout, scale: float) -> Tensor:
     """One query per sequence. Sequences of much the same length are computed together: little is padded."""
     decodes = layout.parts(kv_layer.k.shape[2] * kv_layer.k.shape[3])
+    attend = _where_they_lie if _in_place(q, kv_layer.k, layout) else _decode_some
     if layout.order is None or layout.places is None:
-        return _decode_some(q, kv_layer, layout, decodes[0], scale)
+        return attend(q, kv_layer, layout, decodes[0], scale)
     q = q.index_select(0, layout.order)
-    parts = [_decode_some(q[some.first : some.stop], kv_layer, layout, some, scale) for some in decodes]
+    parts = [attend(q[some.first : some.stop], kv_layer, layout, some, scale) for some in decodes]
     return torch.cat(parts).index_select(0, layout.places)
 
 
@@ -74,6 +82,28 @@ def _decode_some(q: Tensor, kv_layer: KVLayer, layout: Layout, some: Decodes, sc
     k, v = _widened(k, q), _widened(v, q)
     mixed = F.scaled_dot_product_attention(grouped, k, v, attn_mask=some.mask_for(q.dtype), scale=scale)
     return mixed.reshape(q.shape)
+
+
+def _in_place(q: Tensor, k: Tensor, layout: Layout) -> bool:
+    """Whether to read K and V where they lie. Padding, which has no context, has no place."""
+    kv_heads, head_dim = k.shape[2:]
+    if q.shape[1] > FEW_READERS * kv_heads or not q.dtype == k.dtype == torch.float32:
+        return False
+    return sum(layout.lens) * kv_heads * head_dim >= IN_PLACE and min(layout.lens) > 0
+
+
+def _where_they_lie(q: Tensor, kv_layer: KVLayer, layout: Layout, some: Decodes, scale: float) -> Tensor:
+    """`_decode_some` without a copy of K and V: scores are entries of a sparse product, values are summed in bags."""
+    sequences, heads, head_dim = q.shape
+    k, v = (slots.view(-1, head_dim) for slots in kv_layer.slots)
+    bags = some.bags_for(heads, kv_layer.k)
+    product = torch.sparse.sampled_addmm(bags.pattern, q.reshape(-1, head_dim), k.t(), beta=0.0, alpha=scale)
+    scores = product.values().view(sequences, heads, some.longest)
+    if bags.missing is not None:
+        scores.masked_fill_(bags.missing, -math.inf)
+    weights = scores.softmax(-1).view(-1)
+    mixed = torch.embedding_bag(v, bags.columns, bags.starts, False, 0, False, weights, True)[0]
+    return mixed.view(q.shape)
 
 
 def _side_by_side(blocks: Tensor, some: Decodes) -> Tensor:

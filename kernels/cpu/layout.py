@@ -1,7 +1,9 @@
 """What the CPU's ops need to know of a step and not of a layer, worked out once for all layers."""
 
 import math
+import warnings
 from dataclasses import dataclass, field
+from functools import cache
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -23,9 +25,38 @@ _PADDED_KEYS, _PADDED_NUMBERS = 128, 24_576
 Keys = slice | Tensor  # of one sequence: its slots where they lie in a row, or the blocks that they are in
 
 
+class Bags(NamedTuple):
+    """Where in a cache's [slots * kv_heads, head_dim] the keys of each query head lie: one run of `columns` a head,
+    `longest` each. Past a context it is the context's last key again, so that no slot of others is read."""
+
+    columns: Tensor  # [sequences * heads * longest] int32
+    starts: Tensor  # [sequences * heads + 1] int32, of each head's run
+    pattern: Tensor  # the same as a sparse matrix [sequences * heads, slots * kv_heads] of zeros
+    missing: Tensor | None  # bool [sequences, 1, longest], what is past a context
+
+    @classmethod
+    def of(cls, some: "Decodes", heads: int, cache: Tensor) -> "Bags":
+        num_blocks, block_size, kv_heads, _ = cache.shape
+        inside = torch.arange(block_size, dtype=torch.int32)
+        blocks = some.block_tables[:, : some.width // block_size, None]
+        slots = torch.add(inside, blocks, alpha=block_size).flatten(1)
+        missing = None
+        if some.missing is None:
+            slots = slots[:, : some.longest]
+        else:
+            lasts, places = torch.tensor(some.lens)[:, None] - 1, torch.arange(some.longest)
+            missing = (places > lasts)[:, None]
+            slots = slots.gather(1, places.minimum(lasts))
+        kv_head = torch.arange(kv_heads, dtype=torch.int32).repeat_interleave(heads // kv_heads)
+        columns = torch.add(kv_head[:, None], slots[:, None], alpha=kv_heads).flatten()
+        starts = torch.arange(0, columns.shape[0] + 1, some.longest, dtype=torch.int32)
+        shape = starts.shape[0] - 1, num_blocks * block_size * kv_heads
+        return cls(columns, starts, _sparse(starts, columns, shape), missing)
+
+
 @dataclass(slots=True)
 class Decodes:
-    """Sequences whose keys are gathered together."""
+    """Sequences whose keys are computed with together."""
 
     first: int  # among the decodes, in the order of `Layout.order`
     stop: int
@@ -33,7 +64,10 @@ class Decodes:
     longest: int  # keys that each is computed with
     width: int  # slots in the blocks of one
     missing: Tensor | None  # int64, places in [sequences, width] that are past a context and before `longest`
+    block_tables: Tensor  # of these sequences
+    lens: list[int]  # their contexts
     mask: Tensor | None = None
+    bags: Bags | None = None
 
     @classmethod
     def of(cls, block_tables: Tensor, lens: list[int], first: int, block_size: int) -> "Decodes":
@@ -41,12 +75,20 @@ class Decodes:
         num_blocks = -(-longest // block_size)
         width = num_blocks * block_size
         if lens == [longest]:
-            return cls(first, first + 1, _keys(block_tables[0], longest, block_size), longest, width, None)
+            keys = _keys(block_tables[0], longest, block_size)
+            return cls(first, first + 1, keys, longest, width, None, block_tables, lens)
         places: list[int] = []
         for i, length in enumerate(lens):
             places += range(i * width + length, i * width + longest)
         missing = torch.tensor(places) if places else None
-        return cls(first, first + len(lens), block_tables[:, :num_blocks].flatten(), longest, width, missing)
+        blocks = block_tables[:, :num_blocks].flatten()
+        return cls(first, first + len(lens), blocks, longest, width, missing, block_tables, lens)
+
+    def bags_for(self, heads: int, cache: Tensor) -> Bags:
+        """The same for all layers."""
+        if self.bags is None:
+            self.bags = Bags.of(self, heads, cache)
+        return self.bags
 
     def mask_for(self, dtype: torch.dtype) -> Tensor | None:
         """[sequences, 1, 1, longest] as SDPA adds it, one for all layers; None where nothing is missing."""
@@ -152,6 +194,22 @@ def _keys(block_table: Tensor, context_len: int, block_size: int) -> Keys:
     if numbers == list(range(first, first + len(numbers))):
         return slice(first * block_size, first * block_size + context_len)
     return blocks
+
+
+def _sparse(starts: Tensor, columns: Tensor, shape: tuple[int, int]) -> Tensor:
+    """Zeros in compressed rows."""
+    _accept_sparse()
+    values = torch.zeros(columns.shape[0])
+    return torch.sparse_csr_tensor(starts, columns, values, shape, check_invariants=False)
+
+
+@cache
+def _accept_sparse() -> None:
+    """PyTorch says of the first such tensor of a process that they may lack something; what is used here they have."""
+    none = torch.zeros(1, dtype=torch.int32), torch.zeros(0, dtype=torch.int32), torch.zeros(0), (0, 0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.sparse_csr_tensor(*none, check_invariants=False)
 
 
 class LoraGroup(NamedTuple):

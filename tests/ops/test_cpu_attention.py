@@ -8,7 +8,7 @@ import torch
 
 from llama.kernels import ops
 from llama.kernels.cpu import attention
-from llama.kernels.cpu.layout import _PADDED_KEYS, _PADDED_NUMBERS
+from llama.kernels.cpu.layout import _PADDED_KEYS, _PADDED_NUMBERS, Layout
 from llama.kernels.types import KVLayer, Ragged
 
 TOLERANCES = {torch.float64: 1e-12, torch.float32: 5e-6, torch.float16: 4e-3, torch.bfloat16: 3e-2}
@@ -104,6 +104,33 @@ def test_where_blocks_lie_changes_no_bit(contexts, dtype):
     assert [isinstance(keys, slice) for keys in found] == [False, len(contexts) == 1]
 
 
+@pytest.mark.parametrize("heads", [(6, 2), (3, 3), (4, 1)], ids=str)
+@pytest.mark.parametrize("head_dim", [16, 40])
+@pytest.mark.parametrize("contexts", [[37], [64, 64], [30, 37, 33], [*range(1, 90, 3)]], ids=str)
+def test_keys_and_values_read_where_they_lie(contexts, head_dim, heads, monkeypatch):
+    """Of float32 nothing is copied, and where the blocks lie changes no bit."""
+    monkeypatch.setattr(attention, "IN_PLACE", 0)
+    monkeypatch.setattr(Layout, "gather", None)
+    p = problem([1] * len(contexts), contexts, dtype=torch.float32, heads=heads, head_dim=head_dim)
+    check(p)
+    tables, kv_layer = p["ragged"].block_tables, p["kv_layer"]
+    in_a_row = torch.arange(tables.numel(), dtype=torch.int32).view_as(tables)
+    moved = KVLayer(*(cache[tables.flatten().long()] for cache in (kv_layer.k, kv_layer.v)))
+    there = {**p, "kv_layer": moved, "ragged": replace(p["ragged"], block_tables=in_a_row)}
+    assert torch.equal(ops.paged_attention(**p), ops.paged_attention(**there))
+
+
+def test_small_steps_other_dtypes_and_many_readers_gather(monkeypatch):
+    few, enough = [20, 9, 29], [20, 9, 30]
+    monkeypatch.setattr(attention, "IN_PLACE", sum(enough) * 2 * 16)
+    monkeypatch.setattr(attention, "_where_they_lie", None)
+    for dtype in TOLERANCES:
+        check(problem([1] * 3, few if dtype == torch.float32 else enough, dtype=dtype))
+    check(problem([1] * 3, enough, dtype=torch.float32, heads=(10, 2)))
+    with pytest.raises(TypeError):
+        check(problem([1] * 3, enough, dtype=torch.float32, heads=(8, 2)))
+
+
 CASES = [
     ([1], [1]),
     ([1, 1, 1], [9, 1, 30]),
@@ -144,9 +171,11 @@ def test_nothing_to_do():
     check(problem([0, 3, 0], [8, 5, 0]))
 
 
-def test_decode_without_context_gives_zeros():
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_decode_without_context_gives_zeros(dtype, monkeypatch):
     """Padding rows of a fixed-size batch."""
-    p = problem([1, 1], [5, 5])
+    monkeypatch.setattr(attention, "IN_PLACE", 0)
+    p = problem([1, 1], [5, 5], dtype=dtype)
     p["ragged"] = replace(p["ragged"], context_lens=torch.tensor([5, 0], dtype=torch.int32))
     out = ops.paged_attention(**p)
     assert not bool(out.isnan().any())
