@@ -68,6 +68,7 @@ PARTS = {
     ),
     "2": (
         Step("forms", 70, ("forms", "deterministic")),
+        Step("fused", 50, ("fused",)),
         Step("choices", 80, ("decode_layout", "prefill_tiles", "eager")),
         Step(
             "decode",

@@ -1,4 +1,4 @@
-"""Quantised weights and the deterministic mode for the first time on a device: sections of first_look.py."""
+"""Quantised weights, deterministic and fused steps for the first time on a device: sections of first_look.py."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -174,4 +174,17 @@ def deterministic(look: Look) -> dict:
     return found
 
 
-SECTIONS = {section.__name__: section for section in (forms, deterministic)}
+def fused(look: Look) -> dict:
+    """fused_decode=True by scheme: how many tokens of an answer are those without, and the seconds over those."""
+    found: dict[str, Any] = {}
+    for scheme in look.setting.pick([None, "int8", "int4", "fp8"], [None]):
+        ours = _engine(look, _model(look, scheme), fused_decode=True)
+        plain = _engine(look, _model(look, scheme))
+        tokens, expected = (_answers(look, engine, 2)[0] for engine in (ours, plain))
+        same = sum(a == b for a, b in zip(tokens, expected, strict=True))
+        found[scheme or "dense"] = {"tokens alike": [same, len(expected)], "seconds": _costs(look, ours, plain)}
+        print(scheme or "dense", found[scheme or "dense"], flush=True)
+    return found
+
+
+SECTIONS = {section.__name__: section for section in (forms, deterministic, fused)}

@@ -26,9 +26,12 @@ from llama.engine.memory import make_kv_cache
 from llama.engine.plan import LAST_SAMPLED, NO_COPIES, NO_UPDATES, Ints, Plan
 from llama.engine.runner import Runner
 from llama.kernels import ops
+from llama.kernels.gpu import matmul
 from llama.kernels.gpu.launch import Launcher
 from llama.model.config import ModelConfig
 from llama.model.transformer import Transformer
+
+MULTIPROCESSORS = 132  # an H200's
 
 
 class Launches:
@@ -48,17 +51,20 @@ class Launches:
 def without_a_device() -> Iterator[Launches]:
     """Ops over meta tensors take the way of CUDA's up to the driver."""
     launches = Launches()
+    known: dict[tuple[int, Any], tuple[Launches, tuple[Any, ...]]] = {}
 
     def launch(self: Launcher, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
-        key = self._key(0, arguments, constants)
-        if key not in self._compiled:
+        key = id(self), self._key(0, arguments, constants)
+        if key not in known:
             others = tuple(constants[name] for name in self._kernel.arg_names[len(arguments) :])
-            self._compiled[key] = launches, others
-        compiled, others = self._compiled[key]
+            known[key] = launches, others
+        compiled, others = known[key]
         compiled[*grid, 1, 1](*arguments, *others)
 
     with (
         mock.patch.object(ops, "_INTERPRETED", True),
+        mock.patch.object(matmul, "_is_native", lambda device: True),
+        mock.patch.object(matmul, "multiprocessor_count", lambda device: MULTIPROCESSORS),
         mock.patch.object(Launcher, "__call__", launch),
         mock.patch.object(torch.Tensor, "pin_memory", lambda self: self),
         mock.patch.object(runners, "fetch_result", lambda *arguments: lambda: None),
@@ -92,13 +98,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--context", type=int, default=1024)
     parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--fused", action="store_true", help="with fused_decode, whose products are our kernels too")
+    parser.add_argument("--quantization", help="int8, int4 or fp8")
     parser.add_argument("--profile", action="store_true")
     given = parser.parse_args(arguments)
 
     torch.set_num_threads(1)
     shape = replace(ModelConfig.preset("llama-3.1-8b"), num_hidden_layers=given.layers)
     model = Transformer(shape, device="meta", dtype=torch.bfloat16)
-    config = EngineConfig(max_model_len=2 * given.context, max_num_seqs=max(given.batches), max_num_batched_tokens=2048)
+    if given.quantization is not None:
+        model.quantise(given.quantization)
+    most = {"max_num_seqs": max(given.batches), "max_num_batched_tokens": 2048}
+    config = EngineConfig(max_model_len=2 * given.context, fused_decode=given.fused, **most)
     kinds = {"greedy": SamplingParams(temperature=0), "filtered": SamplingParams(temperature=0.8, top_p=0.9, top_k=50)}
     results: dict[str, dict[str, float | int]] = {}
     with without_a_device() as launches:

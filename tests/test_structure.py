@@ -46,7 +46,7 @@ IMPORT_ORDER = {
         research
         checkpoint
         transformer
-        fixed_rows
+        fixed_rows fused
         lora""",
     "llama.engine": """
         speculative_config ngrams

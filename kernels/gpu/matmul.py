@@ -3,12 +3,11 @@
     y[t, n] = sum over groups g of s[g, n] (x[t] q[n] - z[g, n] sum x[t]) + m[g, n] sum x[t], over g's columns
 
 Codes become whole numbers (fp8: its own values) in x's dtype, which is exact; scales and zero points act on the float32
-sums. A batch of up to `_FEW` tokens costs what the codes cost to read: N K bytes, or half of that in int4 (its layout
-is told in `llama.kernels.cpu.matmul`).
+sums. Up to `FEW` tokens cost what the codes cost to read: N K bytes, half of it in int4 (`llama.kernels.cpu.matmul`).
 
-For up to `_FEW` tokens a row of y depends neither on the other rows nor on their number: one tile of 16 tokens, and one
-cut of K into splits, which the weight's shape and the device alone decide; splits are added in order. A dense weight
-goes through the same loop where that is asked for.
+For up to `FEW` tokens a row of y depends neither on the other rows nor on their number: one tile of 16 tokens, and one
+cut of K into splits, which the weight's shape and the device alone decide. Dense weights may go through the same loop,
+and all of that be fused with what is around it (`llama.kernels.gpu.fused`).
 """
 
 from functools import cache
@@ -23,63 +22,22 @@ from triton.runtime.driver import driver
 from llama.kernels.checks import check_tensors, multiprocessor_count, require
 from llama.kernels.cpu.matmul import nibble_block
 from llama.kernels.gpu.e4m3 import from_e4m3
-from llama.kernels.gpu.launch import Launcher, cdiv
-from llama.kernels.types import QuantizedWeight
-
-_FEW = 64
-_MOST_SPLITS = 8
-
-
-@triton.jit
-def _from_nibbles(words, SHIFT: tl.constexpr, dtype: tl.constexpr):
-    """Four bits of int16 words, as q + 8, -> q. A 16-bit float is built around them, for converting costs more."""
-    nibbles = (words >> SHIFT) & 15
-    if dtype == tl.bfloat16:
-        return (nibbles | 0x4300).to(tl.int16).to(tl.bfloat16, bitcast=True) - 136.0  # 128 + 8
-    half = (nibbles | 0x6400).to(tl.int16).to(tl.float16, bitcast=True) - 1032.0  # 1024 + 8
-    return half.to(dtype)
-
-
-# What `_from_nibbles` does, for two words in a register at a time and all four shifts: three shifts, four times (word &
-# 15) | 128.0 in one instruction (0xEA = a & b | c), four subtractions of 136.0.
-UNPACK_PAIRS = tl.constexpr(
-    """{
-    .reg .b32 w1, w2, w3, bias;
-    mov.b32 bias, 0x43084308;
-    shr.b32 w1, $4, 4;
-    shr.b32 w2, $4, 8;
-    shr.b32 w3, $4, 12;
-    lop3.b32 $0, $4, 0x000F000F, 0x43004300, 0xEA;
-    lop3.b32 $1, w1, 0x000F000F, 0x43004300, 0xEA;
-    lop3.b32 $2, w2, 0x000F000F, 0x43004300, 0xEA;
-    lop3.b32 $3, w3, 0x000F000F, 0x43004300, 0xEA;
-    sub.bf16x2 $0, $0, bias;
-    sub.bf16x2 $1, $1, bias;
-    sub.bf16x2 $2, $2, bias;
-    sub.bf16x2 $3, $3, bias;
-    }"""
+from llama.kernels.gpu.fused import (
+    FEW,
+    SECTOR,
+    Fused,
+    check_fused,
+    inverse_rms,
+    load_values,
+    request,
+    summed,
+    swiglu,
+    take_turn,
 )
-
-
-@triton.jit
-def _four_nibbles(words, IN_PAIRS: tl.constexpr, dtype: tl.constexpr):
-    """int16 words -> the q of each quarter, the lowest bits first."""
-    if IN_PAIRS:
-        return tl.inline_asm_elementwise(
-            UNPACK_PAIRS,
-            "=r,=r,=r,=r,r",
-            [words],
-            (tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16),
-            is_pure=True,
-            pack=2,
-        )
-    else:
-        return (
-            _from_nibbles(words, 0, dtype),
-            _from_nibbles(words, 4, dtype),
-            _from_nibbles(words, 8, dtype),
-            _from_nibbles(words, 12, dtype),
-        )
+from llama.kernels.gpu.launch import Launcher, cdiv
+from llama.kernels.gpu.nibbles import four_nibbles
+from llama.kernels.gpu.split_k import add_up, splits_of
+from llama.kernels.types import QuantizedWeight
 
 
 @triton.jit
@@ -104,8 +62,11 @@ def _matmul_kernel(
     scales,  # [G, N], as zeros and minima
     zeros,
     minima,
+    norm,
+    residual,
     num_tokens,
     x_stride,
+    eps,
     N: tl.constexpr,
     K: tl.constexpr,
     GROUP_SIZE: tl.constexpr,
@@ -113,6 +74,10 @@ def _matmul_kernel(
     HAS_ZEROS: tl.constexpr,
     HAS_MINIMA: tl.constexpr,
     NATIVE: tl.constexpr,  # sm_90 on: arithmetic with pairs of bfloat16, and a conversion of e4m3
+    NORM: tl.constexpr,  # the block in which squares are added; 0 = x is taken as it is
+    ADD: tl.constexpr,
+    SWIGLU: tl.constexpr,
+    AHEAD: tl.constexpr,  # blocks of W requested while the kernel in front may still run; 0 = it has ended
     SPLITS: tl.constexpr,
     TOKENS: tl.constexpr,
     ROWS: tl.constexpr,
@@ -128,13 +93,37 @@ def _matmul_kernel(
     TOGETHER: tl.constexpr = GROUP_SIZE // QUARTER if GROUP_SIZE < COLUMNS else 4
     dtype: tl.constexpr = x.dtype.element_ty
 
+    # Rows of the result, and those of W that they are made of.
+    WIDTH: tl.constexpr = N // 2 if SWIGLU else N
+    OUTS: tl.constexpr = ROWS // 2 if SWIGLU else ROWS
     split = tl.program_id(0) % SPLITS
-    rows = tl.program_id(0) // SPLITS * ROWS + tl.arange(0, ROWS)
+    first = tl.program_id(0) // SPLITS * OUTS
+    rows = first + tl.arange(0, ROWS)
+    row_mask = rows < N
+    if SWIGLU:
+        in_half = first + tl.arange(0, ROWS) % OUTS
+        rows, row_mask = in_half + tl.arange(0, ROWS) // OUTS * WIDTH, in_half < WIDTH
     tokens = (tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)).to(tl.int64)
-    row_mask, token_mask = rows < N, tokens < num_tokens
+    token_mask = tokens < num_tokens
+    outs = first + tl.arange(0, OUTS)
+    mask_out = token_mask[:, None] & (outs < WIDTH)[None, :]
     if N % ROWS == 0:
         row_mask = tl.full([ROWS], True, tl.int1)  # which the compiler drops
+        mask_out = token_mask[:, None] & tl.full([1, OUTS], True, tl.int1)
+    if AHEAD:
+        LENGTH: tl.constexpr = K // 4 if WAY == "int4" else K
+        STEP: tl.constexpr = QUARTER if WAY == "int4" else COLUMNS
+        EACH: tl.constexpr = SECTOR * 8 // codes.dtype.element_ty.primitive_bitwidth
+        ahead = split * PER_SPLIT * STEP + tl.arange(0, AHEAD * STEP // EACH) * EACH
+        ahead = tl.minimum(ahead, LENGTH - 1)[None, :]
+        request(codes + tl.minimum(rows, N - 1)[:, None].to(tl.int64) * LENGTH + ahead)
+        take_turn()
+    if ADD:  # under way while the sum is made
+        beside = tl.load(residual + tokens[:, None] * WIDTH + outs[None, :], mask=mask_out, other=0.0)
     x += tokens[:, None] * x_stride
+    scale_of_x = tl.zeros([TOKENS], tl.float32)
+    if NORM:
+        scale_of_x = inverse_rms(x, token_mask, eps, TOKENS, K, NORM)
     total = tl.zeros([TOKENS, ROWS], tl.float32)
     sums = tl.zeros([TOKENS], tl.float32)
     for block in range(split * PER_SPLIT, tl.minimum((split + 1) * PER_SPLIT, BLOCKS)):
@@ -143,10 +132,10 @@ def _matmul_kernel(
             places = rows[:, None].to(tl.int64) * (K // 4) + block * QUARTER + quarter[None, :]
             words = tl.load(codes + places, mask=row_mask[:, None], other=0)
             part = tl.zeros([TOKENS, ROWS], tl.float32)
-            quarters = _four_nibbles(words, NATIVE and dtype == tl.bfloat16, dtype)
+            quarters = four_nibbles(words, NATIVE and dtype == tl.bfloat16, dtype)
             for i in tl.static_range(4):
                 columns = block * COLUMNS + i * QUARTER + quarter
-                values = tl.load(x + columns[None, :], mask=token_mask[:, None], other=0.0)
+                values = load_values(x, norm, columns, token_mask[:, None], scale_of_x, NORM, K)
                 weights = quarters[i]
                 if AT_THE_END:
                     total = tl.dot(values, tl.trans(weights), total, input_precision="ieee")
@@ -165,11 +154,11 @@ def _matmul_kernel(
             columns = block * COLUMNS + tl.arange(0, COLUMNS)
             places = rows[:, None].to(tl.int64) * K + columns[None, :]
             if K % COLUMNS == 0:
-                values = tl.load(x + columns[None, :], mask=token_mask[:, None], other=0.0)
+                values = load_values(x, norm, columns, token_mask[:, None], scale_of_x, NORM, K)
                 narrow = tl.load(codes + places, mask=row_mask[:, None], other=0)
             else:
                 inside = (columns < K)[None, :]
-                values = tl.load(x + columns[None, :], mask=token_mask[:, None] & inside, other=0.0)
+                values = load_values(x, norm, columns, token_mask[:, None] & inside, scale_of_x, NORM, K)
                 narrow = tl.load(codes + places, mask=row_mask[:, None] & inside, other=0)
             if WAY != "fp8":
                 weights = narrow.to(dtype)
@@ -187,18 +176,15 @@ def _matmul_kernel(
                 total = _scaled(total, part, sums, scales, zeros, minima, place, row_mask, HAS_ZEROS, HAS_MINIMA)
     if AT_THE_END and WAY != "dense":
         total *= tl.load(scales + rows, mask=row_mask, other=0.0).to(tl.float32)[None, :]
-    target = y + (split * num_tokens.to(tl.int64) + tokens)[:, None] * N + rows[None, :]
-    tl.store(target, total.to(y.dtype.element_ty), mask=token_mask[:, None] & row_mask[None, :])
-
-
-@triton.jit(do_not_specialize=["size"])
-def _add_kernel(y, partials, size, SPLITS: tl.constexpr, BLOCK: tl.constexpr):
-    index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    mask = index < size
-    total = tl.load(partials + index, mask=mask, other=0.0)
-    for split in tl.static_range(1, SPLITS):
-        total += tl.load(partials + split * size.to(tl.int64) + index, mask=mask, other=0.0)
-    tl.store(y + index, total.to(y.dtype.element_ty), mask=mask)
+    if SWIGLU:
+        gate, up = tl.split(tl.permute(tl.reshape(total, [TOKENS, 2, OUTS]), (0, 2, 1)))
+        product = swiglu(gate, up, dtype)
+    else:
+        product = total.to(y.dtype.element_ty)
+    if ADD:
+        product = summed(product, beside)
+    target = y + (split * num_tokens.to(tl.int64) + tokens)[:, None] * WIDTH + outs[None, :]
+    tl.store(target, product, mask=mask_out)
 
 
 class Tile(NamedTuple):
@@ -209,11 +195,12 @@ class Tile(NamedTuple):
 
 
 _FEW_TILE = Tile(16, 64, warps=4, stages=4)
+_NARROW_TILE = Tile(16, 32, warps=4, stages=8)
 
 
 def _tile(weight: QuantizedWeight, tokens: int) -> Tile:
     """Many tokens share a tile of W while registers last: scales of groups ask for a second sum beside the first."""
-    if tokens <= _FEW:
+    if tokens <= FEW:
         return _FEW_TILE
     one_sum = weight.codes.dtype != torch.int16 and weight.group_size >= weight.shape[1] and weight.zeros is None
     if one_sum:
@@ -223,7 +210,6 @@ def _tile(weight: QuantizedWeight, tokens: int) -> Tile:
 
 
 _launch_matmul = Launcher(_matmul_kernel)
-_launch_add = Launcher(_add_kernel)
 
 
 class _Scales(NamedTuple):
@@ -241,11 +227,18 @@ def quantized_matmul(x: Tensor, weight: QuantizedWeight) -> Tensor:
 
 
 def dense_matmul(x: Tensor, weight: Tensor) -> Tensor:
-    """x W^T: x [tokens, K], weight [N, K] of its dtype, for up to `_FEW` tokens."""
+    """x W^T: x [tokens, K], weight [N, K] of its dtype, for up to `FEW` tokens."""
     return multiply_dense(x, weight, multiprocessor_count(x.device))
 
 
-def multiply(x: Tensor, weight: QuantizedWeight, processors: int) -> Tensor:
+def fused_matmul(x: Tensor, weight: Tensor | QuantizedWeight, fused: Fused) -> Tensor:
+    """x W^T for up to `FEW` tokens, with what `fused` says before and behind it."""
+    if isinstance(weight, QuantizedWeight):
+        return multiply(x, weight, multiprocessor_count(x.device), fused)
+    return multiply_dense(x, weight, multiprocessor_count(x.device), fused)
+
+
+def multiply(x: Tensor, weight: QuantizedWeight, processors: int, fused: Fused | None = None) -> Tensor:
     """`quantized_matmul` on a device of so many multiprocessors."""
     codes = weight.codes
     way = {torch.int16: "int4", torch.int8: "int8", torch.float8_e4m3fn: "fp8"}[codes.dtype]
@@ -254,26 +247,46 @@ def multiply(x: Tensor, weight: QuantizedWeight, processors: int) -> Tensor:
     check_tensors("quantized_matmul", x=x, codes=codes)
     require(all(tensor.is_contiguous() for tensor in weight.tensors), "quantized_matmul: a weight must be contiguous")
     scales = _Scales(weight.scales, weight.zeros, weight.minima, weight.group_size)
-    return _product(way, x, codes, scales, _tile(weight, x.shape[0]), _columns(weight, way), processors=processors)
+    tile, block = _tile(weight, x.shape[0]), _columns(weight, way)
+    return _product(way, x, codes, scales, tile, block, processors=processors, fused=fused)
 
 
-def multiply_dense(x: Tensor, weight: Tensor, processors: int) -> Tensor:
+def multiply_dense(x: Tensor, weight: Tensor, processors: int, fused: Fused | None = None) -> Tensor:
     """`dense_matmul` on a device of so many multiprocessors."""
     check_tensors("dense_matmul", x=x, weight=weight)
     require(x.dtype == weight.dtype, f"dense_matmul: x is {x.dtype}, the weight {weight.dtype}")
-    require(x.shape[0] <= _FEW, f"dense_matmul: at most {_FEW} tokens, got {x.shape[0]}")
+    require(x.shape[0] <= FEW, f"dense_matmul: at most {FEW} tokens, got {x.shape[0]}")
     require(weight.is_contiguous(), "dense_matmul: a weight must be contiguous")
-    scales = _Scales(weight, None, None, weight.shape[1])
-    return _product("dense", x, weight, scales, _FEW_TILE, 256 // weight.element_size(), processors=processors)
+    scales, tile = _Scales(weight, None, None, weight.shape[1]), _FEW_TILE
+    if fused is not None:
+        processors = 3 * processors // 4  # to add up splits takes longer than what the others would gain
+        if cdiv(weight.shape[0], tile.rows) < processors:
+            tile = _NARROW_TILE
+    block = 256 // weight.element_size()
+    return _product("dense", x, weight, scales, tile, block, processors=processors, fused=fused)
 
 
-def _product(way: str, x: Tensor, codes: Tensor, scales: _Scales, tile: Tile, block: int, *, processors: int) -> Tensor:
+def _product(
+    way: str,
+    x: Tensor,
+    codes: Tensor,
+    scales: _Scales,
+    tile: Tile,
+    block: int,
+    *,
+    processors: int,
+    fused: Fused | None,
+) -> Tensor:
     tokens, columns = x.shape
     rows = codes.shape[0]
-    y = torch.empty(tokens, rows, dtype=x.dtype, device=x.device)
+    is_native = _is_native(x.device)
+    early = {"launch_pdl": True} if fused is not None and is_native else {}
+    fused = check_fused(x, rows, fused) if fused is not None else Fused()
+    norm, eps, residual, is_swiglu = fused
+    y = torch.empty(tokens, rows // 2 if is_swiglu else rows, dtype=x.dtype, device=x.device)
     if y.numel() == 0:
         return y
-    splits = _splits(rows, columns, block, tile.rows, processors) if tokens <= _FEW else 1
+    splits = splits_of(rows, columns, block, tile.rows, processors) if tokens <= FEW else 1
     target = y if splits == 1 else torch.empty(splits, tokens, rows, dtype=torch.float32, device=x.device)
     _launch_matmul(
         (cdiv(rows, tile.rows) * splits, cdiv(tokens, tile.tokens)),
@@ -283,25 +296,32 @@ def _product(way: str, x: Tensor, codes: Tensor, scales: _Scales, tile: Tile, bl
         scales.values,
         scales.values if scales.zeros is None else scales.zeros,
         scales.values if scales.minima is None else scales.minima,
+        x if norm is None else norm,
+        x if residual is None else residual,
         tokens,
         x.stride(0),
+        eps,
         N=rows,
         K=columns,
         GROUP_SIZE=scales.group_size,
         WAY=way,
         HAS_ZEROS=scales.zeros is not None,
         HAS_MINIMA=scales.minima is not None,
-        NATIVE=_is_native(x.device),
+        NATIVE=is_native,
+        NORM=0 if norm is None else 2048 // x.element_size(),
+        ADD=splits == 1 and residual is not None,
+        SWIGLU=splits == 1 and is_swiglu,
+        AHEAD=tile.stages if early else 0,
         SPLITS=splits,
         TOKENS=tile.tokens,
         ROWS=tile.rows,
         COLUMNS=block,
         num_warps=tile.warps,
         num_stages=tile.stages,
+        # On sm_90 the compiler else spills registers of fp8 to fit a sixth program in.
+        **(early | {"maxnreg": 96} if early and splits == 1 and is_swiglu and norm is None else early),
     )
-    if splits > 1:
-        _launch_add((cdiv(y.numel(), 1024),), y, target, y.numel(), SPLITS=splits, BLOCK=1024, num_warps=4)
-    return y
+    return y if splits == 1 else add_up(y, target, fused, early)
 
 
 @cache
@@ -328,11 +348,3 @@ def _columns(weight: QuantizedWeight, way: str) -> int:
     block = min(128, size & -size)
     require(block >= 16, f"quantized_matmul: groups must be a multiple of 16 columns, got {size}")
     return block
-
-
-def _splits(rows: int, columns: int, block: int, tile_rows: int, processors: int) -> int:
-    """So many parts of K that there is a program for each processor, if K has so many blocks."""
-    splits, tiles, blocks = 1, cdiv(rows, tile_rows), cdiv(columns, block)
-    while splits < _MOST_SPLITS and tiles * splits < processors and blocks >= 4 * splits:
-        splits *= 2
-    return splits

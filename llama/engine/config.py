@@ -51,6 +51,9 @@ class EngineConfig:
     enable_prefix_caching: bool = _option(True, "keep K and V of prompts for later ones that begin alike")
     enforce_eager: bool = _option(False, "run without CUDA graphs")
     deterministic: bool = _option(False, "the same bits for a request alone and in any batch (docs/deterministic.md)")
+    fused_decode: bool = _option(
+        False, "norms, SwiGLU and residuals within the matrix products of steps of up to 64 tokens (CUDA)"
+    )
     max_loras: int = _option(8, "adapters that may work in one step, 0 = none are taken", least=0)
     max_lora_rank: int = _option(64, "the largest rank of an adapter", least=1)
     max_lora_bytes: int | None = _option(
@@ -109,6 +112,8 @@ class EngineConfig:
         check_size(model, self.tensor_parallel_size)
         if self.deterministic and self.tensor_parallel_size > 2:  # the order of three summands is the library's
             raise refusal("tensor_parallel_size", "1 or 2 with deterministic", self.tensor_parallel_size)
+        if self.fused_decode and (self.deterministic or self.tensor_parallel_size > 1):
+            raise refusal("fused_decode", "False with deterministic or several ranks", True)
         budget = self.max_num_batched_tokens or BATCHED_TOKENS[device]
         speculative = self.speculative_config
         if speculative is not None:

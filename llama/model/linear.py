@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from llama.kernels.cpu.pieces import Pieces
 from llama.kernels.exact_pieces import ExactPieces
+from llama.kernels.types import QuantizedWeight
 from llama.model.adapters import StepAdapters
 from llama.model.module import Module
 from llama.model.weights.form import WeightForm
@@ -72,6 +73,15 @@ class Linear(Module):
 
     def _product(self, x: Tensor) -> Tensor:
         return self.multiply(x, self.weight) if self.form is None else self.form(x)
+
+    @property
+    def bare(self) -> Tensor | QuantizedWeight | None:
+        """W, where y is x W^T with it as it lies, and nothing else; None where there is more to it."""
+        if self.bias is not None or self.finish is not None or self.pieces is not None:
+            return None
+        if self.form is None:
+            return self.weight
+        return self.form.bare if isinstance(self.form, Quantised) else None
 
     def prepare(self, layout: str = "balanced") -> None:
         """Take the form that is fastest on this machine, if there is a faster one; `layout` is for a quantised W."""

@@ -80,8 +80,12 @@ class Attention(Module):
         self.o_proj = Linear(self.num_heads * self.head_dim, config.hidden_size, bias=bias, device=device, dtype=dtype)
 
     def forward(self, x: Tensor, batch: Batch, cos_sin: CosSin, kv_layer: KVLayer) -> Tensor:
+        return self.o_proj(self.mix(self.qkv_proj(x, batch.adapters), batch, cos_sin, kv_layer), batch.adapters)
+
+    def mix(self, qkv: Tensor, batch: Batch, cos_sin: CosSin, kv_layer: KVLayer) -> Tensor:
+        """What is between the projections: [tokens, heads * head_dim]."""
         heads = self.num_heads + 2 * self.num_kv_heads
-        qkv = self.qkv_proj(x, batch.adapters).view(x.shape[0], heads, self.head_dim)
+        qkv = qkv.view(qkv.shape[0], heads, self.head_dim)
         q, k, v = qkv.split_with_sizes((self.num_heads, self.num_kv_heads, self.num_kv_heads), dim=1)
         taps = batch.taps
         if taps is not None:
@@ -93,7 +97,7 @@ class Attention(Module):
         mixed = ops.paged_attention(q, kv_layer, batch, self.scale)
         if taps is not None:
             mixed = taps.at(self, "z", mixed)
-        return self.o_proj(mixed.flatten(1), batch.adapters)
+        return mixed.flatten(1)
 
 
 class MLP(Module):
@@ -113,7 +117,8 @@ class MLP(Module):
 
 
 class Block(Module):
-    """One decoder layer. Its output is the pair (MLP's output, residual); their sum is the layer's hidden state."""
+    """One decoder layer. Its output is the pair (MLP's output, residual), whose sum is the layer's hidden state, or
+    (that sum, None)."""
 
     def __init__(
         self,
@@ -130,12 +135,16 @@ class Block(Module):
         self.self_attn = attention(config, device=device, dtype=dtype)
         self.post_attention_layernorm = RMSNorm(hidden, eps, device=device, dtype=dtype)
         self.mlp = mlp(config, device=device, dtype=dtype)
+        # The layer's hidden state, of a step that it can compute in fewer kernels (llama/model/fused.py); else None.
+        self.fused: Callable[[Tensor, Tensor | None, Batch, CosSin, KVLayer], Tensor | None] | None = None
 
     def forward(
         self, x: Tensor, residual: Tensor | None, batch: Batch, cos_sin: CosSin, kv_layer: KVLayer
     ) -> tuple[Tensor, Tensor | None]:
         if batch.taps is not None:
             return self._tapped(x, residual, batch, cos_sin, kv_layer)
+        if self.fused is not None and (hidden := self.fused(x, residual, batch, cos_sin, kv_layer)) is not None:
+            return hidden, None
         x, residual = self.input_layernorm(x, residual)
         x = self.self_attn(x, batch, cos_sin, kv_layer)
         x, residual = self.post_attention_layernorm(x, residual)

@@ -37,6 +37,7 @@ class Case:
     wide_loads: tuple[str, ...] = ()  # 128-bit loads from global memory
     tensor_cores: tuple[str, ...] = ()  # any matrix instruction
     warp_group: tuple[str, ...] = ()  # the matrix instructions of a warp group
+    requests: tuple[str, ...] = ()  # weights requested while the kernel in front still runs, from sm_90 on
     stack: tuple[str, ...] = ()  # may use local memory, where the cosine of a large angle has digits of 2 / pi
     resident: tuple[tuple[str, int], ...] = ()  # how many programs an sm_90 multiprocessor must hold at once
     # A kernel, how many weights a thread widens in a turn of its main loop, and the instructions that sm_90 may spend
@@ -59,6 +60,8 @@ class Row:
     wide_loads: int
     tensor_cores: int
     warp_group: int
+    requests: int  # lines asked for before the wait for the kernel in front
+    too_early: int  # loads and stores before that wait
     instructions: int
     loop: int  # instructions of its longest loop
 
@@ -122,9 +125,11 @@ def _read(case: str, name: str, arch: int, kernel: Any) -> Row:
         usage = _tool([knobs.nvidia.cuobjdump.path, "-res-usage", file.name])
         code = _tool([knobs.nvidia.cuobjdump.path, "-sass", file.name])
     # "/*0a10*/  @!P0 LDG.E.128 R8, ... ;" -> "LDG.E.128"
-    opcodes = Counter(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([\w.]+)", code, re.MULTILINE))
+    in_order = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([\w.]+)", code, re.MULTILINE)
+    opcodes = Counter(in_order)
+    before_wait = Counter(in_order[: in_order.index("ACQBULK")] if "ACQBULK" in in_order else ())
 
-    def count(pattern: str) -> int:
+    def count(pattern: str, opcodes: Counter[str] = opcodes) -> int:
         return sum(number for opcode, number in opcodes.items() if re.match(pattern, opcode))
 
     registers = re.search(r"REG:(\d+)", usage)
@@ -141,6 +146,8 @@ def _read(case: str, name: str, arch: int, kernel: Any) -> Row:
         wide_loads=count(r"(LDG|LDGSTS)\..*128"),
         tensor_cores=count(r"HMMA|IMMA|QMMA|[HQ]GMMA|UTC[A-Z0-9]*MMA"),
         warp_group=count(WARP_GROUP[arch]),
+        requests=count(r"CCTL.*PF2", before_wait),
+        too_early=count("LDG|STG|ATOM|RED", before_wait),
         instructions=sum(opcodes.values()),
         loop=_longest_loop(code),
     )
@@ -207,6 +214,10 @@ def complaints(row: Row, case: Case, expected: tuple[int, int, int] | None) -> l
     for wanted in ("wide_loads", "tensor_cores", "warp_group"):
         if row.kernel in getattr(case, wanted) and not getattr(row, wanted):
             found.append(f"no instruction of the kind {wanted}")
+    if row.kernel in case.requests and row.arch >= 90 and not row.requests:
+        found.append("no weight is requested before the wait for the kernel in front")
+    if row.too_early:
+        found.append(f"{row.too_early} loads and stores before the wait for the kernel in front")
     for kernel, programs in case.resident:
         if (kernel, 90) == (row.kernel, row.arch) and row.resident < programs:
             found.append(f"{row.resident} programs fit a multiprocessor at once, not {programs}")

@@ -20,6 +20,8 @@ GOOD = Row(
     wide_loads=4,
     tensor_cores=8,
     warp_group=8,
+    requests=4,
+    too_early=0,
     instructions=1000,
     loop=500,
 )
@@ -29,6 +31,7 @@ CASE = Case(
     wide_loads=("kernel",),
     tensor_cores=("kernel",),
     warp_group=("kernel",),
+    requests=("kernel",),
     resident=(("kernel", 4),),
     per_weight=("kernel", 128, 4.0),
 )
@@ -47,6 +50,8 @@ def test_nothing_to_complain_of():
         ({"wide_loads": 0}, "wide_loads"),
         ({"tensor_cores": 0}, "tensor_cores"),
         ({"warp_group": 0}, "warp_group"),
+        ({"requests": 0}, "no weight is requested before the wait"),
+        ({"too_early": 2}, "2 loads and stores before the wait"),
         ({"registers": 136}, "3 programs fit"),
         ({"shared": 60_000}, "3 programs fit"),
         ({"loop": 513}, "4.01 instructions per weight, at most 4.0"),
@@ -71,7 +76,10 @@ def test_regressions(expected, message):
 
 
 def test_kernels_that_are_not_named_may_lack_instructions():
-    assert complaints(replace(GOOD, kernel="other", wide_loads=0, tensor_cores=0, warp_group=0), CASE, None) == []
+    assert (
+        complaints(replace(GOOD, kernel="other", wide_loads=0, tensor_cores=0, warp_group=0, requests=0), CASE, None)
+        == []
+    )
 
 
 def test_local_memory_is_no_spill_where_a_cosine_has_a_stack():

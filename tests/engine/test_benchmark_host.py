@@ -28,6 +28,20 @@ def test_it_counts_the_launches_of_a_step(capsys):
     assert all(found["median"] > 0 and found["n"] == 2 for found in results.values())
 
 
+def test_it_counts_the_launches_of_fused_steps(capsys):
+    """As benchmarks/LOG.md counts them. Without the flag dense products are the library's, which nobody counts here."""
+    for flags, layer in (
+        (["--fused"], 7),
+        (["--quantization", "int8"], 13),
+        (["--quantization", "int8", "--fused"], 12),
+    ):
+        host.main(["--layers", "2", "--batches", "1", "65", "--steps", "1", *flags])
+        results = json.loads(capsys.readouterr().out.splitlines()[-1])["results"]
+        assert results["greedy 1"]["launches"] == 1 + 2 * layer + 1 + 2
+        above_64 = 6 if flags == ["--fused"] else 10  # without splits
+        assert results["greedy 65"]["launches"] == 1 + 2 * above_64 + 1 + 2
+
+
 def test_the_clock_of_a_recorded_step_starts_with_its_copy(monkeypatch):
     told = []
 

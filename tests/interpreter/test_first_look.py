@@ -24,7 +24,7 @@ def look():
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name == "deterministic")) for name in SECTIONS]
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in ("deterministic", "fused"))) for name in SECTIONS]
 )
 def test_a_section_runs(name, look):
     found = json.loads(json.dumps(SECTIONS[name](look)))

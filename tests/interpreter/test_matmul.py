@@ -7,6 +7,8 @@ import torch
 from llama.kernels import ops
 from llama.kernels.cpu import matmul as cpu
 from llama.kernels.gpu import matmul
+from llama.kernels.gpu.nibbles import UNPACK_PAIRS
+from llama.kernels.gpu.split_k import splits_of
 from llama.kernels.types import QuantizedWeight
 
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3}
@@ -112,7 +114,7 @@ def test_the_assembly_that_unpacks_nibbles():
     """All words in both halves of a register: eight values, whatever the other half holds."""
     words = np.arange(65536, dtype=np.uint32)
     other = np.random.default_rng(0).permutation(words)
-    found = emulated(matmul.UNPACK_PAIRS.value, other << 16 | words)
+    found = emulated(UNPACK_PAIRS.value, other << 16 | words)
     for i, (low, high) in enumerate(found):
         assert (low == (words >> 4 * i & 15).astype(np.float32) - 8).all()
         assert (high == (other >> 4 * i & 15).astype(np.float32) - 8).all()
@@ -131,7 +133,7 @@ def test_splits_of_k_and_independent_rows(way, monkeypatch):
     weight = QuantizedWeight(codes, scales, 128)
     x = torch.randint(-4, 5, (20, 1024), generator=generator).float()
     monkeypatch.setattr(matmul, "multiprocessor_count", lambda device: 4)
-    assert matmul._splits(64, 1024, matmul._columns(weight, way), 64, 4) > 1
+    assert splits_of(64, 1024, matmul._columns(weight, way), 64, 4) > 1
     expected = x @ cpu.widen(weight).T
     for tokens in (1, 16, 20):
         assert torch.equal(ops.quantized_matmul(x[:tokens], weight), expected[:tokens])

@@ -103,6 +103,11 @@ def test_constructor_refuses_by_name(folder, tmp_path):
         ({"gpu_memory_utilization": "0.9"}, r"gpu_memory_utilization must be in \(0, 1\], got '0.9'"),
         ({"enable_prefix_caching": "no"}, "enable_prefix_caching must be True or False, got 'no'"),
         ({"enforce_eager": 1}, "enforce_eager must be True or False, got 1"),
+        ({"fused_decode": True}, "fused_decode must be False on cpu, got True"),
+        (
+            {"fused_decode": True, "deterministic": True},
+            "fused_decode must be False with deterministic or several ranks",
+        ),
         ({"seed": -2}, r"seed must be an integer from 0 to 2\*\*64 - 1, or None, got -2"),
         ({"seed": 2**64}, "seed must be .* got 18446744073709551616"),
         ({"seed": 1.0}, "seed must be .* got 1.0"),

@@ -66,6 +66,11 @@ class Quantised:
             return self._float16.weight()
         return self._weight
 
+    @property
+    def bare(self) -> QuantizedWeight | None:
+        """The weight, where it serves every product as it is; None where another form does, or another order."""
+        return self._weight if self.order is None and self.few_tokens is None and self.copy is None else None
+
     def __call__(self, x: Tensor) -> Tensor:
         is_few = 0 < x.shape[0] <= self._most_few
         if self.copy is not None and not is_few:

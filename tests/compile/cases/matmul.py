@@ -1,10 +1,13 @@
-"""Products at the shapes of Llama 3.1 8B: with codes, for few tokens and for many; with dense weights, for few."""
+"""Products at the shapes of Llama 3.1 8B: with codes, for few tokens and for many; with dense weights, for few; and for
+few those that are fused with a norm, SwiGLU or a residual."""
 
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 import triton
 
+from llama.kernels.gpu.fused import Fused
 from llama.kernels.gpu.matmul import multiply, multiply_dense
 from llama.kernels.types import QuantizedWeight
 from tests.compile.harness import Case
@@ -12,7 +15,9 @@ from tests.compile.harness import Case
 DTYPES = {"int4": torch.int16, "int8": torch.int8, "fp8": torch.float8_e4m3fn}
 
 
-def _call(way: str, shape: tuple[int, int], size: int, zeros: bool, minima: bool, tokens: int) -> object:
+def _call(
+    way: str, shape: tuple[int, int], size: int, zeros: bool, minima: bool, tokens: int, kind: str = ""
+) -> object:
     rows, columns = shape
     groups = columns // size
     codes = torch.empty(rows, columns // 4 if way == "int4" else columns, dtype=DTYPES[way], device="meta")
@@ -20,7 +25,32 @@ def _call(way: str, shape: tuple[int, int], size: int, zeros: bool, minima: bool
     points = torch.empty(groups, rows, dtype=torch.int8, device="meta")
     weight = QuantizedWeight(codes, scales, size, points if zeros else None, least if minima else None)
     x = torch.empty(tokens, columns, dtype=torch.bfloat16, device="meta")
-    return multiply(x, weight, processors=132)
+    return multiply(x, weight, 132, _fused(x, rows, kind) if kind else None)
+
+
+def _fused(x: torch.Tensor, rows: int, kind: str) -> Fused:
+    tokens, columns = x.shape
+    norm = torch.empty(columns, dtype=x.dtype, device="meta") if "norm" in kind else None
+    residual = torch.empty(tokens, rows, dtype=x.dtype, device="meta") if "residual" in kind else None
+    return Fused(norm, 1e-5, residual, swiglu="swiglu" in kind)
+
+
+def _fused_dense(shape: tuple[int, int], kind: str) -> object:
+    x, weight = (torch.empty(size, shape[1], dtype=torch.bfloat16, device="meta") for size in (1, shape[0]))
+    return multiply_dense(x, weight, 132, _fused(x, shape[0], kind))
+
+
+def _fused_cases() -> Iterator[Case]:
+    square, gate_up = (4096, 4096), (28672, 4096)
+    kernels = ("_matmul_kernel",)
+    every = {"wide_loads": kernels, "tensor_cores": kernels, "requests": kernels}
+    for shape, kind in (((6144, 4096), "norm"), (square, "residual"), (gate_up, "norm swiglu")):
+        run = partial(_fused_dense, shape, kind)
+        yield Case(f"fused {kind} bfloat16 {shape[0]}x{shape[1]}", run, **every)
+    calls = [("int4", gate_up, 128, "swiglu"), ("fp8", gate_up, 4096, "swiglu"), ("int8", square, 4096, "residual")]
+    for way, shape, size, kind in calls:
+        run = partial(_call, way, shape, size, False, False, 1, kind)
+        yield Case(f"fused {kind} {way} {shape[0]}x{shape[1]}", run, **every)
 
 
 def cases() -> Iterator[Case]:
@@ -54,3 +84,4 @@ def cases() -> Iterator[Case]:
             wide_loads=("_matmul_kernel",),
             tensor_cores=("_matmul_kernel",) if dtype.itemsize == 2 else (),
         )
+    yield from _fused_cases()

@@ -1,0 +1,75 @@
+"""Steps of few tokens with what is around a matrix product in its kernel: a Block in four products, not nine kernels.
+
+The residual stream is whole between the kernels, [tokens, hidden] in the model's dtype, and rounded where it is rounded
+without this. Off unless an engine asks for it (`fused_decode`): no GPU has shown yet what it gains.
+"""
+
+from torch import Tensor
+
+from llama.api.errors import ParameterError
+from llama.kernels import ops
+from llama.kernels.types import CosSin, KVLayer
+from llama.model.batch import Batch
+from llama.model.linear import Linear
+from llama.model.module import hooks_of
+from llama.model.transformer import MLP, Attention, Block, RMSNorm, Transformer
+
+
+def fuse(model: Transformer) -> None:
+    """Have all layers of Llama's own kind compute their small steps so. ParameterError where Triton does not run."""
+    if not ops.on_triton(model.embed_tokens.weight):
+        raise ParameterError(f"fused_decode must be False on {model.device.type}, got True", "fused_decode")
+    for layer in model.layers:
+        assert isinstance(layer, Block)
+        if type(layer.self_attn) is Attention and type(layer.mlp) is MLP:
+            layer.fused = FusedBlock(layer)
+
+
+class FusedBlock:
+    """A Block's forward, where a step has few tokens, no adapters, no taps and no hooks, and the layer's four linear
+    layers are weights and nothing else."""
+
+    def __init__(self, block: Block) -> None:
+        from llama.kernels.gpu.fused import FEW, Fused
+        from llama.kernels.gpu.matmul import fused_matmul
+
+        self._most, self._fused, self._multiply = FEW, Fused, fused_matmul
+        self._norms = block.input_layernorm, block.post_attention_layernorm
+        self._attention, self._mlp = block.self_attn, block.mlp
+        self._hooks = hooks_of(block)
+
+    def __call__(
+        self, x: Tensor, residual: Tensor | None, batch: Batch, cos_sin: CosSin, kv_layer: KVLayer
+    ) -> Tensor | None:
+        """-> the layer's hidden state [tokens, hidden]; None for a step of another kind."""
+        attention, mlp, (before_attention, before_mlp) = self._attention, self._mlp, self._norms
+        linears = attention.qkv_proj, attention.o_proj, mlp.gate_up_proj, mlp.down_proj
+        is_small = x.shape[0] <= self._most and batch.adapters is None and batch.taps is None
+        if not is_small or x.requires_grad or any(self._hooks) or any(linear.bare is None for linear in linears):
+            return None
+        if residual is not None:
+            x = x + residual
+        qkv = self._product(attention.qkv_proj, x, before_attention)
+        mixed = attention.mix(qkv, batch, cos_sin, kv_layer)
+        x = self._product(attention.o_proj, mixed, residual=x)
+        act = self._product(mlp.gate_up_proj, x, before_mlp, swiglu=True)
+        return self._product(mlp.down_proj, act, residual=x)
+
+    def _product(
+        self,
+        linear: Linear,
+        x: Tensor,
+        norm: RMSNorm | None = None,
+        *,
+        residual: Tensor | None = None,
+        swiglu: bool = False,
+    ) -> Tensor:
+        """A norm is fused with dense weights alone: to widen codes takes the instructions that these have to spare."""
+        weight = linear.bare
+        assert weight is not None
+        fused = self._fused(residual=residual, swiglu=swiglu)
+        if norm is not None and isinstance(weight, Tensor):
+            fused = fused._replace(norm=norm.weight, eps=norm.eps)
+        elif norm is not None:
+            x, _ = norm(x)
+        return self._multiply(x, weight, fused)
