@@ -26,7 +26,7 @@ _LARGE = 1 << 24
 
 def quantise(weight: Tensor) -> QuantizedWeight:
     """Round to nearest; scales are rounded to the weight's dtype first, as checkpoints keep them."""
-    return round_rows(weight, torch.int8, 127)
+    return round_rows(weight, torch.int8, (127,))
 
 
 def fits(weight: QuantizedWeight, dtype: torch.dtype) -> bool:
