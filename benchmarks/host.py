@@ -1,8 +1,9 @@
 """What a step that is not recorded costs the host: a Runner launches decodes of a model on the meta device.
 
-There no op computes and no launch reaches a driver, so what is timed is Python: the plan's numbers, the checks,
-PyTorch's dispatch, the search for each kernel's compiled form. The number of launches is printed; what a driver and
-cuBLAS take for each of theirs comes on top. --profile tells where the time goes.
+There no op computes and no launch reaches a driver, so what is timed is Python: the plan's numbers, the checks, the
+search for each kernel's compiled form. Where PyTorch knows a meta tensor by Python alone (linear, empty_like), which a
+CUDA tensor does not pass through, a stand-in is called. The number of launches is printed; what a driver and cuBLAS
+take for each of theirs comes on top. --profile tells where the time goes.
 """
 
 import argparse
@@ -17,6 +18,8 @@ from unittest import mock
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from benchmarks.common import close, summary
 from llama import SamplingParams
@@ -47,6 +50,14 @@ class Launches:
         self.count += 1
 
 
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    return torch.empty(x.shape[0], weight.shape[0], dtype=x.dtype, device=x.device)
+
+
+def _empty_like(x: Tensor, **options: Any) -> Tensor:
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+
+
 @contextmanager
 def without_a_device() -> Iterator[Launches]:
     """Ops over meta tensors take the way of CUDA's up to the driver."""
@@ -67,6 +78,8 @@ def without_a_device() -> Iterator[Launches]:
         mock.patch.object(matmul, "multiprocessor_count", lambda device: MULTIPROCESSORS),
         mock.patch.object(Launcher, "__call__", launch),
         mock.patch.object(torch.Tensor, "pin_memory", lambda self: self),
+        mock.patch.object(F, "linear", _linear),
+        mock.patch.object(torch, "empty_like", _empty_like),
         mock.patch.object(runners, "fetch_result", lambda *arguments: lambda: None),
     ):
         yield launches
