@@ -48,10 +48,12 @@ def cancelling(
 ) -> tuple[Tensor, Tensor]:
     """(x [rows, columns], source int64 [columns]): with any W, x W[:, source]^T is rounding errors and nothing else.
 
-    Whatever order a sum has shows in them, even where a result is rounded to 16 bits in the end.
+    Whatever order a sum has shows in them, even where a result is rounded to 16 bits in the end, and where W has whole
+    numbers: values spread over many powers of two leave no sum exact.
     """
     generator = torch.Generator(device).manual_seed(0)
-    x = torch.randn(rows, columns, generator=generator, device=device).to(dtype)
+    powers = torch.randint(-6, 7, (rows, columns), generator=generator, device=device)
+    x = torch.randn(rows, columns, generator=generator, device=device).mul_(torch.exp2(powers)).to(dtype)
     places = torch.randperm(columns, generator=generator, device=device)
     source = torch.arange(columns, device=device)
     first, second, rest = places.split_with_sizes((columns // 2, columns // 2, columns % 2))

@@ -99,7 +99,8 @@ def test_find_tells_classes_apart():
 def test_products_that_cancel_leave_rounding_errors_alone(columns):
     x, source = cancelling(columns, torch.bfloat16)
     weight = torch.randn(5, columns, dtype=torch.float64)[:, source]
-    assert (x.double() @ weight.T).abs().max() < 1e-13 and x.double().norm() > 1
+    errors, sizes = (x.double() @ weight.T).abs(), x.double().abs() @ weight.T.abs()
+    assert bool((errors <= 1e-15 * sizes).all()) and x.double().norm() > 1
     errors = x.float() @ weight.float().T
     assert columns < 10 or errors.bfloat16().count_nonzero() > errors.numel() / 2
 
@@ -116,3 +117,13 @@ def test_rows_of_elementwise_ops(dtype, threads):
         for rows in (1, 2, 7, 100, 191, 193, 201, 399):
             assert torch.equal(silu_mul(gate_up[:rows]), whole[:rows]), (count, rows)
             assert torch.equal(rms_norm(x[rows - 1 : rows], weight, 1e-5), normed[rows - 1 : rows])
+
+
+def test_the_order_of_a_sum_shows_in_whole_numbers_too():
+    x, source = cancelling(64, torch.bfloat16)
+    w = torch.randint(-127, 128, (32, 64), generator=torch.Generator().manual_seed(0)).float()[:, source]
+    forwards, backwards = torch.zeros(128, 32), torch.zeros(128, 32)
+    for column in range(64):
+        forwards += x[:, column, None].float() * w[:, column]
+        backwards += x[:, 63 - column, None].float() * w[:, 63 - column]
+    assert (forwards != backwards).float().mean() > 0.5
