@@ -28,7 +28,7 @@ from llama.engine.config import EngineConfig
 from llama.engine.memory import make_kv_cache
 from llama.engine.plan import LAST_SAMPLED, NO_COPIES, NO_UPDATES, Ints, Plan
 from llama.engine.runner import Runner
-from llama.kernels import ops
+from llama.kernels import checks, ops
 from llama.kernels.gpu import matmul
 from llama.kernels.gpu.launch import Launcher
 from llama.model.config import ModelConfig
@@ -74,6 +74,7 @@ def without_a_device() -> Iterator[Launches]:
 
     with (
         mock.patch.object(ops, "_INTERPRETED", True),
+        mock.patch.object(checks, "_TAKEN", frozenset(checks._DTYPES)),  # no interpreter computes with them
         mock.patch.object(matmul, "_is_native", lambda device: True),
         mock.patch.object(matmul, "multiprocessor_count", lambda device: MULTIPROCESSORS),
         mock.patch.object(Launcher, "__call__", launch),
