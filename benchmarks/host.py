@@ -29,7 +29,7 @@ from llama.engine.memory import make_kv_cache
 from llama.engine.plan import LAST_SAMPLED, NO_COPIES, NO_UPDATES, Ints, Plan
 from llama.engine.runner import Runner
 from llama.kernels import checks, ops
-from llama.kernels.gpu import matmul
+from llama.kernels.gpu import chain, matmul
 from llama.kernels.gpu.launch import Launcher
 from llama.model.config import ModelConfig
 from llama.model.transformer import Transformer
@@ -42,6 +42,7 @@ class Launches:
 
     def __init__(self) -> None:
         self.count = 0
+        self.num_early = 0  # before the kernel in front has ended
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
         return self._launch
@@ -65,6 +66,7 @@ def without_a_device() -> Iterator[Launches]:
     known: dict[tuple[int, Any], tuple[Launches, tuple[Any, ...]]] = {}
 
     def launch(self: Launcher, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
+        launches.num_early += constants.get("launch_pdl", False)
         key = id(self), self._key(0, arguments, constants)
         if key not in known:
             others = tuple(constants[name] for name in self._kernel.arg_names[len(arguments) :])
@@ -75,7 +77,7 @@ def without_a_device() -> Iterator[Launches]:
     with (
         mock.patch.object(ops, "_INTERPRETED", True),
         mock.patch.object(checks, "_TAKEN", frozenset(checks._DTYPES)),  # no interpreter computes with them
-        mock.patch.object(matmul, "_is_native", lambda device: True),
+        mock.patch.object(chain, "is_native", lambda device: True),
         mock.patch.object(matmul, "multiprocessor_count", lambda device: MULTIPROCESSORS),
         mock.patch.object(Launcher, "__call__", launch),
         mock.patch.object(torch.Tensor, "pin_memory", lambda self: self),
@@ -134,7 +136,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             for batch in given.batches:
                 plan, times = decodes(batch, given.context), []
                 runner.launch(plan)
-                launches.count = 0
+                launches.count = launches.num_early = 0
                 profile = cProfile.Profile()
                 for _ in range(given.steps):
                     start = time.perf_counter()
@@ -144,7 +146,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
                         runner.launch(plan)
                     times.append(1000 * (time.perf_counter() - start))
                 per_step = launches.count // given.steps
-                found = results[f"{kind} {batch}"] = {"launches": per_step, **summary(times)}
+                found = {"launches": per_step, "early": launches.num_early // given.steps, **summary(times)}
+                results[f"{kind} {batch}"] = found
                 print(f"{kind} {batch:3}: {found['median']:.2f} ms of the host a step, {per_step} launches", flush=True)
                 if given.profile:
                     pstats.Stats(profile).sort_stats("tottime").print_stats(25)

@@ -4,8 +4,8 @@ Each rounds where the kernel of its own does (`llama.kernels.gpu.norm`, `llama.k
 bits. A norm's sum of squares alone has an order of its own: every program of a product makes it anew, from x, which the
 L2 cache holds. So no kernel has to leave something for the next one, and it is made while weights are under way.
 
-Kernels of such a chain are launched before the one in front has ended (programmatic dependent launch, sm_90 on). Each
-program asks for its first weights, which no kernel writes, then waits, and then lets the next kernel begin.
+The first weights, which no kernel writes, are asked for while the kernel in front may still run
+(`llama.kernels.gpu.chain`).
 """
 
 from typing import NamedTuple
@@ -49,14 +49,6 @@ def request(places):
     tl.inline_asm_elementwise(
         "prefetch.global.L2 [$1]; // $0", "=r,l", [places.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1
     )
-
-
-@triton.jit
-def take_turn():
-    """Wait for the kernel in front and let the next one begin: every program of every kernel that is launched early
-    must, or what comes behind is not held back by what was before it."""
-    tl.extra.cuda.gdc_wait()
-    tl.extra.cuda.gdc_launch_dependents()
 
 
 @triton.jit

@@ -10,17 +10,17 @@ cut of K into splits, which the weight's shape and the device alone decide. Dens
 and all of that be fused with what is around it (`llama.kernels.gpu.fused`).
 """
 
-from functools import cache
 from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.runtime.driver import driver
 
 from llama.kernels.checks import check_tensors, multiprocessor_count, require
 from llama.kernels.cpu.matmul import nibble_block
+from llama.kernels.gpu import chain
+from llama.kernels.gpu.chain import take_turn
 from llama.kernels.gpu.e4m3 import from_e4m3
 from llama.kernels.gpu.fused import (
     FEW,
@@ -32,7 +32,6 @@ from llama.kernels.gpu.fused import (
     request,
     summed,
     swiglu,
-    take_turn,
 )
 from llama.kernels.gpu.launch import Launcher, cdiv
 from llama.kernels.gpu.nibbles import four_nibbles
@@ -279,8 +278,7 @@ def _product(
 ) -> Tensor:
     tokens, columns = x.shape
     rows = codes.shape[0]
-    is_native = _is_native(x.device)
-    early = {"launch_pdl": True} if fused is not None and is_native else {}
+    early = chain.launch_options(x.device, fused is not None)
     fused = check_fused(x, rows, fused) if fused is not None else Fused()
     norm, eps, residual, is_swiglu = fused
     y = torch.empty(tokens, rows // 2 if is_swiglu else rows, dtype=x.dtype, device=x.device)
@@ -307,7 +305,7 @@ def _product(
         WAY=way,
         HAS_ZEROS=scales.zeros is not None,
         HAS_MINIMA=scales.minima is not None,
-        NATIVE=is_native,
+        NATIVE=chain.is_native(x.device),
         NORM=0 if norm is None else 2048 // x.element_size(),
         ADD=splits == 1 and residual is not None,
         SWIGLU=splits == 1 and is_swiglu,
@@ -322,18 +320,6 @@ def _product(
         **(early | {"maxnreg": 96} if early and splits == 1 and is_swiglu and norm is None else early),
     )
     return y if splits == 1 else add_up(y, target, fused, early)
-
-
-@cache
-def _capability(index: int) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(index)
-
-
-def _is_native(device: torch.device) -> bool:
-    """sm_90 on; without a GPU (meta tensors) the target that is compiled for, and never in the interpreter."""
-    if device.type == "cuda":
-        return _capability(torch.cuda.current_device() if device.index is None else device.index) >= (9, 0)
-    return device.type == "meta" and driver.active.get_current_target().arch >= 90
 
 
 def _columns(weight: QuantizedWeight, way: str) -> int:

@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from llama.kernels.checks import check_tensors, require
+from llama.kernels.gpu.chain import launch_options, take_turn
 from llama.kernels.gpu.e4m3 import to_e4m3
 from llama.kernels.gpu.launch import Launcher, cdiv, next_power_of_2
 from llama.kernels.types import CosSin, KVLayer, Ragged
@@ -85,7 +86,10 @@ def _rope_and_store_kernel(
     HEADS_PER_PROGRAM: tl.constexpr,
     HALF: tl.constexpr,  # HALF_DIM rounded up to a power of two
     HAS_SCALES: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    if EARLY:
+        take_turn()
     HALF_DIM: tl.constexpr = HEAD_DIM // 2
     Q_PARTS: tl.constexpr = (HEADS + HEADS_PER_PROGRAM - 1) // HEADS_PER_PROGRAM
     KV_PARTS: tl.constexpr = (KV_HEADS + HEADS_PER_PROGRAM - 1) // HEADS_PER_PROGRAM
@@ -142,6 +146,13 @@ def cos_sin(positions: Tensor, frequencies: Tensor, factor: float = 1.0) -> CosS
 
 def rope_and_store(q: Tensor, k: Tensor, v: Tensor, cos_sin: CosSin, kv_layer: KVLayer, ragged: Ragged) -> Tensor:
     """See `ops.rope_and_store`."""
+    return rotate_and_store(q, k, v, cos_sin, kv_layer, ragged, is_early=False)
+
+
+def rotate_and_store(
+    q: Tensor, k: Tensor, v: Tensor, cos_sin: CosSin, kv_layer: KVLayer, ragged: Ragged, *, is_early: bool
+) -> Tensor:
+    """`rope_and_store`, launched before the kernel in front has ended if `is_early`."""
     k_cache, v_cache, slots, (cos, sin) = kv_layer.k, kv_layer.v, ragged.slots, cos_sin
     check_tensors("rope_and_store", q=q, k=k, v=v, cos=cos, sin=sin, slots=slots, cache=k_cache)
     if q.shape[2] % 2:
@@ -157,6 +168,7 @@ def rope_and_store(q: Tensor, k: Tensor, v: Tensor, cos_sin: CosSin, kv_layer: K
     # Two warps with 16 bytes per thread and half: 512 elements of 16 bits.
     heads_per_program = max(1, 64 * 16 // (half * q.element_size()))
     parts = cdiv(heads, heads_per_program) + 2 * cdiv(kv_heads, heads_per_program)
+    early = launch_options(q.device, is_early)
     _launch_rope_and_store(
         (tokens, parts),
         out,
@@ -180,6 +192,8 @@ def rope_and_store(q: Tensor, k: Tensor, v: Tensor, cos_sin: CosSin, kv_layer: K
         HEADS_PER_PROGRAM=heads_per_program,
         HALF=half,
         HAS_SCALES=kv_layer.scales is not None,
+        EARLY=bool(early),
         num_warps=2,
+        **early,
     )
     return out

@@ -6,7 +6,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from llama.kernels.gpu.fused import Fused, summed, swiglu, take_turn
+from llama.kernels.gpu.chain import take_turn
+from llama.kernels.gpu.fused import Fused, summed, swiglu
 from llama.kernels.gpu.launch import Launcher, cdiv
 
 _MOST_SPLITS = 8

@@ -1,8 +1,12 @@
 """Steps of few tokens with what is around a matrix product in its kernel: a Block in four products, not nine kernels.
 
 The residual stream is whole between the kernels, [tokens, hidden] in the model's dtype, and rounded where it is rounded
-without this. Off unless an engine asks for it (`fused_decode`): no GPU has shown yet what it gains.
+without this. From sm_90 on each kernel is launched before the one in front has ended (`llama.kernels.gpu.chain`), but
+for prefills and the norms of codes. Off unless an engine asks for it (`fused_decode`): no GPU has shown yet what it
+gains.
 """
+
+from functools import partial
 
 from torch import Tensor
 
@@ -30,10 +34,13 @@ class FusedBlock:
     layers are weights and nothing else."""
 
     def __init__(self, block: Block) -> None:
+        from llama.kernels.gpu.attention import attend
         from llama.kernels.gpu.fused import FEW, Fused
         from llama.kernels.gpu.matmul import fused_matmul
+        from llama.kernels.gpu.rope import rotate_and_store
 
         self._most, self._fused, self._multiply = FEW, Fused, fused_matmul
+        self._rotate, self._attend = partial(rotate_and_store, is_early=True), partial(attend, is_early=True)
         self._norms = block.input_layernorm, block.post_attention_layernorm
         self._attention, self._mlp = block.self_attn, block.mlp
         self._hooks = hooks_of(block)
@@ -50,8 +57,10 @@ class FusedBlock:
         if residual is not None:
             x = x + residual
         qkv = self._product(attention.qkv_proj, x, before_attention)
-        mixed = attention.mix(qkv, batch, cos_sin, kv_layer)
-        x = self._product(attention.o_proj, mixed, residual=x)
+        q, k, v = attention.heads_of(qkv)
+        q = self._rotate(q, k, v, cos_sin, kv_layer, batch)
+        mixed = self._attend(q, kv_layer, batch, attention.scale)
+        x = self._product(attention.o_proj, mixed.flatten(1), residual=x)
         act = self._product(mlp.gate_up_proj, x, before_mlp, swiglu=True)
         return self._product(mlp.down_proj, act, residual=x)
 

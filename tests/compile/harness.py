@@ -38,6 +38,7 @@ class Case:
     tensor_cores: tuple[str, ...] = ()  # any matrix instruction
     warp_group: tuple[str, ...] = ()  # the matrix instructions of a warp group
     requests: tuple[str, ...] = ()  # weights requested while the kernel in front still runs, from sm_90 on
+    waits: tuple[str, ...] = ()  # for the kernel in front, before all else, and then lets the next one begin, likewise
     stack: tuple[str, ...] = ()  # may use local memory, where the cosine of a large angle has digits of 2 / pi
     resident: tuple[tuple[str, int], ...] = ()  # how many programs an sm_90 multiprocessor must hold at once
     # A kernel, how many weights a thread widens in a turn of its main loop, and the instructions that sm_90 may spend
@@ -61,7 +62,8 @@ class Row:
     tensor_cores: int
     warp_group: int
     requests: int  # lines asked for before the wait for the kernel in front
-    too_early: int  # loads and stores before that wait
+    waits: bool  # for the kernel in front, and then lets the next one begin
+    too_early: int  # loads, stores and exits before that wait
     instructions: int
     loop: int  # instructions of its longest loop
 
@@ -147,7 +149,8 @@ def _read(case: str, name: str, arch: int, kernel: Any) -> Row:
         tensor_cores=count(r"HMMA|IMMA|QMMA|[HQ]GMMA|UTC[A-Z0-9]*MMA"),
         warp_group=count(WARP_GROUP[arch]),
         requests=count(r"CCTL.*PF2", before_wait),
-        too_early=count("LDG|STG|ATOM|RED", before_wait),
+        waits="ACQBULK" in opcodes and "PREEXIT" in in_order[in_order.index("ACQBULK") :],
+        too_early=count("LDG|STG|ATOM|RED|EXIT", before_wait),
         instructions=sum(opcodes.values()),
         loop=_longest_loop(code),
     )
@@ -216,8 +219,10 @@ def complaints(row: Row, case: Case, expected: tuple[int, int, int] | None) -> l
             found.append(f"no instruction of the kind {wanted}")
     if row.kernel in case.requests and row.arch >= 90 and not row.requests:
         found.append("no weight is requested before the wait for the kernel in front")
+    if row.kernel in case.waits and row.arch >= 90 and not row.waits:
+        found.append("does not wait for the kernel in front, or does not let the next one begin")
     if row.too_early:
-        found.append(f"{row.too_early} loads and stores before the wait for the kernel in front")
+        found.append(f"{row.too_early} loads, stores and exits before the wait for the kernel in front")
     for kernel, programs in case.resident:
         if (kernel, 90) == (row.kernel, row.arch) and row.resident < programs:
             found.append(f"{row.resident} programs fit a multiprocessor at once, not {programs}")

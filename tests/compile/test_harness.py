@@ -21,6 +21,7 @@ GOOD = Row(
     tensor_cores=8,
     warp_group=8,
     requests=4,
+    waits=True,
     too_early=0,
     instructions=1000,
     loop=500,
@@ -32,6 +33,7 @@ CASE = Case(
     tensor_cores=("kernel",),
     warp_group=("kernel",),
     requests=("kernel",),
+    waits=("kernel",),
     resident=(("kernel", 4),),
     per_weight=("kernel", 128, 4.0),
 )
@@ -51,7 +53,8 @@ def test_nothing_to_complain_of():
         ({"tensor_cores": 0}, "tensor_cores"),
         ({"warp_group": 0}, "warp_group"),
         ({"requests": 0}, "no weight is requested before the wait"),
-        ({"too_early": 2}, "2 loads and stores before the wait"),
+        ({"too_early": 2}, "2 loads, stores and exits before the wait"),
+        ({"waits": False}, "does not wait for the kernel in front"),
         ({"registers": 136}, "3 programs fit"),
         ({"shared": 60_000}, "3 programs fit"),
         ({"loop": 513}, "4.01 instructions per weight, at most 4.0"),
@@ -77,7 +80,11 @@ def test_regressions(expected, message):
 
 def test_kernels_that_are_not_named_may_lack_instructions():
     assert (
-        complaints(replace(GOOD, kernel="other", wide_loads=0, tensor_cores=0, warp_group=0, requests=0), CASE, None)
+        complaints(
+            replace(GOOD, kernel="other", wide_loads=0, tensor_cores=0, warp_group=0, requests=0, waits=False),
+            CASE,
+            None,
+        )
         == []
     )
 

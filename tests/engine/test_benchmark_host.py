@@ -29,15 +29,17 @@ def test_it_counts_the_launches_of_a_step(capsys):
 
 
 def test_it_counts_the_launches_of_fused_steps(capsys):
-    """As benchmarks/LOG.md counts them. Without the flag dense products are the library's, which nobody counts here."""
-    for flags, layer in (
-        (["--fused"], 7),
-        (["--quantization", "int8"], 13),
-        (["--quantization", "int8", "--fused"], 12),
+    """As benchmarks/LOG.md counts them, and how many are launched before the one in front has ended: all but norms of
+    codes. Without the flag dense products are the library's, which nobody counts here."""
+    for flags, layer, early in (
+        (["--fused"], 7, 7),
+        (["--quantization", "int8"], 13, 0),
+        (["--quantization", "int8", "--fused"], 12, 10),
     ):
         host.main(["--layers", "2", "--batches", "1", "65", "--steps", "1", *flags])
         results = json.loads(capsys.readouterr().out.splitlines()[-1])["results"]
         assert results["greedy 1"]["launches"] == 1 + 2 * layer + 1 + 2
+        assert results["greedy 1"]["early"] == 2 * early and results["greedy 65"]["early"] == 0
         above_64 = 6 if flags == ["--fused"] else 10  # without splits
         assert results["greedy 65"]["launches"] == 1 + 2 * above_64 + 1 + 2
 

@@ -29,6 +29,7 @@ from llama.kernels.gpu.attention import split
 from llama.kernels.gpu.attention.config import LOG2_E, decode_options, padded
 from llama.kernels.gpu.attention.split import NOTHING, chunking, power_of_two
 from llama.kernels.gpu.attention.tiles import key_rows, load_blocks, row_mask
+from llama.kernels.gpu.chain import launch_options, take_turn
 from llama.kernels.gpu.e4m3 import load_as
 from llama.kernels.gpu.launch import Launcher
 from llama.kernels.types import KVLayer, Ragged
@@ -138,7 +139,10 @@ def _decode_kernel(
     MAX_CHUNKS: tl.constexpr,
     PRECISION: tl.constexpr,
     HAS_SCALES: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    if EARLY:
+        take_turn()
     program = tl.program_id(0)
     # A lone sequence, where each microsecond counts most, is not searched for.
     if num_sequences == 1:
@@ -269,17 +273,19 @@ def decode_attention(
     scale: float,
     *,
     num_programs: int | None = None,
+    is_early: bool = False,
 ) -> None:
-    """Write the rows of the decodes, or of the runs, to `out`; `num_programs` is for tests alone and changes no bit."""
+    """Write the rows of the decodes, or of the runs, to `out`; `num_programs` is for tests alone and changes no bit.
+    `is_early`: the kernels are launched before those in front have ended."""
     k_cache, block_tables, queries = kv_layer.k, ragged.block_tables, ragged.run_len
     sequences = len(block_tables) if queries > 1 else ragged.num_decodes
-    heads, head_dim = q.shape[1:]
-    block_size, kv_heads = k_cache.shape[1:3]
+    (heads, head_dim), (block_size, kv_heads) = q.shape[1:], k_cache.shape[1:3]
     group = heads // kv_heads
     is_e4m3 = kv_layer.scales is not None
     programs, options = decode_options(head_dim, q.element_size(), queries * group, is_e4m3=is_e4m3)
     if num_programs is None:
         num_programs = programs * multiprocessor_count(q.device)
+    early = launch_options(q.device, is_early)
     partials = split.allocate(out, sequences * kv_heads, num_programs, kv_heads, queries)
     sizes = {
         "KV_HEADS": kv_heads,
@@ -289,6 +295,7 @@ def decode_attention(
         "DIMS": padded(head_dim),
         "MIN_CHUNK": split.MIN_CHUNK,
         "MAX_CHUNKS": split.max_chunks(kv_heads),
+        "EARLY": bool(early),
     }
     _launch_decode(
         (num_programs,),
@@ -313,8 +320,8 @@ def decode_attention(
         HEAD_STRIDE=k_cache.stride(2),
         PRECISION="ieee",
         HAS_SCALES=is_e4m3,
-        **options,
+        **(options | early),
     )
     # A context within one chunk is never split.
     if block_tables.shape[1] * block_size > split.MIN_CHUNK:
-        split.merge(out, partials, ragged, sizes | {"BLOCK_KEYS": options["BLOCK_KEYS"]})
+        split.merge(out, partials, ragged, sizes | {"BLOCK_KEYS": options["BLOCK_KEYS"]}, early)

@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from llama.kernels.gpu.chain import take_turn
 from llama.kernels.gpu.launch import Launcher, next_power_of_2
 from llama.kernels.types import Ragged
 
@@ -90,7 +91,10 @@ def _merge_kernel(
     BLOCK_KEYS: tl.constexpr,
     MIN_CHUNK: tl.constexpr,
     MAX_CHUNKS: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    if EARLY:
+        take_turn()
     sequence, query_head = tl.program_id(0), tl.program_id(1)
     pair = sequence * KV_HEADS + query_head // GROUP
     member = query_head % GROUP
@@ -136,9 +140,11 @@ def allocate(out: Tensor, pairs: int, num_programs: int, kv_heads: int, queries:
 _launch_merge = Launcher(_merge_kernel)
 
 
-def merge(out: Tensor, partials: Partials, ragged: Ragged, sizes: dict[str, int]) -> None:
-    """Write the rows of `out` whose chunks several programs computed; `sizes` are the kernel's constants."""
+def merge(out: Tensor, partials: Partials, ragged: Ragged, sizes: dict[str, int], early: dict[str, bool]) -> None:
+    """Write the rows of `out` whose chunks several programs computed; `sizes` are the kernel's constants, `early` how
+    it is launched before the kernel in front has ended."""
     # Four dimensions per lane: registers for all the loads of an unrolled step at once.
     warps = max(1, sizes["DIMS"] // 128)
     grid = (partials[2].shape[0] // sizes["KV_HEADS"], out.shape[1], sizes["QUERIES"])
-    _launch_merge(grid, out, *partials, ragged.query_starts, ragged.context_lens, **sizes, num_warps=warps, maxnreg=255)
+    options = sizes | {"num_warps": warps, "maxnreg": 255} | early
+    _launch_merge(grid, out, *partials, ragged.query_starts, ragged.context_lens, **options)

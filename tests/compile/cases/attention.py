@@ -5,7 +5,7 @@ from unittest import mock
 
 import torch
 
-from llama.kernels.gpu.attention import config, paged_attention, prefill
+from llama.kernels.gpu.attention import attend, config, prefill
 from llama.kernels.gpu.attention.config import decode_options
 from llama.kernels.types import KVLayer, Ragged
 from tests.compile.harness import Case
@@ -37,7 +37,13 @@ PREFILL_TILES = ((128, 128, 8, 2), (64, 64, 4, 3), (64, 128, 4, 2))
 
 
 def _call(
-    configuration: tuple, queries: int, sequences: int, num_decodes: int, e4m3: bool = False, run_len: int = 1
+    configuration: tuple,
+    queries: int,
+    sequences: int,
+    num_decodes: int,
+    e4m3: bool = False,
+    run_len: int = 1,
+    is_early: bool = False,
 ) -> torch.Tensor:
     head_dim, heads, kv_heads, block_size, dtype = configuration
 
@@ -57,7 +63,7 @@ def _call(
     stored = torch.uint8 if e4m3 else dtype
     scales = empty(2, kv_heads, dtype=torch.float32) if e4m3 else None
     kv_layer = KVLayer(empty(*cache, dtype=stored), empty(*cache, dtype=stored), scales)
-    return paged_attention(empty(queries, heads, head_dim, dtype=dtype), kv_layer, ragged, head_dim**-0.5)
+    return attend(empty(queries, heads, head_dim, dtype=dtype), kv_layer, ragged, head_dim**-0.5, is_early=is_early)
 
 
 def _call_in_chunks(configuration: tuple, e4m3: bool) -> torch.Tensor:
@@ -90,6 +96,14 @@ def cases() -> Iterator[Case]:
             wide_loads=("_prefill_kernel",),
             warp_group=("_prefill_kernel",) if sixteen_bits else (),
         )
+    yield Case(
+        "decode D=128 heads=32/8 block=16 bfloat16 early",
+        lambda: _call(CONFIGURATIONS[0], 64, 64, 64, is_early=True),
+        architectures=(90, 100),
+        wide_loads=("_decode_kernel",),
+        waits=("_decode_kernel", "_merge_kernel"),
+        resident=(("_decode_kernel", decode_options(128, 2, 4)[0]),),
+    )
     for *configuration, run_len in RUNS:
         head_dim, heads, kv_heads, block_size, dtype = configuration
         yield Case(

@@ -43,7 +43,7 @@ def _fused_dense(shape: tuple[int, int], kind: str) -> object:
 def _fused_cases() -> Iterator[Case]:
     square, gate_up = (4096, 4096), (28672, 4096)
     kernels = ("_matmul_kernel",)
-    every = {"wide_loads": kernels, "tensor_cores": kernels, "requests": kernels}
+    every = {"wide_loads": kernels, "tensor_cores": kernels, "requests": kernels, "waits": (*kernels, "_add_kernel")}
     for shape, kind in (((6144, 4096), "norm"), (square, "residual"), (gate_up, "norm swiglu")):
         run = partial(_fused_dense, shape, kind)
         yield Case(f"fused {kind} bfloat16 {shape[0]}x{shape[1]}", run, **every)
