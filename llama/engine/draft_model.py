@@ -13,7 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from llama.engine.config import EngineConfig
 from llama.engine.device import to_device
+from llama.engine.memory import warm_up
 from llama.engine.plan import Ints
 from llama.engine.running import Running
 from llama.engine.sampler import SamplerTable
@@ -37,11 +39,15 @@ class _Feed(NamedTuple):
 
 class DraftModel:
     def __init__(
-        self, model: Transformer, kv: KVCache, running: Running, sampler: SamplerTable, max_num_batched_tokens: int
+        self, model: Transformer, kv: KVCache, running: Running, sampler: SamplerTable, config: EngineConfig
     ) -> None:
         """`sampler` is the other model's: it is read, and nothing is counted in it."""
         self._model, self._kv, self._running, self._sampler = model, kv, running, sampler
-        self._budget = max_num_batched_tokens
+        self._budget = config.token_budget
+        if model.device.type == "cuda":
+            # No step of it is measured. Its own have no drafts, and a cache in its own dtype.
+            with torch.cuda.device(model.device):
+                warm_up(model, replace(config, speculative_config=None, kv_cache_dtype="auto"))
 
     @torch.inference_mode()
     def propose(self, asked: list[tuple[Sequence, int]]) -> list[list[int]]:

@@ -100,7 +100,7 @@ class Engine:
             shape = num_blocks, config.block_size
             self._draft_kv = KVCache(draft.config, *shape, dtype=draft.dtype, device=draft.device)
             parts = draft, self._draft_kv, self.scheduler.running, runner.sampler
-            self.scheduler.speculation.draft_model = DraftModel(*parts, max_num_batched_tokens=config.token_budget)
+            self.scheduler.speculation.draft_model = DraftModel(*parts, config)
         self.model = model
         self._hooks = [] if model is None else hooks_of(model)
         self._has_warned = self.is_sleeping = False

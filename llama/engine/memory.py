@@ -89,7 +89,7 @@ def worst_step(model: Transformer, config: EngineConfig, *, is_decode: bool) -> 
     kv.data.zero_()
     tokens = num_samples if is_decode else config.token_budget
     query_len, most_of_run = (1, run_len(model, config)) if is_decode else (tokens, 1)
-    num_blocks = -(-query_len // block_size)
+    num_blocks = config.blocks_per_sequence if is_decode else -(-query_len // block_size)  # decodes may be split
     if isinstance(model.fixed, Runs):
         most_of_run = run_len(model, config)
         query_len, num_blocks = min(query_len, most_of_run), config.blocks_per_sequence

@@ -4,18 +4,25 @@ Triton's kernels are not launched; all around them runs. A tensor of the host am
 shape depends on values, would be a place where the host waits for the device: no graph can hold it.
 """
 
+import contextlib
 import itertools
 from dataclasses import replace
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from triton.runtime.jit import JITFunction
 
+from llama import SamplingParams
+from llama.engine import draft_model
 from llama.engine.config import EngineConfig
+from llama.engine.draft_model import DraftModel, _Feed
 from llama.engine.graph_runner import GraphRunner
 from llama.engine.memory import warm_up, worst_step
+from llama.engine.sampler import SamplerTable
 from llama.kernels import ops
 from llama.kernels.gpu.attention import prefill
 from llama.kernels.types import SamplerState
@@ -130,7 +137,7 @@ def test_the_worst_step(launched, is_decode, monkeypatch):
     with OnDeviceAlone():
         worst_step(model, config, is_decode=is_decode)
     assert ("_decode_kernel" in launched) == is_decode and ("_prefill_kernel" in launched) != is_decode
-    assert ("_merge_chunks_kernel" in launched) != is_decode
+    assert ("_merge_kernel" in launched) == is_decode and ("_merge_chunks_kernel" in launched) != is_decode
     assert {"choose_kernel", "count_kernel", "logprob_merge_kernel"} <= set(launched)
 
 
@@ -166,6 +173,37 @@ def test_a_small_step_needs_the_kernels_of_the_worst_one(monkeypatch, speculativ
             worst_step(model, config, is_decode=is_decode)
 
     assert variants(monkeypatch, lambda: warm_up(model, config)) == variants(monkeypatch, worst)
+
+
+def test_a_draft_model_is_warmed_with_the_kernels_of_its_steps(monkeypatch):
+    preset = replace(ModelConfig.preset("llama-3.1-8b"), num_hidden_layers=1)
+    draft = Transformer(preset, device="meta", dtype=torch.bfloat16)
+    speculative = {"method": "draft_model", "model": "x"}
+    config = EngineConfig(max_num_seqs=4, kv_cache_dtype="fp8", speculative_config=speculative).resolved(preset, "cuda")
+    table = SamplerTable(4, preset.vocab_size, (), device="meta")
+    for row in range(4):
+        table.set_row(row, SamplingParams(top_p=0.9, frequency_penalty=0.5), row, [1])
+    running = SimpleNamespace(table=np.zeros((4, config.blocks_per_sequence), np.int32))
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self)
+    warmed = []
+    monkeypatch.setattr(draft_model, "warm_up", lambda *given: warmed.append(given))
+    monkeypatch.setattr(torch.cuda, "device", contextlib.nullcontext)
+    on_cuda = SimpleNamespace(device=torch.device("cuda"))
+    DraftModel(on_cuda, None, running, table, config)
+    ((of, given),) = warmed
+    assert of is on_cuda
+    kv = KVCache(preset, 40, config.block_size, dtype=torch.bfloat16, device="meta")
+    made = DraftModel(draft, kv, running, table, config)
+    assert len(warmed) == 1
+
+    def steps() -> None:
+        for lens in ((1, 1, 1), (1, 300, 7), (900,)):
+            feeds = [_Feed(i, i, 1000, 1000 + length, True) for i, length in enumerate(lens)]
+            made._step(feeds, torch.empty(sum(lens), dtype=torch.int64, device="meta"), table.state)
+
+    needed = variants(monkeypatch, steps)
+    assert {"_decode_kernel", "_merge_kernel", "_prefill_kernel", "choose_kernel"} <= {name for name, *_ in needed}
+    assert needed <= variants(monkeypatch, lambda: warm_up(draft, given))
 
 
 @pytest.mark.parametrize("multiprocessors", [1, 132, 1000])
