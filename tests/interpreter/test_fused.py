@@ -14,6 +14,7 @@ from llama.kernels.gpu import matmul
 from llama.kernels.gpu.fused import Fused
 from llama.kernels.gpu.matmul import dense_matmul, fused_matmul
 from llama.kernels.types import QuantizedWeight
+from llama.model.adapters import LoraStack
 from llama.model.fused import fuse
 from tests.engine.fakes import add
 from tests.engine.test_graphs import Stand, graph_engine, run
@@ -173,6 +174,23 @@ def test_what_is_more_than_a_weight_or_more_than_few_tokens_goes_the_usual_way()
     biased, seen = fused_model(attention_bias=True)
     biased.logits(IDS)
     assert not seen
+
+
+def test_a_step_with_an_adapter_or_taps_is_the_usual_one():
+    model, seen = fused_model()
+    plain, results = tiny_model(dtype=torch.float32, num_hidden_layers=1), {}
+    for each in (model, plain):
+        linear, stack = each.layers[0].mlp.down_proj, LoraStack((0, 48), is_embedding=False)
+        generator = torch.Generator().manual_seed(0)
+        stack.reserve(1, linear.in_features, 4, linear.weight)
+        a, b = torch.randn(4, linear.in_features, generator=generator), torch.randn(48, 4, generator=generator)
+        stack.put(1, 0, a, b)
+        results[each] = [each.logits(IDS, {linear: stack}, torch.tensor([index])) for index in (1, 0)]
+        logits, cache = each.run_with_cache(IDS, "layers.0.resid_post", logits=True)
+        results[each] += [logits, cache["layers.0.resid_post"]]
+    assert not seen
+    assert all(map(torch.equal, results[model], results[plain]))
+    assert not torch.equal(*results[plain][:2])
 
 
 @pytest.mark.slow
