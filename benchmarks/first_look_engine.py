@@ -25,6 +25,7 @@ from llama.engine.engine import Engine
 from llama.kernels import ops as ours
 from llama.kernels.cpu import activation, norm, rope, sampling
 from llama.kernels.gpu.attention import config as attention_config
+from llama.kernels.gpu.attention.config import PREFILL_CANDIDATES, PrefillTile
 from llama.kernels.types import KVLayer, Ragged, SamplerState
 from llama.model.config import ModelConfig
 from llama.model.transformer import Transformer
@@ -155,7 +156,7 @@ def decode_layout(look: Look) -> dict:
 
 
 @contextmanager
-def _prefill_tile(key: tuple[int, int], tile: tuple[int, ...]) -> Iterator[None]:
+def _prefill_tile(key: tuple[int, int], tile: PrefillTile) -> Iterator[None]:
     kept = attention_config._PREFILL[key]
     attention_config._PREFILL[key] = tile
     try:
@@ -165,8 +166,10 @@ def _prefill_tile(key: tuple[int, int], tile: tuple[int, ...]) -> Iterator[None]
 
 
 def prefill_tiles(look: Look) -> dict:
-    """Prefill attention by tile (rows, keys, warps, stages) and block size, beside torch's kernels: us and TFLOP/s."""
-    tiles = look.setting.pick([(128, 64, 8, 3), (128, 128, 8, 2), (64, 64, 4, 3), (64, 128, 4, 2)], [(16, 16, 4, 2)])
+    """Prefill attention by tile of rows x keys and block size, beside torch's kernels: us and TFLOP/s. Tensor
+    descriptors want blocks that hold a tile's keys."""
+    small = {"16x16": PrefillTile(16, 16, 4, 2), "16x16 descriptors": PrefillTile(16, 16, 4, 2, descriptors=True)}
+    tiles = small if look.is_tiny else PREFILL_CANDIDATES
     key = (max(64, look.setting.heads[2]), look.dtype.itemsize)
     found: dict[str, Any] = {}
 
@@ -179,11 +182,12 @@ def prefill_tiles(look: Look) -> dict:
         length = workload.shape["context"]
         if workload.shape["queries"] != length or length not in look.setting.pick([2048, 8192, 32768], [20]):
             continue
-        for block_size in (16, 128):
+        for block_size in (16, 64, 128):
             call = _paged(look, 1, length, length, block_size=block_size)
-            for tile in tiles:
-                with _prefill_tile(key, tile):
-                    record(f"{length} block {block_size} tile {tile}", workload.flops, call)
+            for name, tile in tiles.items():
+                if tile.keys <= block_size if tile.descriptors else block_size != 64:
+                    with _prefill_tile(key, tile):
+                        record(f"{length} block {block_size} tile {name}", workload.flops, call)
         for name, call in workload.make(0).items():
             if name != "ours":
                 record(f"{length} {name}", workload.flops, call)

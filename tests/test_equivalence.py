@@ -245,7 +245,7 @@ def check(case: Case, asks=ASKS) -> Engine:
     return engine
 
 
-@pytest.mark.parametrize("block_size", [1, 4, 16, 256])
+@pytest.mark.parametrize("block_size", [1, 4, 16, 64, 128, 256])
 @pytest.mark.parametrize("budget", [16, 64, 4096])
 def test_block_sizes_and_budgets(budget, block_size):
     check(Case(budget=budget, block_size=block_size))

@@ -37,6 +37,7 @@ class Case:
     wide_loads: tuple[str, ...] = ()  # 128-bit loads from global memory
     tensor_cores: tuple[str, ...] = ()  # any matrix instruction
     warp_group: tuple[str, ...] = ()  # the matrix instructions of a warp group
+    descriptors: tuple[str, ...] = ()  # tiles that the copy engine fetches by a descriptor
     requests: tuple[str, ...] = ()  # weights requested while the kernel in front still runs, from sm_90 on
     waits: tuple[str, ...] = ()  # for the kernel in front, before all else, and then lets the next one begin, likewise
     stack: tuple[str, ...] = ()  # may use local memory, where the cosine of a large angle has digits of 2 / pi
@@ -61,6 +62,7 @@ class Row:
     wide_loads: int
     tensor_cores: int
     warp_group: int
+    descriptors: int
     requests: int  # lines asked for before the wait for the kernel in front
     waits: bool  # for the kernel in front, and then lets the next one begin
     too_early: int  # loads, stores and exits before that wait
@@ -148,6 +150,7 @@ def _read(case: str, name: str, arch: int, kernel: Any) -> Row:
         wide_loads=count(r"(LDG|LDGSTS)\..*128"),
         tensor_cores=count(r"HMMA|IMMA|QMMA|[HQ]GMMA|UTC[A-Z0-9]*MMA"),
         warp_group=count(WARP_GROUP[arch]),
+        descriptors=count("UTMALDG"),
         requests=count(r"CCTL.*PF2", before_wait),
         waits="ACQBULK" in opcodes and "PREEXIT" in in_order[in_order.index("ACQBULK") :],
         too_early=count("LDG|STG|ATOM|RED|EXIT", before_wait),
@@ -214,7 +217,7 @@ def complaints(row: Row, case: Case, expected: tuple[int, int, int] | None) -> l
         found.append(f"{row.spills} accesses of local memory: registers spill")
     if row.shared > SHARED_LIMIT[row.arch]:
         found.append(f"{row.shared} bytes of shared memory, the limit is {SHARED_LIMIT[row.arch]}")
-    for wanted in ("wide_loads", "tensor_cores", "warp_group"):
+    for wanted in ("wide_loads", "tensor_cores", "warp_group", "descriptors"):
         if row.kernel in getattr(case, wanted) and not getattr(row, wanted):
             found.append(f"no instruction of the kind {wanted}")
     if row.kernel in case.requests and row.arch >= 90 and not row.requests:

@@ -20,6 +20,7 @@ GOOD = Row(
     wide_loads=4,
     tensor_cores=8,
     warp_group=8,
+    descriptors=2,
     requests=4,
     waits=True,
     too_early=0,
@@ -32,6 +33,7 @@ CASE = Case(
     wide_loads=("kernel",),
     tensor_cores=("kernel",),
     warp_group=("kernel",),
+    descriptors=("kernel",),
     requests=("kernel",),
     waits=("kernel",),
     resident=(("kernel", 4),),
@@ -52,6 +54,7 @@ def test_nothing_to_complain_of():
         ({"wide_loads": 0}, "wide_loads"),
         ({"tensor_cores": 0}, "tensor_cores"),
         ({"warp_group": 0}, "warp_group"),
+        ({"descriptors": 0}, "descriptors"),
         ({"requests": 0}, "no weight is requested before the wait"),
         ({"too_early": 2}, "2 loads, stores and exits before the wait"),
         ({"waits": False}, "does not wait for the kernel in front"),
@@ -79,14 +82,8 @@ def test_regressions(expected, message):
 
 
 def test_kernels_that_are_not_named_may_lack_instructions():
-    assert (
-        complaints(
-            replace(GOOD, kernel="other", wide_loads=0, tensor_cores=0, warp_group=0, requests=0, waits=False),
-            CASE,
-            None,
-        )
-        == []
-    )
+    lacks = dict.fromkeys(("wide_loads", "tensor_cores", "warp_group", "descriptors", "requests"), 0)
+    assert complaints(replace(GOOD, kernel="other", **lacks, waits=False), CASE, None) == []
 
 
 def test_local_memory_is_no_spill_where_a_cosine_has_a_stack():

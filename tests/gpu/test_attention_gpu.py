@@ -10,7 +10,7 @@ import torch
 
 from llama.kernels import ops
 from llama.kernels.cpu.e4m3 import from_e4m3, to_e4m3
-from llama.kernels.gpu.attention import decode, paged_attention
+from llama.kernels.gpu.attention import config, decode, paged_attention
 from llama.kernels.types import KVLayer
 from tests.paged_attention import answer, as_runs, each_alone, make_problem
 
@@ -165,6 +165,17 @@ def test_prefill_of_few_queries_behind_long_contexts(shape):
         case = problem(queries, contexts, num_decodes=int(contexts[0] == 700), **sizes)
         out = check(case)
         assert torch.equal(case.run(paged_attention), out)
+
+
+@pytest.mark.parametrize(("name", "block_size"), [("128x64", 64), ("128x64", 128), ("128x128", 128)])
+def test_prefill_by_descriptors_has_the_bits_of_prefill_by_pointers(name, block_size, monkeypatch):
+    """Over several tiles of queries and keys, and in chunks."""
+    sizes = {"heads": (32, 8), "head_dim": 128, "block_size": block_size, "dtype": torch.bfloat16}
+    for case in (problem(**MIXED, num_decodes=4, **sizes), problem([30], [20_000], **sizes)):
+        monkeypatch.setitem(config._PREFILL, (128, 2), config.PREFILL_CANDIDATES[name])
+        by_pointers = check(case)
+        monkeypatch.setitem(config._PREFILL, (128, 2), config.PREFILL_CANDIDATES[f"{name} descriptors"])
+        assert torch.equal(case.run(paged_attention), by_pointers)
 
 
 def test_prefill_of_a_whole_prompt():

@@ -167,7 +167,7 @@ def test_prefill_of_ragged_sequences(dtype):
 
 
 def test_prefill_that_needs_several_query_tiles():
-    rows = config.prefill_options(16, 4, 1)["ROWS"]
+    rows = config.prefill_options(16, 4, 1)[1]["ROWS"]
     check(make_problem([rows + 1, 2 * rows], [rows + 1, 2 * rows + 30], heads=(1, 1), head_dim=16))
 
 
@@ -206,7 +206,7 @@ def many_chunks(monkeypatch):
     monkeypatch.setattr(prefill, "multiprocessor_count", lambda device: 1000)
     monkeypatch.setattr(split, "_UNROLL", decode.tl.constexpr(2))
     for key in config._PREFILL:
-        monkeypatch.setitem(config._PREFILL, key, (16, 32, 4, 2))
+        monkeypatch.setitem(config._PREFILL, key, config.PrefillTile(16, 32, 4, 2))
     return parts
 
 
@@ -236,6 +236,54 @@ def test_prefill_in_chunks_over_an_fp8_cache(many_chunks):
         patch.setattr(prefill, "multiprocessor_count", lambda device: 1)
         torch.testing.assert_close(cut, problem.run(paged_attention), rtol=2e-3, atol=0)
     assert len(many_chunks) == 1
+
+
+def by_descriptors(problem):
+    """Where tiles ask for descriptors, and get them."""
+    made = []
+    with pytest.MonkeyPatch.context() as patch:
+        for key, tile in list(config._PREFILL.items()):
+            patch.setitem(config._PREFILL, key, tile._replace(descriptors=True))
+        real = prefill._descriptors
+        patch.setattr(prefill, "_descriptors", lambda *given: made.append(real(*given)) or made[-1])
+        out = problem.run(paged_attention)
+    assert len(made) == 1 and made[0] is not None
+    return out
+
+
+@pytest.mark.parametrize(("dtype", "block_size"), [(torch.float32, 64), (torch.float16, 128)], ids=str)
+def test_prefill_by_descriptors_has_the_bits_of_prefill_by_pointers(dtype, block_size):
+    """A tile of keys is a whole block or a part of one; several tiles of queries, and what is not in use is NaN."""
+    lens = {torch.float32: ([40, 0, 1], [140, 0, 64]), torch.float16: ([130, 0, 1], [290, 0, 128])}[dtype]
+    problem = make_problem(*lens, heads=(1, 1), block_size=block_size, dtype=dtype)
+    assert torch.equal(by_descriptors(problem), check(problem))
+
+
+@pytest.mark.parametrize(("name", "block_size"), [("128x64", 64), ("128x64", 128), ("128x128", 128)])
+def test_candidates_by_descriptors(name, block_size, monkeypatch):
+    monkeypatch.setitem(config._PREFILL, (128, 2), config.PREFILL_CANDIDATES[name])
+    problem = make_problem([3], [300], heads=(4, 1), head_dim=128, block_size=block_size, dtype=torch.float16)
+    assert torch.equal(by_descriptors(problem), check(problem))
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+def test_prefill_in_chunks_by_descriptors(dtype, many_chunks):
+    problem = make_problem([5, 1], [130, 3], heads=(4, 1), head_dim=16, block_size=64, dtype=dtype)
+    assert torch.equal(by_descriptors(problem), check(problem))
+    assert len(many_chunks) == 2
+
+
+def test_descriptors_are_of_caches_without_gaps_whose_blocks_hold_a_tile():
+    def has(kv_layer, dtype=torch.float16, keys=64):
+        return prefill._descriptors(kv_layer, dtype, keys) is not None
+
+    cache = torch.zeros(4, 64, 2, 32, dtype=torch.float16)
+    both, codes = torch.stack((cache, cache), 1), cache.to(torch.uint8)
+    assert has(KVLayer(cache, cache))
+    assert not has(KVLayer(cache, cache), keys=128)
+    assert not has(KVLayer(both[:, 0], both[:, 1]))
+    assert not has(KVLayer(cache[..., :24].contiguous(), cache[..., :24].contiguous()))
+    assert not has(KVLayer(codes, codes, torch.ones(2, 2)))
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from triton.runtime import interpreter
 
 from llama import LLM, ModelConfig, SamplingParams, Transformer
 from llama.kernels import ops
+from llama.kernels.gpu.attention import config, prefill
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # infinities meet on purpose
 
@@ -37,12 +38,12 @@ ASKS = [
 ]
 
 
-def _generate(dtype):
+def _generate(dtype, asks=ASKS, **options):
     torch.manual_seed(0)
     model = Transformer(ModelConfig.preset("tiny"), dtype=dtype, seed=1)
     # A budget below the longest prompt: chunked prefill, beside decodes.
-    llm = LLM(model, max_model_len=64, num_blocks=32, max_num_seqs=8, max_num_batched_tokens=24, seed=5)
-    prompts, params = zip(*ASKS, strict=True)
+    llm = LLM(model, max_model_len=64, num_blocks=32, max_num_seqs=8, max_num_batched_tokens=24, seed=5, **options)
+    prompts, params = zip(*asks, strict=True)
     outputs = llm.generate([list(prompt) for prompt in prompts], list(params), use_tqdm=False)
     return [completion for output in outputs for completion in output.outputs], outputs
 
@@ -93,3 +94,19 @@ def test_generation_through_triton(monkeypatch, launched):
         assert (ours.prompt_logprobs is None) == (theirs.prompt_logprobs is None)
         for step, expected in zip(ours.prompt_logprobs or (), theirs.prompt_logprobs or (), strict=True):
             assert (step or {}).keys() == (expected or {}).keys()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("block_size", [64, 128])
+def test_generation_over_large_blocks_whose_keys_come_by_descriptors(block_size, monkeypatch):
+    asks = [(PROMPT[:5], SamplingParams(temperature=0, max_tokens=2))]
+    asks += [(PROMPT + PROMPT[::2], SamplingParams(temperature=0, max_tokens=2))]
+    made, real = [], prefill._descriptors
+    monkeypatch.setattr(prefill, "_descriptors", lambda *given: made.append(real(*given)) or made[-1])
+    for key, tile in list(config._PREFILL.items()):
+        monkeypatch.setitem(config._PREFILL, key, tile._replace(descriptors=True))
+    ours, _ = _generate(torch.float32, asks, block_size=block_size)
+    assert made and None not in made
+    monkeypatch.setattr(ops, "_INTERPRETED", False)
+    theirs, _ = _generate(torch.float32, asks)
+    assert [c.token_ids for c in ours] == [c.token_ids for c in theirs]

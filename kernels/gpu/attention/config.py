@@ -5,6 +5,7 @@ One fixed choice each: neither batch nor length may pick a tile, or a request's 
 """
 
 import math
+from typing import NamedTuple
 
 LOG2_E = math.log2(math.e)
 
@@ -21,14 +22,34 @@ _DECODE = {
 # Where K and V are e4m3, which is widened in registers: beside it the addresses of a third stage would spill on sm_80.
 _DECODE_E4M3 = _DECODE | {(128, 2): (64, 4, 2, 2)}
 
-# the same -> rows of a tile (queries x heads of one group), keys, warps, stages
+
+class PrefillTile(NamedTuple):
+    rows: int  # queries x heads of one group
+    keys: int
+    warps: int
+    stages: int
+    # K and V of tiles without masks come through tensor descriptors where a tile of keys lies within one block.
+    descriptors: bool = False
+
+
+# For head_dim 128 in 16 bits, by name: _PREFILL has the first, benchmarks.first_look measures all of them.
+PREFILL_CANDIDATES = {
+    "128x64": PrefillTile(128, 64, 8, 3),
+    "128x128": PrefillTile(128, 128, 8, 2),
+    "64x64": PrefillTile(64, 64, 4, 3),
+    "64x128": PrefillTile(64, 128, 4, 2),
+    "128x64 descriptors": PrefillTile(128, 64, 8, 3, descriptors=True),
+    "128x128 descriptors": PrefillTile(128, 128, 8, 2, descriptors=True),
+}
+
+# the same as of _DECODE -> tile
 _PREFILL = {
-    (64, 2): (128, 128, 8, 3),
-    (128, 2): (128, 64, 8, 3),
-    (256, 2): (64, 32, 8, 2),
-    (64, 4): (32, 32, 8, 2),
-    (128, 4): (16, 16, 4, 2),
-    (256, 4): (16, 16, 8, 3),
+    (64, 2): PrefillTile(128, 128, 8, 3),
+    (128, 2): PREFILL_CANDIDATES["128x64"],
+    (256, 2): PrefillTile(64, 32, 8, 2),
+    (64, 4): PrefillTile(32, 32, 8, 2),
+    (128, 4): PrefillTile(16, 16, 4, 2),
+    (256, 4): PrefillTile(16, 16, 8, 3),
 }
 
 
@@ -56,7 +77,8 @@ def decode_options(
     return programs, options
 
 
-def prefill_options(head_dim: int, element_size: int, group: int) -> dict[str, int]:
-    rows, keys, warps, stages = _PREFILL[max(64, padded(head_dim)), element_size]
+def prefill_options(head_dim: int, element_size: int, group: int) -> tuple[bool, dict[str, int]]:
+    """-> whether to take tensor descriptors where the cache allows them, and the kernel's options."""
+    rows, keys, warps, stages, descriptors = _PREFILL[max(64, padded(head_dim)), element_size]
     rows = max(rows, 1 << (group - 1).bit_length())
-    return {"ROWS": rows, "BLOCK_KEYS": keys, "num_warps": warps, "num_stages": stages}
+    return descriptors, {"ROWS": rows, "BLOCK_KEYS": keys, "num_warps": warps, "num_stages": stages}

@@ -14,10 +14,13 @@ into chunks too: a program takes one chunk, a second kernel adds them up. How ma
 of queries, so the last bits of a result do; the deterministic mode has runs of queries, which `decode` computes.
 """
 
+from functools import partial
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from llama.kernels.checks import multiprocessor_count
 from llama.kernels.gpu.attention.config import LOG2_E, padded, prefill_options
@@ -43,6 +46,9 @@ def _attend(
     values,
     k_head,
     v_head,
+    k_tiles,  # descriptors of the caches as [slots, KV_HEADS * HEAD_DIM], or None
+    v_tiles,
+    column,
     block_table,
     start,
     end,
@@ -62,12 +68,17 @@ def _attend(
     for first in range(start, end, BLOCK_KEYS):
         keys = first + tl.arange(0, BLOCK_KEYS)
         rows = key_rows(blocks, first, BLOCK_SIZE, BLOCK_KEYS, BLOCK_STRIDE, SLOT_STRIDE)[:, None]
+        if k_tiles is not None:
+            slot = blocks * BLOCK_SIZE + first % BLOCK_SIZE
         blocks = load_blocks(block_table, first + BLOCK_KEYS, end, BLOCK_SIZE, BLOCK_KEYS)
         if MASKED or DIMS != HEAD_DIM:
             # Places that are not in use may hold NaN, and 0 * NaN is NaN: they are read as 0.
             mask = row_mask(keys < end, DIMS, HEAD_DIM)
             k = load_as(k_head + rows + dims, mask, query.dtype)
             v = load_as(v_head + rows + dims, mask, query.dtype)
+        elif k_tiles is not None:
+            k = k_tiles.load([slot, column])
+            v = v_tiles.load([slot, column])
         else:
             k = load_all_as(k_head + rows + dims, query.dtype)
             v = load_all_as(v_head + rows + dims, query.dtype)
@@ -123,6 +134,8 @@ def _prefill_kernel(
     q_token_stride,
     q_head_stride,
     table_stride,
+    k_tiles,  # see `_attend`
+    v_tiles,
     KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -185,6 +198,9 @@ def _prefill_kernel(
             values,
             k_cache + head * HEAD_STRIDE,
             v_cache + head * HEAD_STRIDE,
+            k_tiles,
+            v_tiles,
+            head * HEAD_DIM,
             block_tables + sequence.to(tl.int64) * table_stride,
             first,
             last,
@@ -281,13 +297,27 @@ def _allocate(out: Tensor, parts: int, members: int) -> tuple[Tensor, Tensor]:
     )
 
 
+def _descriptors(kv_layer: KVLayer, dtype: torch.dtype, keys: int) -> tuple[TensorDescriptor, ...] | None:
+    """Of K and V as [slots, kv_heads * head_dim], for tiles of so many keys of one head. None where such a tile may lie
+    in several blocks, or would have to be converted or padded.
+
+    Made for each launch: one that is kept would outlive the memory that a KV cache gives back and takes again.
+    """
+    _, block_size, _, head_dim = kv_layer.k.shape
+    is_plain = kv_layer.k.is_contiguous() and kv_layer.k.dtype == dtype and head_dim == padded(head_dim)
+    if block_size < keys or not is_plain:
+        return None
+    rows = (cache.flatten(2).flatten(0, 1) for cache in (kv_layer.k, kv_layer.v))
+    return tuple(TensorDescriptor.from_tensor(cache, [keys, head_dim]) for cache in rows)
+
+
 def prefill_attention(out: Tensor, q: Tensor, kv_layer: KVLayer, ragged: Ragged, scale: float) -> None:
     """Write the rows of all sequences behind the decodes to `out`."""
     k_cache, block_tables, num_decodes = kv_layer.k, ragged.block_tables, ragged.num_decodes
     heads, head_dim = q.shape[1:]
     block_size, kv_heads = k_cache.shape[1:3]
     group = heads // kv_heads
-    options = prefill_options(head_dim, q.element_size(), group)
+    takes_descriptors, options = prefill_options(head_dim, q.element_size(), group)
     tile_queries = options["ROWS"] // group
     queries, sequences = q.shape[0] - num_decodes, block_tables.shape[0] - num_decodes
     programs = queries // tile_queries + sequences
@@ -304,8 +334,12 @@ def prefill_attention(out: Tensor, q: Tensor, kv_layer: KVLayer, ragged: Ragged,
         "BLOCK_KEYS": options["BLOCK_KEYS"],
         "MIN_CHUNK": MIN_CHUNK,
     }
-    _launch_prefill(
-        (programs, kv_heads, chunks),
+    grid = programs, kv_heads, chunks
+    descriptors = _descriptors(kv_layer, q.dtype, options["BLOCK_KEYS"]) if takes_descriptors else None
+    # Triton encodes descriptors at each launch, so with them it has to launch the kernel itself.
+    launch = partial(_launch_prefill, grid) if descriptors is None else _prefill_kernel[grid]
+    k_tiles, v_tiles = descriptors or (None, None)
+    launch(
         out,
         *partials,
         q,
@@ -317,6 +351,8 @@ def prefill_attention(out: Tensor, q: Tensor, kv_layer: KVLayer, ragged: Ragged,
         scale * LOG2_E,
         *q.stride()[:2],
         block_tables.stride(0),
+        k_tiles=k_tiles,
+        v_tiles=v_tiles,
         **sizes | options,
         BLOCK_SIZE=block_size,
         BLOCK_STRIDE=k_cache.stride(0),
@@ -327,6 +363,5 @@ def prefill_attention(out: Tensor, q: Tensor, kv_layer: KVLayer, ragged: Ragged,
         SPLIT=chunks > 1,
     )
     if chunks > 1:
-        grid = (programs, kv_heads, tile_queries * group)
         sizes |= {"MAX_CHUNKS": MAX_CHUNKS, "num_warps": max(1, sizes["DIMS"] // 128), "maxnreg": 255}
-        _launch_merge(grid, out, *partials, *of_sequences, **sizes)
+        _launch_merge((programs, kv_heads, tile_queries * group), out, *partials, *of_sequences, **sizes)

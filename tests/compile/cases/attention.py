@@ -32,9 +32,6 @@ RUNS = (
     (128, 64, 8, 16, torch.bfloat16, 4),
 )
 
-# Rows, keys, warps, stages: what benchmarks.first_look tries in place of the table's tile.
-PREFILL_TILES = ((128, 128, 8, 2), (64, 64, 4, 3), (64, 128, 4, 2))
-
 
 def _call(
     configuration: tuple,
@@ -66,16 +63,32 @@ def _call(
     return attend(empty(queries, heads, head_dim, dtype=dtype), kv_layer, ragged, head_dim**-0.5, is_early=is_early)
 
 
-def _call_in_chunks(configuration: tuple, e4m3: bool) -> torch.Tensor:
+def _call_in_chunks(configuration: tuple, e4m3: bool = False) -> torch.Tensor:
     """Few queries behind a long context, on a GPU that has multiprocessors for chunks of it."""
     with mock.patch.object(prefill, "multiprocessor_count", lambda device: 132):
         return _call(configuration, 8, 1, 0, e4m3=e4m3)
 
 
-def _call_with_tile(tile: tuple[int, int, int, int]) -> torch.Tensor:
-    configuration = CONFIGURATIONS[0]
-    with mock.patch.dict(config._PREFILL, {(configuration[0], configuration[-1].itemsize): tile}):
-        return _call(configuration, 8192, 8, 0)
+def _call_with_tile(tile: config.PrefillTile, in_chunks: bool = False) -> torch.Tensor:
+    configuration = (128, 32, 8, 128 if tile.descriptors else 16, torch.bfloat16)
+    with mock.patch.dict(config._PREFILL, {(128, 2): tile}):
+        return _call_in_chunks(configuration) if in_chunks else _call(configuration, 8192, 8, 0)
+
+
+def _candidates() -> Iterator[Case]:
+    """What benchmarks.first_look tries in place of the table's tile; with descriptors, in chunks too."""
+    for name, tile in config.PREFILL_CANDIDATES.items():
+        for in_chunks in (False, True)[: 1 + tile.descriptors]:
+            if tile is not config._PREFILL[128, 2]:
+                yield Case(
+                    f"{'chunks of ' * in_chunks}prefill tile {name} D=128 bfloat16",
+                    lambda arguments=(tile, in_chunks): _call_with_tile(*arguments),
+                    # On sm_80 they spill, and the largest of those in chunks on sm_100.
+                    architectures=(90,) if in_chunks else (90, 100),
+                    wide_loads=("_prefill_kernel",),
+                    warp_group=("_prefill_kernel",),
+                    descriptors=("_prefill_kernel",) if tile.descriptors else (),
+                )
 
 
 def cases() -> Iterator[Case]:
@@ -131,11 +144,4 @@ def cases() -> Iterator[Case]:
             wide_loads=("_prefill_kernel",),
             tensor_cores=("_prefill_kernel",),
         )
-    for tile in PREFILL_TILES:
-        yield Case(
-            f"prefill tile {'x'.join(map(str, tile))} D=128 bfloat16",
-            lambda tile=tile: _call_with_tile(tile),
-            architectures=(90, 100),  # on sm_80 they spill
-            wide_loads=("_prefill_kernel",),
-            warp_group=("_prefill_kernel",),
-        )
+    yield from _candidates()
