@@ -8,6 +8,7 @@ gains.
 
 from functools import partial
 
+import torch
 from torch import Tensor
 
 from llama.api.errors import ParameterError
@@ -23,26 +24,34 @@ def fuse(model: Transformer) -> None:
     """Have all layers of Llama's own kind compute their small steps so. ParameterError where Triton does not run."""
     if not ops.on_triton(model.embed_tokens.weight):
         raise ParameterError(f"fused_decode must be False on {model.device.type}, got True", "fused_decode")
+    from llama.kernels.gpu.fused import FEW
+
+    shape = FEW * model.local_config.num_key_value_heads, 3
+    counters = torch.zeros(shape, dtype=torch.int32, device=model.device)
     for layer in model.layers:
         assert isinstance(layer, Block)
+        if isinstance(layer.fused, FusedBlock) and layer.fused.counters.device == model.device:
+            continue  # graphs of another engine may know its counters
         if type(layer.self_attn) is Attention and type(layer.mlp) is MLP:
-            layer.fused = FusedBlock(layer)
+            layer.fused = FusedBlock(layer, counters)
 
 
 class FusedBlock:
     """A Block's forward, where a step has few tokens, no adapters, no taps and no hooks, and the layer's four linear
     layers are weights and nothing else."""
 
-    def __init__(self, block: Block) -> None:
+    def __init__(self, block: Block, counters: Tensor) -> None:
+        """`counters`: see `attend`; all layers may have the same ones."""
         from llama.kernels.gpu.attention import attend
         from llama.kernels.gpu.fused import FEW, Fused
         from llama.kernels.gpu.matmul import fused_matmul
         from llama.kernels.gpu.rope import rotate_and_store
 
         self._most, self._fused, self._multiply = FEW, Fused, fused_matmul
-        self._rotate, self._attend = partial(rotate_and_store, is_early=True), partial(attend, is_early=True)
+        self._rotate, self._attend = partial(rotate_and_store, is_early=True), attend
         self._norms = block.input_layernorm, block.post_attention_layernorm
         self._attention, self._mlp = block.self_attn, block.mlp
+        self.counters = counters
         self._hooks = hooks_of(block)
 
     def __call__(
@@ -59,7 +68,7 @@ class FusedBlock:
         qkv = self._product(attention.qkv_proj, x, before_attention)
         q, k, v = attention.heads_of(qkv)
         q = self._rotate(q, k, v, cos_sin, kv_layer, batch)
-        mixed = self._attend(q, kv_layer, batch, attention.scale)
+        mixed = self._attend(q, kv_layer, batch, attention.scale, self.counters)
         x = self._product(attention.o_proj, mixed.flatten(1), residual=x)
         act = self._product(mlp.gate_up_proj, x, before_mlp, swiglu=True)
         return self._product(mlp.down_proj, act, residual=x)

@@ -136,6 +136,20 @@ def test_decode_has_the_same_bits_in_any_company():
         assert torch.equal(out, together)
 
 
+@pytest.mark.parametrize("run_len", [1, 8])
+def test_decode_in_one_kernel_has_the_bits_of_two(run_len):
+    """Whichever of the programs of a pair is the last to have written its chunks."""
+    lens = [5, 8, 1, 3, 7, 2] if run_len > 1 else [1] * 6
+    case = problem(lens, [4097, 131, 20_000, 64, 8192, 700], heads=(32, 8), head_dim=128, dtype=torch.bfloat16)
+    case = as_runs(case, 8) if run_len > 1 else each_alone(case)
+    together, counters = check(case), torch.zeros(48, 3, dtype=torch.int32, device=DEVICE)
+    for num_programs in (None, 1, 7, 132, 1000) * 50:
+        out = torch.full_like(case.q, torch.nan)
+        options = {"num_programs": num_programs, "counters": counters}
+        decode.decode_attention(out, case.q, case.kv_layer, case.ragged, case.scale, **options)
+        assert torch.equal(out, together) and not counters[:, 2].any()
+
+
 @pytest.mark.parametrize("group", [1, 4, 8])
 def test_queries_of_a_run_have_the_bits_that_each_has_alone(group):
     """Where all of a run's contexts are cut into chunks alike."""

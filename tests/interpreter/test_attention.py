@@ -29,7 +29,7 @@ def decodes(contexts, **options):
     return make_problem([1] * len(contexts), contexts, num_decodes=len(contexts), **options)
 
 
-def decode_with(problem, num_programs):
+def decode_with(problem, num_programs, counters=None):
     out = torch.full_like(problem.q, torch.nan)
     decode.decode_attention(
         out,
@@ -38,7 +38,21 @@ def decode_with(problem, num_programs):
         problem.ragged,
         problem.scale,
         num_programs=num_programs,
+        counters=counters,
     )
+    return out
+
+
+def decode_at_once(problem, num_programs, monkeypatch):
+    """In one kernel, which leaves its counters as it found them."""
+    counters = torch.full((64, 3), -7, dtype=torch.int32)
+    counters[:, 2] = 0
+    with monkeypatch.context() as patch:
+        patch.setattr(decode, "can_merge", lambda *shape: True)
+        patch.setattr(split, "merge", None)
+        patch.setattr(split, "_UNROLL_MEMBERS", decode.tl.constexpr(2))
+        out = decode_with(problem, num_programs, counters)
+    assert not counters[:, 2].any()
     return out
 
 
@@ -80,7 +94,9 @@ def test_decode_over_more_sequences_than_one_look(monkeypatch):
     monkeypatch.setattr(decode, "_SEQUENCES", decode.tl.constexpr(4))
     monkeypatch.setattr(split, "_UNROLL", decode.tl.constexpr(2))
     problem = decodes([3, 0, 70, 5, 33, 1, 64, 0, 129], heads=(1, 1), head_dim=16)
-    assert torch.equal(decode_with(problem, 3), check(problem))
+    expected = check(problem)
+    assert torch.equal(decode_with(problem, 3), expected)
+    assert torch.equal(decode_at_once(problem, 3, monkeypatch), expected)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
@@ -93,6 +109,8 @@ def test_decode_does_not_depend_on_who_does_the_work(dtype, monkeypatch):
     assert (alone.double() - answer(problem)).abs().max() <= TOLERANCES[dtype]
     for num_programs in (2, 3, 5, 16):
         assert torch.equal(decode_with(problem, num_programs), alone)
+    for num_programs in (1, 5, 16):
+        assert torch.equal(decode_at_once(problem, num_programs, monkeypatch), alone)
     assert torch.equal(decode_with(problem.only(0), 3), alone[:1])
     assert torch.equal(decode_with(problem.only(3, 1), 4), alone[[3, 1]])
 
@@ -109,6 +127,7 @@ def test_queries_of_a_run_have_the_bits_that_each_has_alone(dtype, heads, monkey
     out = check(as_runs(problem, 4))
     assert torch.equal(out, decode_with(each_alone(problem), 3))
     assert torch.equal(out, decode_with(as_runs(problem, 4), 3))
+    assert torch.equal(out, decode_at_once(as_runs(problem, 4), 7, monkeypatch))
 
 
 def test_runs_with_more_chunks_than_the_cap(monkeypatch):

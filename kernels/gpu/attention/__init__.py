@@ -15,11 +15,13 @@ def paged_attention(q: Tensor, kv_layer: KVLayer, ragged: Ragged, scale: float) 
     Rows of an empty context are 0; rows that belong to no sequence are left as they were allocated. Grids and kernels
     follow from shapes alone, and a CUDA graph of decodes holds for any contexts.
     """
-    return attend(q, kv_layer, ragged, scale, is_early=False)
+    return attend(q, kv_layer, ragged, scale, None)
 
 
-def attend(q: Tensor, kv_layer: KVLayer, ragged: Ragged, scale: float, *, is_early: bool) -> Tensor:
-    """`paged_attention`, whose decodes are launched before the kernel in front has ended if `is_early`."""
+def attend(q: Tensor, kv_layer: KVLayer, ragged: Ragged, scale: float, counters: Tensor | None) -> Tensor:
+    """`paged_attention`. With `counters`, int32 [at least sequences * kv_heads, 3], decodes are launched before the
+    kernel in front has ended, and are one kernel where registers allow. Its last column must be zeros, and is again
+    afterwards."""
     check_tensors(
         "paged_attention",
         q=q,
@@ -35,7 +37,7 @@ def attend(q: Tensor, kv_layer: KVLayer, ragged: Ragged, scale: float, *, is_ear
         raise ValueError(f"paged_attention: scale must be positive, got {scale}")
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if ragged.num_decodes or ragged.run_len > 1:
-        decode_attention(out, q, kv_layer, ragged, scale, is_early=is_early)
+        decode_attention(out, q, kv_layer, ragged, scale, counters=counters)
         if ragged.run_len > 1:
             return out
     if ragged.num_decodes < ragged.context_lens.shape[0]:

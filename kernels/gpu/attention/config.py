@@ -60,6 +60,11 @@ def padded(head_dim: int) -> int:
     return max(16, 1 << (head_dim - 1).bit_length())
 
 
+def can_merge(head_dim: int, element_size: int, is_e4m3: bool) -> bool:
+    """Whether the decode kernel has registers left to add up chunks: with these it would spill (benchmarks/LOG.md)."""
+    return not is_e4m3 and (max(64, padded(head_dim)), element_size) != (64, 2)
+
+
 def decode_options(
     head_dim: int, element_size: int, group: int, *, is_e4m3: bool = False
 ) -> tuple[int, dict[str, int]]:

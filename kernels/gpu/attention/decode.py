@@ -9,7 +9,8 @@ depends on the device alone, any contexts up to any capacity fit one CUDA graph,
 Why the shares cannot change a result: each chunk starts from nothing, and a pair's chunks are added in order. Maxima
 are rounded up to integers in the base-2 domain, so every rescaling is by a power of two, which commutes with rounding
 (above underflow): a sum has the same bits whether a program folds the chunks in registers or the second kernel adds
-them from memory. A request's answer does not depend on its neighbours.
+them from memory, or the program that has the last of them does (`counters`). A request's answer does not depend on its
+neighbours.
 
 A program folds a pair's chunks as long as it has them from the first on. Where its share ends within a pair it writes
 that prefix; the later chunks are written one by one by the programs that own them, and `covered` tells the second
@@ -26,12 +27,12 @@ from torch import Tensor
 
 from llama.kernels.checks import multiprocessor_count
 from llama.kernels.gpu.attention import split
-from llama.kernels.gpu.attention.config import LOG2_E, decode_options, padded
-from llama.kernels.gpu.attention.split import NOTHING, chunking, power_of_two
+from llama.kernels.gpu.attention.config import LOG2_E, can_merge, decode_options, padded
+from llama.kernels.gpu.attention.split import NOTHING, chunking, merge_members, power_of_two
 from llama.kernels.gpu.attention.tiles import key_rows, load_blocks, row_mask
 from llama.kernels.gpu.chain import launch_options, take_turn
 from llama.kernels.gpu.e4m3 import load_as
-from llama.kernels.gpu.launch import Launcher
+from llama.kernels.gpu.launch import Launcher, next_power_of_2
 from llama.kernels.types import KVLayer, Ragged
 
 # Sequences that a program looks at together when it finds its share.
@@ -140,6 +141,7 @@ def _decode_kernel(
     PRECISION: tl.constexpr,
     HAS_SCALES: tl.constexpr,
     EARLY: tl.constexpr,
+    MERGES: tl.constexpr,  # QUERIES * GROUP as a power of two: who completes a pair merges it; 0 = the next kernel does
 ):
     if EARLY:
         take_turn()
@@ -248,9 +250,39 @@ def _decode_kernel(
                 tl.store(partial_values + target, values, mask=group_mask)
                 tl.store(partial_stats + part * 2 * (QUERIES * GROUP) + group, top, mask=row_valid)
                 tl.store(partial_stats + (part * 2 + 1) * (QUERIES * GROUP) + group, total, mask=row_valid)
+        COLUMNS: tl.constexpr = 3 if MERGES else 2
         if has_prefix:
-            tl.store(covered + pair * 2, last)
-            tl.store(covered + pair * 2 + 1, row)
+            tl.store(covered + pair * COLUMNS, last)
+            tl.store(covered + pair * COLUMNS + 1, row)
+        if MERGES:
+            if (last > chunk) & (last - chunk < chunks):
+                # A program counts its chunks when all of its threads have written them; who completes the count merges.
+                tl.debug_barrier()
+                count = covered + pair * COLUMNS + 2
+                if tl.atomic_add(count, last - chunk, sem="acq_rel") + last - chunk == chunks:
+                    tl.store(count, 0)
+                    if QUERIES == 1:
+                        first_query, query_count = sequence.to(tl.int64), 1
+                    else:
+                        first_query, query_count = start.to(tl.int64), num_queries
+                    merge_members(
+                        out,
+                        partial_values,
+                        partial_stats,
+                        row.to(tl.int64) * MAX_CHUNKS,
+                        tl.load(covered + pair * COLUMNS, cache_modifier=".cg"),
+                        chunks,
+                        first_query,
+                        query_count,
+                        head,
+                        KV_HEADS,
+                        GROUP,
+                        QUERIES,
+                        MERGES,
+                        HEAD_DIM,
+                        DIMS,
+                        MAX_CHUNKS,
+                    )
 
         pair_start += tiles
         chunk = 0
@@ -273,10 +305,10 @@ def decode_attention(
     scale: float,
     *,
     num_programs: int | None = None,
-    is_early: bool = False,
+    counters: Tensor | None = None,
 ) -> None:
     """Write the rows of the decodes, or of the runs, to `out`; `num_programs` is for tests alone and changes no bit.
-    `is_early`: the kernels are launched before those in front have ended."""
+    `counters`: see `attend`."""
     k_cache, block_tables, queries = kv_layer.k, ragged.block_tables, ragged.run_len
     sequences = len(block_tables) if queries > 1 else ragged.num_decodes
     (heads, head_dim), (block_size, kv_heads) = q.shape[1:], k_cache.shape[1:3]
@@ -285,18 +317,12 @@ def decode_attention(
     programs, options = decode_options(head_dim, q.element_size(), queries * group, is_e4m3=is_e4m3)
     if num_programs is None:
         num_programs = programs * multiprocessor_count(q.device)
-    early = launch_options(q.device, is_early)
-    partials = split.allocate(out, sequences * kv_heads, num_programs, kv_heads, queries)
-    sizes = {
-        "KV_HEADS": kv_heads,
-        "GROUP": group,
-        "QUERIES": queries,
-        "HEAD_DIM": head_dim,
-        "DIMS": padded(head_dim),
-        "MIN_CHUNK": split.MIN_CHUNK,
-        "MAX_CHUNKS": split.max_chunks(kv_heads),
-        "EARLY": bool(early),
-    }
+    early = launch_options(q.device, counters is not None)
+    counters = counters if can_merge(head_dim, q.element_size(), is_e4m3) else None
+    assert counters is None or sequences * kv_heads <= len(counters)
+    partials = split.allocate(out, sequences * kv_heads, num_programs, kv_heads, queries, counters)
+    sizes = {"KV_HEADS": kv_heads, "GROUP": group, "QUERIES": queries, "HEAD_DIM": head_dim, "DIMS": padded(head_dim)}
+    sizes |= {"MIN_CHUNK": split.MIN_CHUNK, "MAX_CHUNKS": split.max_chunks(kv_heads), "EARLY": bool(early)}
     _launch_decode(
         (num_programs,),
         out,
@@ -320,8 +346,9 @@ def decode_attention(
         HEAD_STRIDE=k_cache.stride(2),
         PRECISION="ieee",
         HAS_SCALES=is_e4m3,
+        MERGES=0 if counters is None else next_power_of_2(queries * group),
         **(options | early),
     )
     # A context within one chunk is never split.
-    if block_tables.shape[1] * block_size > split.MIN_CHUNK:
+    if counters is None and block_tables.shape[1] * block_size > split.MIN_CHUNK:
         split.merge(out, partials, ragged, sizes | {"BLOCK_KEYS": options["BLOCK_KEYS"]}, early)

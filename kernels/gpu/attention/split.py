@@ -1,6 +1,7 @@
 """The chunks of a context, and how those that several programs computed add up. See `decode` for why this is exact.
 
-Decodes and runs are added up here; prefill has chunks and a merge of its own, of the same parts.
+Decodes and runs are added up here: by a second kernel, or with `counters` by the last of the programs that have chunks
+of a pair; prefill has chunks and a merge of its own, of the same parts.
 """
 
 import torch
@@ -18,6 +19,7 @@ MIN_CHUNK = 128
 NOTHING = tl.constexpr(-1.0e30)
 # Chunks that are loaded together.
 _UNROLL = tl.constexpr(32)
+_UNROLL_MEMBERS = tl.constexpr(4)
 
 
 def max_chunks(kv_heads: int) -> int:
@@ -75,6 +77,57 @@ def add_chunks(
     return values, total
 
 
+@triton.jit
+def merge_members(
+    out,
+    partial_values,
+    partial_stats,
+    row,
+    prefix,
+    chunks,
+    first_query,  # int64, and its num_queries - 1 next ones
+    num_queries,
+    head,
+    KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    QUERIES: tl.constexpr,
+    PADDED: tl.constexpr,  # QUERIES * GROUP, the members, as a power of two
+    HEAD_DIM: tl.constexpr,
+    DIMS: tl.constexpr,
+    MAX_CHUNKS: tl.constexpr,
+):
+    """What `_merge_kernel` writes of a pair, all members at once, added in the same order. The L1 cache is not asked:
+    other programs of the same launch have written what is read."""
+    MEMBERS: tl.constexpr = QUERIES * GROUP
+    UNROLL: tl.constexpr = _UNROLL_MEMBERS if PADDED * DIMS <= 1024 else 1  # as registers allow
+    members = tl.arange(0, PADDED)
+    dims = tl.arange(0, DIMS)[None, :]
+    stats = partial_stats + row * 2 * MEMBERS + members
+    index = tl.arange(0, MAX_CHUNKS)[None, :]
+    written = (index == 0) | ((index >= prefix) & (index < chunks))
+    places = stats[:, None] + index * 2 * MEMBERS
+    tops = tl.load(places, mask=written & (members < MEMBERS)[:, None], other=NOTHING, cache_modifier=".cg")
+    top = tl.max(tops, axis=1)
+
+    total = tl.zeros([PADDED], tl.float32)
+    values = tl.zeros([PADDED, DIMS], tl.float32)
+    for first in range(prefix - 1, chunks, UNROLL):
+        for step in tl.static_range(UNROLL):
+            place = tl.where(first + step < prefix, 0, first + step)
+            used = (first + step < chunks) & (members < MEMBERS)
+            chunk_top = tl.load(stats + place * 2 * MEMBERS, mask=used, other=NOTHING, cache_modifier=".cg")
+            factor = power_of_two(chunk_top - top)
+            weights = tl.load(stats + (place * 2 + 1) * MEMBERS, mask=used, other=0.0, cache_modifier=".cg")
+            total += factor * weights
+            part = partial_values + ((row + place) * MEMBERS + members[:, None]) * HEAD_DIM + dims
+            mask = used[:, None] & (dims < HEAD_DIM)
+            values += factor[:, None] * tl.load(part, mask=mask, other=0.0, cache_modifier=".cg")
+    query_heads = (first_query + members // GROUP) * KV_HEADS * GROUP + head * GROUP + members % GROUP
+    target = out + query_heads[:, None] * HEAD_DIM + dims
+    result = tl.div_rn(values, tl.where(total > 0, total, 1.0)[:, None]).to(out.dtype.element_ty)
+    tl.store(target, result, mask=(members // GROUP < num_queries)[:, None] & (dims < HEAD_DIM))
+
+
 @triton.jit(do_not_specialize_on_alignment=["query_starts", "context_lens"])
 def _merge_kernel(
     out,
@@ -121,19 +174,22 @@ def _merge_kernel(
 Partials = tuple[Tensor, Tensor, Tensor]
 
 
-def allocate(out: Tensor, pairs: int, num_programs: int, kv_heads: int, queries: int) -> Partials:
+def allocate(
+    out: Tensor, pairs: int, num_programs: int, kv_heads: int, queries: int, counters: Tensor | None = None
+) -> Partials:
     """What the programs of one launch leave for the merge, a row per pair, or per program where there are more pairs:
 
     values [rows, chunks, members, head_dim] float32; maxima and sums [rows, chunks, 2, members] float32, of a run's
     `queries` heads of one group; and [pairs, 2]
-    int32: how many chunks are folded into the prefix, and in which row.
+    int32: how many chunks are folded into the prefix, and in which row. Or `counters`, whose third column says how many
+    chunks have been written.
     """
     heads, head_dim = out.shape[1:]
     rows, chunks, members = min(pairs, num_programs), max_chunks(kv_heads), queries * (heads // kv_heads)
     return (
         torch.empty((rows, chunks, members, head_dim), dtype=torch.float32, device=out.device),
         torch.empty((rows, chunks, 2, members), dtype=torch.float32, device=out.device),
-        torch.empty((pairs, 2), dtype=torch.int32, device=out.device),
+        torch.empty((pairs, 2), dtype=torch.int32, device=out.device) if counters is None else counters,
     )
 
 

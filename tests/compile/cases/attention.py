@@ -60,7 +60,10 @@ def _call(
     stored = torch.uint8 if e4m3 else dtype
     scales = empty(2, kv_heads, dtype=torch.float32) if e4m3 else None
     kv_layer = KVLayer(empty(*cache, dtype=stored), empty(*cache, dtype=stored), scales)
-    return attend(empty(queries, heads, head_dim, dtype=dtype), kv_layer, ragged, head_dim**-0.5, is_early=is_early)
+    zeros = empty(sequences * kv_heads, 3)
+    return attend(
+        empty(queries, heads, head_dim, dtype=dtype), kv_layer, ragged, head_dim**-0.5, zeros if is_early else None
+    )
 
 
 def _call_in_chunks(configuration: tuple, e4m3: bool = False) -> torch.Tensor:
@@ -109,14 +112,16 @@ def cases() -> Iterator[Case]:
             wide_loads=("_prefill_kernel",),
             warp_group=("_prefill_kernel",) if sixteen_bits else (),
         )
-    yield Case(
-        "decode D=128 heads=32/8 block=16 bfloat16 early",
-        lambda: _call(CONFIGURATIONS[0], 64, 64, 64, is_early=True),
-        architectures=(90, 100),
-        wide_loads=("_decode_kernel",),
-        waits=("_decode_kernel", "_merge_kernel"),
-        resident=(("_decode_kernel", decode_options(128, 2, 4)[0]),),
-    )
+    for configuration in (CONFIGURATIONS[0], CONFIGURATIONS[2]):  # the second one's chunks are merged by a kernel
+        head_dim, heads, kv_heads, block_size, dtype = configuration
+        yield Case(
+            f"decode D={head_dim} heads={heads}/{kv_heads} block={block_size} {str(dtype)[6:]} early",
+            lambda configuration=configuration: _call(configuration, 64, 64, 64, is_early=True),
+            architectures=(90, 100),
+            wide_loads=("_decode_kernel",),
+            waits=("_decode_kernel", "_merge_kernel"),
+            resident=(("_decode_kernel", decode_options(head_dim, dtype.itemsize, heads // kv_heads)[0]),),
+        )
     for *configuration, run_len in RUNS:
         head_dim, heads, kv_heads, block_size, dtype = configuration
         yield Case(
