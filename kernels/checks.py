@@ -1,10 +1,13 @@
-"""What every wrapper of a Triton kernel checks before a launch, and the one device property that grids depend on."""
+"""What ops check: that shapes and dtypes fit together, and for Triton kernels what a launch takes for granted. And the
+one device property that grids depend on."""
 
 import os
 from functools import cache
 
 import torch
 from torch import Tensor
+
+from llama.kernels.types import CosSin, KVLayer, Ragged
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -43,6 +46,47 @@ def check_tensors(op: str, **tensors: Tensor) -> None:
 
 def _refusal(op: str, name: str, tensor: Tensor, what: str) -> ValueError:
     return ValueError(f"{op}: {name} is {tensor.dtype} {tuple(tensor.shape)} on {tensor.device}{what}")
+
+
+def refuse(op: str, **tensors: Tensor) -> ValueError:
+    told = ", ".join(f"{name} {str(t.dtype)[6:]} {list(t.shape)}" for name, t in tensors.items())
+    return ValueError(f"{op}: shapes or dtypes do not fit together: {told}")
+
+
+def check_rms_norm(x: Tensor, weight: Tensor) -> None:
+    if x.dim() != 2 or x.shape[1:] != weight.shape or x.dtype != weight.dtype:
+        raise refuse("rms_norm", x=x, weight=weight)
+
+
+def check_add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor) -> None:
+    shape, dtype = x.shape, x.dtype
+    fits = len(shape) == 2 and shape[1:] == weight.shape and shape == residual.shape
+    if not fits or not dtype == residual.dtype == weight.dtype:
+        raise refuse("add_rms_norm", x=x, residual=residual, weight=weight)
+
+
+def check_rope_and_store(q: Tensor, k: Tensor, v: Tensor, cos_sin: CosSin, kv_layer: KVLayer, ragged: Ragged) -> None:
+    tokens, _, head_dim = q.shape
+    k_shape, cache, slots, (cos, sin) = k.shape, kv_layer.k, ragged.slots, cos_sin
+    if k_shape != v.shape or k_shape[0] != tokens or k_shape[2] != head_dim or k_shape[1:] != cache.shape[2:]:
+        raise refuse("rope_and_store", q=q, k=k, v=v, cache=cache)
+    if slots.shape[0] != tokens or cos.shape != (tokens, 1, head_dim) or cos.shape != sin.shape:
+        raise refuse("rope_and_store", q=q, cos=cos, sin=sin, slots=slots)
+    if not cos.dtype == sin.dtype == torch.float32 or not (q.dtype == cache.dtype or kv_layer.scales is not None):
+        raise refuse("rope_and_store", q=q, cos=cos, sin=sin, cache=cache)
+
+
+def check_paged_attention(q: Tensor, kv_layer: KVLayer, ragged: Ragged) -> None:
+    q_shape, cache = q.shape, kv_layer.k
+    _, block_size, kv_heads, head_dim = cache.shape
+    fits = q_shape[2] == head_dim and not q_shape[1] % kv_heads and block_size == ragged.block_size
+    if not fits or not (q.dtype == cache.dtype or kv_layer.scales is not None):
+        raise refuse("paged_attention", q=q, cache=cache)
+
+
+def check_silu_mul(gate_up: Tensor) -> None:
+    if gate_up.dim() != 2 or gate_up.shape[1] % 2:
+        raise refuse("silu_mul", gate_up=gate_up)
 
 
 @cache

@@ -1,13 +1,14 @@
-"""The ops that the model is made of. Each checks its tensors, then calls the function of its name in kernels/gpu or
+"""The ops that the model is made of. Each checks its tensors and calls the function of its name in kernels/gpu or
 kernels/cpu: Triton for CUDA tensors (for all under TRITON_INTERPRET=1), else PyTorch. Triton is imported on first use.
-Tensors that require a gradient go through kernels/differentiable.py.
+Where the host's time counts most, kernels/gpu checks itself, once for each kind of call. Tensors that require a
+gradient go through kernels/differentiable.py.
 
 Nothing here knows a model, a request or a configuration: tensors, integers and floats only.
 """
 
 from torch import Tensor, float32, int64
 
-from llama.kernels import differentiable
+from llama.kernels import checks, differentiable
 from llama.kernels.checks import INTERPRETED as _INTERPRETED
 from llama.kernels.cpu import activation as cpu_activation
 from llama.kernels.cpu import attention as cpu_attention
@@ -37,40 +38,31 @@ def on_triton(x: Tensor) -> bool:
     return _INTERPRETED or x.is_cuda
 
 
-def _refuse(op: str, **tensors: Tensor) -> ValueError:
-    told = ", ".join(f"{name} {str(t.dtype)[6:]} {list(t.shape)}" for name, t in tensors.items())
-    return ValueError(f"{op}: shapes or dtypes do not fit together: {told}")
-
-
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension, x [tokens, hidden].
 
     Statistics in float32 (float64 for float64); the normed value is rounded to x.dtype before the weight multiplies it,
     as Hugging Face's Llama does.
     """
-    if x.dim() != 2 or x.shape[1:] != weight.shape or x.dtype != weight.dtype:
-        raise _refuse("rms_norm", x=x, weight=weight)
-    if x.requires_grad:
-        return differentiable.rms_norm(x, weight, eps)
-    if on_triton(x):
+    if on_triton(x) and not x.requires_grad:
         from llama.kernels.gpu import norm
 
         return norm.rms_norm(x, weight, eps)
+    checks.check_rms_norm(x, weight)
+    if x.requires_grad:
+        return differentiable.rms_norm(x, weight, eps)
     return cpu_norm.rms_norm(x, weight, eps)
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """-> (rms_norm(summed), summed) with summed = x + residual in x.dtype: the residual stream's next value."""
-    shape, dtype = x.shape, x.dtype
-    fits = len(shape) == 2 and shape[1:] == weight.shape and shape == residual.shape
-    if not fits or not dtype == residual.dtype == weight.dtype:
-        raise _refuse("add_rms_norm", x=x, residual=residual, weight=weight)
-    if x.requires_grad:
-        return differentiable.add_rms_norm(x, residual, weight, eps)
-    if on_triton(x):
+    if on_triton(x) and not x.requires_grad:
         from llama.kernels.gpu import norm
 
         return norm.add_rms_norm(x, residual, weight, eps)
+    checks.check_add_rms_norm(x, residual, weight)
+    if x.requires_grad:
+        return differentiable.add_rms_norm(x, residual, weight, eps)
     return cpu_norm.add_rms_norm(x, residual, weight, eps)
 
 
@@ -82,7 +74,7 @@ def cos_sin(positions: Tensor, frequencies: Tensor, factor: float = 1.0) -> CosS
     cosine and the negated sine, bit for bit.
     """
     if positions.dim() != 1 or frequencies.dim() != 1 or frequencies.dtype != float32:
-        raise _refuse("cos_sin", positions=positions, frequencies=frequencies)
+        raise checks.refuse("cos_sin", positions=positions, frequencies=frequencies)
     if on_triton(positions):
         from llama.kernels.gpu import rope
 
@@ -97,20 +89,13 @@ def rope_and_store(q: Tensor, k: Tensor, v: Tensor, cos_sin: CosSin, kv_layer: K
     dimension; none of them is modified. The rotation pairs dimension i with i + head_dim / 2 and computes in at least
     float32. A token whose slot is -1 is not stored.
     """
-    tokens, _, head_dim = q.shape
-    k_shape, cache, slots, (cos, sin) = k.shape, kv_layer.k, ragged.slots, cos_sin
-    if k_shape != v.shape or k_shape[0] != tokens or k_shape[2] != head_dim or k_shape[1:] != cache.shape[2:]:
-        raise _refuse("rope_and_store", q=q, k=k, v=v, cache=cache)
-    if slots.shape[0] != tokens or cos.shape != (tokens, 1, head_dim) or cos.shape != sin.shape:
-        raise _refuse("rope_and_store", q=q, cos=cos, sin=sin, slots=slots)
-    if not cos.dtype == sin.dtype == float32 or not (q.dtype == cache.dtype or kv_layer.scales is not None):
-        raise _refuse("rope_and_store", q=q, cos=cos, sin=sin, cache=cache)
-    if q.requires_grad:
-        return differentiable.rope_and_store(q, k, v, cos_sin, kv_layer, ragged)
-    if on_triton(q):
+    if on_triton(q) and not q.requires_grad:
         from llama.kernels.gpu import rope
 
         return rope.rope_and_store(q, k, v, cos_sin, kv_layer, ragged)
+    checks.check_rope_and_store(q, k, v, cos_sin, kv_layer, ragged)
+    if q.requires_grad:
+        return differentiable.rope_and_store(q, k, v, cos_sin, kv_layer, ragged)
     return cpu_rope.rope_and_store(q, k, v, cos_sin, kv_layer, ragged)
 
 
@@ -120,30 +105,25 @@ def paged_attention(q: Tensor, kv_layer: KVLayer, ragged: Ragged, scale: float) 
     Query j of n of a sequence sees the first context - n + j + 1 of its keys. Softmax in at least float32. Nothing past
     a sequence's context can change the result, NaN included.
     """
-    q_shape, cache = q.shape, kv_layer.k
-    _, block_size, kv_heads, head_dim = cache.shape
-    fits = q_shape[2] == head_dim and not q_shape[1] % kv_heads and block_size == ragged.block_size
-    if not fits or not (q.dtype == cache.dtype or kv_layer.scales is not None):
-        raise _refuse("paged_attention", q=q, cache=cache)
-    if q.requires_grad:
-        return differentiable.paged_attention(q, kv_layer, ragged, scale)
-    if on_triton(q):
+    if on_triton(q) and not q.requires_grad:
         from llama.kernels.gpu import attention
 
         return attention.paged_attention(q, kv_layer, ragged, scale)
+    checks.check_paged_attention(q, kv_layer, ragged)
+    if q.requires_grad:
+        return differentiable.paged_attention(q, kv_layer, ragged, scale)
     return cpu_attention.paged_attention(q, kv_layer, ragged, scale)
 
 
 def silu_mul(gate_up: Tensor) -> Tensor:
     """silu(gate) * up for gate_up [tokens, 2 * size], the gate first -> [tokens, size]."""
-    if gate_up.dim() != 2 or gate_up.shape[1] % 2:
-        raise _refuse("silu_mul", gate_up=gate_up)
-    if gate_up.requires_grad:
-        return differentiable.silu_mul(gate_up)
-    if on_triton(gate_up):
+    if on_triton(gate_up) and not gate_up.requires_grad:
         from llama.kernels.gpu import activation
 
         return activation.silu_mul(gate_up)
+    checks.check_silu_mul(gate_up)
+    if gate_up.requires_grad:
+        return differentiable.silu_mul(gate_up)
     return cpu_activation.silu_mul(gate_up)
 
 
@@ -153,7 +133,7 @@ def quantized_matmul(x: Tensor, weight: QuantizedWeight) -> Tensor:
     Sums in at least float32. On CUDA, for up to 64 tokens, a row depends neither on the other rows nor on their number.
     """
     if x.dim() != 2 or x.shape[1] != weight.shape[1] or x.device != weight.codes.device:
-        raise _refuse("quantized_matmul", x=x, codes=weight.codes)
+        raise checks.refuse("quantized_matmul", x=x, codes=weight.codes)
     if on_triton(x):
         from llama.kernels.gpu import matmul
 
@@ -167,9 +147,9 @@ def lora_shrink(x: Tensor, a: Tensor, adapters: TokenAdapters) -> Tensor:
     `slices` are modules that are fused into one matmul (q, k, v). A token of adapter index i reads a[i - 1].
     """
     if a.dim() != 4 or x.dim() != 2 or x.shape[1] != a.shape[3] or x.dtype != a.dtype:
-        raise _refuse("lora_shrink", x=x, a=a)
+        raise checks.refuse("lora_shrink", x=x, a=a)
     if len(adapters.indices) != x.shape[0]:
-        raise _refuse("lora_shrink", x=x, indices=adapters.indices)
+        raise checks.refuse("lora_shrink", x=x, indices=adapters.indices)
     if on_triton(x):
         from llama.kernels.gpu import lora
 
@@ -180,7 +160,7 @@ def lora_shrink(x: Tensor, a: Tensor, adapters: TokenAdapters) -> Tensor:
 def lora_embedding(token_ids: Tensor, a: Tensor, adapters: TokenAdapters) -> Tensor:
     """`lora_shrink` of one-hot tokens: token_ids int64 [tokens], a [adapters, vocab, rank] -> h."""
     if a.dim() != 3 or token_ids.shape != adapters.indices.shape or token_ids.dtype != int64:
-        raise _refuse("lora_embedding", token_ids=token_ids, a=a, indices=adapters.indices)
+        raise checks.refuse("lora_embedding", token_ids=token_ids, a=a, indices=adapters.indices)
     if on_triton(a):
         from llama.kernels.gpu import lora
 
@@ -194,9 +174,9 @@ def lora_expand(h: Tensor, y: Tensor, b: Tensor, adapters: TokenAdapters, slice_
     Slice i owns the columns slice_starts[i] : slice_starts[i + 1] of y. Rows without an adapter keep their bits.
     """
     if b.dim() != 3 or y.shape != (len(adapters.indices), b.shape[1]) or y.dtype != b.dtype:
-        raise _refuse("lora_expand", h=h, y=y, b=b)
+        raise checks.refuse("lora_expand", h=h, y=y, b=b)
     if h.shape[1:] != (len(slice_starts) - 1, b.shape[2]) or slice_starts[0] != 0 or slice_starts[-1] != b.shape[1]:
-        raise _refuse("lora_expand", h=h, b=b)
+        raise checks.refuse("lora_expand", h=h, b=b)
     if on_triton(y):
         from llama.kernels.gpu import lora
 
@@ -212,7 +192,7 @@ def sample(logits: Tensor, rows: SamplerRows, state: SamplerState | None = None)
     has a penalty. A row with a NaN or without one finite logit is marked bad.
     """
     if logits.dim() != 2 or logits.shape[0] != len(rows):
-        raise _refuse("sample", logits=logits, penalty_rows=rows.penalty_rows)
+        raise checks.refuse("sample", logits=logits, penalty_rows=rows.penalty_rows)
     if on_triton(logits):
         from llama.kernels.gpu import sampling
 
@@ -226,7 +206,7 @@ def token_logprobs(logits: Tensor, token_ids: Tensor, num_top: int) -> Logprobs[
     log-softmax in float32 (float64 for float64). The rank is 1 + the number of tokens with a strictly greater logit.
     """
     if logits.dim() != 2 or token_ids.shape != logits.shape[:1]:
-        raise _refuse("token_logprobs", logits=logits, token_ids=token_ids)
+        raise checks.refuse("token_logprobs", logits=logits, token_ids=token_ids)
     if not 0 <= num_top <= logits.shape[1]:
         raise ValueError(f"token_logprobs: num_top must be in [0, {logits.shape[1]}], got {num_top}")
     if on_triton(logits):

@@ -6,7 +6,7 @@ penalties need, one row per sequence, kept on the device and updated by `sample`
 Bit masks are packed little end first: token t is bit t % 32 of word t // 32.
 """
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -82,6 +82,13 @@ class Ragged:
             raise ValueError(f"block_tables, query_starts and context_lens must be int32 and slots int64, got {dtypes}")
 
     @cached_property
+    def kind(self) -> Hashable:
+        """What a kernel's launch depends on: all but what the tensors hold and where they lie."""
+        tensors = self.block_tables, self.query_starts, self.context_lens, self.slots
+        of_tensors = tuple((t.shape, t.stride(), t.device) for t in tensors)
+        return of_tensors, self.num_decodes, self.block_size, self.run_len
+
+    @cached_property
     def cpu_layout(self) -> Layout:
         """What the CPU's ops need to know beside the tensors, for all layers; made when the first of them asks."""
         return Layout.of(
@@ -119,6 +126,12 @@ class KVLayer:
             raise ValueError(f"a cache has scales where it is uint8, and there alone, got {k.dtype}")
         if scales is not None and (scales.shape != (2, k.shape[2]) or scales.dtype != torch.float32):
             raise ValueError(f"scales must be float32 {[2, k.shape[2]]}, got {scales.dtype} {list(scales.shape)}")
+
+    @cached_property
+    def kind(self) -> Hashable:
+        """What a kernel's launch depends on: all but what the tensors hold, and of their addresses the last bits."""
+        tensors = (self.k, self.v) if self.scales is None else (self.k, self.v, self.scales)
+        return tuple((t.shape, t.stride(), t.dtype, t.device, t.data_ptr() & 15) for t in tensors)
 
     @cached_property
     def slots(self) -> tuple[torch.Tensor, torch.Tensor]:

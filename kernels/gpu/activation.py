@@ -9,8 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from llama.kernels.checks import check_tensors
-from llama.kernels.gpu.launch import Launcher, cdiv, next_power_of_2
+from llama.kernels.checks import check_silu_mul, check_tensors
+from llama.kernels.gpu.launch import Kinds, Launch, Launcher, cdiv, kind_of, next_power_of_2
 
 
 @triton.jit
@@ -27,24 +27,30 @@ def _silu_mul_kernel(out, gate_up, stride, SIZE: tl.constexpr, BLOCK: tl.constex
 
 
 _launch_silu_mul = Launcher(_silu_mul_kernel)
+_KINDS: Kinds[Launch] = Kinds()
 
 
-def silu_mul(gate_up: Tensor) -> Tensor:
-    """See `ops.silu_mul`."""
+def _settle(gate_up: Tensor) -> Launch:
+    check_silu_mul(gate_up)
     check_tensors("silu_mul", gate_up=gate_up)
     tokens, size = gate_up.shape[0], gate_up.shape[1] // 2
-    out = torch.empty((tokens, size), dtype=gate_up.dtype, device=gate_up.device)
-    if out.numel() == 0:
-        return out
     block = min(next_power_of_2(size), 2048)
-    _launch_silu_mul(
+    return Launch(
+        _launch_silu_mul,
         (tokens, cdiv(size, block)),
-        out,
-        gate_up,
-        gate_up.stride(0),
+        (gate_up.stride(0),),
         SIZE=size,
         BLOCK=block,
         # Two loads of 16 bytes per thread from each half in 16-bit dtypes.
         num_warps=max(block // 512, 1),
     )
+
+
+def silu_mul(gate_up: Tensor) -> Tensor:
+    """See `ops.silu_mul`."""
+    kind = kind_of(gate_up)
+    launch = _KINDS.get(kind) or _KINDS.keep(kind, _settle(gate_up))
+    out = torch.empty((gate_up.shape[0], gate_up.shape[1] // 2), dtype=gate_up.dtype, device=gate_up.device)
+    if out.numel():
+        launch(out, gate_up)
     return out

@@ -13,8 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from llama.kernels.checks import check_tensors
-from llama.kernels.gpu.launch import Launcher, next_power_of_2
+from llama.kernels.checks import check_add_rms_norm, check_rms_norm, check_tensors
+from llama.kernels.gpu.launch import Kinds, Launch, Launcher, kind_of, next_power_of_2
 
 # A row up to this many elements stays in registers between the sum of squares and the scaling.
 _MAX_BLOCK = 16384
@@ -80,26 +80,22 @@ def _norm_kernel(
 
 
 _launch_norm = Launcher(_norm_kernel)
+_KINDS: Kinds[Launch] = Kinds()
 
 
-def _normalise(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    normed = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    summed = normed if residual is None else torch.empty_like(normed)
+def _settle(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> Launch:
+    if residual is None:
+        check_rms_norm(x, weight)
+    else:
+        check_add_rms_norm(x, residual, weight)
     tokens, hidden = x.shape
-    if tokens == 0:
-        return normed, summed
-    block = min(next_power_of_2(hidden), _MAX_BLOCK)
     source = x if residual is None else residual
-    _launch_norm(
+    check_tensors("rms_norm" if residual is None else "add_rms_norm", x=x, residual=source, weight=weight)
+    block = min(next_power_of_2(hidden), _MAX_BLOCK)
+    return Launch(
+        _launch_norm,
         (tokens,),
-        normed,
-        summed,
-        x,
-        source,
-        weight,
-        x.stride(0),
-        source.stride(0),
-        eps,
+        (x.stride(0), source.stride(0), eps),
         HIDDEN=hidden,
         BLOCK=block,
         ADD=residual is not None,
@@ -108,16 +104,24 @@ def _normalise(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -
         # On sm_90 the compiler else spills two registers of 40 to fit a third program in.
         maxnreg=64 if block >= hidden else 128,
     )
-    return normed, summed
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """See `ops.rms_norm`."""
-    check_tensors("rms_norm", x=x, weight=weight)
-    return _normalise(x, None, weight, eps)[0]
+    kind = *kind_of(x), *kind_of(weight), eps
+    launch = _KINDS.get(kind) or _KINDS.keep(kind, _settle(x, None, weight, eps))
+    normed = torch.empty_like(x, memory_format=torch.contiguous_format)
+    if normed.numel():
+        launch(normed, normed, x, x, weight)
+    return normed
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """See `ops.add_rms_norm`."""
-    check_tensors("add_rms_norm", x=x, residual=residual, weight=weight)
-    return _normalise(x, residual, weight, eps)
+    kind = *kind_of(x), *kind_of(weight), *kind_of(residual), eps
+    launch = _KINDS.get(kind) or _KINDS.keep(kind, _settle(x, residual, weight, eps))
+    normed = torch.empty_like(x, memory_format=torch.contiguous_format)
+    summed = torch.empty_like(normed)
+    if normed.numel():
+        launch(normed, summed, x, residual, weight)
+    return normed, summed

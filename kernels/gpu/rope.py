@@ -12,10 +12,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from llama.kernels.checks import check_tensors, require
+from llama.kernels.checks import check_rope_and_store, check_tensors, require
 from llama.kernels.gpu.chain import launch_options, take_turn
 from llama.kernels.gpu.e4m3 import to_e4m3
-from llama.kernels.gpu.launch import Launcher, cdiv, next_power_of_2
+from llama.kernels.gpu.launch import Kinds, Launch, Launcher, cdiv, kind_of, next_power_of_2
 from llama.kernels.types import CosSin, KVLayer, Ragged
 
 
@@ -131,6 +131,7 @@ def _rope_and_store_kernel(
 
 _launch_cos_sin = Launcher(_cos_sin_kernel)
 _launch_rope_and_store = Launcher(_rope_and_store_kernel)
+_KINDS: Kinds[Launch] = Kinds()
 
 
 def cos_sin(positions: Tensor, frequencies: Tensor, factor: float = 1.0) -> CosSin:
@@ -144,47 +145,26 @@ def cos_sin(positions: Tensor, frequencies: Tensor, factor: float = 1.0) -> CosS
     return cos, sin
 
 
-def rope_and_store(q: Tensor, k: Tensor, v: Tensor, cos_sin: CosSin, kv_layer: KVLayer, ragged: Ragged) -> Tensor:
-    """See `ops.rope_and_store`."""
-    return rotate_and_store(q, k, v, cos_sin, kv_layer, ragged, is_early=False)
-
-
-def rotate_and_store(
+def _settle(
     q: Tensor, k: Tensor, v: Tensor, cos_sin: CosSin, kv_layer: KVLayer, ragged: Ragged, *, is_early: bool
-) -> Tensor:
-    """`rope_and_store`, launched before the kernel in front has ended if `is_early`."""
-    k_cache, v_cache, slots, (cos, sin) = kv_layer.k, kv_layer.v, ragged.slots, cos_sin
-    check_tensors("rope_and_store", q=q, k=k, v=v, cos=cos, sin=sin, slots=slots, cache=k_cache)
+) -> Launch:
+    check_rope_and_store(q, k, v, cos_sin, kv_layer, ragged)
+    k_cache, (cos, sin) = kv_layer.k, cos_sin
+    check_tensors("rope_and_store", q=q, k=k, v=v, cos=cos, sin=sin, slots=ragged.slots, cache=k_cache)
     if q.shape[2] % 2:
         raise ValueError(f"rope_and_store: head_dim must be even, got {q.shape[2]}")
     require(cos.is_contiguous() and sin.is_contiguous(), "rope_and_store: cos and sin must be contiguous")
     tokens, heads, head_dim = q.shape
     kv_heads, block_size = k.shape[1], k_cache.shape[1]
-    out = torch.empty((tokens, heads, head_dim), dtype=q.dtype, device=q.device)
-    if tokens == 0:
-        return out
-
     half = next_power_of_2(head_dim // 2)
     # Two warps with 16 bytes per thread and half: 512 elements of 16 bits.
     heads_per_program = max(1, 64 * 16 // (half * q.element_size()))
     parts = cdiv(heads, heads_per_program) + 2 * cdiv(kv_heads, heads_per_program)
     early = launch_options(q.device, is_early)
-    _launch_rope_and_store(
+    return Launch(
+        _launch_rope_and_store,
         (tokens, parts),
-        out,
-        q,
-        k,
-        v,
-        cos,
-        sin,
-        slots,
-        k_cache,
-        v_cache,
-        k_cache if kv_layer.scales is None else kv_layer.scales,
-        *q.stride()[:2],
-        *k.stride()[:2],
-        *v.stride()[:2],
-        *k_cache.stride()[:3],
+        (*q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *k_cache.stride()[:3]),
         HEADS=heads,
         KV_HEADS=kv_heads,
         HEAD_DIM=head_dim,
@@ -196,4 +176,25 @@ def rotate_and_store(
         num_warps=2,
         **early,
     )
+
+
+def rope_and_store(q: Tensor, k: Tensor, v: Tensor, cos_sin: CosSin, kv_layer: KVLayer, ragged: Ragged) -> Tensor:
+    """See `ops.rope_and_store`."""
+    return rotate_and_store(q, k, v, cos_sin, kv_layer, ragged, is_early=False)
+
+
+def rotate_and_store(
+    q: Tensor, k: Tensor, v: Tensor, cos_sin: CosSin, kv_layer: KVLayer, ragged: Ragged, *, is_early: bool
+) -> Tensor:
+    """`rope_and_store`, launched before the kernel in front has ended if `is_early`."""
+    cos, sin = cos_sin
+    kind = *kind_of(q), *kind_of(k), *kind_of(v), *kind_of(cos), *kind_of(sin), kv_layer.kind, ragged.kind, is_early
+    launch = _KINDS.get(kind)
+    if launch is None:
+        launch = _KINDS.keep(kind, _settle(q, k, v, cos_sin, kv_layer, ragged, is_early=is_early))
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    if out.numel():
+        k_cache = kv_layer.k
+        scales = k_cache if kv_layer.scales is None else kv_layer.scales
+        launch(out, q, k, v, cos, sin, ragged.slots, k_cache, kv_layer.v, scales)
     return out

@@ -44,9 +44,11 @@ class RMSNorm(Module):
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """-> (normed, the new residual), both [tokens, hidden]."""
+        weight = self._parameters["weight"]
+        assert weight is not None
         if residual is None:
-            return ops.rms_norm(x, self.weight, self.eps), x
-        return ops.add_rms_norm(x, residual, self.weight, self.eps)
+            return ops.rms_norm(x, weight, self.eps), x
+        return ops.add_rms_norm(x, residual, weight, self.eps)
 
 
 class Embedding(Module):

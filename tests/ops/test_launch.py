@@ -4,7 +4,8 @@ import pytest
 import torch
 from triton.compiler import CompiledKernel
 
-from llama.kernels.gpu.launch import Launcher, cdiv, next_power_of_2
+from llama.kernels.gpu import launch as launching
+from llama.kernels.gpu.launch import Kinds, Launch, Launcher, cdiv, kind_of, next_power_of_2
 
 
 class OnCuda(torch.Tensor):
@@ -104,6 +105,59 @@ def test_another_dtype_or_device_is_another_form(known):
 def test_what_is_not_aligned_or_on_no_device_always_goes_through_triton(known):
     for tensors in ((on_cuda(), on_cuda(offset=2), on_cuda(torch.int32)), (torch.zeros(8), on_cuda(), on_cuda())):
         assert [launched(*known, *tensors)[0] for _ in range(2)] == ["by Triton", "by Triton"]
+
+
+def settled():
+    kernel = Kernel()
+    return Launch(Launcher(kernel), (3, 2), (5, 32), SIZE=7, BLOCK=16, num_warps=4), kernel
+
+
+def test_a_settled_launch_is_direct_from_the_second_on():
+    launch, kernel = settled()
+    launch(on_cuda(), on_cuda(), on_cuda(torch.int32))
+    assert kernel.told[0][:2] == ("by Triton", (3, 2)) and kernel.told[0][2][3:] == (5, 32)
+    assert kernel.told[0][3] == {"SIZE": 7, "BLOCK": 16, "num_warps": 4}
+    for _ in range(2):
+        tensors = on_cuda(), on_cuda(), on_cuda(torch.int32, offset=4)
+        launch(*tensors)
+        how, grid, arguments = kernel.told[-1]
+        assert (how, grid) == ("direct", (3, 2, 1, 1)) and arguments[3:] == (5, 32, 16, 7)
+        assert all(ours is theirs for ours, theirs in zip(arguments, tensors, strict=False))
+
+
+def test_a_settled_launch_takes_what_another_one_has_compiled():
+    kernel = Kernel()
+    launcher = Launcher(kernel)
+    tensors = on_cuda(), on_cuda(), on_cuda(torch.int32)
+    for grid in ((1,), (2,), (3,)):
+        Launch(launcher, grid, (5, 32), SIZE=7, BLOCK=16, num_warps=4)(*tensors)
+    assert [(how, grid) for how, grid, *_ in kernel.told] == [
+        ("by Triton", (1,)),
+        ("direct", (2, 1, 1)),
+        ("direct", (3, 1, 1)),
+    ]
+
+
+def test_a_settled_launch_of_what_is_not_aligned_or_on_no_device_goes_through_triton():
+    for tensors in ((on_cuda(), on_cuda(offset=2), on_cuda(torch.int32)), (torch.zeros(8), on_cuda(), on_cuda())):
+        launch, kernel = settled()
+        for _ in range(3):
+            launch(*tensors)
+        assert [how for how, *_ in kernel.told] == ["by Triton"] * 3
+
+
+def test_tensors_are_of_one_kind_where_a_launch_of_them_is_the_same():
+    x = torch.zeros(4, 8, dtype=torch.float16)
+    assert kind_of(x) == kind_of(torch.ones(4, 8, dtype=torch.float16))
+    others = x[:2], x.view(8, 4), x.t(), x.float(), x.to("meta"), torch.zeros(33, dtype=x.dtype)[1:].view(4, 8)
+    assert all(kind_of(other) != kind_of(x) for other in others)
+
+
+def test_kinds_are_kept_but_not_without_end(monkeypatch):
+    monkeypatch.setattr(launching, "_MOST_KINDS", 3)
+    kinds = Kinds()
+    assert [kinds.keep(number, -number) for number in range(3)] == [0, -1, -2] and len(kinds) == 3
+    assert kinds.keep(3, -3) == -3 and dict(kinds) == {3: -3}
 
 
 class KernelOfTuples(Kernel):

@@ -3,7 +3,6 @@
 import torch
 from torch import Tensor
 
-from llama.kernels.checks import check_tensors
 from llama.kernels.gpu.attention.decode import decode_attention
 from llama.kernels.gpu.attention.prefill import prefill_attention
 from llama.kernels.types import KVLayer, Ragged
@@ -22,20 +21,7 @@ def attend(q: Tensor, kv_layer: KVLayer, ragged: Ragged, scale: float, counters:
     """`paged_attention`. With `counters`, int32 [at least sequences * kv_heads, 3], decodes are launched before the
     kernel in front has ended, and are one kernel where registers allow. Its last column must be zeros, and is again
     afterwards."""
-    check_tensors(
-        "paged_attention",
-        q=q,
-        cache=kv_layer.k,
-        block_tables=ragged.block_tables,
-        query_starts=ragged.query_starts,
-        context_lens=ragged.context_lens,
-    )
-    block_size = ragged.block_size
-    if block_size & (block_size - 1):
-        raise ValueError(f"paged_attention: block size must be a power of two, got {block_size}")
-    if scale <= 0:
-        raise ValueError(f"paged_attention: scale must be positive, got {scale}")
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
     if ragged.num_decodes or ragged.run_len > 1:
         decode_attention(out, q, kv_layer, ragged, scale, counters=counters)
         if ragged.run_len > 1:

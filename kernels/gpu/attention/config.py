@@ -7,6 +7,11 @@ One fixed choice each: neither batch nor length may pick a tile, or a request's 
 import math
 from typing import NamedTuple
 
+from torch import Tensor
+
+from llama.kernels.checks import check_paged_attention, check_tensors
+from llama.kernels.types import KVLayer, Ragged
+
 LOG2_E = math.log2(math.e)
 
 # (head_dim padded to a power of two, bytes per element) -> keys of a tile, warps, stages, programs per multiprocessor
@@ -87,3 +92,21 @@ def prefill_options(head_dim: int, element_size: int, group: int) -> tuple[bool,
     rows, keys, warps, stages, descriptors = _PREFILL[max(64, padded(head_dim)), element_size]
     rows = max(rows, 1 << (group - 1).bit_length())
     return descriptors, {"ROWS": rows, "BLOCK_KEYS": keys, "num_warps": warps, "num_stages": stages}
+
+
+def check_attention(q: Tensor, kv_layer: KVLayer, ragged: Ragged, scale: float) -> None:
+    """ValueError for what the kernels do not take."""
+    check_paged_attention(q, kv_layer, ragged)
+    check_tensors(
+        "paged_attention",
+        q=q,
+        cache=kv_layer.k,
+        block_tables=ragged.block_tables,
+        query_starts=ragged.query_starts,
+        context_lens=ragged.context_lens,
+    )
+    block_size = ragged.block_size
+    if block_size & (block_size - 1):
+        raise ValueError(f"paged_attention: block size must be a power of two, got {block_size}")
+    if scale <= 0:
+        raise ValueError(f"paged_attention: scale must be positive, got {scale}")

@@ -21,18 +21,20 @@ own place, and each has the bits that it has alone where its context is cut into
 where their widths differ: in contexts of more than MAX_CHUNKS smallest chunks, at one place in that many tiles.
 """
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from llama.kernels.checks import multiprocessor_count
 from llama.kernels.gpu.attention import split
-from llama.kernels.gpu.attention.config import LOG2_E, can_merge, decode_options, padded
+from llama.kernels.gpu.attention.config import LOG2_E, can_merge, check_attention, decode_options, padded
 from llama.kernels.gpu.attention.split import NOTHING, chunking, merge_members, power_of_two
 from llama.kernels.gpu.attention.tiles import key_rows, load_blocks, row_mask
 from llama.kernels.gpu.chain import launch_options, take_turn
 from llama.kernels.gpu.e4m3 import load_as
-from llama.kernels.gpu.launch import Launcher, next_power_of_2
+from llama.kernels.gpu.launch import Kinds, Launch, Launcher, kind_of, next_power_of_2
 from llama.kernels.types import KVLayer, Ragged
 
 # Sequences that a program looks at together when it finds its share.
@@ -297,6 +299,54 @@ def _decode_kernel(
 _launch_decode = Launcher(_decode_kernel)
 
 
+class _Settled(NamedTuple):
+    attend: Launch
+    partials: split.Sizes
+    merge: Launch | None
+    merges: bool  # the kernel itself, with counters
+
+
+_KINDS: Kinds[_Settled] = Kinds()
+
+
+def _settle(
+    q: Tensor, kv_layer: KVLayer, ragged: Ragged, scale: float, *, num_programs: int | None, counters: Tensor | None
+) -> _Settled:
+    check_attention(q, kv_layer, ragged, scale)
+    k_cache, block_tables, queries = kv_layer.k, ragged.block_tables, ragged.run_len
+    sequences = len(block_tables) if queries > 1 else ragged.num_decodes
+    (heads, head_dim), (block_size, kv_heads) = q.shape[1:], k_cache.shape[1:3]
+    group, pairs = heads // kv_heads, sequences * kv_heads
+    is_e4m3 = kv_layer.scales is not None
+    programs, options = decode_options(head_dim, q.element_size(), queries * group, is_e4m3=is_e4m3)
+    if num_programs is None:
+        num_programs = programs * multiprocessor_count(q.device)
+    early = launch_options(q.device, counters is not None)
+    merges = counters is not None and can_merge(head_dim, q.element_size(), is_e4m3)
+    assert counters is None or pairs <= len(counters)
+    constants = {"KV_HEADS": kv_heads, "GROUP": group, "QUERIES": queries, "HEAD_DIM": head_dim}
+    constants |= {"DIMS": padded(head_dim), "MIN_CHUNK": split.MIN_CHUNK, "MAX_CHUNKS": split.max_chunks(kv_heads)}
+    constants["EARLY"] = bool(early)
+    attend = Launch(
+        _launch_decode,
+        (num_programs,),
+        (sequences, num_programs, scale * LOG2_E, *q.stride()[:2], block_tables.stride(0)),
+        **constants,
+        BLOCK_SIZE=block_size,
+        BLOCK_STRIDE=k_cache.stride(0),
+        SLOT_STRIDE=k_cache.stride(1),
+        HEAD_STRIDE=k_cache.stride(2),
+        PRECISION="ieee",
+        HAS_SCALES=is_e4m3,
+        MERGES=next_power_of_2(queries * group) if merges else 0,
+        **(options | early),
+    )
+    merge = None
+    if not merges and block_tables.shape[1] * block_size > split.MIN_CHUNK:  # else no context is ever split
+        merge = split.settle_merge(pairs, heads, constants | {"BLOCK_KEYS": options["BLOCK_KEYS"]}, early)
+    return _Settled(attend, split.sizes_of(q, pairs, num_programs, kv_heads, queries), merge, merges)
+
+
 def decode_attention(
     out: Tensor,
     q: Tensor,
@@ -309,46 +359,15 @@ def decode_attention(
 ) -> None:
     """Write the rows of the decodes, or of the runs, to `out`; `num_programs` is for tests alone and changes no bit.
     `counters`: see `attend`."""
-    k_cache, block_tables, queries = kv_layer.k, ragged.block_tables, ragged.run_len
-    sequences = len(block_tables) if queries > 1 else ragged.num_decodes
-    (heads, head_dim), (block_size, kv_heads) = q.shape[1:], k_cache.shape[1:3]
-    group = heads // kv_heads
-    is_e4m3 = kv_layer.scales is not None
-    programs, options = decode_options(head_dim, q.element_size(), queries * group, is_e4m3=is_e4m3)
-    if num_programs is None:
-        num_programs = programs * multiprocessor_count(q.device)
-    early = launch_options(q.device, counters is not None)
-    counters = counters if can_merge(head_dim, q.element_size(), is_e4m3) else None
-    assert counters is None or sequences * kv_heads <= len(counters)
-    partials = split.allocate(out, sequences * kv_heads, num_programs, kv_heads, queries, counters)
-    sizes = {"KV_HEADS": kv_heads, "GROUP": group, "QUERIES": queries, "HEAD_DIM": head_dim, "DIMS": padded(head_dim)}
-    sizes |= {"MIN_CHUNK": split.MIN_CHUNK, "MAX_CHUNKS": split.max_chunks(kv_heads), "EARLY": bool(early)}
-    _launch_decode(
-        (num_programs,),
-        out,
-        *partials,
-        q,
-        k_cache,
-        kv_layer.v,
-        kv_layer.scales if is_e4m3 else kv_layer.k,
-        block_tables,
-        ragged.query_starts,
-        ragged.context_lens,
-        sequences,
-        num_programs,
-        scale * LOG2_E,
-        *q.stride()[:2],
-        block_tables.stride(0),
-        **sizes,
-        BLOCK_SIZE=block_size,
-        BLOCK_STRIDE=k_cache.stride(0),
-        SLOT_STRIDE=k_cache.stride(1),
-        HEAD_STRIDE=k_cache.stride(2),
-        PRECISION="ieee",
-        HAS_SCALES=is_e4m3,
-        MERGES=0 if counters is None else next_power_of_2(queries * group),
-        **(options | early),
-    )
-    # A context within one chunk is never split.
-    if counters is None and block_tables.shape[1] * block_size > split.MIN_CHUNK:
-        split.merge(out, partials, ragged, sizes | {"BLOCK_KEYS": options["BLOCK_KEYS"]}, early)
+    of_counters = None if counters is None else kind_of(counters)
+    kind = *kind_of(q), kv_layer.kind, ragged.kind, scale, num_programs, of_counters
+    settled = _KINDS.get(kind)
+    if settled is None:
+        settled = _KINDS.keep(kind, _settle(q, kv_layer, ragged, scale, num_programs=num_programs, counters=counters))
+    attend, sizes, merge, merges = settled
+    partials = split.allocate(sizes, q.device, counters if merges else None)
+    k_cache, starts, lens = kv_layer.k, ragged.query_starts, ragged.context_lens
+    scales = k_cache if kv_layer.scales is None else kv_layer.scales
+    attend(out, *partials, q, k_cache, kv_layer.v, scales, ragged.block_tables, starts, lens)
+    if merge is not None:
+        merge(out, *partials, starts, lens)

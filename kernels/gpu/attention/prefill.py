@@ -23,7 +23,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from llama.kernels.checks import multiprocessor_count
-from llama.kernels.gpu.attention.config import LOG2_E, padded, prefill_options
+from llama.kernels.gpu.attention.config import LOG2_E, check_attention, padded, prefill_options
 from llama.kernels.gpu.attention.split import NOTHING, add_chunks, chunking
 from llama.kernels.gpu.attention.tiles import key_rows, load_blocks, row_mask
 from llama.kernels.gpu.e4m3 import load_all_as, load_as
@@ -313,6 +313,7 @@ def _descriptors(kv_layer: KVLayer, dtype: torch.dtype, keys: int) -> tuple[Tens
 
 def prefill_attention(out: Tensor, q: Tensor, kv_layer: KVLayer, ragged: Ragged, scale: float) -> None:
     """Write the rows of all sequences behind the decodes to `out`."""
+    check_attention(q, kv_layer, ragged, scale)
     k_cache, block_tables, num_decodes = kv_layer.k, ragged.block_tables, ragged.num_decodes
     heads, head_dim = q.shape[1:]
     block_size, kv_heads = k_cache.shape[1:3]

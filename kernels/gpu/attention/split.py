@@ -4,14 +4,15 @@ Decodes and runs are added up here: by a second kernel, or with `counters` by th
 of a pair; prefill has chunks and a merge of its own, of the same parts.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from llama.kernels.gpu.chain import take_turn
-from llama.kernels.gpu.launch import Launcher, next_power_of_2
-from llama.kernels.types import Ragged
+from llama.kernels.gpu.launch import Launch, Launcher, next_power_of_2
 
 MIN_CHUNK = 128
 
@@ -174,33 +175,40 @@ def _merge_kernel(
 Partials = tuple[Tensor, Tensor, Tensor]
 
 
-def allocate(
-    out: Tensor, pairs: int, num_programs: int, kv_heads: int, queries: int, counters: Tensor | None = None
-) -> Partials:
-    """What the programs of one launch leave for the merge, a row per pair, or per program where there are more pairs:
+class Sizes(NamedTuple):
+    """Of the partials of a launch: a row per pair, or per program where there are more pairs."""
 
-    values [rows, chunks, members, head_dim] float32; maxima and sums [rows, chunks, 2, members] float32, of a run's
-    `queries` heads of one group; and [pairs, 2]
-    int32: how many chunks are folded into the prefix, and in which row. Or `counters`, whose third column says how many
-    chunks have been written.
-    """
-    heads, head_dim = out.shape[1:]
-    rows, chunks, members = min(pairs, num_programs), max_chunks(kv_heads), queries * (heads // kv_heads)
+    rows: int
+    chunks: int
+    members: int  # a run's queries x the heads of one group
+    head_dim: int
+    pairs: int
+
+
+def sizes_of(q: Tensor, pairs: int, num_programs: int, kv_heads: int, queries: int) -> Sizes:
+    heads, head_dim = q.shape[1:]
+    return Sizes(min(pairs, num_programs), max_chunks(kv_heads), queries * (heads // kv_heads), head_dim, pairs)
+
+
+def allocate(sizes: Sizes, device: torch.device, counters: Tensor | None) -> Partials:
+    """What the programs of one launch leave for the merge: values [rows, chunks, members, head_dim] float32; maxima and
+    sums [rows, chunks, 2, members] float32; and [pairs, 2] int32: how many chunks are folded into the prefix, and in
+    which row. Or `counters`, whose third column says how many chunks have been written."""
+    rows, chunks, members, head_dim, pairs = sizes
     return (
-        torch.empty((rows, chunks, members, head_dim), dtype=torch.float32, device=out.device),
-        torch.empty((rows, chunks, 2, members), dtype=torch.float32, device=out.device),
-        torch.empty((pairs, 2), dtype=torch.int32, device=out.device) if counters is None else counters,
+        torch.empty((rows, chunks, members, head_dim), dtype=torch.float32, device=device),
+        torch.empty((rows, chunks, 2, members), dtype=torch.float32, device=device),
+        torch.empty((pairs, 2), dtype=torch.int32, device=device) if counters is None else counters,
     )
 
 
 _launch_merge = Launcher(_merge_kernel)
 
 
-def merge(out: Tensor, partials: Partials, ragged: Ragged, sizes: dict[str, int], early: dict[str, bool]) -> None:
-    """Write the rows of `out` whose chunks several programs computed; `sizes` are the kernel's constants, `early` how
-    it is launched before the kernel in front has ended."""
+def settle_merge(pairs: int, heads: int, constants: dict[str, int], early: dict[str, bool]) -> Launch:
+    """Of (out, *partials, query_starts, context_lens): it writes the rows of `out` whose chunks several programs
+    computed. `early`: how it is launched before the kernel in front has ended."""
     # Four dimensions per lane: registers for all the loads of an unrolled step at once.
-    warps = max(1, sizes["DIMS"] // 128)
-    grid = (partials[2].shape[0] // sizes["KV_HEADS"], out.shape[1], sizes["QUERIES"])
-    options = sizes | {"num_warps": warps, "maxnreg": 255} | early
-    _launch_merge(grid, out, *partials, ragged.query_starts, ragged.context_lens, **options)
+    warps = max(1, constants["DIMS"] // 128)
+    grid = (pairs // constants["KV_HEADS"], heads, constants["QUERIES"])
+    return Launch(_launch_merge, grid, (), **constants, **early, num_warps=warps, maxnreg=255)
