@@ -31,7 +31,7 @@ from llama.engine.plan import LAST_SAMPLED, NO_COPIES, NO_UPDATES, Ints, Plan
 from llama.engine.runner import Runner
 from llama.kernels import checks, ops
 from llama.kernels.gpu import activation, chain, matmul, norm, rope
-from llama.kernels.gpu.attention import decode
+from llama.kernels.gpu.attention import decode, prefill
 from llama.kernels.gpu.launch import Kinds, Launcher
 from llama.model.config import ModelConfig
 from llama.model.transformer import Transformer
@@ -106,7 +106,7 @@ def without_a_device() -> Iterator[Launches]:
         mock.patch.object(torch, "empty_like", _empty_like),
         mock.patch.object(runners, "fetch_result", lambda *arguments: lambda: None),
     ):
-        for module in (activation, decode, norm, rope):  # what is settled here is for here alone
+        for module in (activation, decode, norm, prefill, rope):  # what is settled here is for here alone
             patches.enter_context(mock.patch.object(module, "_KINDS", Kinds()))
         yield launches
 

@@ -10,6 +10,7 @@ import torch
 from llama.engine.plan import aligned_runs
 from llama.kernels import ops
 from llama.kernels.gpu.attention import config, decode, paged_attention, prefill, split
+from llama.kernels.gpu.launch import Kinds
 from llama.kernels.types import KVLayer, Runs
 from tests.paged_attention import answer, as_runs, each_alone, make_problem
 
@@ -49,7 +50,7 @@ def decode_at_once(problem, num_programs, monkeypatch):
     counters[:, 2] = 0
     with monkeypatch.context() as patch:
         patch.setattr(decode, "can_merge", lambda *shape: True)
-        patch.setattr(split, "merge", None)
+        patch.setattr(split, "settle_merge", None)
         patch.setattr(split, "_UNROLL_MEMBERS", decode.tl.constexpr(2))
         out = decode_with(problem, num_programs, counters)
     assert not counters[:, 2].any()
@@ -186,7 +187,7 @@ def test_prefill_of_ragged_sequences(dtype):
 
 
 def test_prefill_that_needs_several_query_tiles():
-    rows = config.prefill_options(16, 4, 1)[1]["ROWS"]
+    rows = config.prefill_tile(16, 4).rows
     check(make_problem([rows + 1, 2 * rows], [rows + 1, 2 * rows + 30], heads=(1, 1), head_dim=16))
 
 
@@ -253,6 +254,7 @@ def test_prefill_in_chunks_over_an_fp8_cache(many_chunks):
     cut = problem.run(paged_attention)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(prefill, "multiprocessor_count", lambda device: 1)
+        patch.setattr(prefill, "_KINDS", Kinds())
         torch.testing.assert_close(cut, problem.run(paged_attention), rtol=2e-3, atol=0)
     assert len(many_chunks) == 1
 

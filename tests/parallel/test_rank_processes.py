@@ -256,8 +256,10 @@ def test_what_an_outer_job_left_behind_is_no_torchrun(monkeypatch):
     assert torchrun.rank_of_this(2) is None
 
 
+# A shell's background jobs, and all that they start, ignore Ctrl-C.
 WAITING = """
-import sys, time
+import signal, time
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from llama import LLM, SamplingParams
 llm = LLM({folder!r}, num_blocks=400, max_num_seqs=32, max_model_len=256, tensor_parallel_size=4)
 stream = llm.stream({{"prompt_token_ids": [1, 2, 3]}}, SamplingParams(max_tokens=200, ignore_eos=True))

@@ -87,11 +87,14 @@ def decode_options(
     return programs, options
 
 
-def prefill_options(head_dim: int, element_size: int, group: int) -> tuple[bool, dict[str, int]]:
-    """-> whether to take tensor descriptors where the cache allows them, and the kernel's options."""
-    rows, keys, warps, stages, descriptors = _PREFILL[max(64, padded(head_dim)), element_size]
-    rows = max(rows, 1 << (group - 1).bit_length())
-    return descriptors, {"ROWS": rows, "BLOCK_KEYS": keys, "num_warps": warps, "num_stages": stages}
+def prefill_tile(head_dim: int, element_size: int) -> PrefillTile:
+    return _PREFILL[max(64, padded(head_dim)), element_size]
+
+
+def prefill_options(tile: PrefillTile, group: int) -> dict[str, int]:
+    """The kernel's options for so many query heads per KV head."""
+    rows = max(tile.rows, 1 << (group - 1).bit_length())
+    return {"ROWS": rows, "BLOCK_KEYS": tile.keys, "num_warps": tile.warps, "num_stages": tile.stages}
 
 
 def check_attention(q: Tensor, kv_layer: KVLayer, ragged: Ragged, scale: float) -> None:

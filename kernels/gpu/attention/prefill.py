@@ -14,7 +14,7 @@ into chunks too: a program takes one chunk, a second kernel adds them up. How ma
 of queries, so the last bits of a result do; the deterministic mode has runs of queries, which `decode` computes.
 """
 
-from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -23,11 +23,18 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from llama.kernels.checks import multiprocessor_count
-from llama.kernels.gpu.attention.config import LOG2_E, check_attention, padded, prefill_options
+from llama.kernels.gpu.attention.config import (
+    LOG2_E,
+    PrefillTile,
+    check_attention,
+    padded,
+    prefill_options,
+    prefill_tile,
+)
 from llama.kernels.gpu.attention.split import NOTHING, add_chunks, chunking
 from llama.kernels.gpu.attention.tiles import key_rows, load_blocks, row_mask
 from llama.kernels.gpu.e4m3 import load_all_as, load_as
-from llama.kernels.gpu.launch import Launcher, cdiv
+from llama.kernels.gpu.launch import Kinds, Launch, Launcher, cdiv, kind_of
 from llama.kernels.types import KVLayer, Ragged
 
 # Sequences that a program looks at together when it finds its own.
@@ -311,58 +318,71 @@ def _descriptors(kv_layer: KVLayer, dtype: torch.dtype, keys: int) -> tuple[Tens
     return tuple(TensorDescriptor.from_tensor(cache, [keys, head_dim]) for cache in rows)
 
 
-def prefill_attention(out: Tensor, q: Tensor, kv_layer: KVLayer, ragged: Ragged, scale: float) -> None:
-    """Write the rows of all sequences behind the decodes to `out`."""
+class _Settled(NamedTuple):
+    grid: tuple[int, ...]
+    arguments: tuple[int | float, ...]  # behind the tensors
+    constants: dict[str, Any]
+    attend: Launch
+    parts: tuple[int, int] | None  # and members, of what there is to be merged
+    merge: Launch | None
+
+
+_KINDS: Kinds[_Settled] = Kinds()
+
+
+def _settle(q: Tensor, kv_layer: KVLayer, ragged: Ragged, scale: float, tile: PrefillTile) -> _Settled:
     check_attention(q, kv_layer, ragged, scale)
     k_cache, block_tables, num_decodes = kv_layer.k, ragged.block_tables, ragged.num_decodes
     heads, head_dim = q.shape[1:]
     block_size, kv_heads = k_cache.shape[1:3]
     group = heads // kv_heads
-    takes_descriptors, options = prefill_options(head_dim, q.element_size(), group)
+    options = prefill_options(tile, group)
     tile_queries = options["ROWS"] // group
     queries, sequences = q.shape[0] - num_decodes, block_tables.shape[0] - num_decodes
-    programs = queries // tile_queries + sequences
+    programs, members = queries // tile_queries + sequences, tile_queries * group
     tiles = max(cdiv(queries, tile_queries), sequences, 1)
     chunks = num_chunks(tiles, kv_heads, block_tables.shape[1] * block_size, multiprocessor_count(q.device))
-    partials = (out, out) if chunks == 1 else _allocate(out, programs * kv_heads * chunks, tile_queries * group)
-    of_sequences = ragged.query_starts, ragged.context_lens, num_decodes, block_tables.shape[0], chunks
-    sizes = {
-        "KV_HEADS": kv_heads,
-        "GROUP": group,
-        "HEAD_DIM": head_dim,
-        "DIMS": padded(head_dim),
-        "ROWS": options["ROWS"],
-        "BLOCK_KEYS": options["BLOCK_KEYS"],
-        "MIN_CHUNK": MIN_CHUNK,
-    }
+    sizes = {"KV_HEADS": kv_heads, "GROUP": group, "HEAD_DIM": head_dim, "DIMS": padded(head_dim)}
+    sizes |= {"ROWS": options["ROWS"], "BLOCK_KEYS": options["BLOCK_KEYS"], "MIN_CHUNK": MIN_CHUNK}
+    of_sequences = num_decodes, block_tables.shape[0], chunks
     grid = programs, kv_heads, chunks
-    descriptors = _descriptors(kv_layer, q.dtype, options["BLOCK_KEYS"]) if takes_descriptors else None
-    # Triton encodes descriptors at each launch, so with them it has to launch the kernel itself.
-    launch = partial(_launch_prefill, grid) if descriptors is None else _prefill_kernel[grid]
-    k_tiles, v_tiles = descriptors or (None, None)
-    launch(
-        out,
-        *partials,
-        q,
-        k_cache,
-        kv_layer.v,
-        k_cache if kv_layer.scales is None else kv_layer.scales,
-        block_tables,
-        *of_sequences,
-        scale * LOG2_E,
-        *q.stride()[:2],
-        block_tables.stride(0),
-        k_tiles=k_tiles,
-        v_tiles=v_tiles,
-        **sizes | options,
-        BLOCK_SIZE=block_size,
-        BLOCK_STRIDE=k_cache.stride(0),
-        SLOT_STRIDE=k_cache.stride(1),
-        HEAD_STRIDE=k_cache.stride(2),
-        PRECISION="ieee",
-        HAS_SCALES=kv_layer.scales is not None,
-        SPLIT=chunks > 1,
-    )
+    arguments = *of_sequences, scale * LOG2_E, *q.stride()[:2], block_tables.stride(0)
+    constants = {
+        **sizes,
+        **options,
+        "BLOCK_SIZE": block_size,
+        "BLOCK_STRIDE": k_cache.stride(0),
+        "SLOT_STRIDE": k_cache.stride(1),
+        "HEAD_STRIDE": k_cache.stride(2),
+        "PRECISION": "ieee",
+        "HAS_SCALES": kv_layer.scales is not None,
+        "SPLIT": chunks > 1,
+    }
+    attend = Launch(_launch_prefill, grid, arguments, **constants, k_tiles=None, v_tiles=None)
+    parts, merge = None, None
     if chunks > 1:
-        sizes |= {"MAX_CHUNKS": MAX_CHUNKS, "num_warps": max(1, sizes["DIMS"] // 128), "maxnreg": 255}
-        _launch_merge((programs, kv_heads, tile_queries * group), out, *partials, *of_sequences, **sizes)
+        parts = programs * kv_heads * chunks, members
+        warps = max(1, sizes["DIMS"] // 128)
+        whole = sizes | {"MAX_CHUNKS": MAX_CHUNKS, "num_warps": warps, "maxnreg": 255}
+        merge = Launch(_launch_merge, (programs, kv_heads, members), of_sequences, **whole)
+    return _Settled(grid, arguments, constants, attend, parts, merge)
+
+
+def prefill_attention(out: Tensor, q: Tensor, kv_layer: KVLayer, ragged: Ragged, scale: float) -> None:
+    """Write the rows of all sequences behind the decodes to `out`."""
+    tile = prefill_tile(q.shape[2], q.element_size())
+    kind = *kind_of(q), kv_layer.kind, ragged.kind, scale, tile
+    settled = _KINDS.get(kind) or _KINDS.keep(kind, _settle(q, kv_layer, ragged, scale, tile))
+    partials = (out, out) if settled.parts is None else _allocate(out, *settled.parts)
+    k_cache, starts, lens = kv_layer.k, ragged.query_starts, ragged.context_lens
+    scales = k_cache if kv_layer.scales is None else kv_layer.scales
+    tensors = out, *partials, q, k_cache, kv_layer.v, scales, ragged.block_tables, starts, lens
+    descriptors = _descriptors(kv_layer, q.dtype, tile.keys) if tile.descriptors else None
+    if descriptors is None:
+        settled.attend(*tensors)
+    else:  # Triton encodes descriptors at each launch, so with them it has to launch the kernel itself
+        k_tiles, v_tiles = descriptors
+        launch = _prefill_kernel[settled.grid]
+        launch(*tensors, *settled.arguments, k_tiles=k_tiles, v_tiles=v_tiles, **settled.constants)
+    if settled.merge is not None:
+        settled.merge(out, *partials, starts, lens)
