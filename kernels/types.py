@@ -68,6 +68,8 @@ class Ragged:
     # On the CPU: a token's attention has the same bits whoever computes beside it and however its sequence is cut; its
     # rows are computed in such pieces. None = the fastest way. Triton asks for `Runs` instead.
     fixed: Pieces | None = None
+    # No sequence reads what another one stores in this step, as a draft's decode reads what those before it store.
+    is_disjoint: bool = False
 
     def __post_init__(self) -> None:
         tables, starts, lens = self.block_tables, self.query_starts, self.context_lens

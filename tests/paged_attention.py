@@ -151,3 +151,16 @@ def rotation(angles: Tensor) -> CosSin:
     """By angles [tokens, head_dim / 2], as rope_and_store takes it."""
     both = torch.cat((-angles, angles), dim=1)[:, None]
     return both.cos(), both.sin()
+
+
+def projected(problem: Problem, seed: int = 0) -> tuple[Tensor, CosSin, Problem]:
+    """q, k and v of a problem of decodes, what they are rotated by, and the problem with the slots of its last keys."""
+    ragged, lens = problem.ragged, problem.context_lens.long()
+    last = (lens - 1).clamp(min=0)
+    blocks = ragged.block_tables.gather(1, (last // ragged.block_size)[:, None])[:, 0].long()
+    slots = torch.where(lens > 0, blocks * ragged.block_size + last % ragged.block_size, -1)
+    (tokens, heads, head_dim), kv_heads = problem.q.shape, problem.kv_layer.k.shape[2]
+    device, generator = problem.q.device, torch.Generator().manual_seed(seed)
+    qkv = torch.randn(tokens, heads + 2 * kv_heads, head_dim, generator=generator).to(device, problem.q.dtype)
+    angles = (torch.rand(tokens, head_dim // 2, generator=generator) * 6).to(device)
+    return qkv, rotation(angles), replace(problem, ragged=replace(ragged, slots=slots, is_disjoint=True))

@@ -112,7 +112,7 @@ class Launch:
         self._run: Callable[..., None] | None = None
         self._others: tuple[Any, ...] = ()
 
-    def __call__(self, *tensors: Tensor) -> None:
+    def __call__(self, *tensors: Tensor | tuple[Tensor, ...]) -> None:
         if self._run is not None:
             self._run(*tensors, *self._others)
             return

@@ -58,6 +58,29 @@ def _in_steps(first, second, scales, mask, ROUNDED: tl.constexpr):
     return tl.div_rn(first, scale), tl.div_rn(second, scale)
 
 
+@triton.jit
+def rotated_rows(source, rotation, token, mask, HEAD_DIM: tl.constexpr, DIMS: tl.constexpr):
+    """Rows of a token at `source`, rotated as the kernel below does; `rotation` begins with cos and sin."""
+    HALF_DIM: tl.constexpr = HEAD_DIM // 2
+    dims = tl.arange(0, DIMS)[None, :]
+    angle = token.to(tl.int64) * HEAD_DIM + dims % HALF_DIM
+    in_row = dims < HEAD_DIM
+    cosines = tl.load(rotation[0] + angle, mask=in_row, other=0.0)
+    sines = tl.load(rotation[1] + HALF_DIM + angle, mask=in_row, other=0.0)
+    own = tl.load(source + dims, mask=mask, other=0.0).to(tl.float32)
+    other = tl.load(source + (dims + HALF_DIM) % HEAD_DIM, mask=mask, other=0.0).to(tl.float32)
+    return (own * cosines + other * tl.where(dims < HALF_DIM, -sines, sines)).to(source.dtype.element_ty)
+
+
+@triton.jit
+def store_own(k_target, v_target, k, v, rotation, token, HEAD_DIM: tl.constexpr, DIMS: tl.constexpr):
+    """One head's k, rotated, and v of a token into a cache of their dtype."""
+    dims = tl.arange(0, DIMS)[None, :]
+    mask = dims < HEAD_DIM
+    tl.store(k_target + dims, rotated_rows(k, rotation, token, mask, HEAD_DIM, DIMS), mask=mask)
+    tl.store(v_target + dims, tl.load(v + dims, mask=mask), mask=mask)
+
+
 @triton.jit(do_not_specialize_on_alignment=["slots"])
 def _rope_and_store_kernel(
     out,

@@ -87,6 +87,7 @@ class Runner:
         self._weights = model.config.num_parameters
         self._names = names_of(model)
         self._scored_rows = num_scored_rows(self.vocab_size, device)
+        self._is_disjoint = config.speculation is None
 
     @torch.inference_mode()
     def launch(self, plan: Plan) -> Callable[[], StepResult]:
@@ -274,6 +275,7 @@ class Runner:
             block_size=self.kv.block_size,
             run_len=run_len,
             fixed=self._pieces,
+            is_disjoint=self._is_disjoint,
             logit_rows=logit_rows,
             adapters=None if indices is None else StepAdapters.of(self.adapters.stacks, indices, self._pieces),
             taps=taps,

@@ -6,8 +6,6 @@ for prefills and the norms of codes. Off unless an engine asks for it (`fused_de
 gains.
 """
 
-from functools import partial
-
 import torch
 from torch import Tensor
 
@@ -42,13 +40,12 @@ class FusedBlock:
 
     def __init__(self, block: Block, counters: Tensor) -> None:
         """`counters`: see `attend`; all layers may have the same ones."""
-        from llama.kernels.gpu.attention import attend
+        from llama.kernels.gpu.attention import rotate_and_attend
         from llama.kernels.gpu.fused import FEW, Fused
         from llama.kernels.gpu.matmul import fused_matmul
-        from llama.kernels.gpu.rope import rotate_and_store
 
         self._most, self._fused, self._multiply = FEW, Fused, fused_matmul
-        self._rotate, self._attend = partial(rotate_and_store, is_early=True), attend
+        self._attend = rotate_and_attend
         self._norms = block.input_layernorm, block.post_attention_layernorm
         self._attention, self._mlp = block.self_attn, block.mlp
         self.counters = counters
@@ -66,9 +63,8 @@ class FusedBlock:
         if residual is not None:
             x = x + residual
         qkv = self._product(attention.qkv_proj, x, before_attention)
-        q, k, v = attention.heads_of(qkv)
-        q = self._rotate(q, k, v, cos_sin, kv_layer, batch)
-        mixed = self._attend(q, kv_layer, batch, attention.scale, self.counters)
+        qkv = qkv.view(qkv.shape[0], -1, attention.head_dim)
+        mixed = self._attend(qkv, cos_sin, kv_layer, batch, attention.scale, self.counters)
         x = self._product(attention.o_proj, mixed.flatten(1), residual=x)
         act = self._product(mlp.gate_up_proj, x, before_mlp, swiglu=True)
         return self._product(mlp.down_proj, act, residual=x)

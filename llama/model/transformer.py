@@ -84,15 +84,11 @@ class Attention(Module):
     def forward(self, x: Tensor, batch: Batch, cos_sin: CosSin, kv_layer: KVLayer) -> Tensor:
         return self.o_proj(self.mix(self.qkv_proj(x, batch.adapters), batch, cos_sin, kv_layer), batch.adapters)
 
-    def heads_of(self, qkv: Tensor) -> tuple[Tensor, ...]:
-        """q, k and v, each [tokens, heads, head_dim], as views."""
-        heads = self.num_heads + 2 * self.num_kv_heads
-        qkv = qkv.view(qkv.shape[0], heads, self.head_dim)
-        return qkv.split_with_sizes((self.num_heads, self.num_kv_heads, self.num_kv_heads), dim=1)
-
     def mix(self, qkv: Tensor, batch: Batch, cos_sin: CosSin, kv_layer: KVLayer) -> Tensor:
         """What is between the projections: [tokens, heads * head_dim]."""
-        q, k, v = self.heads_of(qkv)
+        heads = self.num_heads + 2 * self.num_kv_heads
+        qkv = qkv.view(qkv.shape[0], heads, self.head_dim)
+        q, k, v = qkv.split_with_sizes((self.num_heads, self.num_kv_heads, self.num_kv_heads), dim=1)
         taps = batch.taps
         if taps is not None:
             q, k, v = taps.at(self, "q_pre", q), taps.at(self, "k_pre", k), taps.at(self, "v", v)

@@ -153,7 +153,7 @@ def _read(case: str, name: str, arch: int, kernel: Any) -> Row:
         descriptors=count("UTMALDG"),
         requests=count(r"CCTL.*PF2", before_wait),
         waits="ACQBULK" in opcodes and "PREEXIT" in in_order[in_order.index("ACQBULK") :],
-        too_early=count("LDG|STG|ATOM|RED|EXIT", before_wait),
+        too_early=count("LDG|STG|ATOM(?!S)|RED|EXIT", before_wait),
         instructions=sum(opcodes.values()),
         loop=_longest_loop(code),
     )

@@ -80,6 +80,16 @@ def test_a_models_step(launched, dtype):
     assert seen.num_ops > 100
 
 
+@pytest.mark.parametrize("speculative", [None, {"method": "ngram"}])
+def test_with_drafts_a_sequence_may_read_what_another_stores(launched, speculative, monkeypatch):
+    made, seen = graphed(tiny_config(), torch.bfloat16, speculative_config=speculative), []
+    hidden = made.model.hidden
+    monkeypatch.setattr(made.model, "hidden", lambda batch, kv: seen.append(batch) or hidden(batch, kv))
+    with torch.inference_mode():
+        made._model_step(4, has_adapters=False, has_runs=False)
+    assert [batch.is_disjoint for batch in seen] == [speculative is None]
+
+
 @pytest.mark.parametrize("has_runs", [True, False])
 def test_a_models_step_with_drafts(launched, has_runs):
     made = graphed(tiny_config(), torch.bfloat16, speculative_config={"method": "ngram"})

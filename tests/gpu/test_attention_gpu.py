@@ -10,9 +10,10 @@ import torch
 
 from llama.kernels import ops
 from llama.kernels.cpu.e4m3 import from_e4m3, to_e4m3
-from llama.kernels.gpu.attention import config, decode, paged_attention
+from llama.kernels.gpu.attention import config, decode, paged_attention, rotate_and_attend
+from llama.kernels.gpu.rope import rope_and_store
 from llama.kernels.types import KVLayer
-from tests.paged_attention import answer, as_runs, each_alone, make_problem
+from tests.paged_attention import answer, as_runs, each_alone, make_problem, projected
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
 
@@ -148,6 +149,24 @@ def test_decode_in_one_kernel_has_the_bits_of_two(run_len):
         options = {"num_programs": num_programs, "counters": counters}
         decode.decode_attention(out, case.q, case.kv_layer, case.ragged, case.scale, **options)
         assert torch.equal(out, together) and not counters[:, 2].any()
+
+
+def test_decodes_that_rotate_and_store_their_tokens():
+    """A product's rounding may be another in this kernel than in that of its own: then a bit of q or k is."""
+    lens = [4097, 131, 20_000, 64, 8192, 700, 0, 1]
+    case = decodes(lens, heads=(32, 8), head_dim=128, dtype=torch.bfloat16)
+    qkv, by, case = projected(case)
+    own, theirs = (KVLayer(case.kv_layer.k.clone(), case.kv_layer.v.clone()) for _ in range(2))
+    q = rope_and_store(*qkv.split([32, 8, 8], dim=1), by, theirs, case.ragged)
+    expected = paged_attention(q, theirs, case.ragged, case.scale)
+    counters, seen = torch.zeros(64, 3, dtype=torch.int32, device=DEVICE), []
+    for _ in range(50):
+        out = rotate_and_attend(qkv, by, own, case.ragged, case.scale, counters)
+        torch.testing.assert_close(out, expected, rtol=2e-2, atol=2e-2)
+        seen.append(out)
+    assert all(torch.equal(out, seen[0]) for out in seen)
+    torch.testing.assert_close(own.k, theirs.k, rtol=1e-2, atol=1e-2, equal_nan=True)
+    torch.testing.assert_close(own.v, theirs.v, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("group", [1, 4, 8])

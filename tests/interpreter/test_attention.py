@@ -49,7 +49,7 @@ def decode_at_once(problem, num_programs, monkeypatch):
     counters = torch.full((64, 3), -7, dtype=torch.int32)
     counters[:, 2] = 0
     with monkeypatch.context() as patch:
-        patch.setattr(decode, "can_merge", lambda *shape: True)
+        patch.setattr(decode, "has_room", lambda *shape, is_e4m3: True)
         patch.setattr(split, "settle_merge", None)
         patch.setattr(split, "_UNROLL_MEMBERS", decode.tl.constexpr(2))
         out = decode_with(problem, num_programs, counters)

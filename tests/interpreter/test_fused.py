@@ -10,8 +10,10 @@ import torch
 from llama import SamplingParams
 from llama.engine import graph_runner
 from llama.kernels import ops
-from llama.kernels.gpu import matmul
+from llama.kernels.gpu import attention, matmul
+from llama.kernels.gpu.attention import decode
 from llama.kernels.gpu.fused import Fused
+from llama.kernels.gpu.launch import Kinds
 from llama.kernels.gpu.matmul import dense_matmul, fused_matmul
 from llama.kernels.types import QuantizedWeight
 from llama.model.adapters import LoraStack
@@ -194,13 +196,24 @@ def test_a_step_with_an_adapter_or_taps_is_the_usual_one():
 
 
 @pytest.mark.slow
-def test_recorded_steps_and_eager_ones_draw_the_usual_tokens(monkeypatch):
+@pytest.mark.parametrize("drafts", ["none", "ngram"])
+def test_recorded_steps_and_eager_ones_draw_the_usual_tokens(drafts, monkeypatch):
+    for module in (attention, decode):  # else there is room in 16 bits alone
+        monkeypatch.setattr(module, "has_room", lambda *shape, is_e4m3: True)
+        monkeypatch.setattr(decode, "_KINDS", Kinds())
     monkeypatch.setattr(graph_runner, "bucket_of", lambda count: -(-count // 8) * 8)
     told = []
     for is_fused, stand in ((False, None), (True, None), (True, Stand())):
         model = tiny_model(dtype=torch.float32)
-        engine = graph_engine(Case(lag=1, max_num_seqs=4, num_tokens=64), stand, model, fused_decode=is_fused)
+        engine = graph_engine(
+            Case(lag=1, max_num_seqs=4, num_tokens=64, drafts=drafts), stand, model, fused_decode=is_fused
+        )
         for i in range(3):
-            add(engine, f"{i}", [i + 1, 5, 7], SamplingParams(temperature=i / 2, seed=i, max_tokens=4, ignore_eos=True))
+            add(
+                engine,
+                f"{i}",
+                [i + 1, 5, 7, 5, 7],
+                SamplingParams(temperature=i / 2, seed=i, max_tokens=4, ignore_eos=True),
+            )
         told.append(run(engine))
     assert told[0] == told[1] == told[2]

@@ -65,9 +65,10 @@ def padded(head_dim: int) -> int:
     return max(16, 1 << (head_dim - 1).bit_length())
 
 
-def can_merge(head_dim: int, element_size: int, is_e4m3: bool) -> bool:
-    """Whether the decode kernel has registers left to add up chunks: with these it would spill (benchmarks/LOG.md)."""
-    return not is_e4m3 and (max(64, padded(head_dim)), element_size) != (64, 2)
+def has_room(head_dim: int, element_size: int, group: int, *, is_e4m3: bool) -> bool:
+    """Whether the decode kernel has registers left to rotate its tokens and to add up chunks: others would spill, some
+    on one architecture alone (benchmarks/LOG.md). See `decode_options`."""
+    return element_size == 2 and padded(head_dim) > 64 and group <= 32 and not is_e4m3
 
 
 def decode_options(

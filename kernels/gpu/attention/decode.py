@@ -29,12 +29,13 @@ from torch import Tensor
 
 from llama.kernels.checks import multiprocessor_count
 from llama.kernels.gpu.attention import split
-from llama.kernels.gpu.attention.config import LOG2_E, can_merge, check_attention, decode_options, padded
+from llama.kernels.gpu.attention.config import LOG2_E, check_attention, decode_options, has_room, padded
 from llama.kernels.gpu.attention.split import NOTHING, chunking, merge_members, power_of_two
 from llama.kernels.gpu.attention.tiles import key_rows, load_blocks, row_mask
 from llama.kernels.gpu.chain import launch_options, take_turn
 from llama.kernels.gpu.e4m3 import load_as
 from llama.kernels.gpu.launch import Kinds, Launch, Launcher, kind_of, next_power_of_2
+from llama.kernels.gpu.rope import rotated_rows, store_own
 from llama.kernels.types import KVLayer, Ragged
 
 # Sequences that a program looks at together when it finds its share.
@@ -121,6 +122,7 @@ def _decode_kernel(
     block_tables,
     query_starts,
     context_lens,
+    rotation,  # if ROTATES: cos, sin and slots of the tokens; q is as projected, with k and v behind
     num_sequences,
     num_programs,
     scale_log2,
@@ -143,6 +145,7 @@ def _decode_kernel(
     PRECISION: tl.constexpr,
     HAS_SCALES: tl.constexpr,
     EARLY: tl.constexpr,
+    ROTATES: tl.constexpr,
     MERGES: tl.constexpr,  # QUERIES * GROUP as a power of two: who completes a pair merges it; 0 = the next kernel does
 ):
     if EARLY:
@@ -199,7 +202,10 @@ def _decode_kernel(
             limits = tl.where(place < num_queries, context - num_queries + 1 + place, 0)
             query_head = head * GROUP + group % GROUP
             query_offset = (start + place).to(tl.int64)[:, None] * q_token_stride + query_head[:, None] * q_head_stride
-        query = tl.load(q + query_offset + dims, mask=group_mask, other=0.0)
+        if ROTATES:
+            query = rotated_rows(q + query_offset, rotation, sequence, group_mask, HEAD_DIM, DIMS)
+        else:
+            query = tl.load(q + query_offset + dims, mask=group_mask, other=0.0)
         block_table = block_tables + sequence.to(tl.int64) * table_stride
         last = tl.minimum(chunks, tl.cdiv(share_end - pair_start, width))
         has_prefix = chunk == 0
@@ -208,6 +214,15 @@ def _decode_kernel(
         if HAS_SCALES:
             k_scale = tl.load(kv_scales + head)
             v_scale = tl.load(kv_scales + KV_HEADS + head)
+        if ROTATES:
+            slot = tl.load(rotation[2] + sequence)
+            if (last == chunks) & (last > chunk) & (slot >= 0):
+                # The last chunk alone has the token's own key and value, and this program alone reads that.
+                place = slot // BLOCK_SIZE * BLOCK_STRIDE + slot % BLOCK_SIZE * SLOT_STRIDE + head * HEAD_STRIDE
+                source = q + sequence.to(tl.int64) * q_token_stride + (KV_HEADS * GROUP + head) * q_head_stride
+                v = source + KV_HEADS * q_head_stride
+                store_own(k_cache + place, v_cache + place, source, v, rotation, sequence, HEAD_DIM, DIMS)
+                tl.debug_barrier()
         row = tl.where(num_sequences * KV_HEADS <= num_programs, pair, _owner(pair_start, quotient, remainder))
         top = tl.full([ROWS], NOTHING, tl.float32)
         total = tl.zeros([ROWS], tl.float32)
@@ -310,7 +325,14 @@ _KINDS: Kinds[_Settled] = Kinds()
 
 
 def _settle(
-    q: Tensor, kv_layer: KVLayer, ragged: Ragged, scale: float, *, num_programs: int | None, counters: Tensor | None
+    q: Tensor,
+    kv_layer: KVLayer,
+    ragged: Ragged,
+    scale: float,
+    *,
+    num_programs: int | None,
+    counters: Tensor | None,
+    rotates: bool,
 ) -> _Settled:
     check_attention(q, kv_layer, ragged, scale)
     k_cache, block_tables, queries = kv_layer.k, ragged.block_tables, ragged.run_len
@@ -322,7 +344,7 @@ def _settle(
     if num_programs is None:
         num_programs = programs * multiprocessor_count(q.device)
     early = launch_options(q.device, counters is not None)
-    merges = counters is not None and can_merge(head_dim, q.element_size(), is_e4m3)
+    merges = counters is not None and has_room(head_dim, q.element_size(), queries * group, is_e4m3=is_e4m3)
     assert counters is None or pairs <= len(counters)
     constants = {"KV_HEADS": kv_heads, "GROUP": group, "QUERIES": queries, "HEAD_DIM": head_dim}
     constants |= {"DIMS": padded(head_dim), "MIN_CHUNK": split.MIN_CHUNK, "MAX_CHUNKS": split.max_chunks(kv_heads)}
@@ -338,6 +360,7 @@ def _settle(
         HEAD_STRIDE=k_cache.stride(2),
         PRECISION="ieee",
         HAS_SCALES=is_e4m3,
+        ROTATES=rotates,
         MERGES=next_power_of_2(queries * group) if merges else 0,
         **(options | early),
     )
@@ -356,18 +379,22 @@ def decode_attention(
     *,
     num_programs: int | None = None,
     counters: Tensor | None = None,
+    rotation: tuple[Tensor, ...] | None = None,
 ) -> None:
     """Write the rows of the decodes, or of the runs, to `out`; `num_programs` is for tests alone and changes no bit.
-    `counters`: see `attend`."""
-    of_counters = None if counters is None else kind_of(counters)
-    kind = *kind_of(q), kv_layer.kind, ragged.kind, scale, num_programs, of_counters
+    `counters`: see `attend`. With `rotation`, cos, sin and slots of the tokens, q is a view of the q, k and v that lie
+    behind one another as they were projected; all sequences are decodes, and store their own keys and values."""
+    addresses = None if rotation is None else tuple(tensor.data_ptr() & 15 for tensor in rotation)
+    kind = *kind_of(q), kv_layer.kind, ragged.kind, scale, num_programs, counters is None, addresses
     settled = _KINDS.get(kind)
     if settled is None:
-        settled = _KINDS.keep(kind, _settle(q, kv_layer, ragged, scale, num_programs=num_programs, counters=counters))
+        rotates = rotation is not None
+        made = _settle(q, kv_layer, ragged, scale, num_programs=num_programs, counters=counters, rotates=rotates)
+        settled = _KINDS.keep(kind, made)
     attend, sizes, merge, merges = settled
     partials = split.allocate(sizes, q.device, counters if merges else None)
     k_cache, starts, lens = kv_layer.k, ragged.query_starts, ragged.context_lens
     scales = k_cache if kv_layer.scales is None else kv_layer.scales
-    attend(out, *partials, q, k_cache, kv_layer.v, scales, ragged.block_tables, starts, lens)
+    attend(out, *partials, q, k_cache, kv_layer.v, scales, ragged.block_tables, starts, lens, rotation or (q,))
     if merge is not None:
         merge(out, *partials, starts, lens)

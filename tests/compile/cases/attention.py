@@ -5,7 +5,7 @@ from unittest import mock
 
 import torch
 
-from llama.kernels.gpu.attention import attend, config, prefill
+from llama.kernels.gpu.attention import config, paged_attention, prefill, rotate_and_attend
 from llama.kernels.gpu.attention.config import decode_options
 from llama.kernels.types import KVLayer, Ragged
 from tests.compile.harness import Case
@@ -56,14 +56,17 @@ def _call(
         num_decodes=num_decodes,
         block_size=block_size,
         run_len=run_len,
+        is_disjoint=True,
     )
     stored = torch.uint8 if e4m3 else dtype
     scales = empty(2, kv_heads, dtype=torch.float32) if e4m3 else None
     kv_layer = KVLayer(empty(*cache, dtype=stored), empty(*cache, dtype=stored), scales)
-    zeros = empty(sequences * kv_heads, 3)
-    return attend(
-        empty(queries, heads, head_dim, dtype=dtype), kv_layer, ragged, head_dim**-0.5, zeros if is_early else None
-    )
+    if is_early:
+        qkv = empty(queries, heads + 2 * kv_heads, head_dim, dtype=dtype)
+        cos_sin = empty(queries, 1, head_dim, dtype=torch.float32), empty(queries, 1, head_dim, dtype=torch.float32)
+        counters = empty(sequences * kv_heads, 3)
+        return rotate_and_attend(qkv, cos_sin, kv_layer, ragged, head_dim**-0.5, counters)
+    return paged_attention(empty(queries, heads, head_dim, dtype=dtype), kv_layer, ragged, head_dim**-0.5)
 
 
 def _call_in_chunks(configuration: tuple, e4m3: bool = False) -> torch.Tensor:
@@ -112,14 +115,14 @@ def cases() -> Iterator[Case]:
             wide_loads=("_prefill_kernel",),
             warp_group=("_prefill_kernel",) if sixteen_bits else (),
         )
-    for configuration in (CONFIGURATIONS[0], CONFIGURATIONS[2]):  # the second one's chunks are merged by a kernel
+    for configuration in (CONFIGURATIONS[0], CONFIGURATIONS[2]):  # registers of the second's are too few for all in one
         head_dim, heads, kv_heads, block_size, dtype = configuration
         yield Case(
             f"decode D={head_dim} heads={heads}/{kv_heads} block={block_size} {str(dtype)[6:]} early",
             lambda configuration=configuration: _call(configuration, 64, 64, 64, is_early=True),
             architectures=(90, 100),
             wide_loads=("_decode_kernel",),
-            waits=("_decode_kernel", "_merge_kernel"),
+            waits=("_rope_and_store_kernel", "_decode_kernel", "_merge_kernel"),
             resident=(("_decode_kernel", decode_options(head_dim, dtype.itemsize, heads // kv_heads)[0]),),
         )
     for *configuration, run_len in RUNS:

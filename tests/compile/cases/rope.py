@@ -37,13 +37,6 @@ def cases() -> Iterator[Case]:
             wide_loads=("_rope_and_store_kernel",),
         )
     yield Case("rope D=128 heads=32/8 bfloat16 e4m3", lambda: _call(128, 32, 8, torch.bfloat16, e4m3=True))
-    yield Case(
-        "rope D=128 heads=32/8 bfloat16 early",
-        lambda: _call(128, 32, 8, torch.bfloat16, is_early=True),
-        architectures=(90, 100),
-        wide_loads=("_rope_and_store_kernel",),
-        waits=("_rope_and_store_kernel",),
-    )
     positions = torch.empty(64, dtype=torch.int64, device="meta")
     frequencies = torch.empty(128, device="meta")
     yield Case("cos_sin D=128", lambda: cos_sin(positions, frequencies, 1.0), stack=("_cos_sin_kernel",))
