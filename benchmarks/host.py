@@ -106,7 +106,7 @@ def without_a_device() -> Iterator[Launches]:
         mock.patch.object(torch, "empty_like", _empty_like),
         mock.patch.object(runners, "fetch_result", lambda *arguments: lambda: None),
     ):
-        for module in (activation, decode, norm, prefill, rope):  # what is settled here is for here alone
+        for module in (activation, decode, matmul, norm, prefill, rope):  # what is settled here is for here alone
             patches.enter_context(mock.patch.object(module, "_KINDS", Kinds()))
         yield launches
 

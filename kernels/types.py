@@ -23,6 +23,11 @@ _MOST_ALIGNED, _MOST_ALIGNED_ROWS = 16, 32  # 16 divides every tile of keys; wit
 LOGPROBS_OFF, LOGPROBS_RAW, LOGPROBS_PROCESSED = 0, 1, 2
 
 
+def kind_of(tensor: torch.Tensor) -> tuple[Hashable, ...]:
+    """All that a kernel's launch depends on of a tensor: of its address, whether it is a multiple of 16."""
+    return tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor.data_ptr() & 15
+
+
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
     """What sums over a model of this dtype are computed in: float64 for float64, else float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
@@ -133,7 +138,7 @@ class KVLayer:
     def kind(self) -> Hashable:
         """What a kernel's launch depends on: all but what the tensors hold, and of their addresses the last bits."""
         tensors = (self.k, self.v) if self.scales is None else (self.k, self.v, self.scales)
-        return tuple((t.shape, t.stride(), t.dtype, t.device, t.data_ptr() & 15) for t in tensors)
+        return tuple(map(kind_of, tensors))
 
     @cached_property
     def slots(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -141,7 +146,7 @@ class KVLayer:
         return self.k.flatten(0, 1), self.v.flatten(0, 1)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class QuantizedWeight:
     """w[n, k] = (q[n, k] - zeros[g, n]) * scales[g, n] + minima[g, n] in float32, in this order; g = k // group_size.
 
@@ -175,6 +180,12 @@ class QuantizedWeight:
     @property
     def tensors(self) -> tuple[torch.Tensor, ...]:
         return tuple(t for t in (self.codes, self.scales, self.zeros, self.minima) if t is not None)
+
+    @cached_property
+    def kind(self) -> Hashable:
+        """What a kernel's launch depends on: see KVLayer."""
+        tensors = self.codes, self.scales, self.zeros, self.minima
+        return tuple(None if t is None else kind_of(t) for t in tensors), self.group_size
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,8 @@ import triton.language as tl
 from torch import Tensor
 
 from llama.kernels.checks import check_silu_mul, check_tensors
-from llama.kernels.gpu.launch import Kinds, Launch, Launcher, cdiv, kind_of, next_power_of_2
+from llama.kernels.gpu.launch import Kinds, Launch, Launcher, cdiv, next_power_of_2
+from llama.kernels.types import kind_of
 
 
 @triton.jit

@@ -8,6 +8,7 @@ The first weights, which no kernel writes, are asked for while the kernel in fro
 (`llama.kernels.gpu.chain`).
 """
 
+from collections.abc import Hashable
 from typing import NamedTuple
 
 import triton
@@ -15,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from llama.kernels.checks import check_tensors, require
+from llama.kernels.types import kind_of
 
 FEW = 64  # tokens of a product whose rows depend on nothing but themselves
 SECTOR = tl.constexpr(32)  # bytes that a request for one of them brings
@@ -27,6 +29,12 @@ class Fused(NamedTuple):
     eps: float = 0.0
     residual: Tensor | None = None  # [tokens, N], added to the product
     swiglu: bool = False  # W is gate above up: the result is silu(gate) * up [tokens, N / 2]
+
+    @property
+    def kind(self) -> Hashable:
+        """What a launch depends on."""
+        norm = None if self.norm is None else kind_of(self.norm)
+        return norm, self.eps, None if self.residual is None else kind_of(self.residual), self.swiglu
 
 
 def check_fused(x: Tensor, rows: int, fused: Fused) -> Fused:

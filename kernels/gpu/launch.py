@@ -27,14 +27,9 @@ def next_power_of_2(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
-def kind_of(tensor: Tensor) -> tuple[Hashable, ...]:
-    """All that a launch depends on of a tensor: of its address, whether it is a multiple of 16."""
-    return tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor.data_ptr() & 15
-
-
 class Kinds(dict[Hashable, T], Generic[T]):
-    """What is settled for all calls of a kind: `kind_of` all tensors, and numbers. Not without end, for each number of
-    tokens is a kind of its own."""
+    """What is settled for all calls of a kind: `types.kind_of` all tensors, and numbers. Not without end, for each
+    number of tokens is a kind of its own."""
 
     def keep(self, kind: Hashable, settled: T) -> T:
         if len(self) >= _MOST_KINDS:

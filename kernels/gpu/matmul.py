@@ -10,7 +10,7 @@ cut of K into splits, which the weight's shape and the device alone decide. Dens
 and all of that be fused with what is around it (`llama.kernels.gpu.fused`).
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -33,10 +33,10 @@ from llama.kernels.gpu.fused import (
     summed,
     swiglu,
 )
-from llama.kernels.gpu.launch import Launcher, cdiv
+from llama.kernels.gpu.launch import Kinds, Launch, Launcher, cdiv
 from llama.kernels.gpu.nibbles import four_nibbles
-from llama.kernels.gpu.split_k import add_up, splits_of
-from llama.kernels.types import QuantizedWeight
+from llama.kernels.gpu.split_k import settle_add, splits_of
+from llama.kernels.types import QuantizedWeight, kind_of
 
 
 @triton.jit
@@ -211,13 +211,14 @@ def _tile(weight: QuantizedWeight, tokens: int) -> Tile:
 _launch_matmul = Launcher(_matmul_kernel)
 
 
-class _Scales(NamedTuple):
-    """What acts on the sums; where a weight has none of some, `values` stand in their place."""
+class _Settled(NamedTuple):
+    product: Launch
+    shape: tuple[int, int]  # of y
+    partials: tuple[int, int, int] | None  # where K is split
+    add: Launch | None
 
-    values: Tensor
-    zeros: Tensor | None
-    minima: Tensor | None
-    group_size: int
+
+_KINDS: Kinds[_Settled] = Kinds()
 
 
 def quantized_matmul(x: Tensor, weight: QuantizedWeight) -> Tensor:
@@ -239,72 +240,79 @@ def fused_matmul(x: Tensor, weight: Tensor | QuantizedWeight, fused: Fused) -> T
 
 def multiply(x: Tensor, weight: QuantizedWeight, processors: int, fused: Fused | None = None) -> Tensor:
     """`quantized_matmul` on a device of so many multiprocessors."""
-    codes = weight.codes
-    way = {torch.int16: "int4", torch.int8: "int8", torch.float8_e4m3fn: "fp8"}[codes.dtype]
-    if way == "fp8":
+    kind = *kind_of(x), weight.kind, processors, None if fused is None else fused.kind
+    settled = _KINDS.get(kind) or _KINDS.keep(kind, _settle_codes(x, weight, processors, fused))
+    codes, scales, zeros, minima = weight.codes, weight.scales, weight.zeros, weight.minima
+    if codes.dtype == torch.float8_e4m3fn:
         codes = codes.view(torch.uint8)
-    check_tensors("quantized_matmul", x=x, codes=codes)
-    require(all(tensor.is_contiguous() for tensor in weight.tensors), "quantized_matmul: a weight must be contiguous")
-    scales = _Scales(weight.scales, weight.zeros, weight.minima, weight.group_size)
-    tile, block = _tile(weight, x.shape[0]), _columns(weight, way)
-    return _product(way, x, codes, scales, tile, block, processors=processors, fused=fused)
+    # Where a weight has none of some, others stand in their place.
+    parts = codes, scales, scales if zeros is None else zeros, scales if minima is None else minima
+    return _product(settled, x, parts, fused)
 
 
 def multiply_dense(x: Tensor, weight: Tensor, processors: int, fused: Fused | None = None) -> Tensor:
     """`dense_matmul` on a device of so many multiprocessors."""
+    kind = *kind_of(x), *kind_of(weight), processors, None if fused is None else fused.kind
+    settled = _KINDS.get(kind) or _KINDS.keep(kind, _settle_dense(x, weight, processors, fused))
+    return _product(settled, x, (weight, weight, weight, weight), fused)
+
+
+def _product(settled: _Settled, x: Tensor, weight: tuple[Tensor, ...], fused: Fused | None) -> Tensor:
+    product, shape, partials, add = settled
+    y = torch.empty(shape, dtype=x.dtype, device=x.device)
+    if y.numel() == 0:
+        return y
+    target = y if partials is None else torch.empty(partials, dtype=torch.float32, device=x.device)
+    norm = x if fused is None or fused.norm is None else fused.norm
+    residual = None if fused is None else fused.residual
+    product(target, x, *weight, norm, x if residual is None else residual)
+    if add is not None:
+        add(y, target, y if residual is None else residual)
+    return y
+
+
+def _settle_codes(x: Tensor, weight: QuantizedWeight, processors: int, fused: Fused | None) -> _Settled:
+    way = {torch.int16: "int4", torch.int8: "int8", torch.float8_e4m3fn: "fp8"}[weight.codes.dtype]
+    codes = weight.codes.view(torch.uint8) if way == "fp8" else weight.codes
+    check_tensors("quantized_matmul", x=x, codes=codes)
+    require(all(tensor.is_contiguous() for tensor in weight.tensors), "quantized_matmul: a weight must be contiguous")
+    parts = {
+        "WAY": way,
+        "GROUP_SIZE": weight.group_size,
+        "HAS_ZEROS": weight.zeros is not None,
+        "HAS_MINIMA": weight.minima is not None,
+        "COLUMNS": _columns(weight, way),
+    }
+    return _settle(x, weight.shape[0], parts, _tile(weight, x.shape[0]), processors, fused)
+
+
+def _settle_dense(x: Tensor, weight: Tensor, processors: int, fused: Fused | None) -> _Settled:
     check_tensors("dense_matmul", x=x, weight=weight)
     require(x.dtype == weight.dtype, f"dense_matmul: x is {x.dtype}, the weight {weight.dtype}")
     require(x.shape[0] <= FEW, f"dense_matmul: at most {FEW} tokens, got {x.shape[0]}")
     require(weight.is_contiguous(), "dense_matmul: a weight must be contiguous")
-    scales, tile = _Scales(weight, None, None, weight.shape[1]), _FEW_TILE
+    tile = _FEW_TILE
     if fused is not None:
         processors = 3 * processors // 4  # to add up splits takes longer than what the others would gain
         if cdiv(weight.shape[0], tile.rows) < processors:
             tile = _NARROW_TILE
-    block = 256 // weight.element_size()
-    return _product("dense", x, weight, scales, tile, block, processors=processors, fused=fused)
+    parts = {"WAY": "dense", "GROUP_SIZE": weight.shape[1], "HAS_ZEROS": False, "HAS_MINIMA": False}
+    return _settle(x, weight.shape[0], parts | {"COLUMNS": 256 // weight.element_size()}, tile, processors, fused)
 
 
-def _product(
-    way: str,
-    x: Tensor,
-    codes: Tensor,
-    scales: _Scales,
-    tile: Tile,
-    block: int,
-    *,
-    processors: int,
-    fused: Fused | None,
-) -> Tensor:
+def _settle(x: Tensor, rows: int, parts: dict[str, Any], tile: Tile, processors: int, fused: Fused | None) -> _Settled:
+    """`parts`: the kernel's constants that follow from the form of the weight."""
     tokens, columns = x.shape
-    rows = codes.shape[0]
     early = chain.launch_options(x.device, fused is not None)
-    fused = check_fused(x, rows, fused) if fused is not None else Fused()
-    norm, eps, residual, is_swiglu = fused
-    y = torch.empty(tokens, rows // 2 if is_swiglu else rows, dtype=x.dtype, device=x.device)
-    if y.numel() == 0:
-        return y
-    splits = splits_of(rows, columns, block, tile.rows, processors) if tokens <= FEW else 1
-    target = y if splits == 1 else torch.empty(splits, tokens, rows, dtype=torch.float32, device=x.device)
-    _launch_matmul(
+    norm, eps, residual, is_swiglu = fused = Fused() if fused is None else check_fused(x, rows, fused)
+    splits = splits_of(rows, columns, parts["COLUMNS"], tile.rows, processors) if tokens <= FEW else 1
+    product = Launch(
+        _launch_matmul,
         (cdiv(rows, tile.rows) * splits, cdiv(tokens, tile.tokens)),
-        target,
-        x,
-        codes,
-        scales.values,
-        scales.values if scales.zeros is None else scales.zeros,
-        scales.values if scales.minima is None else scales.minima,
-        x if norm is None else norm,
-        x if residual is None else residual,
-        tokens,
-        x.stride(0),
-        eps,
+        (tokens, x.stride(0), eps),
         N=rows,
         K=columns,
-        GROUP_SIZE=scales.group_size,
-        WAY=way,
-        HAS_ZEROS=scales.zeros is not None,
-        HAS_MINIMA=scales.minima is not None,
+        **parts,
         NATIVE=chain.is_native(x.device),
         NORM=0 if norm is None else 2048 // x.element_size(),
         ADD=splits == 1 and residual is not None,
@@ -313,13 +321,15 @@ def _product(
         SPLITS=splits,
         TOKENS=tile.tokens,
         ROWS=tile.rows,
-        COLUMNS=block,
         num_warps=tile.warps,
         num_stages=tile.stages,
         # On sm_90 the compiler else spills registers of fp8 to fit a sixth program in.
         **(early | {"maxnreg": 96} if early and splits == 1 and is_swiglu and norm is None else early),
     )
-    return y if splits == 1 else add_up(y, target, fused, early)
+    shape = tokens, rows // 2 if is_swiglu else rows
+    if splits == 1:
+        return _Settled(product, shape, None, None)
+    return _Settled(product, shape, (splits, tokens, rows), settle_add(shape, rows, splits, fused, early))
 
 
 def _columns(weight: QuantizedWeight, way: str) -> int:

@@ -14,7 +14,8 @@ import triton.language as tl
 from torch import Tensor
 
 from llama.kernels.checks import check_add_rms_norm, check_rms_norm, check_tensors
-from llama.kernels.gpu.launch import Kinds, Launch, Launcher, kind_of, next_power_of_2
+from llama.kernels.gpu.launch import Kinds, Launch, Launcher, next_power_of_2
+from llama.kernels.types import kind_of
 
 # A row up to this many elements stays in registers between the sum of squares and the scaling.
 _MAX_BLOCK = 16384

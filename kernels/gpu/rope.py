@@ -15,8 +15,8 @@ from torch import Tensor
 from llama.kernels.checks import check_rope_and_store, check_tensors, require
 from llama.kernels.gpu.chain import launch_options, take_turn
 from llama.kernels.gpu.e4m3 import to_e4m3
-from llama.kernels.gpu.launch import Kinds, Launch, Launcher, cdiv, kind_of, next_power_of_2
-from llama.kernels.types import CosSin, KVLayer, Ragged
+from llama.kernels.gpu.launch import Kinds, Launch, Launcher, cdiv, next_power_of_2
+from llama.kernels.types import CosSin, KVLayer, Ragged, kind_of
 
 
 @triton.jit(do_not_specialize_on_alignment=["positions"])

@@ -1,14 +1,11 @@
 """A product's parts over K, so that few rows of a weight fill a device: how many, and their sum, in order."""
 
-from typing import Any
-
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from llama.kernels.gpu.chain import take_turn
 from llama.kernels.gpu.fused import Fused, summed, swiglu
-from llama.kernels.gpu.launch import Launcher, cdiv
+from llama.kernels.gpu.launch import Launch, Launcher, cdiv
 
 _MOST_SPLITS = 8
 
@@ -60,21 +57,19 @@ def _add_kernel(
 _launch_add = Launcher(_add_kernel)
 
 
-def add_up(y: Tensor, partials: Tensor, fused: Fused, early: dict[str, Any]) -> Tensor:
-    """y = the sum of partials [splits, tokens, N], and what is fused behind it; `early`: how the launch is told so."""
-    splits, tokens, rows = partials.shape
-    _launch_add(
-        (cdiv(y.numel(), 1024),),
-        y,
-        partials,
-        y if fused.residual is None else fused.residual,
-        tokens * rows,
+def settle_add(shape: tuple[int, int], rows: int, splits: int, fused: Fused, early: dict[str, bool]) -> Launch:
+    """Of (y, partials, residual): y, of this shape, = the sum of partials [splits, tokens, rows], and what is fused
+    behind it. `early`: how the launch is told so."""
+    tokens, width = shape
+    return Launch(
+        _launch_add,
+        (cdiv(tokens * width, 1024),),
+        (tokens * rows,),
         SPLITS=splits,
         ADD=fused.residual is not None,
-        SWIGLU=y.shape[1] if fused.swiglu else 0,
+        SWIGLU=width if fused.swiglu else 0,
         EARLY=bool(early),
         BLOCK=1024,
         num_warps=4,
         **early,
     )
-    return y

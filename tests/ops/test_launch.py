@@ -5,7 +5,8 @@ import torch
 from triton.compiler import CompiledKernel
 
 from llama.kernels.gpu import launch as launching
-from llama.kernels.gpu.launch import Kinds, Launch, Launcher, cdiv, kind_of, next_power_of_2
+from llama.kernels.gpu.launch import Kinds, Launch, Launcher, cdiv, next_power_of_2
+from llama.kernels.types import kind_of
 
 
 class OnCuda(torch.Tensor):

@@ -34,9 +34,9 @@ from llama.kernels.gpu.attention.split import NOTHING, chunking, merge_members, 
 from llama.kernels.gpu.attention.tiles import key_rows, load_blocks, row_mask
 from llama.kernels.gpu.chain import launch_options, take_turn
 from llama.kernels.gpu.e4m3 import load_as
-from llama.kernels.gpu.launch import Kinds, Launch, Launcher, kind_of, next_power_of_2
+from llama.kernels.gpu.launch import Kinds, Launch, Launcher, next_power_of_2
 from llama.kernels.gpu.rope import rotated_rows, store_own
-from llama.kernels.types import KVLayer, Ragged
+from llama.kernels.types import KVLayer, Ragged, kind_of
 
 # Sequences that a program looks at together when it finds its share.
 _SEQUENCES = tl.constexpr(128)

@@ -34,8 +34,8 @@ from llama.kernels.gpu.attention.config import (
 from llama.kernels.gpu.attention.split import NOTHING, add_chunks, chunking
 from llama.kernels.gpu.attention.tiles import key_rows, load_blocks, row_mask
 from llama.kernels.gpu.e4m3 import load_all_as, load_as
-from llama.kernels.gpu.launch import Kinds, Launch, Launcher, cdiv, kind_of
-from llama.kernels.types import KVLayer, Ragged
+from llama.kernels.gpu.launch import Kinds, Launch, Launcher, cdiv
+from llama.kernels.types import KVLayer, Ragged, kind_of
 
 # Sequences that a program looks at together when it finds its own.
 _SEQUENCES = tl.constexpr(128)
