@@ -29,7 +29,7 @@ from llama.model.adapters import StepAdapters
 from llama.model.batch import Batch
 from llama.model.communicator import Call
 from llama.model.fixed_rows import fix_rows
-from llama.model.fused import fuse
+from llama.model.fused import fuse, unfuse
 from llama.model.kv_cache import KVCache
 from llama.model.lora import AdapterWeights, LoadedAdapters
 from llama.model.taps import Span, StepTaps, names_of
@@ -60,8 +60,7 @@ class Runner:
     ) -> None:
         if config.deterministic and model.fixed is None:
             fix_rows(model)
-        if config.fused_decode:
-            fuse(model)
+        (fuse if config.fused_decode else unfuse)(model)
         fixed = model.fixed
         self._pieces = fixed if isinstance(fixed, Pieces) else None
         self._aligned = fixed.most if isinstance(fixed, Runs) else 0  # see Runs; 0 = sequences are computed as they are

@@ -19,7 +19,10 @@ from llama.model.transformer import MLP, Attention, Block, RMSNorm, Transformer
 
 
 def fuse(model: Transformer) -> None:
-    """Have all layers of Llama's own kind compute their small steps so. ParameterError where Triton does not run."""
+    """Have all layers of Llama's own kind compute their small steps so. ParameterError where Triton does not run.
+
+    The model itself is changed: of several engines over one model the last that was made decides.
+    """
     if not ops.on_triton(model.embed_tokens.weight):
         raise ParameterError(f"fused_decode must be False on {model.device.type}, got True", "fused_decode")
     from llama.kernels.gpu.fused import FEW
@@ -32,6 +35,13 @@ def fuse(model: Transformer) -> None:
             continue  # graphs of another engine may know its counters
         if type(layer.self_attn) is Attention and type(layer.mlp) is MLP:
             layer.fused = FusedBlock(layer, counters)
+
+
+def unfuse(model: Transformer) -> None:
+    """Undo `fuse`."""
+    for layer in model.layers:
+        assert isinstance(layer, Block)
+        layer.fused = None
 
 
 class FusedBlock:

@@ -9,6 +9,9 @@ import torch
 
 from llama import SamplingParams
 from llama.engine import graph_runner
+from llama.engine.config import EngineConfig
+from llama.engine.memory import make_kv_cache
+from llama.engine.runner import Runner
 from llama.kernels import ops
 from llama.kernels.gpu import attention, matmul
 from llama.kernels.gpu.attention import decode
@@ -176,6 +179,14 @@ def test_what_is_more_than_a_weight_or_more_than_few_tokens_goes_the_usual_way()
     biased, seen = fused_model(attention_bias=True)
     biased.logits(IDS)
     assert not seen
+
+
+def test_a_later_engine_without_the_flag_computes_the_usual_way():
+    model, seen = fused_model()
+    config = EngineConfig(max_model_len=64, max_num_seqs=1, num_blocks=4)
+    Runner(model, make_kv_cache(model, config, 4), config)
+    plain = tiny_model(dtype=torch.float32, num_hidden_layers=1)
+    assert torch.equal(model.logits(IDS), plain.logits(IDS)) and not seen
 
 
 def test_a_step_with_an_adapter_or_taps_is_the_usual_one():
