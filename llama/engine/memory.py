@@ -16,6 +16,7 @@ from llama.kernels import ops
 from llama.kernels.types import LOGPROBS_PROCESSED, MOST_RUN_ROWS, Runs, SamplerRows, SamplerState, wide_dtype
 from llama.model.batch import Batch
 from llama.model.fixed_rows import fix_rows
+from llama.model.fused import fuse
 from llama.model.kv_cache import KVCache
 from llama.model.transformer import Transformer
 
@@ -108,6 +109,9 @@ def worst_step(model: Transformer, config: EngineConfig, *, is_decode: bool) -> 
     if not is_decode and not isinstance(model.fixed, Runs):
         for most in (1, config.blocks_per_sequence):  # few queries have kernels of their own behind long contexts
             model.hidden(_first_alone(batch, most), kv)
+    if is_decode and config.fused_decode:  # kernels of steps of decodes alone; of such as have many tokens of prompts
+        for other in (replace(batch, is_disjoint=True), replace(batch, is_plain=True)):
+            model.hidden(other, kv)
     hidden = model.hidden(batch, kv)
     logits = model.head(hidden, batch, torch.zeros(num_samples, dtype=torch.int64, device=device))
     state = SamplerState(config.max_num_seqs, vocab_size, device)
@@ -190,6 +194,8 @@ def fitting_blocks(model: Transformer, config: EngineConfig, draft: Transformer 
     MemoryError if none does."""
     if config.deterministic and model.fixed is None:
         fix_rows(model)  # steps take other memory then
+    if config.fused_decode:
+        fuse(model)
     if model.device.type == "cuda":
         # Measured first: kernels and libraries that it loads take memory too, and are then among what is not free.
         steps = bytes_of_steps(model, config)

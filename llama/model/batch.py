@@ -23,6 +23,7 @@ class Batch(Ragged):
     logit_rows: Tensor | None = None  # [rows] int64, tokens whose logits are wanted (repeats allowed); None = all
     adapters: StepAdapters | None = None  # which LoRA adapter each token uses; None = no token has one
     taps: StepTaps | None = None  # what is read and changed on the way; None = nothing
+    is_plain: bool = False  # nothing is computed in fewer kernels, not even where a layer could (llama/model/fused.py)
 
 
 def rectangle(

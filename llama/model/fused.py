@@ -67,8 +67,10 @@ class FusedBlock:
         """-> the layer's hidden state [tokens, hidden]; None for a step of another kind."""
         attention, mlp, (before_attention, before_mlp) = self._attention, self._mlp, self._norms
         linears = attention.qkv_proj, attention.o_proj, mlp.gate_up_proj, mlp.down_proj
-        is_small = x.shape[0] <= self._most and batch.adapters is None and batch.taps is None
-        if not is_small or x.requires_grad or any(self._hooks) or any(linear.bare is None for linear in linears):
+        is_few = x.shape[0] <= self._most and not batch.is_plain
+        if not is_few or batch.adapters is not None or batch.taps is not None or x.requires_grad:
+            return None
+        if any(self._hooks) or any(linear.bare is None for linear in linears):
             return None
         if residual is not None:
             x = x + residual

@@ -18,13 +18,17 @@ from triton.runtime.jit import JITFunction
 
 from llama import SamplingParams
 from llama.engine import draft_model
+from llama.engine import runner as runners
 from llama.engine.config import EngineConfig
 from llama.engine.draft_model import DraftModel, _Feed
 from llama.engine.graph_runner import GraphRunner
-from llama.engine.memory import warm_up, worst_step
+from llama.engine.memory import make_kv_cache, warm_up, worst_step
+from llama.engine.plan import LAST_SAMPLED, NO_COPIES, NO_UPDATES, Plan
+from llama.engine.runner import Runner
 from llama.engine.sampler import SamplerTable
 from llama.kernels import ops
-from llama.kernels.gpu.attention import prefill
+from llama.kernels.gpu import chain, matmul
+from llama.kernels.gpu.attention import decode, prefill
 from llama.kernels.types import SamplerState
 from llama.llm.loras import read_lora
 from llama.model.config import ModelConfig
@@ -183,6 +187,53 @@ def test_a_small_step_needs_the_kernels_of_the_worst_one(monkeypatch, speculativ
             worst_step(model, config, is_decode=is_decode)
 
     assert variants(monkeypatch, lambda: warm_up(model, config)) == variants(monkeypatch, worst)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_steps_need_no_kernels_that_were_not_warmed(monkeypatch, fused):
+    monkeypatch.setattr(chain, "is_native", lambda device: True)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self)
+    monkeypatch.setattr(runners, "fetch_result", lambda *arguments: lambda: None)
+    for module in (prefill, decode, matmul):
+        monkeypatch.setattr(module, "multiprocessor_count", lambda device: 132)
+    preset = replace(ModelConfig.preset("llama-3.1-8b"), num_hidden_layers=1)
+    model = Transformer(preset, device="meta", dtype=torch.bfloat16)
+    config = EngineConfig(max_num_batched_tokens=512, max_num_seqs=4, max_model_len=8192, fused_decode=fused)
+    config = config.resolved(preset, "cuda")
+    monkeypatch.setattr(ops, "_INTERPRETED", True)
+    runner = Runner(model, make_kv_cache(model, config, 2), config)
+    for row in range(4):
+        runner.sampler.set_row(row, SamplingParams(top_p=0.9, frequency_penalty=0.5), row, np.ones(1, np.int32), [])
+
+    def steps() -> None:
+        for queries, contexts, num_decodes in (
+            ([1, 1, 1], [1000, 5, 8000], 3),
+            ([1, 1, 20], [1000, 5, 20], 2),
+            ([1, 30], [1000, 8000], 1),
+            ([1, 500], [9, 500], 1),
+            ([512], [512], 0),
+            ([512], [8000], 0),
+        ):
+            rows, lens = np.arange(len(queries), dtype=np.int32), np.array(queries, np.int32)
+            token_ids = np.where(np.arange(lens.sum()) < num_decodes, LAST_SAMPLED, 1).astype(np.int32)
+            runner.launch(
+                Plan(
+                    step=0,
+                    rows=rows,
+                    query_lens=lens,
+                    context_lens=np.array(contexts, np.int32),
+                    num_decodes=num_decodes,
+                    token_ids=token_ids,
+                    sample_rows=rows,
+                    sample_sources=lens.cumsum(dtype=np.int32) - 1,
+                    sample_positions=rows,
+                    table_updates=NO_UPDATES,
+                    copies=NO_COPIES,
+                )
+            )
+
+    needed, warmed = variants(monkeypatch, steps), variants(monkeypatch, lambda: warm_up(model, config))
+    assert needed <= warmed, needed - warmed
 
 
 def test_a_draft_model_is_warmed_with_the_kernels_of_its_steps(monkeypatch):

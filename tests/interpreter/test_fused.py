@@ -4,13 +4,15 @@ Numbers are whole where that is what makes a sum the same in any order: the inte
 place shows, and a norm's squares are added in another order than in the kernel of its own.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from llama import SamplingParams
 from llama.engine import graph_runner
 from llama.engine.config import EngineConfig
-from llama.engine.memory import make_kv_cache
+from llama.engine.memory import fitting_blocks, make_kv_cache
 from llama.engine.runner import Runner
 from llama.kernels import ops
 from llama.kernels.gpu import attention, matmul
@@ -20,7 +22,7 @@ from llama.kernels.gpu.launch import Kinds
 from llama.kernels.gpu.matmul import dense_matmul, fused_matmul
 from llama.kernels.types import QuantizedWeight
 from llama.model.adapters import LoraStack
-from llama.model.fused import fuse
+from llama.model.fused import FusedBlock, fuse
 from tests.engine.fakes import add
 from tests.engine.test_graphs import Stand, graph_engine, run
 from tests.interpreter.test_matmul import made
@@ -187,6 +189,8 @@ def test_a_later_engine_without_the_flag_computes_the_usual_way():
     Runner(model, make_kv_cache(model, config, 4), config)
     plain = tiny_model(dtype=torch.float32, num_hidden_layers=1)
     assert torch.equal(model.logits(IDS), plain.logits(IDS)) and not seen
+    fitting_blocks(model, replace(config, fused_decode=True, num_blocks=None))  # so that what it measures is warmed
+    assert isinstance(model.layers[0].fused, FusedBlock)
 
 
 def test_a_step_with_an_adapter_or_taps_is_the_usual_one():
