@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.settled import forget_settled
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 # The hub is never asked: every file that a test reads is made by the test or fetched by `make demo-model`.
@@ -44,10 +46,7 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
 @pytest.fixture(autouse=True)
 def nothing_is_settled() -> None:
-    """What wrappers of kernels have settled goes by the constants of their modules, which tests replace."""
-    for name, module in list(sys.modules.items()):
-        if name.startswith("llama.kernels.gpu.") and hasattr(module, "_KINDS"):
-            module._KINDS.clear()
+    forget_settled()
 
 
 def _fetched(relative: str) -> Path:

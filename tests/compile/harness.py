@@ -21,6 +21,8 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
+from tests.settled import forget_settled
+
 ARCHITECTURES = (80, 90, 100)
 # Bytes of shared memory that one program may have.
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
@@ -111,6 +113,7 @@ def _compile_only(arch: int) -> Iterator[list[tuple[str, Any]]]:
         return kernel
 
     JITFunction.run = stop_after_compiling
+    forget_settled()
     driver.set_active(_TargetOnly(arch))
     try:
         yield compiled
