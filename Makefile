@@ -45,6 +45,7 @@ test: demo-model $(READY)
 test-slow: demo-model $(READY)
 	$(PYTEST) -n $(JOBS) --dist loadfile -m slow --hypothesis-profile new-examples
 	TRITON_INTERPRET=1 $(PYTEST) -n $(JOBS) -m slow tests/interpreter
+	$(MAKE) test-compile
 
 # Attacks and injected faults on a server of its own, some minutes; `make soak MINUTES=20` goes on with them.
 chaos: $(READY)
@@ -59,9 +60,10 @@ test-kernels: $(READY)
 	TRITON_INTERPRET=1 $(PYTEST) -n $(JOBS) tests/interpreter
 
 # The kernels compiled for GPUs that need not be there. make test-compile TRITON=3.6.0 does it with that version, in a
-# venv of its own; UPDATE=1 writes that version's expectations anew.
+# venv of its own; UPDATE=1 writes that version's expectations anew. ARCHITECTURES=90 leaves out the others for now.
 test-compile: $(COMPILER)/.ready
-	TRITON_CACHE_DIR=.cache/triton $(COMPILER)/bin/python -m tests.compile.run $(if $(UPDATE),--update)
+	TRITON_CACHE_DIR=.cache/triton $(COMPILER)/bin/python -m tests.compile.run $(if $(UPDATE),--update) \
+		$(if $(ARCHITECTURES),--architectures $(ARCHITECTURES))
 
 # Everything but Triton comes from the project's own venv.
 .venv-triton-%/.ready: $(READY)

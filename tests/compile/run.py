@@ -17,7 +17,7 @@ from pathlib import Path
 
 import triton
 
-from tests.compile.harness import Row, cases_of, compile_task, complaints
+from tests.compile.harness import ARCHITECTURES, Row, cases_of, compile_task, complaints
 
 HERE = Path(__file__).parent
 EXPECTED = HERE / "expected.json"
@@ -53,6 +53,7 @@ def main() -> int:
     parser.add_argument("names", nargs="*", metavar="NAME")
     parser.add_argument("--update", action="store_true", help="write this version's expectations")
     parser.add_argument("--processes", type=int, default=min(2, os.cpu_count() or 1))
+    parser.add_argument("--architectures", type=int, nargs="+", default=ARCHITECTURES, choices=ARCHITECTURES)
     arguments = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("TRITON_INTERPRET=1 is set: nothing would be compiled")
@@ -62,7 +63,9 @@ def main() -> int:
     cases = {(module, case.name): case for module in modules for case in cases_of(module).values()}
     if arguments.names:
         cases = {key: case for key, case in cases.items() if any(n == key[0] or n in key[1] for n in arguments.names)}
-    tasks = [(*key, arch) for key, case in cases.items() for arch in case.architectures]
+    tasks = [
+        (*key, arch) for key, case in cases.items() for arch in case.architectures if arch in arguments.architectures
+    ]
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(arguments.processes, mp_context=context) as pool:
         results = list(pool.map(compile_task, tasks))
