@@ -53,10 +53,10 @@ class Linear(Module):
 
     def forward(self, x: Tensor, adapters: StepAdapters | None = None) -> Tensor:
         """x [tokens, in_features] -> [tokens, out_features]; `adapters` says which tokens use an adapter."""
-        weight = self._parameters["weight"]  # as an attribute it is looked for in vain first, for a microsecond
+        weight = self._parameters.get("weight")  # as an attribute it is looked for in vain first, for a microsecond
         if weight is not None and self.pieces is None:
             y = F.linear(x, weight, self.bias)
-        elif x.requires_grad:
+        elif x.requires_grad or (self.form is None and self.pieces is None):  # or it is pruned, or parametrised
             y = F.linear(x, self.dense_weight(), self.bias)
         else:
             y = self._product(x) if self.pieces is None else self.pieces.apply(self._product, x)

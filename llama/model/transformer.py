@@ -44,8 +44,8 @@ class RMSNorm(Module):
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """-> (normed, the new residual), both [tokens, hidden]."""
-        weight = self._parameters["weight"]
-        assert weight is not None
+        weight = self._parameters.get("weight")
+        weight = self.weight if weight is None else weight
         if residual is None:
             return ops.rms_norm(x, weight, self.eps), x
         return ops.add_rms_norm(x, residual, weight, self.eps)

@@ -6,8 +6,10 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.nn.utils import parametrize, prune
 
 from llama.model.module import Module
+from tests.model.models import tiny_model
 
 
 class Doubled(Module):
@@ -48,3 +50,25 @@ def test_a_copy_has_children_of_its_own():
     other = copy.deepcopy(module)
     assert other.inner is not module.inner
     assert other.inner is other._modules["inner"]
+
+
+class TwiceTheWeight(nn.Module):
+    def forward(self, weight):
+        return 2 * weight
+
+
+def test_weights_may_be_pruned_or_parametrised():
+    """Then `weight` is no parameter of the module."""
+    ids = torch.tensor([[1, 2, 3]])
+    model, expected = tiny_model(), tiny_model()
+    down = model.layers[0].mlp.down_proj
+    parametrize.register_parametrization(down, "weight", TwiceTheWeight())
+    parametrize.register_parametrization(model.norm, "weight", TwiceTheWeight())
+    expected.layers[0].mlp.down_proj.weight.mul_(2)
+    expected.norm.weight.mul_(2)
+    assert torch.equal(model.logits(ids), expected.logits(ids))
+    pruned = tiny_model()
+    prune.l1_unstructured(pruned.lm_head, "weight", 0.5)
+    expected = tiny_model()
+    expected.lm_head.weight.mul_(pruned.lm_head.weight_mask)
+    assert torch.equal(pruned.logits(ids), expected.logits(ids))
