@@ -4,9 +4,9 @@ recorded, and the same bits in every run."""
 import pytest
 import torch
 
-from tests.gpu.engines import engine, poison, run, small, tiny
+from tests.gpu.engines import check_tokens, engine, poison, run, small, tiny
 from tests.gpu.test_runner_gpu import KINDS, add, crowd
-from tests.test_equivalence import ASKS, Case, Run, oracle
+from tests.test_equivalence import Case
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
 
@@ -18,16 +18,7 @@ def test_tokens_are_those_of_float64_without_a_cache(lag, eager):
     case = Case(lag=lag, poison=True, strangers=True)
     made = engine(tiny(), case, enforce_eager=eager, fused_decode=True)
     made.runner.kv.data.fill_(float("nan"))
-
-    class Poisoned(Run):
-        def disturb(self) -> None:
-            super().disturb()
-            poison(self.engine)
-
-    for _ in range(2):  # the second time most of it is replayed
-        for asked, index, outputs in Poisoned(case, made).answers(ASKS):
-            tokens = [token for output in outputs for token in output.token_ids]
-            assert tokens == oracle(asked, index).token_ids, (asked, index)
+    check_tokens(made, case)
 
 
 @pytest.mark.parametrize("eager", [False, True])
