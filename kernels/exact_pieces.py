@@ -33,8 +33,8 @@ class ExactPieces(NamedTuple):
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _size(self, rows: int) -> int:
-        enough = next((size for size in self.sizes if size >= rows), MOST + 1)
-        if enough <= max(_FILLED, rows):
+        enough = next((size for size in self.sizes if size >= rows), None)
+        if enough is not None and enough <= max(_FILLED, rows):
             return enough
         return max((size for size in self.sizes if size <= rows), default=self.sizes[0])
 

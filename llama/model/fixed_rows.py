@@ -45,8 +45,6 @@ def fix_rows(model: Transformer) -> None:
     asks for another call. ParameterError where this machine has no such way to multiply."""
     started, config = time.monotonic(), model.local_config
     on_triton = ops.on_triton(model.embed_tokens.weight)
-    if model.device.type == "cuda":
-        _forbid_split_k()
     shape = config.num_attention_heads, config.num_key_value_heads, config.head_dim
     fixed: Pieces | Runs | None = _runs(model, *shape) if on_triton else find_pieces(*shape, model.dtype)
     ways: dict[object, _Way] = {}
@@ -126,12 +124,6 @@ def _kind(form: WeightForm | None) -> list[object]:
         elif isinstance(part, Dense):
             kinds.append(part.weight.shape)
     return kinds
-
-
-def _forbid_split_k() -> None:
-    """For all of the process: with it cuBLAS adds few rows in another order than many, and few pieces would agree."""
-    for dtype in ("fp16", "bf16"):
-        setattr(torch.backends.cuda.matmul, f"allow_{dtype}_reduced_precision_reduction", (False, False))
 
 
 @torch.inference_mode()

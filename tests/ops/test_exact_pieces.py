@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from llama.kernels.cpu.pieces import cancelling
-from llama.kernels.exact_pieces import ExactPieces, find_exact
+from llama.kernels.exact_pieces import LEAST, MOST, ExactPieces, find_exact
 
 
 def seen_by(pieces: ExactPieces, rows: int) -> list[int]:
@@ -38,8 +38,15 @@ def test_few_rows_are_filled_up_and_many_are_cut(rows, sizes):
     assert seen_by(ExactPieces((64, 128, 256, 512, 1024)), rows) == sizes
 
 
+def test_rows_beyond_the_largest_size_are_cut():
+    every = ExactPieces(tuple(LEAST << i for i in range(7)))
+    assert every.sizes[-1] == MOST
+    assert seen_by(every, MOST + 1) == [MOST, 64] and seen_by(every, 2 * MOST) == [MOST, MOST]
+
+
 def test_sizes_that_do_not_agree_are_left_out():
     assert seen_by(ExactPieces((64, 1024)), 200) == [64, 64, 64, 64]
+    assert seen_by(ExactPieces((64,)), 5000) == [64] * 79
     x, source = cancelling(300, torch.float32, 256)
     weight = torch.randn(40, 300, generator=torch.Generator().manual_seed(1))[:, source].double()
 
