@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llama.kernels.cpu.e4m3 import from_e4m3
+from llama.kernels.cpu.layout import Layout
 from llama.kernels.cpu.pieces import Pieces, find
 from llama.kernels.types import KVLayer, Ragged, wide_dtype
 
@@ -31,11 +32,33 @@ class Tile(NamedTuple):
 
 
 class Group(NamedTuple):
-    """Sequences whose keys are gathered together."""
+    """Sequences whose keys are gathered together, in whole blocks."""
 
-    slots: Tensor  # [sequences * keys], those past a context are its last one again
+    blocks: Tensor  # of one sequence after the other, as many of each; those past a context are its last one again
+    missing: Tensor | None  # int64, places among the slots of these blocks that are past a context
     sequences: int
+    keys: int  # of each
     tiles: list[Tile]
+
+    @classmethod
+    def of(cls, ragged: Ragged, seqs: list[int], lens: list[int], tiles: list[Tile]) -> "Group":
+        """Of sequences with these contexts, which have equally many keys."""
+        keys, size = num_keys(lens[0]), ragged.block_size
+        visible = torch.tensor(lens).clamp_(min=1)[:, None]
+        columns = torch.minimum(torch.arange(-(-keys // size)), (visible - 1) // size)
+        blocks = ragged.block_tables[torch.tensor(seqs)].gather(1, columns)
+        is_missing = torch.arange(blocks.shape[1] * size) >= visible
+        is_missing[:, keys:] = False
+        missing = is_missing.flatten().nonzero().squeeze(1)
+        return cls(blocks.flatten(), missing if len(missing) else None, len(seqs), keys, tiles)
+
+    def gather(self, cache: Tensor, layout: Layout, name: str, wide: torch.dtype) -> Tensor:
+        """[sequences, kv_heads, keys, head_dim], 0 past a context: a NaN would outlive the mask."""
+        blocks = layout.gather(cache, self.blocks, name)
+        if self.missing is not None:
+            blocks.flatten(0, 1).index_fill_(0, self.missing, 0)
+        x = from_e4m3(blocks, wide) if blocks.dtype == torch.uint8 else blocks.to(wide)
+        return x.view(self.sequences, -1, *x.shape[2:])[:, : self.keys].transpose(1, 2)
 
 
 def num_keys(context_len: int) -> int:
@@ -70,17 +93,11 @@ def attention(q: Tensor, kv_layer: KVLayer, ragged: Ragged, pieces: Pieces, scal
         groups = layout.groups[group_size] = _groups(ragged, pieces, group_size, wide)
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     for group in groups:
-        k = _heads_first(layout.gather(kv_layer.slots[0], group.slots, "k"), group.sequences, wide)
-        v = _heads_first(layout.gather(kv_layer.slots[1], group.slots, "v"), group.sequences, wide)
+        k = group.gather(kv_layer.k, layout, "k", wide)
+        v = group.gather(kv_layer.v, layout, "v", wide)
         for tile in group.tiles:
             out[tile.tokens] = _attend(q[tile.tokens], k, v, tile, pieces, scale)
     return out
-
-
-def _heads_first(x: Tensor, sequences: int, wide: torch.dtype) -> Tensor:
-    """[sequences * keys, kv_heads, head_dim] -> [sequences, kv_heads, keys, head_dim]."""
-    x = from_e4m3(x, wide) if x.dtype == torch.uint8 else x.to(wide)
-    return x.view(sequences, -1, *x.shape[1:]).transpose(1, 2)
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, tile: Tile, pieces: Pieces, scale: float) -> Tensor:
@@ -117,17 +134,17 @@ def _groups(ragged: Ragged, pieces: Pieces, group_size: int, wide: torch.dtype) 
         in_a_run = last - first + 1 == len(members)
         tokens = slice(first, last + 1) if in_a_run else ragged.query_starts[seqs].to(torch.int64)
         tile = Tile(tokens, 1, keys, mask)
-        groups.append(Group(_slots(ragged, seqs, keys), len(members), [tile]))
+        groups.append(Group.of(ragged, members, [lens[s] for s in members], [tile]))
     for s in prefills:
         first = lens[s] - (starts[s + 1] - starts[s])
         tiles = _tiles(starts[s], first, lens[s], pieces, group_size, wide)
-        groups.append(Group(_slots(ragged, torch.tensor([s]), num_keys(lens[s])), 1, tiles))
+        groups.append(Group.of(ragged, [s], [lens[s]], tiles))
     return groups
 
 
 def _tiles(first_token: int, first: int, stop: int, pieces: Pieces, group_size: int, wide: torch.dtype) -> list[Tile]:
     """Of the positions first : stop of one sequence."""
-    most_rows = min(pieces.most, max(pieces.multiple, _MASK_ENTRIES // num_keys(stop)))
+    most_rows = min(pieces.most, max(pieces.least, _MASK_ENTRIES // num_keys(stop)))
     most = max(1, most_rows // group_size)
     bounds = []
     while first < stop:
@@ -149,11 +166,3 @@ def _tiles(first_token: int, first: int, stop: int, pieces: Pieces, group_size: 
         place = first_token + start - start_of_all
         tiles.append(Tile(slice(place, place + end - start), end - start, keys, part[None, None]))
     return tiles
-
-
-def _slots(ragged: Ragged, seqs: Tensor, keys: int) -> Tensor:
-    """[sequences * keys]: no slot is read that is not the sequence's own."""
-    lasts = (ragged.context_lens[seqs].to(torch.int64) - 1).clamp_(min=0)
-    columns = torch.minimum(torch.arange(keys), lasts[:, None])
-    blocks = ragged.block_tables[seqs].to(torch.int64).gather(1, columns // ragged.block_size)
-    return (blocks * ragged.block_size + columns % ragged.block_size).flatten()

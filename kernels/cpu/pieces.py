@@ -16,16 +16,23 @@ Product = Callable[[Tensor], Tensor]  # [rows, columns] -> [rows, ...], each row
 _MOST = (128, 64, 32)
 _MULTIPLES = (1, 3, 4, 6, 8, 12, 16, 32, 64)
 _TRIED = (1, 2, 3, 4, 5, 7, 9, 13, 21, 32)  # multiples of the multiple
+_FEW = 16  # up to here each number is tried: what fills up would be a large share
 
 
 class Pieces(NamedTuple):
-    """At most `most` rows at once, filled up to a multiple of `multiple`."""
+    """At most `most` rows at once, filled up to a multiple of `multiple` or to one of `few`, the nearer one."""
 
     multiple: int
     most: int
+    few: tuple[int, ...] = ()  # rising
 
     def filled(self, rows: int) -> int:
-        return -(-rows // self.multiple) * self.multiple
+        whole = -(-rows // self.multiple) * self.multiple
+        return next((number for number in self.few if rows <= number < whole), whole)
+
+    @property
+    def least(self) -> int:
+        return self.filled(1)
 
     def apply(self, product: Product, x: Tensor) -> Tensor:
         """product(x), piece by piece."""
@@ -70,18 +77,24 @@ def find(product: Product, x: Tensor, most: int | None = None) -> Pieces | None:
     """
     for size in [size for size in _MOST if most is None or size <= most]:
         for multiple in _MULTIPLES:
-            if multiple <= size and _agree(product, x[: size - size % multiple], multiple):
-                return Pieces(multiple, size - size % multiple)
+            most = size - size % multiple
+            if most > 0 and (few := _agreeing(product, x[:most], multiple)) is not None:
+                return Pieces(multiple, most, few)
     return None
 
 
-def _agree(product: Product, x: Tensor, multiple: int) -> bool:
-    """Whether all tried numbers of rows, from different places, have the bits of the whole."""
+def _agreeing(product: Product, x: Tensor, multiple: int) -> tuple[int, ...] | None:
+    """None unless all tried multiples, from different places, have the bits of the whole; else the others that do."""
     whole, most = product(x), x.shape[0]
     counts = [multiple * i for i in _TRIED if multiple * i < most]
-    for i, count in enumerate(counts):
-        start = (most - count) * i // len(counts)
-        if not torch.equal(product(x[start : start + count]), whole[start : start + count]):
-            return False
+    others = [count for count in range(1, min(_FEW + 1, most)) if count % multiple]
+
+    def agrees(count: int, start: int) -> bool:
+        return torch.equal(product(x[start : start + count]), whole[start : start + count])
+
+    if not all(agrees(count, (most - count) * i // len(counts)) for i, count in enumerate(counts)):
+        return None
     order = torch.arange(most, device=x.device).flip(0)  # and where a row lies in a piece
-    return torch.equal(product(x[order]), whole[order])
+    if not torch.equal(product(x[order]), whole[order]):
+        return None
+    return tuple(count for count in others if all(agrees(count, start) for start in (0, most - count)))

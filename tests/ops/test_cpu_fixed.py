@@ -1,7 +1,10 @@
 """Ops whose rows have the same bits in any crowd: attention in round numbers of keys, pieces of rows, silu, norms."""
 
+from functools import partial
+
 import pytest
 import torch
+import torch.nn.functional as F
 
 from llama.kernels.cpu.activation import silu_mul
 from llama.kernels.cpu.fixed_attention import find_pieces, num_keys
@@ -9,6 +12,7 @@ from llama.kernels.cpu.norm import rms_norm
 from llama.kernels.cpu.pieces import Pieces, cancelling, find
 from llama.kernels.ops import paged_attention
 from llama.kernels.types import KVLayer, Ragged
+from llama.model.weights.packed import pack
 
 HEADS, KV_HEADS, DIM, BLOCK = 6, 2, 32, 16
 
@@ -83,6 +87,9 @@ def test_pieces_are_filled_and_cut():
     x = torch.arange(11.0)[:, None].expand(11, 3)
     assert torch.equal(Pieces(3, 6).apply(product, x), x * 2) and seen == [6, 6]
     assert torch.equal(Pieces(3, 6).apply(product, x[4:5]), x[4:5] * 2) and seen[2:] == [3]
+    few = Pieces(4, 12, (3, 6, 7))
+    assert [few.filled(rows) for rows in range(1, 13)] == [3, 3, 3, 4, 6, 6, 7, 8, 12, 12, 12, 12]
+    assert torch.equal(few.apply(product, x[:5]), x[:5] * 2) and seen[3:] == [6]
 
 
 def test_find_tells_classes_apart():
@@ -91,8 +98,23 @@ def test_find_tells_classes_apart():
     assert find(lambda x: x, x) == Pieces(1, 128)
     assert find(lambda x: x + (x.shape[0] % 3 > 0), x, 64) == Pieces(3, 63)
     assert find(lambda x: x + (x.shape[0] > 64), x) == Pieces(1, 64)
+    wrong = {1, 2, 7, 14, *(rows for rows in range(17, 129) if rows % 6 in (1, 2))}
+    assert find(lambda x: x + (x.shape[0] in wrong), x) == Pieces(3, 126, (4, 5, 8, 10, 11, 13, 16))
     assert find(lambda x: x + (x.shape[0] < 40) + 2 * (x.shape[0] > 64), x) == Pieces(64, 64)
     assert find(lambda x: x + torch.arange(len(x))[:, None], x) is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_rows_of_a_product_have_the_same_bits_in_any_number(dtype):
+    x, source = cancelling(576, dtype)
+    taken = torch.randn(640, 576, generator=torch.Generator().manual_seed(0)).to(dtype)[:, source]
+    product = pack(taken) or partial(F.linear, weight=taken)
+    pieces = find(product, x)
+    assert pieces is not None
+    whole = pieces.apply(product, x)
+    for rows in range(1, 129):
+        for start in {0, (128 - rows) // 2, 128 - rows}:
+            assert torch.equal(pieces.apply(product, x[start : start + rows]), whole[start : start + rows]), rows
 
 
 @pytest.mark.parametrize("columns", [6, 7, 576])
