@@ -1,13 +1,14 @@
 """The first minutes on a GPU: does everything launch, is it right, and where does the time go?
 
-python -m benchmarks.first_look 1 --out DIR            correctness, the device's own limits, a decode step node by node
+python -m benchmarks.first_look 1 --out DIR            correctness, a decode step node by node, the device's own limits
 python -m benchmarks.first_look 2 --out DIR            quantised and deterministic; what to tune; then the benchmarks
-python -m benchmarks.first_look 3 --out DIR            quantised weights: products, 8B and 70B with an fp8 KV cache
-python -m benchmarks.first_look nodes matmul           single sections, in this process
-python -m benchmarks.first_look 1 2 3 --tiny           anywhere, as a dry run: small shapes, Triton's interpreter
+python -m benchmarks.first_look 3 --out DIR            large tests; quantised: products, 8B and 70B with an fp8 cache
+python -m benchmarks.first_look nodes matmul --out DIR single sections, in this process
+python -m benchmarks.first_look 1 2 3 --out DIR --tiny anywhere, as a dry run: small shapes, Triton's interpreter
 
-A part takes at most five minutes: each step is a process of its own with a time limit, may fail alone, and leaves its
-output in DIR. Needs torch, Triton and pytest, and runs from the repository's root. The last line is one JSON document.
+A part takes at most five minutes: each step is a process of its own with a time limit, and may fail alone. What they
+print and find is in one archive a part, DIR/part-N.tar.gz, complete after each step; sections alone leave a JSON file
+each. Needs torch, Triton and pytest, and runs from the repository's root. The last line is one JSON document.
 """
 
 import argparse
@@ -17,6 +18,7 @@ import os
 import signal
 import subprocess
 import sys
+import tarfile
 import tempfile
 import time
 import traceback
@@ -50,29 +52,28 @@ class Step:
         return [*python, "pytest", "-m", f"gpu and {self.tests}", "-q", "-p", "no:cacheprovider", *how]
 
 
-def _in_codes(preset: str, scheme: str, seconds: float, *flags: str) -> Step:
-    """Decode steps over a short and the longest context; most of the time goes into computing that."""
+def _in_codes(preset: str, scheme: str, longest: int, seconds: float, *flags: str) -> Step:
+    """Decode steps over a short and a long context; most of the time goes into computing that."""
     codes = ("--quantization", scheme, "--kv-cache-dtype", "fp8")
-    full = ("--preset", preset, *codes, *"--contexts 1024 131072 --prefill --rounds 30".split(), *flags)
+    full = ("--preset", preset, *codes, *f"--contexts 1024 {longest} --prefill --rounds 30".split(), *flags)
     tiny = ("--preset", "tiny", *codes, *"--contexts 16 40 --prefill --rounds 3".split())
     return Step(f"{preset} {scheme}", seconds, module=("benchmarks.decode_gpu", *full), tiny=tiny)
 
 
 PARTS = {
     "1": (
-        Step("ops", 60, ("machine", "ops")),
-        Step("tests", 130, tests="not alone"),
-        Step("large tests", 45, tests="alone"),
-        Step("step", 80, ("step",)),
-        Step("device", 80, ("nodes", "invariance", "matmul", "cublas")),
+        Step("ops", 50, ("machine", "ops")),
+        Step("step", 60, ("step",)),
+        Step("device", 60, ("nodes", "invariance", "matmul", "cublas")),
+        Step("tests", 240, tests="not alone"),  # as long as the part has time
     ),
     "2": (
-        Step("forms", 70, ("forms", "deterministic")),
-        Step("fused", 50, ("fused",)),
-        Step("choices", 80, ("decode_layout", "prefill_tiles", "eager")),
+        Step("forms", 55, ("forms", "deterministic")),
+        Step("fused", 35, ("fused",)),
+        Step("choices", 60, ("decode_layout", "prefill_tiles", "eager")),
         Step(
             "decode",
-            50,
+            45,
             module=tuple(
                 "benchmarks.decode_gpu --no-peer --contexts 128 1024 8192 --prefill 2048 8192 --rounds 40".split()
             ),
@@ -81,14 +82,14 @@ PARTS = {
         # Beside the weights, one engine for both batches and 8,192 tokens would want more than the device has.
         Step(
             "decode of 64",
-            45,
+            30,
             module=tuple("benchmarks.decode_gpu --no-peer --contexts 1024 --prefill --batch 64".split()),
             tiny=tuple("--preset tiny --no-peer --contexts 16 --prefill --batch 2 --rounds 3".split()),
         ),
         # On the host alone; its launches stop short of the driver.
         Step(
             "host",
-            20,
+            15,
             module=tuple("benchmarks.host --steps 30".split()),
             tiny=tuple("--layers 1 --batches 1 --steps 2".split()),
         ),
@@ -100,15 +101,17 @@ PARTS = {
         ),
     ),
     "3": (
+        Step("large tests", 40, tests="alone"),
         Step(
             "products with codes",
-            60,
+            40,
             module=tuple("benchmarks.ops --op quantized_matmul --rounds 5".split()),
             tiny=tuple("--op quantized_matmul --rounds 1 --tiny".split()),
         ),
-        *(_in_codes("llama-3.1-8b", scheme, 35) for scheme in ("int4", "int8", "fp8")),
-        _in_codes("llama-3.1-70b", "fp8", 100),
-        _in_codes("llama-3.1-70b", "int4", 100),
+        # 131,072 tokens of an 8B are 6.6e15 operations, 16,384 of a 70B 2.6e15.
+        _in_codes("llama-3.1-8b", "int4", 131_072, 45),
+        *(_in_codes("llama-3.1-8b", scheme, 32_768, 25) for scheme in ("int8", "fp8")),
+        *(_in_codes("llama-3.1-70b", scheme, 16_384, 55) for scheme in ("fp8", "int4")),
     ),
 }
 
@@ -135,7 +138,8 @@ def run_step(step: Step, out: Path, is_tiny: bool, seconds: float) -> dict:
     return {"status": status, "seconds": round(time.monotonic() - started, 1)}
 
 
-def run_part(name: str, out: Path, is_tiny: bool) -> dict[str, dict]:
+def run_part(name: str, archive: Path, is_tiny: bool) -> dict[str, dict]:
+    out = Path(tempfile.mkdtemp(prefix=f"first-look-{name}-"))
     ends = time.monotonic() + PART_SECONDS
     steps = {}
     for step in PARTS[name]:
@@ -145,6 +149,8 @@ def run_part(name: str, out: Path, is_tiny: bool) -> dict[str, dict]:
             continue
         print(f"== part {name}: {step.name} ({PART_SECONDS - left:.0f} s)", flush=True)
         steps[step.name] = run_step(step, out, is_tiny, PART_SECONDS if is_tiny else min(step.seconds, left))
+        with tarfile.open(archive, "w:gz") as file:
+            file.add(out, "")
         if step.tests and steps[step.name]["status"] == 1:
             print("After an illegal access all later failures mean nothing: rerun the first failed test alone, with "
                   "CUDA_LAUNCH_BLOCKING=1.")  # fmt: skip
@@ -178,22 +184,21 @@ def main(given: list[str] | None = None) -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("what", nargs="+", metavar="PART|SECTION", help="1, 2, or names of sections")
-    parser.add_argument("--out", type=Path, help="a folder for all results (a new one)")
+    parser.add_argument("what", nargs="+", metavar="PART|SECTION", help="1, 2, 3, or names of sections")
+    parser.add_argument("--out", type=Path, required=True, help="a folder for all results")
     parser.add_argument("--tiny", action="store_true", help="a dry run without a GPU")
     options = parser.parse_args(given)
-    out = options.out or Path(tempfile.mkdtemp(prefix="first-look-"))
+    out = options.out
     out.mkdir(parents=True, exist_ok=True)
     names = [name for name in options.what if name not in PARTS]
     succeeded = run_sections(names, out, options.tiny) if names else True
     steps = {}
     for part in options.what:
         if part in PARTS:
-            steps |= run_part(part, out, options.tiny)
+            steps |= run_part(part, out / f"part-{part}.tar.gz", options.tiny)
     if not steps:
         return 0 if succeeded else 1
-    sections = {path.stem: json.loads(path.read_text()) for path in sorted(out.glob("*.json"))}
-    close("first_look", steps=steps, sections=sections, out=str(out))
+    close("first_look", steps=steps)
     return 0 if succeeded and all(step["status"] == 0 for step in steps.values()) else 1
 
 

@@ -44,6 +44,24 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     return True if is_elsewhere and config.option.markexpr.split(" ")[0] == "gpu" else None
 
 
+class FailuresAtOnce:
+    """Tells a failure when it happens: a run on a GPU may be cut off by its time limit."""
+
+    def __init__(self, terminal: pytest.TerminalReporter) -> None:
+        self._terminal = terminal
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.failed:
+            self._terminal.write_line(f"\n{report.nodeid}\n{report.longreprtext}", flush=True)
+
+
+@pytest.hookimpl(trylast=True)  # the reporter is made by one of these
+def pytest_configure(config: pytest.Config) -> None:
+    terminal = config.pluginmanager.get_plugin("terminalreporter")  # a process of xdist's has none
+    if config.option.markexpr.split(" ")[0] == "gpu" and terminal is not None:
+        config.pluginmanager.register(FailuresAtOnce(terminal))
+
+
 @pytest.fixture(autouse=True)
 def nothing_is_settled() -> None:
     forget_settled()
