@@ -96,6 +96,11 @@ class Ragged:
         return of_tensors, self.num_decodes, self.block_size, self.run_len
 
     @cached_property
+    def buffers(self) -> dict[Hashable, tuple[torch.Tensor, ...]]:
+        """Working memory on a GPU: the first layer makes it, those that follow use it again."""
+        return {}
+
+    @cached_property
     def cpu_layout(self) -> Layout:
         """What the CPU's ops need to know beside the tensors, for all layers; made when the first of them asks."""
         return Layout.of(

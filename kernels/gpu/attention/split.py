@@ -190,15 +190,15 @@ def sizes_of(q: Tensor, pairs: int, num_programs: int, kv_heads: int, queries: i
     return Sizes(min(pairs, num_programs), max_chunks(kv_heads), queries * (heads // kv_heads), head_dim, pairs)
 
 
-def allocate(sizes: Sizes, device: torch.device, counters: Tensor | None) -> Partials:
+def allocate(sizes: Sizes, device: torch.device) -> Partials:
     """What the programs of one launch leave for the merge: values [rows, chunks, members, head_dim] float32; maxima and
     sums [rows, chunks, 2, members] float32; and [pairs, 2] int32: how many chunks are folded into the prefix, and in
-    which row. Or `counters`, whose third column says how many chunks have been written."""
+    which row."""
     rows, chunks, members, head_dim, pairs = sizes
     return (
         torch.empty((rows, chunks, members, head_dim), dtype=torch.float32, device=device),
         torch.empty((rows, chunks, 2, members), dtype=torch.float32, device=device),
-        torch.empty((pairs, 2), dtype=torch.int32, device=device) if counters is None else counters,
+        torch.empty((pairs, 2), dtype=torch.int32, device=device),
     )
 
 
