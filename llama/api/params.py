@@ -5,7 +5,7 @@ import math
 import reprlib
 from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from numbers import Integral, Real
 from typing import Any, Literal, TypeVar
 
@@ -206,6 +206,16 @@ class SamplingParams:
         if self.constraint is None:
             return None
         return "response_format" if self.structured_outputs is None else "structured_outputs"
+
+
+def over_defaults(defaults: SamplingParams, given: Mapping[str, Any]) -> SamplingParams:
+    """A checkpoint's `defaults` with the fields that a request names. Raises ParameterError.
+
+    Its max_tokens may lie below the checkpoint's min_tokens: that is no mistake of a request which names none."""
+    most = given.get("max_tokens")
+    if most is not None and "min_tokens" not in given:
+        given = {**given, "min_tokens": min(defaults.min_tokens, most)}
+    return replace(defaults, **given)
 
 
 def _finite(value: Any) -> float | None:

@@ -5,14 +5,14 @@ import sys
 import time
 from argparse import Namespace
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from importlib.util import find_spec
 from typing import Any, Literal
 
 from llama.api.errors import ParameterError
 from llama.api.outputs import Piece, Usage
-from llama.api.params import SamplingParams
+from llama.api.params import SamplingParams, over_defaults
 from llama.cli.flags import Once, Parser, UsageError, add_fields, checked, given, integer, named_adapter
 from llama.engine.config import EngineConfig
 
@@ -122,7 +122,7 @@ def load(options: Namespace, max_num_seqs: int) -> Any:
 
 def params_for(llm: Any, values: dict[str, Any]) -> SamplingParams:
     """What the command line names, over the checkpoint's defaults."""
-    params: SamplingParams = checked(partial(replace, llm.inputs.defaults), values)
+    params: SamplingParams = checked(partial(over_defaults, llm.inputs.defaults), {"given": values})
     return params
 
 

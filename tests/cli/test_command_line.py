@@ -251,6 +251,12 @@ def test_min_tokens_are_held_against_the_max_tokens_that_will_count():
         params_for(plain, values)
 
 
+def test_max_tokens_may_be_fewer_than_the_checkpoint_wants_at_least():
+    checkpoint = SimpleNamespace(inputs=SimpleNamespace(defaults=SamplingParams(min_tokens=8)))
+    for words, least in (("--max-tokens 3", 3), ("--max-tokens 9", 8), ("--max-tokens none", 8), ("--top-k 1", 8)):
+        assert params_for(checkpoint, sampling_values(parse(["chat", *words.split()]))).min_tokens == least
+
+
 def test_info_of_biases_and_another_rope(capsys, tmp_path):
     config = ModelConfig.preset("tiny").to_hugging_face("float32")
     config |= {"attention_bias": True, "rope_scaling": {"rope_type": "linear", "factor": 4.0}}

@@ -1,10 +1,9 @@
 """SamplingParams from an OpenAI request: its fields over the checkpoint's defaults."""
 
-from dataclasses import replace
 from typing import Any
 
 from llama.api.errors import ParameterError
-from llama.api.params import SamplingParams
+from llama.api.params import SamplingParams, over_defaults
 from llama.server.errors import bad_input
 from llama.server.openai.schema import CommonRequest
 from llama.server.service import Service
@@ -38,7 +37,7 @@ def sampling_params(body: CommonRequest, defaults: SamplingParams, **wanted: Any
     given |= {"stop": body.stop, "logit_bias": _bias(body), **wanted}
     given |= {"response_format": body.response_format, "structured_outputs": _structured_outputs(body)}
     try:
-        return replace(defaults, **given)
+        return over_defaults(defaults, given)
     except ParameterError as error:
         raise bad_input(str(error), error.param) from None
 
