@@ -37,6 +37,16 @@ def ask(scripted):
 
 
 @pytest.mark.parametrize("route", ROUTES)
+def test_the_checkpoint_s_stop_strings_end_an_answer(ask, route):
+    defaults = SamplingParams(stop=["two"])
+    assert ask(route, "one two three", defaults)[0] == "one "
+    if route != ROUTES[2]:  # there is no such field
+        assert ask(route, "one two three", defaults, stop=None)[0] == "one "
+        assert ask(route, "one two three", defaults, stop=" three")[0] == "one two"
+        assert ask(route, "one two three", defaults, stop=[])[0] == "one two three"
+
+
+@pytest.mark.parametrize("route", ROUTES)
 def test_fewer_tokens_may_be_asked_for_than_the_checkpoint_wants_at_least(ask, route):
     defaults = SamplingParams(min_tokens=4)
     name = "max_output_tokens" if route == ROUTES[2] else "max_tokens"

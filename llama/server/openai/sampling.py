@@ -20,6 +20,7 @@ _SAME = (
     "min_tokens",
     "repetition_penalty",
     "ignore_eos",
+    "stop",
     "stop_token_ids",
     "include_stop_str_in_output",
     "bad_words",
@@ -34,7 +35,7 @@ def sampling_params(body: CommonRequest, defaults: SamplingParams, **wanted: Any
     if body.stream_options is not None and not body.stream:
         raise bad_input("stream_options needs stream", "stream_options")
     given = {name: getattr(body, name) for name in _SAME if getattr(body, name) is not None}
-    given |= {"stop": body.stop, "logit_bias": _bias(body), **wanted}
+    given |= {"logit_bias": _bias(body), **wanted}
     given |= {"response_format": body.response_format, "structured_outputs": _structured_outputs(body)}
     try:
         return over_defaults(defaults, given)

@@ -30,8 +30,10 @@ MAX_STOP_IDS = MAX_BAD_WORDS = 128
 MAX_ALLOWED_IDS = 1 << 18
 
 
-def _stop(value: Any) -> tuple[str, ...]:
-    texts = [] if value is None else [value] if isinstance(value, str) else value
+def _stop(value: Any) -> tuple[str, ...] | None:
+    if value is None:
+        return None
+    texts = [value] if isinstance(value, str) else value
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
         raise refusal("must be a string or an array of strings")
     if len(texts) > MAX_STOPS or not all(0 < len(text) <= MAX_STOP_CHARACTERS for text in texts):
@@ -66,7 +68,7 @@ def _is_ids(value: Any) -> bool:
 
 
 Stop = Annotated[
-    tuple[str, ...],
+    tuple[str, ...] | None,
     PlainValidator(_stop),
     WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}, {"type": "null"}]}),
 ]
@@ -141,7 +143,7 @@ class CommonRequest(AnsweredRequest):
     stream_options: StreamOptions | None = None
     n: Integer | None = Field(None, ge=1, le=MAX_COMPLETIONS)
     max_tokens: Integer | None = Field(None, ge=0)
-    stop: Stop = ()
+    stop: Stop = None
     frequency_penalty: Number | None = None
     presence_penalty: Number | None = None
     logit_bias: Biases | None = None
