@@ -33,7 +33,7 @@ def run(options: Namespace) -> int:
             raise UsageError(f"{flag(name)} is for llama generate --json: a chat shows texts")
     if options.model == DEMO_MODEL and not Path(DEMO_MODEL).exists():
         raise ValueError(f"{DEMO_MODEL}: there is no such folder; name another model, or run make demo-model")
-    llm = load(options, max_num_seqs=1)
+    llm = load(options, values)
     params = params_for(llm, values)
     conversation = Conversation(llm, params, options.system, options.lora and options.lora[0])
     if sys.stdin.isatty():

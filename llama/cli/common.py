@@ -108,8 +108,9 @@ def llm_options(options: Namespace, **defaults: Any) -> dict[str, Any]:
     return engine | loading
 
 
-def load(options: Namespace, max_num_seqs: int) -> Any:
-    """-> LLM. It is imported here because torch comes with it."""
+def load(options: Namespace, values: dict[str, Any]) -> Any:
+    """-> LLM for one request of these `sampling_values` at a time. It is imported here because torch comes with it."""
+    max_num_seqs = values.get("n", 1) * (2 if "guidance_scale" in values else 1)  # guidance computes two prompts
     max_loras = 1 if options.lora else 0
     arguments = llm_options(options, max_num_seqs=max_num_seqs, max_loras=max_loras, max_lora_rank=MAX_LORA_RANK)
     from llama.llm.llm import LLM

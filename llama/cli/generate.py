@@ -31,7 +31,7 @@ def run(options: Namespace) -> int:
         if name in values and not options.json:
             raise UsageError(f"{flag(name)} needs --json")
     text = sys.stdin.read().removesuffix("\n") if options.prompt == "-" else options.prompt
-    llm = load(options, max_num_seqs=values.get("n", 1))
+    llm = load(options, values)
     params, lora = params_for(llm, values), options.lora and options.lora[0]
     prompt: Any = _messages(options.system, text) if options.chat else text
     if options.json or params.n > 1:

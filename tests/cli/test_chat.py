@@ -35,7 +35,7 @@ class FakeLLM:
 
 def talk(monkeypatch, capsys, llm, *lines, arguments=()):
     monkeypatch.setattr(sys, "stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
-    monkeypatch.setattr(chat_command, "load", lambda options, max_num_seqs: llm)
+    monkeypatch.setattr(chat_command, "load", lambda options, values: llm)
     monkeypatch.setattr(chat_command, "params_for", lambda llm, values: SamplingParams(**values))
     return run(capsys, "chat", "folder", *arguments)
 
@@ -135,3 +135,10 @@ def test_chat_answers_with_a_real_model(capsys, tiny, adapter, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.StringIO("Hello\n/quit\n"))
     code, out, err = run(capsys, "chat", tiny, "--max-tokens", "3", "--seed", "1", "--lora", f"mine={adapter}")
     assert code == 0 and out.endswith("\n") and "prompt tokens" in err and "Traceback" not in err
+
+
+def test_chat_answers_with_guidance(capsys, tiny, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Hello\n/quit\n"))
+    flags = ("--max-tokens", "3", "--seed", "1", "--guidance-scale", "1.5", "--negative-prompt", "dull")
+    code, out, err = run(capsys, "chat", tiny, *flags)
+    assert code == 0 and out.endswith("\n") and err.startswith("[") and "prompt tokens" in err

@@ -3,6 +3,7 @@
 import io
 import json
 import sys
+from dataclasses import replace
 
 import pytest
 
@@ -88,6 +89,17 @@ def test_generate_with_an_adapter(capsys, tiny, adapter):
     assert code == 0 and json.loads(out)["outputs"][0]["token_ids"] == adapted.token_ids
     code, out, _ = run(capsys, "generate", tiny, "Hi", *flags, f"mine={adapter}")
     assert (code, out) == (0, adapted.text + "\n")
+
+
+def test_generate_with_guidance(capsys, tiny):
+    guided = {"guidance_scale": 3.0, "negative_prompt": "dull"}
+    params = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
+    llm = LLM(tiny, max_model_len=64)
+    plain, led = (llm.generate("Hi", replace(params, **more))[0].outputs[0].token_ids for more in ({}, guided))
+    assert plain != led
+    flags = "--max-tokens 8 --temperature 0 --ignore-eos --guidance-scale 3 --negative-prompt dull --json"
+    code, out, _ = run(capsys, "generate", tiny, "Hi", *flags.split())
+    assert code == 0 and json.loads(out)["outputs"][0]["token_ids"] == led
 
 
 @pytest.mark.parametrize("given, words", [("mine=none", "none: is no folder"), ("a/b={}", "must match")])
