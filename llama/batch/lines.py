@@ -60,10 +60,10 @@ class Line:
 
 
 def body_of(line: Line, seed: int | None) -> dict[str, Any]:
-    """What a line asks. With a `seed`, a line that names none has one made of it and the custom_id, so that its answer
-    depends on neither order nor neighbours."""
+    """What a line asks. With a `seed`, a line that names none (or -1, which is none) has one made of it and the
+    custom_id, so that its answer depends on neither order nor neighbours."""
     body = dict(line.body or {})
-    if seed is not None and body.get("seed") is None:
+    if seed is not None and body.get("seed") in (None, -1):
         digest = hashlib.sha256(f"{seed}:{line.custom_id}".encode()).digest()
         body["seed"] = int.from_bytes(digest[:6], "big")  # JSON's integers are exact below 2**53
     return body

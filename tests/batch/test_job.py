@@ -190,7 +190,7 @@ def test_dead_engine_ends_the_run_and_the_next_goes_on(files):
 
 def test_seed_of_the_run_gives_each_line_its_own(scripted, files):
     llm, engine = scripted
-    lines = [chat("a", "x"), chat("b", "x"), chat("c", "x", seed=3)]
+    lines = [chat("a", "x"), chat("b", "x", seed=-1), chat("c", "x", seed=3)]
     seeds = []
     for seed, order in ((1, 1), (1, -1), (2, 1)):
         write_lines(files[0], lines[::order])
