@@ -137,6 +137,21 @@ def test_names_of_tokens_and_offsets(exact):
     assert VOCAB_SIZE == 264
 
 
+@pytest.mark.parametrize(("asked", "kept"), [(3, "rld"), (-1, "hello world"), (99, "hello world")])
+def test_echo_of_a_prompt_that_was_cut_is_what_was_kept(exact, asked, kept):
+    client, _ = exact
+    wanted = {"echo": True, "logprobs": 0, "max_tokens": 2, "temperature": 0}
+    wanted["extra_body"] = {"truncate_prompt_tokens": asked}
+    answer = complete(client, "hello world", **wanted)
+    (choice,) = answer.choices
+    assert choice.text.startswith(kept) and answer.usage.prompt_tokens == len(kept)
+    assert choice.logprobs.tokens[: len(kept)] == list(kept)
+    for token, offset in list(zip(choice.logprobs.tokens, choice.logprobs.text_offset, strict=True))[: len(kept)]:
+        assert choice.text[offset:].startswith(token)
+    parts = complete(client, "hello world", stream=True, **wanted)
+    assert "".join(part.choices[0].text for part in parts) == choice.text
+
+
 def test_streamed_echo_is_the_same(exact):
     client, _ = exact
     wanted = {"echo": True, "logprobs": 1, "max_tokens": 3, "temperature": 0}

@@ -185,10 +185,13 @@ class _Choice:
         return choice
 
     def _prompt_text(self) -> str:
+        """As it came, or what was kept of it."""
         prompt = self._answer.output.prompt
-        if prompt is not None or self._tokenizer is None:
+        if self._tokenizer is None or (prompt is not None and self._body.truncate_prompt_tokens is None):
             return prompt or ""
-        return self._tokenizer.decode(self._answer.prompt_token_ids, skip_special_tokens=False)
+        kept = self._tokenizer.decode(self._answer.prompt_token_ids, skip_special_tokens=False)
+        # Of a prompt that was not cut the tokens may say more: those that the tokenizer has put in front.
+        return kept if prompt is None or not kept.endswith(prompt) else prompt
 
     def _logprobs(self, token_ids: Sequence[int], entries: Entries) -> dict[str, Any]:
         tokens = [self._spelled(token) for token in token_ids]
