@@ -36,6 +36,11 @@ def test_structured_outputs_and_their_older_names(tiny_client, extra, pattern):
     assert re.fullmatch(pattern, tiny_client.completions.create(**body).choices[0].text)
 
 
+def given_to_completions(given):
+    """OpenAI's client has no response_format for this route, which takes one."""
+    return {"extra_body": {**given["extra_body"], **{k: v for k, v in given.items() if k != "extra_body"}}}
+
+
 @pytest.mark.parametrize(
     ("given", "param", "message"),
     [
@@ -51,10 +56,46 @@ def test_structured_outputs_and_their_older_names(tiny_client, extra, pattern):
         ),
         (
             {"extra_body": {"guided_choice": ["a"]}, "response_format": {"type": "json_object"}},
+            "guided_choice",
+            "guided_choice and response_format both constrain the answer: give one of them",
+        ),
+        (
+            {"extra_body": {"guided_choice": ["a"], "guided_regex": "a"}},
+            "guided_choice",
+            "guided_regex and guided_choice both constrain the answer: give one of them",
+        ),
+        (
+            {"extra_body": {"structured_outputs": {"choice": ["a"]}}, "response_format": {"type": "json_object"}},
             "structured_outputs",
             "structured_outputs and response_format both constrain the answer: give one of them",
         ),
-        ({"extra_body": {"guided_choice": []}}, "structured_outputs", None),
+        (
+            {"extra_body": {"guided_choice": []}},
+            "guided_choice",
+            "guided_choice must be a list of at least one text, got []",
+        ),
+        (
+            {"extra_body": {"guided_json": "{bad"}},
+            "guided_json",
+            "guided_json must be a JSON schema, or the text of one, got '{bad'",
+        ),
+        ({"extra_body": {"guided_json": {"type": "nope"}}}, "guided_json", "guided_json: Invalid type: nope"),
+        (
+            {"extra_body": {"guided_regex": "["}},
+            "guided_regex",
+            "guided_regex: invalid regex: unclosed character class",
+        ),
+        (
+            {"extra_body": {"guided_regex": "[", "structured_outputs": {"disable_any_whitespace": True}}},
+            "guided_regex",
+            "guided_regex: invalid regex: unclosed character class",
+        ),
+        (
+            {"extra_body": {"structured_outputs": {"regex": "["}}},
+            "structured_outputs",
+            "structured_outputs.regex: invalid regex: unclosed character class",
+        ),
+        ({"extra_body": {"guided_grammar": "x y"}}, "guided_grammar", None),
         ({"extra_body": {"structured_outputs": {}}}, "structured_outputs", None),
     ],
 )
@@ -63,3 +104,6 @@ def test_constraints_that_are_refused(tiny_client, given, param, message):
         chat(tiny_client, "x", **given)
     assert caught.value.body["param"] == param
     assert message is None or caught.value.body["message"] == message
+    with pytest.raises(openai.BadRequestError) as again:
+        tiny_client.completions.create(**{"model": "tiny", "prompt": ["x", "y"], **given_to_completions(given)})
+    assert again.value.body == caught.value.body

@@ -11,7 +11,7 @@ from llama.api.outputs import CompletionOutput, Logprob, RequestOutput
 from llama.server.bodies import json_response, read_body
 from llama.server.errors import Dialect, bad_input
 from llama.server.openai.answers import ToldCalls, chunks, frame, new_id, now, top_of, usage_of, value_of
-from llama.server.openai.sampling import check_logprobs, sampling_params
+from llama.server.openai.sampling import blamed_as_sent, check_logprobs, sampling_params
 from llama.server.openai.schema import ChatRequest
 from llama.server.service import Answer, Record, Service, Submit
 from llama.server.streaming import EventStream, unless_gone
@@ -46,7 +46,7 @@ async def submit_chat(body: ChatRequest, service: Service) -> Submit:
     wanted = {"max_tokens": _max_tokens(body), "logprobs": _num_logprobs(body), "prediction": _prediction(body)}
     params = sampling_params(body, service.defaults, **wanted)
     tool_choice: Any = "auto" if body.tool_choice is None else body.tool_choice
-    return partial(
+    submit = partial(
         service.llm.submit_chat,
         body.messages,
         params,
@@ -57,6 +57,7 @@ async def submit_chat(body: ChatRequest, service: Service) -> Submit:
         continue_final_message=bool(body.continue_final_message),
         chat_template_kwargs=body.chat_template_kwargs,
     )
+    return blamed_as_sent(submit, body)
 
 
 def _max_tokens(body: ChatRequest) -> int | None:

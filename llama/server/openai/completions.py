@@ -16,7 +16,7 @@ from llama.async_llm.async_llm import Stream
 from llama.server.bodies import json_response, read_body
 from llama.server.errors import Dialect, bad_input
 from llama.server.openai.answers import chunks, frame, new_id, now, top_of, usage_of, value_of
-from llama.server.openai.sampling import check_logprobs, sampling_params
+from llama.server.openai.sampling import blamed_as_sent, check_logprobs, sampling_params
 from llama.server.openai.schema import CompletionRequest
 from llama.server.service import Answer, Record, Service, Submit
 from llama.server.streaming import EventStream, interleaved, unless_gone
@@ -67,7 +67,7 @@ async def _submits(body: CompletionRequest, service: Service) -> list[Submit]:
     lora = await service.adapter(body.model, body.lora)
     params = _params(body, service)
     prompts = [prompt if isinstance(prompt, str) else {"prompt_token_ids": prompt} for prompt in body.prompt]
-    submits = [partial(service.llm.submit, prompt, params, lora) for prompt in prompts]
+    submits = [blamed_as_sent(partial(service.llm.submit, prompt, params, lora), body) for prompt in prompts]
     return [partial(_one_of, submit, i) for i, submit in enumerate(submits)] if len(submits) > 1 else [*submits]
 
 

@@ -4,9 +4,10 @@ from typing import Any
 
 from llama.api.errors import ParameterError
 from llama.api.params import SamplingParams, over_defaults
+from llama.async_llm.async_llm import Stream
 from llama.server.errors import bad_input
 from llama.server.openai.schema import CommonRequest
-from llama.server.service import Service
+from llama.server.service import Service, Submit
 
 _SAME = (
     "n",
@@ -40,7 +41,21 @@ def sampling_params(body: CommonRequest, defaults: SamplingParams, **wanted: Any
     try:
         return over_defaults(defaults, given)
     except ParameterError as error:
+        _name_as_sent(error, body)
         raise bad_input(str(error), error.param) from None
+
+
+def blamed_as_sent(submit: Submit, body: CommonRequest) -> Submit:
+    """What only `submit` finds wrong with structured_outputs is told of the older name by which the request says it."""
+
+    async def submitted(**more: Any) -> Stream:
+        try:
+            return await submit(**more)
+        except ParameterError as error:
+            _name_as_sent(error, body)
+            raise
+
+    return submitted if _older_names(body) else submit
 
 
 def check_logprobs(name: str, asked: int | None, service: Service) -> None:
@@ -52,15 +67,31 @@ def check_logprobs(name: str, asked: int | None, service: Service) -> None:
 
 def _structured_outputs(body: CommonRequest) -> dict[str, Any] | None:
     """With what the older names ask for. Two constraints are refused, where StructuredOutputsParams is made too."""
-    wanted = dict(body.structured_outputs or {})
-    for kind in ("json", "regex", "choice", "grammar"):
-        older = getattr(body, f"guided_{kind}")
-        if older is not None:
-            if wanted.get(kind) is not None:
-                both = f"guided_{kind} and structured_outputs.{kind} say the same thing: give one of them"
-                raise bad_input(both, f"guided_{kind}")
-            wanted[kind] = older
+    wanted, older = dict(body.structured_outputs or {}), _older_names(body)
+    for kind, name in older.items():
+        if wanted.get(kind) is not None:
+            raise bad_input(f"{name} and structured_outputs.{kind} say the same thing: give one of them", name)
+    if len(older) > 1 and not wanted:
+        first, second, *_ = older.values()
+        raise bad_input(f"{first} and {second} both constrain the answer: give one of them", second)
+    wanted |= {kind: getattr(body, name) for kind, name in older.items()}
     return wanted if wanted or body.structured_outputs is not None else None
+
+
+def _older_names(body: CommonRequest) -> dict[str, str]:
+    """Those that the request has, by what they are called in structured_outputs."""
+    names = {kind: f"guided_{kind}" for kind in ("json", "regex", "choice", "grammar")}
+    return {kind: name for kind, name in names.items() if getattr(body, name) is not None}
+
+
+def _name_as_sent(error: ParameterError, body: CommonRequest) -> None:
+    if error.param != "structured_outputs":
+        return
+    said = str(error).removeprefix(error.param)
+    for kind, name in _older_names(body).items():
+        if said.startswith(f".{kind}") or body.structured_outputs is None:
+            error.args, error.param = (name + said.removeprefix(f".{kind}"),), name
+            return
 
 
 def _bias(body: CommonRequest) -> dict[int, float] | None:
