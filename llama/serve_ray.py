@@ -142,6 +142,7 @@ def build_app(arguments: Arguments) -> serve.Application:
     """The application that `serve run` and `serve deploy` deploy. Ray must be connected. ValueError for what no engine
     and no machine of the cluster could mean."""
     engine, config = arguments.engine, arguments.server
+    config.check_adapters(arguments.loras)
     check_model(arguments.model, engine)
     limits = _scale(arguments, engine.max_num_seqs)
     most = engine.max_num_seqs + arguments.max_waiting_requests + _MORE_ONGOING

@@ -11,6 +11,7 @@ from tokenizers import Tokenizer as Backend
 
 from llama.api.errors import ParameterError
 from llama.api.outputs import FinishReason, Logprob
+from llama.engine.adapters import Adapters
 from llama.engine.request import Request
 from llama.engine.sequence import TokenOutput
 from llama.text.tokenizer import Tokenizer
@@ -43,6 +44,7 @@ class ScriptedEngine:
         self.script = script
         self.lag = lag
         self.longest_prompt = 1000
+        self.adapters = Adapters(0)
         self.config = SimpleNamespace(
             max_num_seqs=4, max_model_len=4096, context_len=4096, speculative_config=None, max_logprobs=20
         )

@@ -7,7 +7,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from llama.cli.common import add_model_flags, add_ray_flags, add_replicas_flag, check_ray, llm_options
+from llama.cli.common import (
+    add_model_flags,
+    add_ray_flags,
+    add_replicas_flag,
+    check_adapters,
+    check_ray,
+    llm_options,
+)
 from llama.cli.flags import Once, Parser, UsageError, checked, given, named_adapter
 from llama.engine.config import EngineConfig
 from llama.server.config import ServerConfig
@@ -56,6 +63,7 @@ def run(options: Namespace) -> int:
     check_ray(options)
     names = tuple(options.served_model_name) or (Path(model).resolve().name,)
     config = checked(ServerConfig, {"model_names": names})
+    check_adapters(options, config)
     try:
         from llama.batch.job import Job
     except ModuleNotFoundError as error:

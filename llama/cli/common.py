@@ -15,6 +15,7 @@ from llama.api.outputs import Piece, Usage
 from llama.api.params import SamplingParams, over_defaults
 from llama.cli.flags import Once, Parser, UsageError, add_fields, checked, given, integer, named_adapter
 from llama.engine.config import EngineConfig
+from llama.server.config import ServerConfig
 
 # Beyond any that is published: who names one adapter of their own needs no limit on what requests may ask for.
 MAX_LORA_RANK = 1024
@@ -62,6 +63,15 @@ def add_model_flags(parser: Parser, without: Sequence[str] = ()) -> None:
 def add_replicas_flag(parser: Parser) -> None:
     text = "engines that share the work: processes of this machine, or with --ray of a cluster (%(default)s)"
     parser.add_argument("--replicas", type=integer(1, 1024), default=1, metavar="INT", help=text)
+
+
+def check_adapters(options: Namespace, config: ServerConfig) -> None:
+    """Raises UsageError for adapters of --lora that requests could not ask for by their names."""
+    names = [name for name, _ in options.lora]
+    checked(config.check_adapters, {"names": names})
+    for name in names:
+        if names.count(name) > 1:
+            raise UsageError(f"--lora names {name!r} twice")
 
 
 def add_ray_flags(parser: Parser) -> Any:

@@ -7,7 +7,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from llama.cli.common import add_model_flags, add_ray_flags, add_replicas_flag, check_ray, llm_options
+from llama.cli.common import (
+    add_model_flags,
+    add_ray_flags,
+    add_replicas_flag,
+    check_adapters,
+    check_ray,
+    llm_options,
+)
 from llama.cli.flags import Parser, UsageError, add_fields, checked, flag, given, integer, named_adapter
 from llama.engine.config import EngineConfig
 from llama.files import named, read_text
@@ -68,6 +75,7 @@ def run(options: Namespace) -> int:
     names = {"model_names": tuple(options.served_model_name) or (own_name,)}
     more = {"api_keys": _keys(options), "allow_origin": tuple(options.allow_origin)}
     config = checked(ServerConfig, names | more | given(options, ServerConfig))
+    check_adapters(options, config)
     waiting = {name: getattr(options, name) for name in ("max_waiting_requests", "max_waiting_tokens")}
     if options.ray:
         return _serve_on_ray(options, arguments | given(options, ServerConfig) | waiting | more | names)

@@ -22,12 +22,14 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
 class AdapterRegistry:
-    """The config's `lora_dir` holds adapters by name; None where only those loaded at the start are served."""
+    """The config's `lora_dir` holds adapters by name; None where only those loaded at the start are served. None of
+    these may have a name of the base model (ParameterError)."""
 
     def __init__(self, llm: AsyncLLM, config: ServerConfig) -> None:
         self._llm = llm
         self._folder = None if config.lora_dir is None else config.lora_dir.resolve()
         self._is_taken = config.serves  # as a name, by the base model
+        config.check_adapters(self._loaded())
         self._loading = asyncio.Lock()
         self._stamps: dict[str, Stamp] = {}  # of the files of adapters from the folder, when they were read
 

@@ -3,6 +3,7 @@
 import math
 import re
 import socket
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -86,6 +87,13 @@ class ServerConfig:
         return model.removeprefix(CLOUDFLARE_PREFIX) in (*self.model_names, CLOUDFLARE_NAME) or (
             model in self.model_names
         )
+
+    def check_adapters(self, names: Iterable[str]) -> None:
+        """Raises ParameterError for a name by which requests would get the base model."""
+        for name in names:
+            if self.serves(name):
+                taken = ", ".join(dict.fromkeys((*self.model_names, CLOUDFLARE_NAME)))
+                raise ParameterError(f"lora must have a name that the model does not ({taken}), got {name!r}", "lora")
 
 
 def take_port(host: str, port: int) -> socket.socket:

@@ -24,7 +24,7 @@ from ray import serve
 from llama import LLM, SamplingParams
 from llama.cli.common import LoadOptions
 from llama.engine.config import EngineConfig
-from llama.serve_ray import APPLICATION, Arguments, Replica, _scale
+from llama.serve_ray import APPLICATION, Arguments, Replica, _scale, build_app
 from llama.server.config import ServerConfig
 from tests.ray.clusters import REPOSITORY, Front, cluster, free_port, processes
 from tests.tiny_checkpoint import make_adapter, make_model
@@ -262,6 +262,11 @@ def test_builder_reads_texts_and_refuses_what_it_does_not_know():
             Arguments(model="m", **wrong)
     with pytest.raises(ValueError, match="max_num_seqs must be an integer from 1"):
         Arguments(model="m", max_num_seqs="0").engine  # noqa: B018
+
+
+def test_builder_refuses_an_adapter_with_a_name_of_the_model():
+    with pytest.raises(ValueError, match=r"lora must have a name that the model does not .*, got 'm'"):
+        build_app(Arguments(model="m", loras={"a": "b", "m": "b"}))
 
 
 def test_every_option_of_the_command_is_one_of_the_builder():

@@ -14,7 +14,6 @@ import httpx
 from llama import LLM
 from llama.api.outputs import FinishReason
 from llama.async_llm.async_llm import AsyncLLM
-from llama.engine.adapters import Adapters
 from llama.engine.metrics import EngineMetrics
 from llama.engine.sequence import TokenOutput
 from llama.llm.replies import Replies
@@ -81,7 +80,6 @@ class ServedEngine(ScriptedEngine):
     def __init__(self) -> None:
         super().__init__(say_what_the_user_says)
         self.config = SimpleNamespace(max_num_seqs=8, max_model_len=4096, context_len=4096, max_logprobs=20)
-        self.adapters = Adapters(0)
         self.asked: list[SimpleNamespace] = []
 
     def add(self, request):

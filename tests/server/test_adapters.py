@@ -8,8 +8,11 @@ from pathlib import Path
 import pytest
 
 from llama import LLM, SamplingParams
+from llama.api.errors import ParameterError
 from llama.async_llm.async_llm import AsyncLLM
 from llama.engine.engine import Engine
+from llama.server.config import ServerConfig
+from llama.server.service import Service
 from tests.lora.adapters import make_adapter, save_base
 from tests.server.helpers import NAME, RUN, running
 
@@ -87,6 +90,13 @@ def test_each_request_of_a_batch_gets_its_own_adapter(server, expected):
     for more, answer in zip(asked, answers, strict=True):
         name = (more.get("lora") or more.get("model") or NAME).removeprefix("@cf/meta/")
         assert tokens_of(answer) == expected[None if name == NAME else name]
+
+
+def test_no_adapter_that_is_loaded_has_a_name_of_the_model(folders):
+    llm = LLM(folders / "base", dtype="float64", num_blocks=64, max_num_seqs=4)
+    llm.load_lora("first", folders / "first")
+    with pytest.raises(ParameterError, match=r"lora must have a name that the model does not \(.*\), got 'first'"):
+        Service(AsyncLLM(llm), ServerConfig(model_names=(NAME, "first")))
 
 
 def test_adapters_are_listed_with_their_parent(server):

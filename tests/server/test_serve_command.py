@@ -93,6 +93,29 @@ def test_an_empty_host_is_not_every_address(capsys):
     assert "--host must be an address to listen on, got ''" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (("--lora", "other=x", "model=x"), "(model, llama-3.1-70b-instruct), got 'model'"),
+        (("--lora", "b=x", "--served-model-name", "a", "b"), "(a, b, llama-3.1-70b-instruct), got 'b'"),
+        (("--lora", "llama-3.1-70b-instruct=x"), "got 'llama-3.1-70b-instruct'"),
+        (("--lora", "@cf/meta/model=x", "--replicas", "2"), "got '@cf/meta/model'"),
+    ],
+)
+@pytest.mark.parametrize("command", [("serve", "no/such/model"), ("batch", "no/such/model", "in.jsonl", "out.jsonl")])
+def test_no_adapter_has_a_name_of_the_model(capsys, command, words, told):
+    assert main([*command, *words]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("llama: --lora must have a name that the model does not (") and told in said, said
+    assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", [("serve", "no/such/model"), ("batch", "no/such/model", "in.jsonl", "out.jsonl")])
+def test_no_two_adapters_have_one_name(capsys, command):
+    assert main([*command, "--lora", "a=x", "--lora", "a=y"]) == 2
+    assert "llama: --lora names 'a' twice;" in capsys.readouterr().err
+
+
 def test_numbers_that_are_legal():
     flags = ["--port", "0", "--max-num-seqs", "1", "--num-blocks", "7", "--shutdown-timeout", "0.5", "--max-loras", "0"]
     options = parse(["serve", "model", *flags])
