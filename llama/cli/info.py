@@ -1,4 +1,5 @@
-"""`llama info`: what a model is and what it needs, from config.json alone; neither torch nor weights are touched."""
+"""`llama info`: what a model is and what it needs, from config.json alone. Weights are not touched; torch is imported
+where the folder is quantised, with what reads that."""
 
 import re
 from argparse import ArgumentTypeError, Namespace
@@ -6,14 +7,19 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
 from llama.cli.flags import Parser, UsageError, checked, integer
 from llama.engine.budget import blocks_in, free_cpu_bytes, kv_bytes_on_cpu
 from llama.engine.config import EngineConfig
+from llama.files import read_json
 from llama.hub import model_folder
 from llama.model.config import ModelConfig
 from llama.model.generation_config import GenerationConfig
 from llama.model.parallel import Shard
+
+if TYPE_CHECKING:  # it imports torch
+    from llama.model.checkpoint.quantised.config import Quantization
 
 DESCRIPTION = "Say what a model is and what it needs, from its config.json alone."
 BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
@@ -53,15 +59,21 @@ def run(options: Namespace) -> int:
     if size > 1 and options.draft_model is not None:
         raise UsageError("--draft-model has no place beside --tensor-parallel-size")
     own = checked(partial(Shard, config, 0), {"size": size}).local if size > 1 else config
-    models = [own] if options.draft_model is None else [own, ModelConfig.from_pretrained(options.draft_model)]
+    stored = _stored(folder, options)
+    models = [_Model(own, stored)]
+    if options.draft_model is not None:
+        draft = Path(options.draft_model)
+        models.append(_Model(ModelConfig.from_pretrained(draft), _stored(draft)))
     of = f" of 1 in {size}" if size > 1 else ""
     memory, where = options.memory or (free_cpu_bytes(), "this machine's CPU")
     forms: Iterable[str] = _weight_forms(own, dtype, options, folder) if options.weight_forms else ()
+    held = [] if stored is None else [(f"weights{of}", f"{'stored':9}{models[0].nbytes(dtype):>20,} bytes")]
     rows = [
-        ("architecture", _architecture(config)),
+        ("architecture", f"{_architecture(config)}, {_stored_in(config, stored)}"),
         ("parameters", f"{config.num_parameters:,}"),
+        *held,
         *((f"weights{of}", f"{name:9}{own.num_parameters * each:>20,} bytes") for name, each in BYTES.items()),
-        *((f"weights{of}", f"{name:9}{_weight_bytes(own, dtype, name):>20,} bytes") for name in SCHEMES),
+        *((f"weights{of}", f"{name:9}{_Model(own).nbytes(dtype, name):>20,} bytes") for name in SCHEMES),
         *(
             (f"KV per token{of}", f"{name:9}{own.kv_values_per_token * each:>20,} bytes")
             for name, each in (BYTES | {"fp8": 1}).items()
@@ -89,8 +101,30 @@ def _architecture(config: ModelConfig) -> str:
         f"Llama, {config.num_hidden_layers} layers, hidden {config.hidden_size:,}, MLP {config.intermediate_size:,}, "
         f"{config.num_attention_heads} heads and {config.num_key_value_heads} KV heads of {config.head_dim}, "
         f"vocabulary {config.vocab_size:,}, context {config.max_position_embeddings:,}, {rope}, {biases}"
-        f"{'tied' if config.tie_word_embeddings else 'separate'} head, stored in {config.dtype or 'an unnamed dtype'}"
+        f"{'tied' if config.tie_word_embeddings else 'separate'} head"
     )
+
+
+def _stored(path: Path, options: Namespace | None = None) -> "Quantization | None":
+    """How the folder is quantised, None = not at all. The scheme that is asked for is refused as LLM does it."""
+    file = path / "config.json" if path.is_dir() else path
+    is_plain = not {"quantization_config", "quantization"} & read_json(file).keys()
+    if is_plain and not file.with_name("hf_quant_config.json").exists():
+        return None
+    from llama.model.checkpoint.quantised import find_quantization, scheme_for
+
+    found = find_quantization(path)
+    if options is not None:
+        options.quantization = checked(scheme_for, {"word": options.quantization, "found": found})
+    return found
+
+
+def _stored_in(config: ModelConfig, stored: "Quantization | None") -> str:
+    dtype = config.dtype or "an unnamed dtype"
+    if stored is None:
+        return f"stored in {dtype}"
+    what = f"{stored.scheme} codes" if stored.scheme else "4 bits that become dense"
+    return f"stored quantised ({stored.method}, {what}), the rest in {dtype}"
 
 
 def _generation(generation: GenerationConfig, config: ModelConfig) -> str:
@@ -99,21 +133,49 @@ def _generation(generation: GenerationConfig, config: ModelConfig) -> str:
     return f"{sampling}; ends at {', '.join(map(str, eos)) or 'no token'}"
 
 
-def _weight_bytes(config: ModelConfig, dtype: str, scheme: str | None) -> int:
-    """On a GPU; a CPU may keep a second form of a weight for few tokens. All but the layers' codes is in `dtype`."""
-    if scheme is None:
-        return config.num_parameters * BYTES[dtype]
-    hidden, size = config.hidden_size, config.intermediate_size
-    q, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
-    shapes = [(q, hidden), (kv, hidden), (kv, hidden), (hidden, q), (size, hidden), (size, hidden), (hidden, size)]
-    weights = config.num_hidden_layers * sum(rows * columns for rows, columns in shapes)
+class _Model(NamedTuple):
+    """What is counted, and how its folder is quantised."""
 
-    def groups(columns: int) -> int:  # of a row, each with a scale
-        sizes = (128, 64, 32) if scheme == "int4" else ()
-        return next((columns // each for each in sizes if columns % each == 0), 1)
+    config: ModelConfig
+    stored: "Quantization | None" = None
 
-    scales = config.num_hidden_layers * sum(rows * groups(columns) for rows, columns in shapes)
-    return weights * SCHEMES[scheme] // 8 + (config.num_parameters - weights + scales) * BYTES[dtype]
+    def nbytes(self, dtype: str, scheme: str | None = None, is_cpu: bool = False) -> int:
+        """Of the weights, rounded by `scheme` or as they are stored; all but the layers' codes is in `dtype`."""
+        size, stored = BYTES[dtype], None if scheme else self.stored
+        scheme = stored.scheme if stored else scheme
+        total = self.config.num_parameters * size
+        if scheme is None:
+            return total
+        copies = _copies(dtype, scheme) if is_cpu else 1
+        for name, rows, columns in self._linears():
+            groups, scale_bytes = _groups(columns, scheme), size
+            if stored is not None:
+                groups = -(-columns // stored.columns) if stored.columns > 0 else 1
+                scale_bytes = stored.scale_bytes
+                rows *= stored.has_codes(name)
+            total += copies * rows * (columns * SCHEMES[scheme] // 8 + groups * scale_bytes) - rows * columns * size
+        return total
+
+    def _linears(self) -> Iterator[tuple[str, int, int]]:
+        """(name, rows, columns) of those that may hold codes."""
+        config = self.config
+        hidden, size = config.hidden_size, config.intermediate_size
+        q, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+        attention = (("q", q, hidden), ("k", kv, hidden), ("v", kv, hidden), ("o", hidden, q))
+        mlp = (("gate", size, hidden), ("up", size, hidden), ("down", hidden, size))
+        for i in range(config.num_hidden_layers):
+            for name, rows, columns in attention:
+                yield f"model.layers.{i}.self_attn.{name}_proj", rows, columns
+            for name, rows, columns in mlp:
+                yield f"model.layers.{i}.mlp.{name}_proj", rows, columns
+        if self.stored is not None and self.stored.has_coded_head and not config.tie_word_embeddings:
+            yield "lm_head", config.vocab_size, hidden
+
+
+def _groups(columns: int, scheme: str) -> int:
+    """Of a row, each with a scale."""
+    sizes = (128, 64, 32) if scheme == "int4" else ()
+    return next((columns // each for each in sizes if columns % each == 0), 1)
 
 
 def _weight_forms(config: ModelConfig, dtype: str, options: Namespace, folder: Path) -> Iterator[str]:
@@ -153,17 +215,24 @@ def _weight_forms(config: ModelConfig, dtype: str, options: Namespace, folder: P
         yield "in codes     " + ", ".join(f"{layout} {size * layers:,}" for layout, size in sizes.items()) + " bytes"
 
 
-def _fits(models: list[ModelConfig], dtype: str, memory: int, options: Namespace) -> str:
+def _copies(dtype: str, scheme: str | None) -> int:
+    """In how many forms an engine of default options holds codes on a CPU: a 16-bit model has a second one for few
+    tokens, or one of 16 bits instead, but for int4 in float16."""
+    return 2 if BYTES[dtype] == 2 and (dtype, scheme) != ("float16", "int4") else 1
+
+
+def _fits(models: list[_Model], dtype: str, memory: int, options: Namespace) -> str:
     """What an engine of default options would allocate; on a GPU it also sets aside what steps take, which it
     measures."""
-    config = models[0]
+    config, stored = models[0]
     is_cpu, scheme, ranks = options.memory is None, options.quantization, options.tensor_parallel_size
     engine = EngineConfig().resolved(config, "cpu" if is_cpu else "cuda")
-    weights = _weight_bytes(config, dtype, scheme) + sum(_weight_bytes(model, dtype, None) for model in models[1:])
+    weights = models[0].nbytes(dtype, scheme, is_cpu) + sum(model.nbytes(dtype, None, is_cpu) for model in models[1:])
     sizes = [1 if options.kv_cache_dtype == "fp8" else BYTES[dtype], *[BYTES[dtype]] * (len(models) - 1)]
-    per_token = sum(model.kv_values_per_token * size for model, size in zip(models, sizes, strict=True))
+    per_token = sum(model.config.kv_values_per_token * size for model, size in zip(models, sizes, strict=True))
     per_block = per_token * engine.block_size
-    what = f"{scheme or dtype} weights of {_gib(weights)} in {_gib(memory)}"
+    method = f" ({stored.method})" if stored else ""
+    what = f"{scheme or (stored and stored.scheme) or dtype} weights{method} of {_gib(weights)} in {_gib(memory)}"
     if is_cpu:
         left = kv_bytes_on_cpu(memory - ranks * weights) // ranks
     else:

@@ -4,7 +4,7 @@ Where tensors tell it as well (the width of codes, the size of groups), the fold
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,16 @@ from llama.model.weights.quantised import SCHEMES
 
 # What vLLM calls a method beside its own name.
 _WORDS = {"gptq": ("gptq_marlin",), "awq": ("awq_marlin",), "modelopt": ("modelopt_fp8",)}
+# Lists of modules that were left dense, as one writer or another calls them.
+_LEFT_DENSE = ("ignore", "ignored_layers", "exclude_modules", "modules_to_not_convert", "llm_int8_skip_modules")
 _INSTEAD = "take a folder of the same model in FP8 or W4A16 (compressed-tensors), GPTQ or AWQ instead"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Quantization:
-    """`widths` and `group_sizes` are those that codes may have, None = any; group size -1 is the whole row."""
+    """`widths` and `group_sizes` are those that codes may have, None = any; group size -1 is the whole row.
+
+    The last five are for an estimate of what the codes take, where there are no tensors to ask."""
 
     method: str
     widths: frozenset[int] | None = None
@@ -27,16 +31,29 @@ class Quantization:
     block: tuple[int, int] = (128, 128)  # rows, columns of one scale, where scales form a grid
     symmetric: bool = False  # GPTQ: every zero point is the middle of the codes
     zeros_less_one: bool = False  # GPTQ's first format stores zero points less one
+    scheme: str | None = "fp8"  # what linear layers hold in memory: fp8, int8, int4; None = dense weights
+    columns: int = -1  # that share a scale, -1 = the whole row
+    scale_bytes: int = 4  # with the zero point and the minimum that go with it
+    has_coded_head: bool = False  # where it is no embedding
+    left_dense: frozenset[str] = frozenset()  # modules, or parts of their names
+
+    def has_codes(self, module: str) -> bool:
+        """Whether a linear layer of this name holds codes, by the word of config.json. A pattern in it says nothing."""
+        parts = module.split(".")
+        names = (".".join(parts[i:j]) for i in range(len(parts)) for j in range(i + 1, len(parts) + 1))
+        return self.scheme is not None and self.left_dense.isdisjoint(names)
 
 
 def find_quantization(folder: Path) -> Quantization | None:
-    """None for a folder of plain weights. Raises CheckpointError, one line, for a method that is not read here."""
-    config = read_json(folder / "config.json")
-    path, values = folder / "config.json", config.get("quantization_config")
+    """None for a folder of plain weights; its config.json alone will do. Raises CheckpointError, one line, for a method
+    that is not read here."""
+    path = folder / "config.json" if folder.is_dir() else folder
+    config = read_json(path)
+    values = config.get("quantization_config")
     if values is None:
         values = config.get("quantization")  # MLX
     if values is None:
-        path = folder / "hf_quant_config.json"  # older folders of ModelOpt have nothing else
+        path = path.with_name("hf_quant_config.json")  # older folders of ModelOpt have nothing else
         found = read_json_if_there(path).get("quantization")
         values = {"quant_method": "modelopt", **found} if isinstance(found, Mapping) else found
     if values is None:
@@ -49,7 +66,8 @@ def find_quantization(folder: Path) -> Quantization | None:
             method = "mlx"
         if not isinstance(method, str) or method not in _METHODS:
             raise CheckpointError(f"the quantisation method {method!r} is not supported; {_INSTEAD}")
-        return _METHODS[method](values)
+        listed = [name for key in _LEFT_DENSE if isinstance(values.get(key), list) for name in values[key]]
+        return replace(_METHODS[method](values), left_dense=frozenset(each for each in listed if isinstance(each, str)))
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from None
 
@@ -98,7 +116,8 @@ def _compressed_tensors(values: Mapping[str, Any]) -> Quantization:
     groups = values.get("config_groups")
     if not isinstance(groups, Mapping):
         raise CheckpointError(f"quantization_config: config_groups must be an object, got {groups!r}")
-    widths, sizes, block = set(), set(), (128, 128)
+    widths, sizes, shared, block = set(), set(), set(), (128, 128)
+    schemes, has_zeros = set(), False
     for group in groups.values():
         _only(name, group if isinstance(group, Mapping) else {"format": group}, "format", *accepted)
         weights = group.get("weights")
@@ -115,7 +134,18 @@ def _compressed_tensors(values: Mapping[str, Any]) -> Quantization:
         widths.add(width)
         sizes.add(_integer(weights, "group_size") if strategy == "group" else -1)
         block = _block(weights.get("block_structure")) or block
-    return Quantization(method=name, widths=frozenset(widths), group_sizes=frozenset(sizes), block=block)
+        shared.add(block[1] if strategy == "block" else weights["group_size"] if strategy == "group" else -1)
+        schemes.add("fp8" if kind == "float" else f"int{width}")
+        has_zeros |= weights.get("symmetric") is False
+    return Quantization(
+        method=name,
+        widths=frozenset(widths),
+        group_sizes=frozenset(sizes),
+        block=block,
+        scheme=max(schemes - {"int4"}, default="int4" if schemes else None),
+        columns=min(shared - {-1}, default=-1),
+        scale_bytes=3 if has_zeros else 2,
+    )
 
 
 def _block(value: Any) -> tuple[int, int] | None:
@@ -132,7 +162,8 @@ def _fp8(values: Mapping[str, Any]) -> Quantization:
     _only("fp8", values, "fmt", "e4m3", "float8_e4m3fn")
     _only("fp8", values, "scale_fmt", "float")
     block = _block(values.get("weight_block_size"))
-    return Quantization(method="fp8", widths=frozenset((8,)), block=block or (128, 128))
+    columns = -1 if block is None else block[1]
+    return Quantization(method="fp8", widths=frozenset((8,)), block=block or (128, 128), columns=columns)
 
 
 def _fbgemm_fp8(values: Mapping[str, Any]) -> Quantization:
@@ -162,6 +193,9 @@ def _gptq(values: Mapping[str, Any]) -> Quantization:
         group_sizes=frozenset((_integer(values, "group_size"),)),
         symmetric=values["sym"],
         zeros_less_one=values.get("checkpoint_format", values.get("format")) != "gptq_v2",
+        scheme=f"int{bits}",
+        columns=values["group_size"],
+        scale_bytes=2 if values["sym"] else 3,
     )
 
 
@@ -172,17 +206,20 @@ def _awq(values: Mapping[str, Any]) -> Quantization:
     bits = _integer(values, "bits")
     if bits != 4:
         raise _refuse(f"awq with bits {bits}")
-    sizes = frozenset((_integer(values, "group_size"),))
-    return Quantization(method="awq", widths=frozenset((4,)), group_sizes=sizes)
+    size = _integer(values, "group_size")
+    codes: dict[str, Any] = {"scheme": "int4", "columns": size, "scale_bytes": 3}
+    return Quantization(method="awq", widths=frozenset((4,)), group_sizes=frozenset((size,)), **codes)
 
 
 def _bitsandbytes(values: Mapping[str, Any]) -> Quantization:
-    return Quantization(method="bitsandbytes")
+    return Quantization(method="bitsandbytes", scheme=None if values.get("load_in_4bit") else "int8")
 
 
 def _mlx(values: Mapping[str, Any]) -> Quantization:
     _only("mlx", values, "mode", "affine")
-    return Quantization(method="mlx")
+    scheme = "int4" if values.get("bits") == 4 else "int8"
+    size = values["group_size"] if isinstance(values.get("group_size"), int) else -1
+    return Quantization(method="mlx", scheme=scheme, columns=size, scale_bytes=5, has_coded_head=True)
 
 
 _METHODS = {
