@@ -4,8 +4,10 @@ import openai
 import pytest
 import torch
 
+from llama.async_llm.async_llm import AsyncLLM
 from tests.server.helpers import NAME, TOKENIZER, VOCAB_SIZE, real_llm, running, until
 from tests.server.test_chat import client_of
+from tests.tiny_checkpoint import make_model
 
 
 @pytest.fixture(scope="module")
@@ -150,6 +152,19 @@ def test_echo_of_a_prompt_that_was_cut_is_what_was_kept(exact, asked, kept):
         assert choice.text[offset:].startswith(token)
     parts = complete(client, "hello world", stream=True, **wanted)
     assert "".join(part.choices[0].text for part in parts) == choice.text
+
+
+@pytest.mark.parametrize("more", [{}, {"truncate_prompt_tokens": 50}, {"truncate_prompt_tokens": 11}])
+def test_offsets_are_those_of_the_text_also_behind_a_token_that_was_put_in_front(tmp_path, more):
+    llm = AsyncLLM(make_model(tmp_path / "tiny"), num_blocks=64, max_num_seqs=2)
+    with running(llm) as server, client_of(server) as client:
+        answer = complete(client, "hello world", echo=True, logprobs=0, max_tokens=1, temperature=0, extra_body=more)
+    (choice,) = answer.choices
+    tokens, offsets = choice.logprobs.tokens, choice.logprobs.text_offset
+    start = 0 if more == {"truncate_prompt_tokens": 11} else 1
+    assert tokens[:start] == ["<|begin_of_text|>"][:start] and offsets[:start] == [0][:start]
+    assert choice.text.startswith("hello world") and tokens[start:-1] == list("hello world")
+    assert offsets[start:] == list(range(12))
 
 
 def test_streamed_echo_is_the_same(exact):

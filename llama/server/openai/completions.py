@@ -187,17 +187,21 @@ class _Choice:
     def _prompt_text(self) -> str:
         """As it came, or what was kept of it."""
         prompt = self._answer.output.prompt
-        if self._tokenizer is None or (prompt is not None and self._body.truncate_prompt_tokens is None):
+        if self._tokenizer is None:
             return prompt or ""
         kept = self._tokenizer.decode(self._answer.prompt_token_ids, skip_special_tokens=False)
-        # Of a prompt that was not cut the tokens may say more: those that the tokenizer has put in front.
-        return kept if prompt is None or not kept.endswith(prompt) else prompt
+        is_whole = prompt is not None and kept.endswith(prompt)
+        if prompt is None or not (is_whole or self._body.truncate_prompt_tokens is None):
+            return kept
+        if is_whole:  # what the tokenizer has put in front is no part of the text: its tokens lie at 0
+            self._offset = len(prompt) - len(kept)
+        return prompt
 
     def _logprobs(self, token_ids: Sequence[int], entries: Entries) -> dict[str, Any]:
         tokens = [self._spelled(token) for token in token_ids]
         offsets = []
         for token in token_ids:
-            offsets.append(self._offset)
+            offsets.append(max(0, self._offset))
             self._offset += 0 if self._decoder is None else len(self._decoder.push([token]))
         return {
             "tokens": tokens,
