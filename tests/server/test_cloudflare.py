@@ -118,6 +118,8 @@ def test_parameters_reach_the_engine(scripted, given, expected):
             {"response_format": {"type": "json_object"}, "guided_json": {}},
             "'/guided_json' and '/response_format' both constrain the answer",
         ),
+        ({"guided_json": {"type": "nope"}}, "guided_json: Invalid type: nope"),
+        ({"guided_json": {"type": "nope"}, "raw": True}, "guided_json: Invalid type: nope"),
         ({"response_format": {"type": "json_schema"}}, "required properties at '/response_format' are 'json_schema'"),
         (
             {"response_format": {"type": "json_object"}, "stream": True},

@@ -11,8 +11,10 @@ from pydantic_core import from_json
 from starlette.requests import Request
 from starlette.responses import Response
 
+from llama.api.errors import ParameterError
 from llama.api.outputs import CompletionOutput, Usage
 from llama.api.params import SamplingParams
+from llama.async_llm.async_llm import Stream
 from llama.server.bodies import json_response, read_body
 from llama.server.cloudflare.schema import RunRequest
 from llama.server.errors import Dialect, bad_input, json_mode_failed, no_such_model
@@ -98,11 +100,27 @@ async def _submit(body: RunRequest, model: str, service: Service) -> Submit:
     messages, params, llm = _messages(body), _params(body), service.llm
     if not body.raw:
         choice = body.tool_choice
-        return partial(llm.submit_chat, messages, params, body.tools or None, lora, tool_choice=choice, clip=False)
+        submit = partial(llm.submit_chat, messages, params, body.tools or None, lora, tool_choice=choice, clip=False)
+        return _blamed_as_sent(submit, body)
     if body.tools or body.tool_choice not in ("auto", "none"):
         raise bad_input("'/tools' is not supported with raw: there is no template that could show them", "tools")
     prompt = "".join(_text(message["content"]) for message in messages)
-    return partial(llm.submit, prompt, params, lora, clip=False)
+    return _blamed_as_sent(partial(llm.submit, prompt, params, lora, clip=False), body)
+
+
+def _blamed_as_sent(submit: Submit, body: RunRequest) -> Submit:
+    """What is wrong with guided_json is told of it: a response_format is what we make of it."""
+
+    async def submitted(**more: Any) -> Stream:
+        try:
+            return await submit(**more)
+        except ParameterError as error:
+            if error.param == "response_format":
+                said = str(error).replace("response_format.json_schema", "guided_json", 1)
+                error.args, error.param = (said,), "guided_json"
+            raise
+
+    return submitted if "guided_json" in body.model_fields_set else submit
 
 
 def _messages(body: RunRequest) -> list[dict[str, Any]]:
