@@ -39,7 +39,7 @@ IMPORT_ORDER = {
         rope kv_cache weights
         adapters
         linear interventions
-        packing
+        digest packing
         taps
         batch capture
         session

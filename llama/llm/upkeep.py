@@ -33,7 +33,13 @@ class Upkeep:
     def reset_prefix_cache(self) -> bool:
         """Forget the K and V of earlier prompts, as after a change of weights. Legal while requests run: they keep
         theirs."""
-        self.replies.between_steps(self.engine.reset_prefix_cache)
+
+        def reset() -> None:
+            self.engine.reset_prefix_cache()
+            if self.engine.model is not None:
+                self.engine.model.digests.forget()
+
+        self.replies.between_steps(reset)
         return True
 
     def update_weights(self, named_tensors: Iterable[tuple[str, Tensor]], wait: bool = False) -> int:

@@ -81,7 +81,9 @@ def update_weights(model: Transformer, named_tensors: Iterable[tuple[str, Tensor
             update.check(name, tensor)
             tensor = tensor.detach()
             if ask is not None:
-                _show(ask, name, tensor.to("cpu", model.dtype).contiguous())
+                shown = tensor.to("cpu", model.dtype).contiguous()
+                model.digests.add_shared(name, shown)
+                _show(ask, name, shown)
             cut = update.cut(name)
             update.put(name, tensor[cut.rows] if tensor.dim() == 1 else tensor[cut])
             count += 1

@@ -6,7 +6,6 @@ For a caller's own speculation, guidance or search; nothing here schedules or sa
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from hashlib import blake2b
 from pathlib import Path
 from typing import Protocol
 
@@ -18,8 +17,6 @@ from llama.kernels.types import wide_dtype
 from llama.model.batch import Batch, rectangle
 from llama.model.config import ModelConfig
 from llama.model.kv_cache import KVCache
-from llama.model.linear import Linear
-from llama.model.module import Module
 from llama.model.taps import resolve_points
 
 BLOCK_SIZE = 16
@@ -137,19 +134,3 @@ def checked_ids(token_ids: Tensor, vocab_size: int) -> Tensor:
     if token_ids.numel() and not 0 <= int(token_ids.min()) <= int(token_ids.max()) < vocab_size:
         raise ParameterError(f"token ids must be in [0, {vocab_size})", "token_ids")
     return token_ids
-
-
-def digest(model: Module, config: ModelConfig) -> str:
-    """Of the config and of the first and last bytes of every weight: which model computed something."""
-    told = blake2b(repr(config).encode(), digest_size=16)
-    for name, module in model.named_modules():
-        own = dict(module.named_parameters(recurse=False))
-        if isinstance(module, Linear):
-            own["weight"] = module.dense_weight()
-        for key, weight in own.items():
-            if weight is None:
-                continue
-            ends = [part.contiguous().view(torch.uint8).flatten()[:64] for part in (weight[:1], weight[-1:])]
-            told.update(f"{name}.{key}{tuple(weight.shape)}{weight.dtype}".encode())
-            told.update(torch.cat(ends).cpu().numpy().tobytes())
-    return told.hexdigest()

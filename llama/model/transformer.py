@@ -24,6 +24,7 @@ from llama.model.checkpoint import Checkpoint, save_pretrained
 from llama.model.checkpoint.layout import Entry, entries_of, layout
 from llama.model.communicator import Communicator
 from llama.model.config import ModelConfig
+from llama.model.digest import Digests
 from llama.model.kv_cache import KVCache
 from llama.model.linear import Linear
 from llama.model.module import Module
@@ -209,6 +210,7 @@ class Transformer(Research):
         self.requires_grad_(False)
         self.kv_scales: Tensor | None = None  # [layers, 2, kv_heads], where the checkpoint has some for a cache in fp8
         self.packing: Packing = "auto"
+        self.digests = Digests()
         self.fixed: Pieces | Runs | None = None  # of batches, where `fixed_rows.fix_rows` has been called
         self.register_buffer("frequencies", frequencies(config, device), persistent=False)
         self.attention_factor = attention_factor(config)
@@ -370,6 +372,7 @@ class Transformer(Research):
         # A cast must not round the rotary frequencies, to_empty() must not lose them, a move must not untie the head.
         super()._apply(fn, recurse)
         self.fixed = None
+        self.digests.forget()  # parameters keep their versions
         self._complete()
         return self
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from llama import LLM, AsyncLLM, ParameterError, SamplingParams
+from llama.llm.weights import update_weights
 from llama.model.kv_cache import KVCache
 from tests.model.models import hugging_face_weights, tiny_model
 
@@ -98,6 +99,39 @@ def test_a_prefix_of_another_model_is_refused(tmp_path, changes):
         engine(tiny_model(), num_blocks=7, max_model_len=24).load_prefix(path)
     with pytest.raises(ParameterError, match="enable_prefix_caching"):
         engine(tiny_model(), enable_prefix_caching=False).load_prefix(path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])  # float32 weights are packed
+def test_a_prefix_from_before_a_weight_was_edited_is_refused(tmp_path, dtype):
+    path, name = tmp_path / "prefix.safetensors", "model.layers.0.self_attn.o_proj.weight"
+    model = tiny_model(dtype=dtype)
+    model.prepare(packing="always")
+    runs = engine(model)
+    runs.save_prefix(PROMPT, path)
+    kept = hugging_face_weights(model)[name].clone()
+    edited = kept.clone()
+    edited[:, 16:32] = 0  # one head
+    runs.update_weights([(name, edited)])
+    with pytest.raises(ParameterError, match="does not hold a prefix that this model"):
+        runs.load_prefix(path)
+    runs.update_weights([(name, kept)])
+    assert runs.load_prefix(path) == 32
+
+
+def test_weights_that_were_changed_by_hand_are_seen_after_the_prefix_cache_was_dropped(tmp_path):
+    runs = engine(tiny_model())
+    runs.save_prefix(PROMPT, tmp_path / "prefix.safetensors")
+    runs.model.layers[0].mlp.down_proj.weight.data[5] += 1
+    runs.reset_prefix_cache()
+    with pytest.raises(ParameterError, match="does not hold a prefix that this model"):
+        runs.load_prefix(tmp_path / "prefix.safetensors")
+
+
+def test_weights_that_ranks_share_count_as_a_whole_for_what_is_kept():
+    model, told = tiny_model(), []
+    before = model.digests.of(model, model.config)
+    update_weights(model, hugging_face_weights(model).items(), told.append)
+    assert told[-1] == {"weights": None} and model.digests.of(model, model.config) != before
 
 
 @pytest.mark.parametrize("options", [{}, {"speculative_config": {"method": "draft_model", "model": "DRAFT"}}])

@@ -60,6 +60,16 @@ def test_another_models_file_is_refused(model, tmp_path, changes):
         tiny_model(**changes).session(8).load(tmp_path / "kept.safetensors")
 
 
+def test_a_file_of_the_same_model_before_a_weight_was_edited_is_refused(tmp_path):
+    model = tiny_model()
+    session = model.session(8)
+    session([1, 2, 3])
+    session.save(tmp_path / "kept.safetensors")
+    model.layers[1].self_attn.o_proj.weight[10:20] += 1
+    with pytest.raises(ParameterError, match="computed by another model"):
+        session.load(tmp_path / "kept.safetensors")
+
+
 def test_the_digest_does_not_depend_on_the_form_of_the_weights():
     plain, packed = tiny_model(dtype=torch.float32), tiny_model(dtype=torch.float32)
     packed.prepare(packing="always")
