@@ -7,8 +7,6 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from llama.api.errors import ParameterError
 from llama.api.outputs import RequestMetrics, RequestOutput
 from llama.engine.budget import free_cpu_bytes
@@ -18,6 +16,7 @@ from llama.llm.requests import one_per_prompt
 from llama.model.capture import Capture, RequestTaps, is_kept
 from llama.model.interventions import Apply, Project
 from llama.model.taps import Interventions, each
+from llama.model.transformer import Transformer
 
 MOST_OF_FREE = 0.5  # of the memory that is free now, for what is captured
 
@@ -35,16 +34,14 @@ def tapped(
         return list(requests)
     if engine.model is None:
         raise ParameterError("capture and interventions need a model", "capture")
+    weights = _digest(engine.model, captures)
     needed: list[int] = []
     asked = []
     for request, own, changes in zip(requests, captures, each(interventions, len(requests)), strict=True):
         if own is not None and not isinstance(own, Capture):
             raise ParameterError(f"capture must be a Capture, got {type(own).__name__}", "capture")
-        if (
-            own is not None
-            and isinstance(own.save_to, str | Path)
-            and Path(request.request_id).name != request.request_id
-        ):
+        into_folder = own is not None and isinstance(own.save_to, str | Path)
+        if into_folder and Path(request.request_id).name != request.request_id:
             raise ParameterError(
                 f"capture: save_to names files by request_id, which {request.request_id!r} cannot be", "request_ids"
             )
@@ -67,7 +64,7 @@ def tapped(
             like=engine.model.norm.weight,
         )
         if own is not None and isinstance(own.save_to, str | Path):
-            taps.identity = _identity(engine, request, own, taps)
+            taps.identity = _identity(engine, weights, request, own, taps)
             taps.is_kept = is_kept(Path(own.save_to), request.request_id, taps.identity)
         limit = engine.limit(len(request.prompt_token_ids), request.params.max_tokens)
         needed.append(0 if taps.is_kept else taps.num_bytes(limit))
@@ -91,16 +88,20 @@ def kept_output(request: Request) -> RequestOutput:
     return RequestOutput(request.request_id, request.prompt, ids, [], metrics, finished=True)
 
 
-def _identity(engine: Engine, request: Request, capture: Capture, taps: RequestTaps) -> str:
-    """Of all that decides what a file holds. Of the weights it knows a few."""
-    model = engine.model
-    assert model is not None
-    told = blake2b(engine.scheduler.model + request.adapter.digest + taps.salt, digest_size=16)
-    first: Any = model.layers[0]
-    for weight in (model.embed_tokens.weight, first.self_attn.qkv_proj.dense_weight(), model.norm.weight):
-        told.update(weight.detach()[:1].cpu().contiguous().view(torch.uint8).numpy().tobytes())
+def _digest(model: Transformer, captures: Sequence[Any]) -> str:
+    """Where any of them goes to a folder."""
+    if any(isinstance(getattr(own, "save_to", None), str | Path) for own in captures):
+        return model.digests.of(model, model.local_config)
+    return ""
+
+
+def _identity(engine: Engine, weights: str, request: Request, capture: Capture, taps: RequestTaps) -> str:
+    """Of all that decides what a file holds; `weights` is the model's digest."""
+    assert engine.model is not None
+    root = engine.scheduler.model + request.adapter.digest + taps.salt
+    told = blake2b(root + weights.encode(), digest_size=16)
     told.update(request.prompt_token_ids.tobytes())
-    asked = model.dtype, list(taps.sequence.captures), capture.positions, capture.dtype, capture.reduce
+    asked = engine.model.dtype, list(taps.sequence.captures), capture.positions, capture.dtype, capture.reduce
     told.update(repr(asked).encode())
     if capture.positions in ("all", "generated"):
         told.update(repr(request.params).encode())

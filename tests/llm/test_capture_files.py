@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from llama import Apply, Capture, ParameterError
 from tests.llm.test_capture import engine, prompt, sampled
-from tests.model.models import tiny_model
+from tests.model.models import hugging_face_weights, tiny_model
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -106,6 +106,19 @@ def test_a_folder_of_captures_is_gone_on_with_after_a_kill(model, tmp_path):
     again = collect(llm, tmp_path / "killed", positions="prompt")
     COLLECTED["0"][3] -= 1
     assert [bool(output.outputs) for output in again] == [True] + [False] * 8
+
+
+def test_states_of_weights_that_were_edited_since_are_computed_again(tmp_path):
+    llm = engine(tiny_model())
+    read = Capture("layers.1.resid_post", save_to=tmp_path)
+    ask = {"sampling_params": sampled(1), "request_ids": ["a"], "use_tqdm": False}
+    assert llm.generate(prompt(9, 9, 1), capture=read, **ask)[0].outputs
+    assert not llm.generate(prompt(9, 9, 1), capture=read, **ask)[0].outputs
+    name = "model.layers.1.mlp.down_proj.weight"
+    llm.update_weights([(name, hugging_face_weights(llm.model)[name] * 0.5)])
+    assert llm.generate(prompt(9, 9, 1), capture=read, **ask)[0].outputs
+    expected = llm.generate(prompt(9, 9, 1), capture=Capture("layers.1.resid_post"), **ask)[0].captured
+    torch.testing.assert_close(load_file(tmp_path / "a.safetensors"), expected)
 
 
 def test_a_request_that_is_aborted_or_fails_leaves_no_file(model, tmp_path):
