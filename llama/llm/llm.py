@@ -23,7 +23,7 @@ from llama.engine.config import EngineConfig
 from llama.engine.request import Request
 from llama.hub import model_folder
 from llama.llm.engines import load_engine, ranks_of
-from llama.llm.interrupts import interrupts_held
+from llama.llm.interrupts import Held, interrupts_held
 from llama.llm.loading import check_draft, check_model, load_defaults, load_text
 from llama.llm.loras import LoraInfo, LoRARequest, RequestedLoras, describe, read_lora
 from llama.llm.replies import Replies, Reply
@@ -89,8 +89,11 @@ class Pieces(Iterator[Piece]):
     def __next__(self) -> Piece:
         reply = self._reply
         try:
-            while not (reply.pending or reply.finished):
-                self._step(reply)
+            if not (reply.pending or reply.finished):
+                with interrupts_held() as held:
+                    while not (reply.pending or reply.finished):
+                        held.deliver()
+                        self._step(reply)
         except BaseException:
             self.close()
             raise
@@ -100,7 +103,8 @@ class Pieces(Iterator[Piece]):
 
     def close(self) -> None:
         """Legal at any time and any number of times; nothing comes afterwards."""
-        self._replies.abort(self._reply)
+        with interrupts_held():
+            self._replies.abort(self._reply)
         self._reply.pending.clear()
 
     def __del__(self) -> None:
@@ -328,25 +332,26 @@ class LLM(Scoring, Upkeep):
     def _run(self, requests: Sequence[Request], use_tqdm: ProgressBar) -> list[RequestOutput]:
         replies: list[Reply] = []
         kept = {one.request_id: kept_output(one) for one in requests if one.taps is not None and one.taps.is_kept}
-        try:
-            with interrupts_held():
+        with interrupts_held() as held:
+            try:
                 for request in requests:
                     if request.request_id not in kept:
                         replies.append(self.replies.add(request))
-            self._finish(replies, use_tqdm)
-        finally:
-            for reply in replies:
-                self.replies.abort(reply)
+                self._finish(replies, use_tqdm, held)
+            finally:
+                for reply in replies:
+                    self.replies.abort(reply)
         outputs = kept | {reply.request.request_id: reply.output for reply in replies}
         return [outputs[request.request_id] for request in requests]
 
-    def _finish(self, replies: Sequence[Reply], use_tqdm: ProgressBar) -> None:
+    def _finish(self, replies: Sequence[Reply], use_tqdm: ProgressBar, held: Held) -> None:
         awaited = {reply.request.request_id for reply in replies}
         in_order = deque(replies)
         prompt_tokens = output_tokens = 0
         started = time.monotonic()
         with _bar(use_tqdm, len(replies)) as bar:
             while in_order:
+                held.deliver()
                 if in_order[0].finished:  # perhaps in a step of another thread
                     ended = [in_order.popleft()]
                 else:
@@ -368,11 +373,11 @@ class LLM(Scoring, Upkeep):
                     bar.update()
 
     def _step(self, awaited: Reply) -> list[tuple[Reply, Piece]]:
-        """A step of the engine, or nothing if a step of another thread has ended the request that is awaited."""
+        """A step of the engine, while signals are held, or nothing if a step of another thread has ended the request
+        that is awaited."""
 
         def has_ended() -> bool:
             assert awaited.finished or self.engine.has_unfinished, "a request waits, which the engine does not know"
             return awaited.finished
 
-        with interrupts_held():
-            return self.replies.step(unless=has_ended)
+        return self.replies.step(unless=has_ended)
