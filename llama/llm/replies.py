@@ -20,6 +20,7 @@ from llama.engine.engine import Engine
 from llama.engine.request import Request
 from llama.engine.sequence import TokenOutput
 from llama.llm.completion import Completion, listed
+from llama.llm.interrupts import interrupts_held
 from llama.text.tokenizer import Tokenizer
 from llama.text.tool_calls import merged_deltas
 
@@ -175,8 +176,8 @@ class Replies:
             return reply
 
     def between_steps(self, function: Callable[[], T]) -> T:
-        """Do something to the engine while no step of it runs."""
-        with self._turn():
+        """Do something to the engine while no step of it runs; signals wait for its end."""
+        with interrupts_held(), self._turn():
             return function()
 
     def step(self, unless: Callable[[], bool] = lambda: False) -> list[tuple[Reply, Piece]]:

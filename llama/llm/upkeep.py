@@ -52,10 +52,12 @@ class Upkeep:
                 raise ParameterError("update_weights needs an idle engine: requests run (wait=True lets them end)")
             self.engine.reset_prefix_cache()
             ranks = ranks_of(self.engine)
-            return update_weights(self.model, named_tensors, None if ranks is None else ranks.ask)
+            tensors = held.letting_through(named_tensors)
+            return update_weights(self.model, tensors, None if ranks is None else ranks.ask)
 
         self._drain(wait)
-        return self.replies.between_steps(update)
+        with interrupts_held() as held:
+            return self.replies.between_steps(update)
 
     def sleep(self, wait: bool = False) -> None:
         """Give the KV cache's memory back, with all computed prefixes, and take no request until `wake_up`. The weights

@@ -7,7 +7,7 @@ import pytest
 
 from llama import LLM, SamplingParams
 from llama.llm.interrupts import SIGNALS, interrupts_held
-from tests.model.models import tiny_model
+from tests.model.models import hugging_face_weights, tiny_model
 
 GREEDY = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
 PROMPT = list(range(33))
@@ -86,6 +86,21 @@ def test_a_time_limit_in_the_model_is_no_failure_of_the_model(runs, monkeypatch,
     is_as_before(runs)
 
 
+@pytest.mark.parametrize("number", [signal.SIGALRM, signal.SIGINT])
+def test_blocks_of_a_prefix_that_is_loaded_meanwhile_are_not_lost(runs, monkeypatch, tmp_path, number):
+    runs.save_prefix(PROMPT, tmp_path / "prefix")
+    runs.reset_prefix_cache()
+    for name in ("allocate", "publish", "free"):
+        with monkeypatch.context() as patch:
+            happened = raising(patch, runs.engine.pool, name, number)
+            with pytest.raises((LateError, KeyboardInterrupt)):
+                runs.load_prefix(tmp_path / "prefix")
+        assert happened == ["began", "went on"]
+        assert runs.engine.pool.num_used == 0 and runs.engine.pool.num_cached == 8
+        assert runs.reset_prefix_cache()
+    is_as_before(runs)
+
+
 def test_what_comes_while_a_request_is_aborted_waits(runs, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(runs.engine, "step", lambda: late(0, None))
@@ -101,6 +116,20 @@ def test_what_comes_while_a_request_is_aborted_waits(runs, monkeypatch):
         with pytest.raises(LateError):
             stream.close()
     assert happened == ["began", "went on"]
+    is_as_before(runs)
+
+
+def test_while_a_caller_makes_new_weights_signals_take_effect_at_once():
+    runs, happened = LLM(tiny_model(), block_size=4, num_blocks=60), []
+
+    def made():
+        yield from hugging_face_weights(tiny_model()).items()
+        signal.raise_signal(signal.SIGINT)
+        happened.append("went on")
+
+    with pytest.raises(KeyboardInterrupt):
+        runs.update_weights(made())
+    assert not happened
     is_as_before(runs)
 
 
