@@ -78,13 +78,13 @@ class Scoring:
         pairs, end = [], 1
         for start in range(0, len(token_ids), stride):
             stop = min(start + window, len(token_ids))
-            if stop > end:
-                first = max(end, start + 1)  # a window's first token has nothing before it
+            first = max(end, start + 1)  # a window's first token has nothing before it
+            if stop > first:
                 pairs.append((token_ids[start:first], token_ids[first:stop]))
             end = stop
             if stop == len(token_ids):
                 break
-        scores = self._scores([pair for pair in pairs if pair[1]], [None] * len(pairs), use_tqdm)
+        scores = self._scores(pairs, [None] * len(pairs), use_tqdm)
         total = math.fsum(logprob for score in scores for logprob in score.token_logprobs)
         return math.exp(-total / sum(len(score.token_logprobs) for score in scores))
 

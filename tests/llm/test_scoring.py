@@ -56,21 +56,36 @@ def test_each_prompt_has_its_continuation(model, scorer):
         assert score.token_logprobs == pytest.approx(by_hand(model, prompt, [3, 4])[0], abs=1e-9)
 
 
-@pytest.mark.parametrize(("window", "stride"), [(None, None), (32, 32), (32, 7), (50, 20), (2, 1), (64, 64)])
-def test_perplexity_is_that_of_sliding_windows(model, scorer, window, stride):
+@pytest.mark.parametrize(
+    ("window", "stride", "length"),
+    [
+        (None, None, 150),
+        (32, 32, 150),
+        (32, 7, 150),
+        (50, 20, 150),
+        (2, 1, 150),
+        (64, 64, 150),
+        (None, None, 129),  # the last window has one token, with nothing before it
+        (4, 4, 9),
+        (4, 3, 10),
+        (2, 2, 3),
+        (32, 32, 128),
+    ],
+)
+def test_perplexity_is_that_of_sliding_windows(model, scorer, window, stride, length):
     """The loop of transformers' documentation: each window scores what the one before it did not."""
-    size, step = window or 64, stride or window or 64
+    size, step, text = window or 64, stride or window or 64, TEXT[:length]
     total, count, end = 0.0, 0, 0
-    for start in range(0, len(TEXT), step):
-        stop = min(start + size, len(TEXT))
-        rows = logprobs(model, TEXT[start:stop])
+    for start in range(0, len(text), step):
+        stop = min(start + size, len(text))
+        rows = logprobs(model, text[start:stop])
         for position in range(max(end, start + 1), stop):
-            total -= float(rows[position - start - 1, TEXT[position]])
+            total -= float(rows[position - start - 1, text[position]])
             count += 1
         end = stop
-        if stop == len(TEXT):
+        if stop == len(text):
             break
-    assert scorer.perplexity(TEXT, window, stride) == pytest.approx(math.exp(total / count), rel=1e-9)
+    assert scorer.perplexity(text, window, stride) == pytest.approx(math.exp(total / count), rel=1e-9)
 
 
 @pytest.mark.parametrize(("layer", "point"), [(None, "norm"), (-1, "layers.1.resid_post"), (0, "layers.0.resid_post")])
