@@ -57,15 +57,38 @@ def is_conversation(value: Any) -> TypeGuard[Sequence[Message]]:
     return isinstance(value, list | tuple) and bool(value) and isinstance(value[0], Mapping) and "role" in value[0]
 
 
-def as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+def as_prompts(prompts: Prompt | Sequence[Prompt], name: str = "prompts") -> list[Prompt]:
     """One prompt or many, as a list."""
     prompts = as_lists(prompts)
     if isinstance(prompts, str | Mapping) or is_token_ids(prompts):
         return [prompts]
     if not isinstance(prompts, list | tuple):
         found = type(prompts).__name__
-        raise ParameterError(f"prompts must be a string, token ids, a dict or a list of these, got {found}", "prompts")
+        raise ParameterError(f"{name} must be a string, token ids, a dict or a list of these, got {found}", name)
     return list(prompts)
+
+
+def unwrapped(prompt: Prompt) -> tuple[str | None, Sequence[int] | None]:
+    """The text and the token ids that a prompt in any form has; where it has ids, they count."""
+    text: Any = None
+    token_ids: Any = prompt
+    if isinstance(prompt, Mapping):
+        if set(prompt) - {"prompt", "prompt_token_ids"} or not prompt:
+            raise ValueError(f"a prompt dict holds prompt_token_ids or prompt, got {sorted(map(str, prompt))}")
+        text, token_ids = prompt.get("prompt"), prompt.get("prompt_token_ids")
+        if text is not None and not isinstance(text, str):
+            raise ValueError(f"prompt must be a string, got {type(text).__name__}")
+        if token_ids is None:
+            return text or "", None
+    elif isinstance(prompt, str):
+        return prompt, None
+    token_ids = as_lists(token_ids)
+    if not isinstance(token_ids, list | tuple):
+        found = type(token_ids).__name__
+        if isinstance(prompt, Mapping):
+            raise ValueError(f"prompt_token_ids must be a list of token ids, got {found}")
+        raise ValueError(f"a prompt must be a string, token ids or a dict, got {found}")
+    return text, token_ids
 
 
 def as_conversations(messages: Sequence[Message] | Sequence[Sequence[Message]]) -> list[Sequence[Message]]:
@@ -222,19 +245,15 @@ class Inputs:
             return self._templates[text]
 
     def _encode(self, prompt: Prompt, check: Callable[[str], None]) -> tuple[str | None, Sequence[int]]:
-        if isinstance(prompt, Mapping):
-            return self._encode_mapping(prompt, check)
-        if isinstance(prompt, str):
+        text, token_ids = unwrapped(prompt)
+        if token_ids is None:
             if self.tokenizer is None:
                 raise ValueError("text prompts need a tokenizer: this model takes token ids only")
-            if not prompt:
+            if not text:
                 raise ValueError("prompt is empty")
-            check(prompt)
-            return prompt, self.tokenizer.encode(prompt)
-        prompt = as_lists(prompt)
-        if not isinstance(prompt, list | tuple):
-            raise ValueError(f"a prompt must be a string, token ids or a dict, got {type(prompt).__name__}")
-        return None, prompt
+            check(text)
+            token_ids = self.tokenizer.encode(text)
+        return text, token_ids
 
     def _length_check(self, params: SamplingParams, clip: bool) -> Callable[[str], None]:
         """ContextLengthError for a text that is too long however it is encoded: that may take seconds and gigabytes."""
@@ -245,22 +264,6 @@ class Inputs:
                 check_room(self.tokenizer.min_tokens(text), max_tokens, most, at_least=True)
 
         return check if params.truncate_prompt_tokens is None else lambda text: None
-
-    def _encode_mapping(
-        self, prompt: Mapping[str, Any], check: Callable[[str], None]
-    ) -> tuple[str | None, Sequence[int]]:
-        unknown = set(prompt) - {"prompt", "prompt_token_ids"}
-        if unknown or not prompt:
-            raise ValueError(f"a prompt dict holds prompt_token_ids or prompt, got {sorted(map(str, prompt))}")
-        text, token_ids = prompt.get("prompt"), prompt.get("prompt_token_ids")
-        if text is not None and not isinstance(text, str):
-            raise ValueError(f"prompt must be a string, got {type(text).__name__}")
-        if token_ids is None:
-            return self._encode(text or "", check)
-        token_ids = as_lists(token_ids)
-        if not isinstance(token_ids, list | tuple):
-            raise ValueError(f"prompt_token_ids must be a list of token ids, got {type(token_ids).__name__}")
-        return text, token_ids
 
     def _checked(
         self, params: SamplingParams | None, request_id: str | None, lora: str | None

@@ -9,17 +9,17 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from llama.api.errors import ParameterError, of_each
+from llama.api.errors import ParameterError, blamed_on, of_each
 from llama.api.outputs import RequestOutput
 from llama.api.params import SamplingParams
 from llama.engine.request import Request, check_room
 from llama.kernels.types import wide_dtype
 from llama.llm.beam_search import BeamSearchOutput, BeamSearchParams, search
-from llama.llm.requests import Inputs, one_per_prompt
+from llama.llm.requests import Inputs, Prompt, as_prompts, one_per_prompt, unwrapped
 from llama.llm.taps import tapped
 from llama.model.capture import Capture
 
-Text = str | Sequence[int]  # or its token ids
+Text = Prompt  # a text, its token ids, or a dict of either
 
 
 class Score(NamedTuple):
@@ -66,7 +66,8 @@ class Scoring:
         """exp of the mean negative log-probability of all tokens but the first, each seen behind those before it in a
         window of `window` tokens (None = the context) that moves on by `stride` (None = the window): the sliding window
         of transformers' documentation."""
-        token_ids = self._ids(text)
+        [only] = _texts("text", [text])
+        token_ids = self._ids(only)
         most = self.inputs.engine.config.context_len
         window = most if window is None else window
         stride = window if stride is None else stride
@@ -113,7 +114,7 @@ class Scoring:
         """The best sequences behind each prompt; see BeamSearchParams."""
         engine = self.inputs.engine
 
-        def checked(prompt: Text) -> list[int]:
+        def checked(prompt: str | Sequence[int]) -> list[int]:
             token_ids = self._ids(prompt)
             check_room(len(token_ids), None, engine.config.context_len)
             return token_ids
@@ -179,7 +180,7 @@ class Scoring:
         params = SamplingParams(max_tokens=1, temperature=0, ignore_eos=True, prompt_logprobs=prompt_logprobs)
         return self.inputs.request(token_ids, params, lora)
 
-    def _split(self, prompt: Text, continuation: Text) -> tuple[list[int], list[int]]:
+    def _split(self, prompt: str | Sequence[int], continuation: str | Sequence[int]) -> tuple[list[int], list[int]]:
         if not isinstance(prompt, str) or not isinstance(continuation, str):
             return self._ids(prompt), self._ids(continuation, is_continuation=True)
         bare = prompt.rstrip()
@@ -187,7 +188,7 @@ class Scoring:
         count = len(self._ids(bare))
         return whole[:count], whole[count:]
 
-    def _ids(self, text: Text, is_continuation: bool = False) -> list[int]:
+    def _ids(self, text: str | Sequence[int], is_continuation: bool = False) -> list[int]:
         if not isinstance(text, str):
             return list(text)
         if self.inputs.tokenizer is None:
@@ -195,10 +196,15 @@ class Scoring:
         return self.inputs.tokenizer.encode(text, add_special_tokens=not is_continuation)
 
 
-def _texts(name: str, given: Text | Sequence[Text]) -> list[Text]:
-    """One text (or its token ids) or several, as a list."""
-    if isinstance(given, str) or (given and isinstance(given[0], int)):
-        return [given]  # type: ignore[list-item]
-    if not given or not isinstance(given, list | tuple):
+def _texts(name: str, given: Text | Sequence[Text]) -> list[str | Sequence[int]]:
+    """One text (or its token ids) or several, in any form that `generate` takes, as a list of texts and ids."""
+
+    def plain(text: Text) -> str | Sequence[int]:
+        with blamed_on(name):
+            own, token_ids = unwrapped(text)
+        return token_ids if token_ids is not None else own or ""
+
+    listed = as_prompts(given, name)
+    if not listed:
         raise ParameterError(f"{name} must be a text, token ids, or a list of these, got {given!r}", name)
-    return list(given)
+    return of_each(name, listed, plain)

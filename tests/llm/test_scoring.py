@@ -4,6 +4,7 @@ transformers' (tests/model)."""
 import math
 import random
 
+import numpy as np
 import pytest
 import torch
 
@@ -104,8 +105,44 @@ def test_texts_are_split_where_the_prompt_ends(demo_model_path):
     [good, bad] = llm.score("The capital of France is ", ["Paris.", "purple."], use_tqdm=False)
     assert good.logprob > bad.logprob + 5
     assert llm.tokenizer.decode(good.token_ids) == " Paris."
+    [again] = llm.score({"prompt": "The capital of France is "}, {"prompt": "Paris."}, use_tqdm=False)
+    assert again == good
     sentence = "The quick brown fox jumps over the lazy dog."
     assert llm.perplexity(sentence) < llm.perplexity(sentence[::-1])
+
+
+def forms(ids):
+    """Of token ids, as `generate` takes them."""
+    yield from (np.array(ids), torch.tensor(ids), tuple(ids), {"prompt_token_ids": ids})
+    yield {"prompt": "what they say", "prompt_token_ids": np.array(ids)}
+
+
+def test_prompts_have_the_forms_that_generate_takes(scorer):
+    params = BeamSearchParams(beam_width=2, max_tokens=2)
+    quiet = {"use_tqdm": False}
+    [score] = scorer.score(PROMPT, [5, 6], **quiet)
+    [beams] = scorer.beam_search(PROMPT, params)
+    state, perplexity = scorer.embed(PROMPT, **quiet), scorer.perplexity(PROMPT)
+    for prompt, continuation in zip(forms(PROMPT), forms([5, 6]), strict=True):
+        for prompts, continuations in ((prompt, continuation), ([prompt], [continuation])):
+            [found] = scorer.score(prompts, continuations, **quiet)
+            assert found.token_ids == [5, 6] and found.token_logprobs == pytest.approx(score.token_logprobs, abs=1e-9)
+            [found] = scorer.beam_search(prompts, params)
+            assert [one.tokens for one in found.sequences] == [one.tokens for one in beams.sequences]
+            torch.testing.assert_close(scorer.embed(prompts, **quiet), state)
+        assert scorer.perplexity(prompt) == pytest.approx(perplexity)
+    assert len(scorer.beam_search(np.array([PROMPT, PROMPT]), params)) == 2
+    for wrong, message in (
+        ([[1], {"prompt": 3}], r"^prompts\[1\]: prompt must be a string, got int"),
+        ({"tokens": [1]}, r"^a prompt dict holds prompt_token_ids or prompt, got \['tokens'\]"),
+        ([[1], None], r"^prompts\[1\]: a prompt must be a string, token ids or a dict, got NoneType"),
+        ({"prompt_token_ids": 5}, "^prompt_token_ids must be a list of token ids, got int"),
+        (None, "^prompts must be a string, token ids, a dict or a list of these, got NoneType"),
+        ([], r"^prompts must be a text, token ids, or a list of these, got \[\]"),
+    ):
+        with pytest.raises(ParameterError, match=message) as caught:
+            scorer.beam_search(wrong, params)
+        assert caught.value.param == "prompts"
 
 
 def test_misuse_is_one_clear_error(scorer):
