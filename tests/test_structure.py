@@ -39,12 +39,11 @@ IMPORT_ORDER = {
         rope kv_cache weights
         adapters
         linear interventions
-        digest packing
-        taps
+        checkpoint digest packing
+        taps kept
         batch capture
         session
         research
-        checkpoint
         transformer
         fixed_rows fused
         lora""",

@@ -12,28 +12,25 @@ from llama.engine.adapters import Adapter
 from llama.engine.blocks import prefix_root
 from llama.engine.engine import Engine
 from llama.engine.runner import Runner
+from llama.model.kept import opened, write
 
 
 def write_prefix(engine: Engine, token_ids: Sequence[int], adapter: Adapter, path: str | Path) -> int:
     """Keep what the prefix cache has of a prompt -> how many tokens; 0 writes nothing."""
-    from safetensors.torch import save_file  # here and below: most processes keep no prefix
-
     runner, size = _runner(engine), engine.pool.block_size
     tokens = np.array(token_ids, np.int32)
     blocks = engine.pool.match(_root(engine, adapter), tokens.tobytes(), len(tokens) // size)
     if blocks:
         kept = runner.kv.data[:, :, blocks].flatten(2, 3).cpu()  # [layers, 2, tokens, kv_heads, head_dim]
-        content = {"token_ids": torch.from_numpy(tokens[: len(blocks) * size]), "kv": kept.contiguous()}
-        save_file(content, path, _signature(runner, adapter))
+        content = {"token_ids": torch.from_numpy(tokens[: len(blocks) * size]), "kv": kept}
+        write(path, content, _signature(runner, adapter))
     return len(blocks) * size
 
 
 def read_prefix(engine: Engine, adapter: Adapter, path: str | Path) -> int:
     """Put a kept prefix into the prefix cache -> how many of its tokens are found there from now on."""
-    from safetensors import safe_open
-
     runner, pool = _runner(engine), engine.pool
-    with safe_open(path, "pt") as file:
+    with opened(path) as file:
         if (file.metadata() or {}) != _signature(runner, adapter):
             what = "a prefix that this model, in this dtype and with this adapter, has computed"
             raise ParameterError(f"{path} does not hold {what}", "path")

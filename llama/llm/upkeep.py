@@ -79,7 +79,7 @@ class Upkeep:
 
     def save_prefix(self, prompt: Prompt, path: str | Path, lora: str | None = None) -> int:
         """Compute a prompt and keep its keys and values in a safetensors file, as far as they fill blocks -> how many
-        tokens those are."""
+        tokens those are. OSError where the file cannot be written."""
         [output] = self._run([self.inputs.request(prompt, SamplingParams(max_tokens=1), lora)], use_tqdm=False)
         adapter = self.engine.adapters.get(lora)
         ids = output.prompt_token_ids
@@ -87,6 +87,6 @@ class Upkeep:
 
     def load_prefix(self, path: str | Path, lora: str | None = None) -> int:
         """Put what save_prefix kept into the prefix cache -> how many tokens. ParameterError where another model or
-        adapter has computed it."""
+        adapter has computed it, or the file is none of these."""
         adapter = self.engine.adapters.get(lora)
         return self.replies.between_steps(lambda: read_prefix(self.engine, adapter, path))

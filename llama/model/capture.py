@@ -2,7 +2,6 @@
 an engine, whatever becomes of it there: each row is kept once, at its position, also where it is computed twice."""
 
 import math
-import os
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from torch import Tensor
 from llama.api.errors import ParameterError
 from llama.model.config import ModelConfig
 from llama.model.interventions import Intervention, Positions, Rows
+from llama.model.kept import write
 from llama.model.taps import ENDLESS, SequenceTaps, bind, point_shape, resolve_points, rows_of
 
 
@@ -182,17 +182,13 @@ class RequestTaps:
 
 def save(folder: Path, name: str, values: Mapping[str, Tensor], identity: str) -> None:
     """Whole or not at all, under `name`.safetensors."""
-    from safetensors.torch import save_file  # not above: machines that only run kernels have no safetensors
-
     folder.mkdir(parents=True, exist_ok=True)
-    building = folder / f".{name}.{os.getpid()}"
-    save_file({point: rows.contiguous() for point, rows in values.items()}, building, {"request": identity})
-    os.replace(building, folder / f"{name}.safetensors")
+    write(folder / f"{name}.safetensors", values, {"request": identity})
 
 
 def is_kept(folder: Path, name: str, identity: str) -> bool:
     """Whether `save` has written this file, whole, for a request of this identity."""
-    from safetensors import SafetensorError, safe_open
+    from safetensors import SafetensorError, safe_open  # machines that only run kernels have no safetensors
 
     try:
         with safe_open(folder / f"{name}.safetensors", "pt") as file:

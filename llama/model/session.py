@@ -16,6 +16,7 @@ from llama.api.errors import ParameterError
 from llama.kernels.types import wide_dtype
 from llama.model.batch import Batch, rectangle
 from llama.model.config import ModelConfig
+from llama.model.kept import opened, write
 from llama.model.kv_cache import KVCache
 from llama.model.taps import resolve_points
 
@@ -77,18 +78,15 @@ class Session:
         return copy
 
     def save(self, path: str | Path) -> None:
-        """Write tokens, keys and values to one safetensors file."""
-        from safetensors.torch import save_file  # not above: machines that only run kernels have no safetensors
-
+        """Write tokens, keys and values to one safetensors file. OSError where it cannot be written."""
         content = {"token_ids": torch.tensor(self.token_ids, dtype=torch.int64), "kv": self._used(len(self)).cpu()}
         told = {"model": self.model.digest(), "config": json.dumps(repr(self.model.config))}
-        save_file({name: tensor.contiguous() for name, tensor in content.items()}, path, told)
+        write(path, content, told)
 
     def load(self, path: str | Path) -> None:
-        """Take what `save` wrote in place of what is here. ParameterError where it is another model's, or too long."""
-        from safetensors import safe_open
-
-        with safe_open(path, "pt") as file:
+        """Take what `save` wrote in place of what is here. ParameterError where it is another model's, or too long, or
+        no such file."""
+        with opened(path) as file:
             if (file.metadata() or {}).get("model") != self.model.digest():
                 raise ParameterError(f"{path} was computed by another model, or holds no session", "path")
             token_ids = file.get_tensor("token_ids").tolist()

@@ -101,6 +101,18 @@ def test_a_prefix_of_another_model_is_refused(tmp_path, changes):
         engine(tiny_model(), enable_prefix_caching=False).load_prefix(path)
 
 
+def test_a_file_that_holds_no_prefix_is_named(tmp_path):
+    runs = engine(tiny_model())
+    (tmp_path / "garbage").write_bytes(b"garbage" * 9)
+    with pytest.raises(ParameterError, match="garbage: is not a safetensors file"):
+        runs.load_prefix(tmp_path / "garbage")
+    with pytest.raises(ParameterError, match="none: there is no such file"):
+        runs.load_prefix(str(tmp_path / "none"))
+    with pytest.raises(FileNotFoundError, match="no/file"):
+        runs.save_prefix(PROMPT, tmp_path / "no" / "file")
+    runs.engine.check()
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])  # float32 weights are packed
 def test_a_prefix_from_before_a_weight_was_edited_is_refused(tmp_path, dtype):
     path, name = tmp_path / "prefix.safetensors", "model.layers.0.self_attn.o_proj.weight"

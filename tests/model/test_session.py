@@ -60,6 +60,19 @@ def test_another_models_file_is_refused(model, tmp_path, changes):
         tiny_model(**changes).session(8).load(tmp_path / "kept.safetensors")
 
 
+def test_a_file_that_holds_no_session_is_named(model, tmp_path):
+    session = model.session(8)
+    session([1, 2])
+    (tmp_path / "empty").touch()
+    with pytest.raises(ParameterError, match="empty: is not a safetensors file"):
+        session.load(tmp_path / "empty")
+    with pytest.raises(ParameterError, match="none: there is no such file"):
+        session.load(tmp_path / "none")
+    with pytest.raises(FileNotFoundError, match="no/file"):
+        session.save(tmp_path / "no" / "file")
+    assert session.token_ids == [1, 2]
+
+
 def test_a_file_of_the_same_model_before_a_weight_was_edited_is_refused(tmp_path):
     model = tiny_model()
     session = model.session(8)
