@@ -96,7 +96,7 @@ class Ragged:
         return of_tensors, self.num_decodes, self.block_size, self.run_len
 
     @cached_property
-    def buffers(self) -> dict[Hashable, tuple[torch.Tensor, ...]]:
+    def buffers(self) -> dict[Hashable, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
         """Working memory on a GPU: the first layer makes it, those that follow use it again."""
         return {}
 

@@ -1,6 +1,7 @@
 """Of a run on a GPU that is cut off, what failed before is known."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -9,14 +10,14 @@ import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 TESTS = """
-import os, signal, pytest
+import time, pytest
 pytestmark = pytest.mark.gpu
 
 def test_that_fails():
     assert False, "seen too late"
 
-def test_that_is_cut_off():
-    os.kill(os.getppid() if "PYTEST_XDIST_WORKER" in os.environ else os.getpid(), signal.SIGKILL)
+def test_that_takes_long():
+    time.sleep(90)
 """
 
 
@@ -25,13 +26,24 @@ def test_failures_are_told_at_once(processes, tmp_path):
     (tmp_path / "conftest.py").write_text("from tests.conftest import pytest_configure\n")
     (tmp_path / "test_cut_off.py").write_text(TESTS)
     (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = gpu\n")
-    ran = subprocess.run(
-        [sys.executable, "-m", "pytest", "-m", "gpu and not alone", "-q", *processes],
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST_XDIST")}  # this run's
+    child = subprocess.Popen(
+        [sys.executable, "-u", "-m", "pytest", "-m", "gpu and not alone", "-q", *processes],
         cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
-        capture_output=True,
+        env=environment | {"PYTHONPATH": str(REPOSITORY)},
+        stdout=subprocess.PIPE,
         text=True,
-        check=False,
+        start_new_session=True,
     )
-    assert ran.returncode == -9
-    assert "test_cut_off.py::test_that_fails\n" in ran.stdout and "seen too late" in ran.stdout
+    seen: list[str] = []
+    try:
+        assert child.stdout is not None
+        for line in child.stdout:
+            seen.append(line)
+            if "seen too late" in line:
+                break
+    finally:
+        os.killpg(child.pid, signal.SIGKILL)
+        child.wait()
+    assert "test_cut_off.py::test_that_fails\n" in seen and "seen too late" in seen[-1]
+    assert not any("FAILURES" in line for line in seen)  # which pytest tells at the end

@@ -392,11 +392,7 @@ def decode_attention(
         made = _settle(q, kv_layer, ragged, scale, num_programs=num_programs, counters=counters, rotates=rotates)
         settled = _KINDS.keep(kind, made)
     attend, sizes, merge, merges = settled
-    partials = ragged.buffers.get(sizes)
-    if partials is None:
-        partials = ragged.buffers[sizes] = split.allocate(sizes, q.device)
-    if merges and counters is not None:  # in place of the last; a third column says how many chunks have been written
-        partials = *partials[:2], counters
+    partials = split.partials_of(ragged, sizes, q.device, counters if merges else None)
     k_cache, starts, lens = kv_layer.k, ragged.query_starts, ragged.context_lens
     scales = k_cache if kv_layer.scales is None else kv_layer.scales
     attend(out, *partials, q, k_cache, kv_layer.v, scales, ragged.block_tables, starts, lens, rotation or (q,))

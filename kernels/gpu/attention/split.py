@@ -13,6 +13,7 @@ from torch import Tensor
 
 from llama.kernels.gpu.chain import take_turn
 from llama.kernels.gpu.launch import Launch, Launcher, next_power_of_2
+from llama.kernels.types import Ragged
 
 MIN_CHUNK = 128
 
@@ -190,10 +191,16 @@ def sizes_of(q: Tensor, pairs: int, num_programs: int, kv_heads: int, queries: i
     return Sizes(min(pairs, num_programs), max_chunks(kv_heads), queries * (heads // kv_heads), head_dim, pairs)
 
 
-def allocate(sizes: Sizes, device: torch.device) -> Partials:
+def partials_of(ragged: Ragged, sizes: Sizes, device: torch.device, counters: Tensor | None) -> Partials:
     """What the programs of one launch leave for the merge: values [rows, chunks, members, head_dim] float32; maxima and
     sums [rows, chunks, 2, members] float32; and [pairs, 2] int32: how many chunks are folded into the prefix, and in
-    which row."""
+    which row. Or `counters`, whose third column says how many chunks have been written. All layers of a step have the
+    same memory."""
+    partials = ragged.buffers.get(sizes) or ragged.buffers.setdefault(sizes, _allocate(sizes, device))
+    return partials if counters is None else (*partials[:2], counters)
+
+
+def _allocate(sizes: Sizes, device: torch.device) -> Partials:
     rows, chunks, members, head_dim, pairs = sizes
     return (
         torch.empty((rows, chunks, members, head_dim), dtype=torch.float32, device=device),
