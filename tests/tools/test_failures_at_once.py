@@ -17,7 +17,7 @@ def test_that_fails():
     assert False, "seen too late"
 
 def test_that_takes_long():
-    time.sleep(90)
+    time.sleep(90)  # it is killed as soon as the failure is told
 """
 
 
