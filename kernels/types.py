@@ -276,7 +276,7 @@ class SamplerState:
     ) -> None:
         """Give `row` to a sequence with this prompt that has generated these tokens so far."""
         # Each token once, so that adding its bit is setting it; told apart before they are sent: nothing waits then.
-        ids = self._ids(torch.as_tensor(prompt_token_ids, dtype=torch.int64).unique())
+        ids = self._ids(torch.as_tensor(prompt_token_ids, dtype=torch.int64, device="cpu").unique())
         bits = (1 << (ids % 32)).to(torch.int32)
         self.prompt_mask[row] = 0
         self.prompt_mask[row].index_add_(0, ids // 32, bits)
@@ -291,4 +291,4 @@ class SamplerState:
         return copy
 
     def _ids(self, token_ids: Sequence[int] | torch.Tensor) -> torch.Tensor:
-        return torch.as_tensor(token_ids, dtype=torch.int64).to(self.counts.device, non_blocking=True)
+        return torch.as_tensor(token_ids, dtype=torch.int64, device="cpu").to(self.counts.device, non_blocking=True)

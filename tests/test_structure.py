@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from torch.utils._device import _device_constructors
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SOURCES = sorted(path for package in ("llama", "kernels") for path in (REPOSITORY / package).rglob("*.py"))
@@ -32,7 +33,7 @@ IMPORT_ORDER = {
         batch convert serve_ray
         cli""",
     "llama.model": """
-        rope_scaling
+        autocast rope_scaling
         config generation_config module
         parallel
         communicator
@@ -232,6 +233,15 @@ def test_nothing_runs_what_it_reads(path):
         else:
             assert called not in NEVER_CALLED, where
         assert not any(keyword.arg in ("shell", "trust_remote_code") for keyword in call.keywords), where
+
+
+@pytest.mark.parametrize("path", TREES)
+def test_what_makes_a_tensor_says_where(path):
+    """Else torch.set_default_device, which is for the caller's own code, would say it."""
+    makers = {f"torch.{function.__name__}" for function in _device_constructors()}
+    for line, called, call in calls(path):
+        told = {keyword.arg for keyword in call.keywords}  # None for **options
+        assert called not in makers or told & {"device", None}, f"{path}:{line}: {ast.unparse(call)}"
 
 
 @pytest.mark.parametrize("path", TREES)

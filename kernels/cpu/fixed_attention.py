@@ -44,10 +44,10 @@ class Group(NamedTuple):
     def of(cls, ragged: Ragged, seqs: list[int], lens: list[int], tiles: list[Tile]) -> "Group":
         """Of sequences with these contexts, which have equally many keys."""
         keys, size = num_keys(lens[0]), ragged.block_size
-        visible = torch.tensor(lens).clamp_(min=1)[:, None]
-        columns = torch.minimum(torch.arange(-(-keys // size)), (visible - 1) // size)
-        blocks = ragged.block_tables[torch.tensor(seqs)].gather(1, columns)
-        is_missing = torch.arange(blocks.shape[1] * size) >= visible
+        visible = torch.tensor(lens, device="cpu").clamp_(min=1)[:, None]
+        columns = torch.minimum(torch.arange(-(-keys // size), device="cpu"), (visible - 1) // size)
+        blocks = ragged.block_tables[torch.tensor(seqs, device="cpu")].gather(1, columns)
+        is_missing = torch.arange(blocks.shape[1] * size, device="cpu") >= visible
         is_missing[:, keys:] = False
         missing = is_missing.flatten().nonzero().squeeze(1)
         return cls(blocks.flatten(), missing if len(missing) else None, len(seqs), keys, tiles)
@@ -71,15 +71,15 @@ def find_pieces(heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype) ->
     """What `Ragged.fixed` must be for a model of this shape on this machine, adapters too; None if nothing serves."""
     wide = wide_dtype(dtype)
     generator = torch.Generator().manual_seed(0)
-    k, v = torch.randn(2, 1, kv_heads, num_keys(700), head_dim, generator=generator).to(wide)
-    mask = torch.zeros(1, 1, 1, k.shape[2], dtype=wide)
+    k, v = torch.randn(2, 1, kv_heads, num_keys(700), head_dim, generator=generator, device="cpu").to(wide)
+    mask = torch.zeros(1, 1, 1, k.shape[2], dtype=wide, device="cpu")
 
     def product(x: Tensor) -> Tensor:
         q = x.expand(1, kv_heads, -1, -1)
         mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask).squeeze(0).transpose(0, 1)
         return torch.cat((mixed.flatten(1), torch.bmm(x[None], k[:, 0, :64].mT).squeeze(0)), dim=1)
 
-    pieces = find(product, torch.randn(128, head_dim, generator=generator).to(wide))
+    pieces = find(product, torch.randn(128, head_dim, generator=generator, device="cpu").to(wide))
     return None if pieces is None or pieces.most < heads // kv_heads else pieces
 
 
@@ -126,10 +126,10 @@ def _groups(ragged: Ragged, pieces: Pieces, group_size: int, wide: torch.dtype) 
             prefills.append(s)
     groups = []
     for keys, members in decodes.items():
-        seqs = torch.tensor(members)
-        mask = torch.zeros(len(members), 1, 1, keys, dtype=wide)
+        seqs = torch.tensor(members, device="cpu")
+        mask = torch.zeros(len(members), 1, 1, keys, dtype=wide, device="cpu")
         visible = ragged.context_lens[seqs].to(torch.int64)[:, None, None, None]
-        mask.masked_fill_(torch.arange(keys) >= visible.clamp(min=1), -math.inf)
+        mask.masked_fill_(torch.arange(keys, device="cpu") >= visible.clamp(min=1), -math.inf)
         first, last = starts[members[0]], starts[members[-1]]
         in_a_run = last - first + 1 == len(members)
         tokens = slice(first, last + 1) if in_a_run else ragged.query_starts[seqs].to(torch.int64)
@@ -156,7 +156,7 @@ def _tiles(first_token: int, first: int, stop: int, pieces: Pieces, group_size: 
     reach = bounds[-1][0]
     rows = pieces.filled(most * group_size)
     width = reach + max(keys - start for start, _, keys in bounds)
-    mask = torch.full((-(-rows // group_size), width), -math.inf, dtype=wide).triu_(reach + 1)
+    mask = torch.full((-(-rows // group_size), width), -math.inf, dtype=wide, device="cpu").triu_(reach + 1)
     mask = mask.repeat_interleave(group_size, 0)
     tiles = []
     start_of_all = bounds[0][0]

@@ -37,19 +37,19 @@ class Bags(NamedTuple):
     @classmethod
     def of(cls, some: "Decodes", heads: int, cache: Tensor) -> "Bags":
         num_blocks, block_size, kv_heads, _ = cache.shape
-        inside = torch.arange(block_size, dtype=torch.int32)
+        inside = torch.arange(block_size, dtype=torch.int32, device="cpu")
         blocks = some.block_tables[:, : some.width // block_size, None]
         slots = torch.add(inside, blocks, alpha=block_size).flatten(1)
         missing = None
         if some.missing is None:
             slots = slots[:, : some.longest]
         else:
-            lasts, places = torch.tensor(some.lens)[:, None] - 1, torch.arange(some.longest)
+            lasts, places = torch.tensor(some.lens, device="cpu")[:, None] - 1, torch.arange(some.longest, device="cpu")
             missing = (places > lasts)[:, None]
             slots = slots.gather(1, places.minimum(lasts))
-        kv_head = torch.arange(kv_heads, dtype=torch.int32).repeat_interleave(heads // kv_heads)
+        kv_head = torch.arange(kv_heads, dtype=torch.int32, device="cpu").repeat_interleave(heads // kv_heads)
         columns = torch.add(kv_head[:, None], slots[:, None], alpha=kv_heads).flatten()
-        starts = torch.arange(0, columns.shape[0] + 1, some.longest, dtype=torch.int32)
+        starts = torch.arange(0, columns.shape[0] + 1, some.longest, dtype=torch.int32, device="cpu")
         shape = starts.shape[0] - 1, num_blocks * block_size * kv_heads
         return cls(columns, starts, _sparse(starts, columns, shape), missing)
 
@@ -80,7 +80,7 @@ class Decodes:
         places: list[int] = []
         for i, length in enumerate(lens):
             places += range(i * width + length, i * width + longest)
-        missing = torch.tensor(places) if places else None
+        missing = torch.tensor(places, device="cpu") if places else None
         blocks = block_tables[:, :num_blocks].flatten()
         return cls(first, first + len(lens), blocks, longest, width, missing, block_tables, lens)
 
@@ -93,7 +93,7 @@ class Decodes:
     def mask_for(self, dtype: torch.dtype) -> Tensor | None:
         """[sequences, 1, 1, longest] as SDPA adds it, one for all layers; None where nothing is missing."""
         if self.mask is None and self.missing is not None:
-            mask = torch.zeros(self.stop - self.first, 1, 1, self.width, dtype=dtype)
+            mask = torch.zeros(self.stop - self.first, 1, 1, self.width, dtype=dtype, device="cpu")
             mask.view(-1).index_fill_(0, self.missing, -math.inf)
             self.mask = mask[..., : self.longest].contiguous()
         return self.mask
@@ -147,7 +147,7 @@ class Layout:
             bounds = _bounds([self.lens[i] for i in order], most_padded)
             block_tables = self.block_tables
             if len(bounds) > 2:
-                self.order = torch.tensor(order)
+                self.order = torch.tensor(order, device="cpu")
                 self.places, block_tables = self.order.argsort(), block_tables.index_select(0, self.order)
             else:
                 order.sort()
@@ -162,7 +162,7 @@ class Layout:
         of it `times` times. Small ones are kept for the layers that follow, which have one dtype."""
         mask = self.masks.get((queries, keys, times))
         if mask is None:
-            mask = torch.full((queries, keys), -math.inf, dtype=dtype).triu_(keys - queries + 1)
+            mask = torch.full((queries, keys), -math.inf, dtype=dtype, device="cpu").triu_(keys - queries + 1)
             mask = mask.repeat(times, 1) if times > 1 else mask
             if mask.numel() <= _KEPT_MASK:
                 self.masks[queries, keys, times] = mask
@@ -199,17 +199,17 @@ def _keys(block_table: Tensor, context_len: int, block_size: int) -> Keys:
 def _sparse(starts: Tensor, columns: Tensor, shape: tuple[int, int]) -> Tensor:
     """Zeros in compressed rows."""
     _accept_sparse()
-    values = torch.zeros(columns.shape[0])
-    return torch.sparse_csr_tensor(starts, columns, values, shape, check_invariants=False)
+    values = torch.zeros(columns.shape[0], device="cpu")
+    return torch.sparse_csr_tensor(starts, columns, values, shape, check_invariants=False, device="cpu")
 
 
 @cache
 def _accept_sparse() -> None:
     """PyTorch says of the first such tensor of a process that they may lack something; what is used here they have."""
-    none = torch.zeros(1, dtype=torch.int32), torch.zeros(0, dtype=torch.int32), torch.zeros(0), (0, 0)
+    starts = torch.zeros(1, dtype=torch.int32, device="cpu")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        torch.sparse_csr_tensor(*none, check_invariants=False)
+        torch.sparse_csr_tensor(starts, starts[:0], starts[:0].float(), (0, 0), check_invariants=False, device="cpu")
 
 
 class LoraGroup(NamedTuple):
@@ -257,9 +257,9 @@ class LoraLayout:
         if num_rows == len(tokens):
             return cls(tokens, tokens, None, tuple(groups))
         firsts = [g.start + i * g.each for g in groups for i in range(g.last - g.first + 1)]
-        lengths = torch.tensor(filled)
-        shifts = torch.tensor(firsts) - (lengths.cumsum(0) - lengths)
-        used = torch.arange(len(tokens)) + shifts.repeat_interleave(lengths)
+        lengths = torch.tensor(filled, device="cpu")
+        shifts = torch.tensor(firsts, device="cpu") - (lengths.cumsum(0) - lengths)
+        used = torch.arange(len(tokens), device="cpu") + shifts.repeat_interleave(lengths)
         rows = tokens[:1].repeat(num_rows)
         rows[used] = tokens
         return cls(rows, tokens, used, tuple(groups))

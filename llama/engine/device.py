@@ -40,7 +40,7 @@ def fetch(packed: Tensor | None, tensors: Sequence[Tensor]) -> Callable[[], Arra
     def arrays() -> Arrays:
         parts = wait().split([tensor.nbytes for tensor in tensors])
         # Viewed by NumPy, which takes any address: a tensor's view must begin at a multiple of its dtype's size.
-        like = [torch.empty(0, dtype=tensor.dtype).numpy().dtype for tensor in tensors]
+        like = [torch.empty(0, dtype=tensor.dtype, device="cpu").numpy().dtype for tensor in tensors]
         return [p.numpy().view(d).reshape(t.shape) for p, d, t in zip(parts, like, tensors, strict=True)]
 
     return arrays
@@ -50,7 +50,7 @@ def fetch_tensor(tensor: Tensor) -> Callable[[], Tensor]:
     """Start the copy of a contiguous tensor -> what waits for it and gives it on the host."""
     if tensor.device.type == "cpu":
         return lambda: tensor
-    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True, device="cpu")
     host.copy_(tensor, non_blocking=True)
     copied = torch.cuda.Event()
     copied.record(torch.cuda.current_stream(tensor.device))

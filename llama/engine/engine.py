@@ -35,6 +35,7 @@ from llama.engine.sampler import Seeds, child_seed
 from llama.engine.scheduler import Scheduler
 from llama.engine.sequence import Sequence, TokenOutput
 from llama.engine.speculation import let_speculate
+from llama.model.autocast import own_dtype
 from llama.model.kv_cache import KVCache
 from llama.model.module import hooks_of, num_hooks_made
 from llama.model.transformer import Transformer
@@ -268,6 +269,7 @@ class Engine:
     def has_unfinished(self) -> bool:
         return self.scheduler.has_unfinished or bool(self._in_flight)
 
+    @own_dtype
     def step(self) -> list[TokenOutput]:
         """Compute one step. A failure of the model ends the step's requests with "error" and leaves a usable engine;
         EngineDeadError if it does not."""

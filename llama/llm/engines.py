@@ -21,10 +21,12 @@ from llama.llm import torchrun
 from llama.llm.loading import load_model
 from llama.llm.rank import load_part
 from llama.llm.ranks import Ranks
+from llama.model.autocast import own_dtype
 from llama.model.checkpoint import Checkpoint
 from llama.model.transformer import Transformer
 
 
+@own_dtype
 def load_engine(
     model: str | Path | Transformer,
     where: torch.device,

@@ -67,7 +67,7 @@ class _Rows:
             return {point: (total / len(self.have)).to(dtype) for point, total in self.sums.items()}
         found = {}
         for point, parts in self.parts.items():
-            positions = torch.tensor([p for places, _ in parts for p in places])
+            positions = torch.tensor([p for places, _ in parts for p in places], device="cpu")
             rows = torch.cat([rows for _, rows in parts])
             found[point] = rows if bool((positions.diff() > 0).all()) else rows[positions.argsort()]
         return found

@@ -41,7 +41,7 @@ class KVCache:
             self.layers = [KVLayer(k, v) for k, v in self.data]
             return
         if scales is None:
-            scales = torch.ones(config.num_hidden_layers, 2, config.num_key_value_heads)
+            scales = torch.ones(config.num_hidden_layers, 2, config.num_key_value_heads, device="cpu")
         scales = scales.to(device, torch.float32)
         self.layers = [KVLayer(k, v, scale) for (k, v), scale in zip(self.data, scales, strict=True)]
 
@@ -65,5 +65,5 @@ class KVCache:
         """Copy whole blocks (source, target) in every layer; sources are read before any target is written."""
         if not pairs:
             return
-        sources, targets = torch.tensor(pairs).to(self.data.device, non_blocking=True).unbind(1)
+        sources, targets = torch.tensor(pairs, device="cpu").to(self.data.device, non_blocking=True).unbind(1)
         self.data.index_copy_(2, targets, self.data.index_select(2, sources))

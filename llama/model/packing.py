@@ -68,7 +68,7 @@ def prepare(linears: Sequence[Linear], layout: str, packing: Packing) -> None:
 
 def sample_of(shape: tuple[int, int], dtype: torch.dtype, scheme: str) -> Quantised:
     """As many rows of a weight that is rounded by `scheme` as stand for all of them."""
-    return quantise(torch.zeros(shape[0] % 16 or 16, shape[1], dtype=dtype), scheme)
+    return quantise(torch.zeros(shape[0] % 16 or 16, shape[1], dtype=dtype, device="cpu"), scheme)
 
 
 def quantised_forms(sample: Quantised, rows: int) -> tuple[str, dict[str, int]]:

@@ -14,6 +14,7 @@ from torch import Tensor
 from llama.api.errors import ParameterError
 from llama.kernels.types import KVLayer, wide_dtype
 from llama.model.adapters import Stacks, StepAdapters
+from llama.model.autocast import own_dtype
 from llama.model.batch import Batch, rectangle
 from llama.model.config import ModelConfig
 from llama.model.digest import Digests
@@ -76,6 +77,7 @@ class Research(Module):
         assert logits is not None
         return logits
 
+    @own_dtype
     def run_with_cache(
         self,
         token_ids: Tensor,
@@ -138,6 +140,7 @@ class Research(Module):
                 "grad",
             )
 
+    @own_dtype
     def unembed(self, resid: Tensor) -> Tensor:
         """The final norm and the head over a residual [..., hidden] -> logits [..., vocab], float32 (float64 for a
         float64 model): the logit lens."""

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from llama.api.errors import ParameterError
 from llama.kernels.types import wide_dtype
+from llama.model.autocast import own_dtype
 from llama.model.batch import Batch, rectangle
 from llama.model.config import ModelConfig
 from llama.model.kept import opened, write
@@ -54,12 +55,14 @@ class Session:
         return len(self.token_ids)
 
     @torch.no_grad()
+    @own_dtype
     def __call__(self, token_ids: Sequence[int] | Tensor) -> Tensor:
-        ids = checked_ids(torch.as_tensor(token_ids).view(1, -1), self.model.config.vocab_size)
+        ids = torch.as_tensor(token_ids, device=self.model.device).view(1, -1)
+        checked_ids(ids, self.model.config.vocab_size)
         start, stop = len(self), len(self) + ids.shape[1]
         if stop > self.max_tokens:
             raise ParameterError(f"{stop} tokens are more than the session's max_tokens={self.max_tokens}", "token_ids")
-        batch = rectangle(ids.to(self.model.device), start, self._kv.num_blocks, BLOCK_SIZE)
+        batch = rectangle(ids, start, self._kv.num_blocks, BLOCK_SIZE)
         logits = self.model.forward(batch, self._kv)
         self.token_ids += ids[0].tolist()
         return logits.to(wide_dtype(logits.dtype))
@@ -79,7 +82,8 @@ class Session:
 
     def save(self, path: str | Path) -> None:
         """Write tokens, keys and values to one safetensors file. OSError where it cannot be written."""
-        content = {"token_ids": torch.tensor(self.token_ids, dtype=torch.int64), "kv": self._used(len(self)).cpu()}
+        token_ids = torch.tensor(self.token_ids, dtype=torch.int64, device="cpu")
+        content = {"token_ids": token_ids, "kv": self._used(len(self)).cpu()}
         told = {"model": self.model.digest(), "config": json.dumps(repr(self.model.config))}
         write(path, content, told)
 
@@ -129,6 +133,7 @@ def checked_ids(token_ids: Tensor, vocab_size: int) -> Tensor:
     """[batch, seq] int64 on their device. ParameterError for what is no token id."""
     if token_ids.dim() != 2 or token_ids.dtype != torch.int64:
         raise ParameterError(f"token_ids must be an int64 tensor [batch, seq], got {token_ids!r}", "token_ids")
-    if token_ids.numel() and not 0 <= int(token_ids.min()) <= int(token_ids.max()) < vocab_size:
-        raise ParameterError(f"token ids must be in [0, {vocab_size})", "token_ids")
+    for extreme in (int(token_ids.min()), int(token_ids.max())) if token_ids.numel() else ():
+        if not 0 <= extreme < vocab_size:
+            raise ParameterError(f"token_ids must be in [0, {vocab_size}), got {extreme}", "token_ids")
     return token_ids

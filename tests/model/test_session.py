@@ -94,7 +94,7 @@ def test_misuse_is_one_clear_error(model):
     session([1, 2])
     with pytest.raises(ParameterError, match="5 tokens are more than the session's max_tokens=4"):
         session([3, 4, 5])
-    with pytest.raises(ParameterError, match=r"token ids must be in \[0, 97\)"):
+    with pytest.raises(ParameterError, match=r"token_ids must be in \[0, 97\), got 97"):
         session([97])
     with pytest.raises(ParameterError, match="num_tokens must be 0 to 2, got 3"):
         session.rollback(3)

@@ -213,7 +213,7 @@ def _check(folder: Path, config: ModelConfig, entries: list[Entry], stored: dict
 def _first_rows(entry: Entry, coded: CodedSource | None, scheme: str | None, count: int = 1) -> Quantised | None:
     """Of a weight that is quantised, or will be by `scheme`; None of one that is dense, or becomes so."""
     if coded is None:
-        return None if scheme is None else quantise(torch.zeros(count, entry.shape[1]), scheme)
+        return None if scheme is None else quantise(torch.zeros(count, entry.shape[1], device="cpu"), scheme)
     found = coded.read()
     names = ("codes", "scales", "zeros", "minima")
     first = {name: getattr(found, name)[:count] for name in names if getattr(found, name) is not None}
@@ -299,7 +299,7 @@ def _widen(coded: CodedWeight, shape: tuple[int, ...], cut: Cut, target: Tensor)
     if cut.is_whole(shape):
         coded.dense_into(target)
         return
-    whole = torch.empty(shape, dtype=target.dtype)
+    whole = torch.empty(shape, dtype=target.dtype, device="cpu")
     coded.dense_into(whole)
     target.copy_(whole[cut])
 

@@ -147,7 +147,7 @@ def read_into(stored: StoredTensor, target: Tensor) -> None:
             _read_exactly(file, stored, flat)
             return
         step = _STAGE_BYTES // stored.dtype.itemsize
-        stage = torch.empty(min(step, flat.numel()), dtype=stored.dtype)
+        stage = torch.empty(min(step, flat.numel()), dtype=stored.dtype, device="cpu")
         for begin in range(0, flat.numel(), step):
             part = stage[: min(step, flat.numel() - begin)]
             _read_exactly(file, stored, part)
@@ -169,7 +169,9 @@ def read_part(stored: StoredTensor, cut: Cut, target: Tensor) -> None:
 def _read_columns(stored: StoredTensor, columns: range, target: Tensor) -> None:
     """A matrix's rows one by one: what lies between is the other ranks'."""
     (num_rows, width), size = stored.shape, stored.dtype.itemsize
-    stage = torch.empty(max(1, min(num_rows, _STAGE_BYTES // (size * len(columns)))), len(columns), dtype=stored.dtype)
+    stage = torch.empty(
+        max(1, min(num_rows, _STAGE_BYTES // (size * len(columns)))), len(columns), dtype=stored.dtype, device="cpu"
+    )
     data = stage.view(-1).view(torch.uint8).numpy().data
     row_bytes = size * len(columns)
     with open_regular(stored.path) as file:
@@ -188,7 +190,7 @@ def _read_columns(stored: StoredTensor, columns: range, target: Tensor) -> None:
 
 def read_codes(stored: StoredTensor) -> Tensor:
     """The tensor in the dtype that it is stored in, on the CPU."""
-    tensor = torch.empty(stored.shape, dtype=_CODE_DTYPES[stored.code])
+    tensor = torch.empty(stored.shape, dtype=_CODE_DTYPES[stored.code], device="cpu")
     with open_regular(stored.path) as file:
         file.seek(stored.offset)
         _read_exactly(file, stored, tensor.view(-1))

@@ -143,7 +143,7 @@ def _is_base_copy(stored: StoredTensor, model: Transformer) -> bool:
 
 
 def _load(stored: StoredTensor, dtype: torch.dtype) -> Tensor:
-    tensor = torch.empty(stored.shape, dtype=dtype)
+    tensor = torch.empty(stored.shape, dtype=dtype, device="cpu")
     read_into(stored, tensor)
     return tensor
 

@@ -53,4 +53,4 @@ def equal_groups(columns: int, size: int) -> int | Tensor:
     """`groups` of a CodedWeight whose columns lie in order; the last group may be smaller."""
     if size >= columns:
         return 0
-    return torch.arange(columns) // size if columns % size else size
+    return torch.arange(columns, device="cpu") // size if columns % size else size

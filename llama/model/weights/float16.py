@@ -41,7 +41,7 @@ class Float16Matrix:
         first, _ = torch.ops.quantized.linear_unpack_fp16(self._strips[0])
         if len(self._strips) == 1:
             return first.to(dtype)
-        values = torch.empty(self._rows, first.shape[1], dtype=dtype)
+        values = torch.empty(self._rows, first.shape[1], dtype=dtype, device="cpu")
         for strip, target in zip(self._strips, values.split(self._step), strict=True):
             target.copy_(torch.ops.quantized.linear_unpack_fp16(strip)[0])
         return values

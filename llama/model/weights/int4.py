@@ -70,7 +70,7 @@ class FewTokensInt4:
 
     def __init__(self, weight: QuantizedWeight) -> None:
         rows, columns = weight.shape
-        self._packed = torch.empty(rows, columns // 2, dtype=torch.uint8)
+        self._packed = torch.empty(rows, columns // 2, dtype=torch.uint8, device="cpu")
         # In strips, for it wants int32. The order inside depends on the processor: it is never saved.
         for start in range(0, rows, _PACKED_ROWS):
             part = slice(start, min(rows, start + _PACKED_ROWS))

@@ -52,7 +52,8 @@ class FewTokensInt8:
         rows = weight.shape[0]
         is_large = numbers >= _LARGE or torch.cpu._is_vnni_supported()
         self.most_beside_dense = 16 if is_large else 8
-        scales, zeros = torch.ones(rows, dtype=torch.float64), torch.zeros(rows, dtype=torch.int64)
+        scales = torch.ones(rows, dtype=torch.float64, device="cpu")
+        zeros = torch.zeros(rows, dtype=torch.int64, device="cpu")
         codes = torch._make_per_channel_quantized_tensor(weight.codes, scales, zeros, 0)
         self.nbytes = weight.codes.nbytes
         self._scales = weight.scales[0].float() / _PART

@@ -19,7 +19,7 @@ Library = Literal["onednn", "fbgemm"]
 
 _STRIP = 1 << 20  # numbers looked at together
 _LARGEST = torch.finfo(torch.float16).max
-_SMALL_BITS = torch.tensor(2.0**-17, dtype=torch.bfloat16).view(torch.int16).item()
+_SMALL_BITS = torch.tensor(2.0**-17, dtype=torch.bfloat16, device="cpu").view(torch.int16).item()
 
 
 def pack(weight: Tensor) -> WeightForm | None:
@@ -97,7 +97,7 @@ class Float16Weight:
         if not (lowest >= -_LARGEST and highest <= _LARGEST):  # NaN compares false
             return None
         if weight.dtype == torch.float16:
-            return cls(weight, torch.empty(0, dtype=torch.int64))
+            return cls(weight, torch.empty(0, dtype=torch.int64, device="cpu"))
         # Where 0 < |w| < 2^-17: the bits of a positive bfloat16 grow with its value, and zero's come before them all.
         found = []
         for start, bits in enumerate(weight.view(torch.int16).flatten().split(_STRIP)):

@@ -295,7 +295,7 @@ def of_coded(coded: CodedWeight, dtype: torch.dtype) -> Quantised | None:
     middle = 1 << (coded.bits - 1)
     if q.dtype == torch.uint8:  # unsigned: the middle moves to 0
         q = (q - middle).view(torch.int8)
-        zeros = torch.full((1, groups), -middle) if zeros is None else zeros.to(torch.int16) - middle
+        zeros = torch.full((1, groups), -middle, device="cpu") if zeros is None else zeros.to(torch.int16) - middle
         if coded.minima is None and not bool(zeros.any()):
             zeros = None
     if order is not None:
@@ -318,9 +318,9 @@ def _regular_groups(groups: int | Tensor, columns: int) -> tuple[int, Tensor | N
     order = groups.argsort(stable=True)
     in_order = groups[order]
     size = int((in_order == in_order[0]).sum())
-    if not torch.equal(in_order, torch.arange(columns) // size):
+    if not torch.equal(in_order, torch.arange(columns, device="cpu") // size):
         return None
-    return size, None if torch.equal(order, torch.arange(columns)) else order
+    return size, None if torch.equal(order, torch.arange(columns, device="cpu")) else order
 
 
 def _across(values: Tensor, rows: int, groups: int) -> Tensor:

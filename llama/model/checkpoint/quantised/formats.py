@@ -118,7 +118,7 @@ def _packed(tensors: Tensors, shape: Shape, quantization: Quantization) -> Coded
     groups = scales.shape[1]
     size = _group_size(columns, groups)
     _check_sizes(width, size, columns, quantization)
-    zeros = torch.full((1, 1), 1 << (width - 1)).expand(1, groups)
+    zeros = torch.full((1, 1), 1 << (width - 1), device="cpu").expand(1, groups)
     if "weight_zero_point" in tensors:
         packed = _shape(tensors, "weight_zero_point", (math.ceil(rows * width / 32), groups))
         zeros = unpack(packed.t(), width).t()[:rows]
@@ -175,7 +175,7 @@ def _gptq(tensors: Tensors, shape: Shape, quantization: Quantization) -> CodedWe
         middles = {_signed(middle), _signed(middle - ones)}  # as v2 and as v1, whatever config.json says
         if len(found) != 1 or not found <= middles:
             raise CheckpointError("qzeros of a symmetric folder should all be the middle of the codes")
-        zeros = torch.full((1, 1), 1 << (width - 1)).expand(1, groups)
+        zeros = torch.full((1, 1), 1 << (width - 1), device="cpu").expand(1, groups)
     else:
         wide = zero_words.long() + (ones if quantization.zeros_less_one else 0)
         zeros = unpack(((wide + 2**31) % 2**32 - 2**31).int(), width).t()
@@ -209,12 +209,12 @@ def _awq(tensors: Tensors, shape: Shape, quantization: Quantization) -> CodedWei
 
 def _awq_columns(words: Tensor) -> Tensor:
     values = unpack(words, 4).unflatten(1, (-1, 8))
-    return values[..., torch.tensor(_AWQ_ORDER).argsort()].flatten(1)
+    return values[..., torch.tensor(_AWQ_ORDER, device="cpu").argsort()].flatten(1)
 
 
 def _bnb_int8(tensors: Tensors, shape: Shape, quantization: Quantization) -> CodedWeight:
     """LLM.int8(): w = code * SCB / 127. Its outlier columns are a matter of the matmul, not of the weight."""
-    if int(tensors.get("weight_format", torch.tensor(0))) != 0:
+    if int(tensors.get("weight_format", torch.tensor(0, device="cpu"))) != 0:
         raise CheckpointError("weight_format should be 0 (rows one after the other)")
     scales = _shape(tensors, "SCB", (shape[0],)).float() / 127
     return CodedWeight(_shape(tensors, "weight", shape), scales.reshape(-1, 1))

@@ -19,7 +19,7 @@ _NAMES = (
 def read_kv_scales(stored: Mapping[str, StoredTensor], config: ModelConfig) -> Tensor | None:
     """float32 [layers, 2, kv_heads], of K and of V; None where there is none. A layer without any has 1; where K or V
     alone has one it serves both."""
-    found = torch.ones(config.num_hidden_layers, 2, config.num_key_value_heads)
+    found = torch.ones(config.num_hidden_layers, 2, config.num_key_value_heads, device="cpu")
     count = 0
     for layer, of_layer in enumerate(found):
         prefix = f"model.layers.{layer}.self_attn."

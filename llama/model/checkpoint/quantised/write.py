@@ -133,13 +133,13 @@ def _packed(form: Quantised) -> Coded:
             torch.int32, (rows, math.ceil(columns * bits / 32)), lambda: pack_words(form.codes(), bits)
         ),
         "weight_scale": _stored(weight.scales.t()),
-        "weight_shape": _stored(torch.tensor([rows, columns])),
+        "weight_shape": _stored(torch.tensor([rows, columns], device="cpu")),
     }
     if weight.zeros is not None:  # packed along N
         tensors["weight_zero_point"] = _stored(pack_words(weight.zeros, bits).t())
     if form.order is not None:
-        groups = torch.empty(columns, dtype=torch.int32)
-        groups[form.order.cpu()] = (torch.arange(columns) // weight.group_size).int()
+        groups = torch.empty(columns, dtype=torch.int32, device="cpu")
+        groups[form.order.cpu()] = (torch.arange(columns, device="cpu") // weight.group_size).int()
         tensors["weight_g_idx"] = _stored(groups)
     return Coded(_scheme("pack-quantized", weights, None), tensors)
 
