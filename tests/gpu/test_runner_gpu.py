@@ -107,6 +107,19 @@ def test_tokens_are_those_of_float64_without_a_cache(changes, monkeypatch):
     assert made.metrics().num_used_blocks == 0
 
 
+@pytest.mark.parametrize("setting", ["device", "autocast"])
+def test_what_a_caller_sets_in_pytorch_changes_no_token(setting):
+    def told():
+        made = engine(model, Case(max_num_seqs=8, lag=1))
+        add(made, crowd(6))
+        return run(made)
+
+    model = tiny()
+    plain = told()
+    with torch.device("cuda") if setting == "device" else torch.autocast("cuda", dtype=torch.bfloat16):
+        assert told() == plain
+
+
 def test_launching_waits_for_nothing():
     """Prefills, recordings aside, and decodes of every kind: no launch may synchronise with the device."""
     made = engine(small(), Case(max_num_seqs=8, budget=64, lag=1))
