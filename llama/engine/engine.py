@@ -9,7 +9,6 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as SequenceOf
-from dataclasses import replace
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
@@ -23,13 +22,13 @@ from llama.engine.blocks import BlockPool
 from llama.engine.budget import free_cpu_bytes, lora_bytes
 from llama.engine.config import EngineConfig
 from llama.engine.draft_model import DraftModel
-from llama.engine.graph_runner import make_runner
+from llama.engine.graph_runner import GraphRunner, make_runner
 from llama.engine.guidance import check_guided, guided_limit
 from llama.engine.memory import fitting_blocks
 from llama.engine.metrics import EngineMetrics
 from llama.engine.parallel_runner import ParallelRunner, RankLostError
 from llama.engine.plan import Plan, StepResult
-from llama.engine.request import Request, check_params, check_room, checked_ids
+from llama.engine.request import Request, check_params, check_room, checked_ids, with_logprobs
 from llama.engine.runner import Runner
 from llama.engine.sampler import Seeds, child_seed
 from llama.engine.scheduler import Scheduler
@@ -37,7 +36,7 @@ from llama.engine.sequence import Sequence, TokenOutput
 from llama.engine.speculation import let_speculate
 from llama.model.autocast import own_dtype
 from llama.model.kv_cache import KVCache
-from llama.model.module import hooks_of, num_hooks_made
+from llama.model.module import Watch, hooks_of, num_hooks_made
 from llama.model.transformer import Transformer
 
 logger = logging.getLogger(__name__)
@@ -104,6 +103,7 @@ class Engine:
             self.scheduler.speculation.draft_model = DraftModel(*parts, config)
         self.model = model
         self._hooks = [] if model is None else hooks_of(model)
+        self._watch = None if model is None else Watch(model)
         self._has_warned = self.is_sleeping = False
         self._let_speculate = let_speculate  # tests bring drafts of their own
         self._seeds = Seeds(config.seed)
@@ -152,7 +152,7 @@ class Engine:
         check_room(len(prompt_token_ids), None if clip else params.max_tokens, self.config.context_len)
         prompt = checked_ids(prompt_token_ids, self.vocab_size)
         check_params(params, self.vocab_size)
-        params = self._with_logprobs(params)
+        params = with_logprobs(params, self.config.max_logprobs, self.vocab_size)
         limit, capacity = self.limit(len(prompt), params.max_tokens), self._capacity
         if params.is_guided:
             lens = len(prompt), len(rest.get("negative_token_ids", ())) or 1
@@ -163,21 +163,6 @@ class Engine:
                 f"the KV cache holds {capacity - 1} tokens ({self.pool.num_blocks} blocks of {self.pool.block_size})"
             )
         return Request(request_id, prompt, params, adapter, **rest)
-
-    def _with_logprobs(self, params: SamplingParams) -> SamplingParams:
-        """As numbers that the vocabulary has. ParameterError for more than the engine gives."""
-        asked = {name: getattr(params, name) for name in ("logprobs", "prompt_logprobs")}
-        most = self.config.max_logprobs
-        for name, number in asked.items():
-            if number is not None and most != -1 and not 0 <= number <= most:
-                what = f"{name} must be an integer from 0 to {most} (max_logprobs), got {number}"
-                raise ParameterError(what, name)
-        numbers: dict[str, Any] = {
-            name: self.vocab_size if number == -1 else min(number, self.vocab_size)
-            for name, number in asked.items()
-            if number is not None
-        }
-        return params if all(asked[name] == number for name, number in numbers.items()) else replace(params, **numbers)
 
     @property
     def _capacity(self) -> int:
@@ -195,6 +180,8 @@ class Engine:
             raise ParameterError("the engine sleeps: wake_up() lets it take requests")
         if request.request_id in self.scheduler:
             raise ParameterError(f"request_id {request.request_id!r} is in use", "request_id")
+        if not self.has_unfinished:
+            self.notice_changes()
         params, prompt = request.params, request.prompt_token_ids
         if request.new_matcher is None:
             for name in ("response_format", "structured_outputs", "allowed_token_ids", "bad_words"):
@@ -234,9 +221,20 @@ class Engine:
         """The LoRA adapters that requests can name. Adding and removing is legal while requests run."""
         return self.scheduler.adapters
 
+    def notice_changes(self) -> None:
+        """Of weights, since the last request: in place, as by an optimizer's step, or by others in their place. Then
+        the keys and values of earlier prompts are those of another network."""
+        if self._watch is not None and self._watch.has_changed():
+            self.reset_prefix_cache()
+
     def reset_prefix_cache(self) -> None:
-        """Forget the K and V of earlier prompts; requests that run keep what they have."""
+        """Forget the K and V of earlier prompts; requests that run keep what they have, and share none of it."""
+        if self._watch is not None:
+            if self._watch.has_others() and isinstance(self.runner, GraphRunner):
+                self.runner.forget_graphs()
+            self._watch.renew()
         self.pool.unpublish_all()
+        self.scheduler.running.keep_private()
 
     def abort(self, request_id: str) -> None:
         """End a request. Unknown ids and requests that have ended are ignored."""

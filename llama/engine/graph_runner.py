@@ -99,9 +99,13 @@ class GraphRunner(Runner):
         return self._graphs.nbytes
 
     def sleep(self) -> None:
-        self._graphs.forget(lambda key: True)  # the cache that they know will be elsewhere
-        self._records_samplers = True
+        self.forget_graphs()  # the cache that they know will be elsewhere
         super().sleep()
+
+    def forget_graphs(self) -> None:
+        """Steps are recorded anew as they come."""
+        self._graphs.forget(lambda key: True)
+        self._records_samplers = True
 
     @torch.inference_mode()
     def prepare(self) -> None:

@@ -1,7 +1,7 @@
 """Request: what an engine is asked for, encoded and checked. One value from every face to the scheduler; no torch."""
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from numbers import Integral
 from typing import Any, Protocol
 
@@ -111,3 +111,18 @@ def check_params(params: SamplingParams, vocab_size: int) -> None:
         for token in ids:
             if token >= vocab_size:
                 raise ParameterError(f"{name} must hold token ids in [0, {vocab_size - 1}], got {token}", name)
+
+
+def with_logprobs(params: SamplingParams, most: int, vocab_size: int) -> SamplingParams:
+    """As numbers that the vocabulary has. ParameterError for more than `most`, unless that is -1."""
+    asked = {name: getattr(params, name) for name in ("logprobs", "prompt_logprobs")}
+    for name, number in asked.items():
+        if number is not None and most != -1 and not 0 <= number <= most:
+            what = f"{name} must be an integer from 0 to {most} (max_logprobs), got {number}"
+            raise ParameterError(what, name)
+    numbers: dict[str, Any] = {
+        name: vocab_size if number == -1 else min(number, vocab_size)
+        for name, number in asked.items()
+        if number is not None
+    }
+    return params if all(asked[name] == number for name, number in numbers.items()) else replace(params, **numbers)

@@ -226,8 +226,11 @@ class Running:
     def close_cache(self, is_closed: bool) -> None:
         """While it is closed the prefix cache neither gives nor takes; what runs then stays private to its end."""
         self.pool.is_closed = is_closed
-        if not is_closed:
-            return
+        if is_closed:
+            self.keep_private()
+
+    def keep_private(self) -> None:
+        """What runs now is not published any more."""
         for sequence in (*self.prefilling, *self.decoding):
             self._paths[sequence.row].is_private = True
 

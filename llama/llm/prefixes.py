@@ -30,6 +30,7 @@ def write_prefix(engine: Engine, token_ids: Sequence[int], adapter: Adapter, pat
 def read_prefix(engine: Engine, adapter: Adapter, path: str | Path) -> int:
     """Put a kept prefix into the prefix cache -> how many of its tokens are found there from now on."""
     runner, pool = _runner(engine), engine.pool
+    engine.notice_changes()  # else the next request would, and forget what is read
     with opened(path) as file:
         if (file.metadata() or {}) != _signature(runner, adapter):
             what = "a prefix that this model, in this dtype and with this adapter, has computed"

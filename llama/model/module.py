@@ -25,6 +25,29 @@ class Module(nn.Module):
         return self.forward(*args, **kwargs)
 
 
+class Watch:
+    """Tells whether a model's parameters are other than they were. A change in place counts as PyTorch counts it: one
+    through `.data`, or another library's view of the memory, does not."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._own = [module._parameters for module in model.modules() if module._parameters]
+        self.renew()
+
+    def has_changed(self) -> bool:
+        """Since `renew`: in place, or there are others in their place."""
+        return self._look() != (self._known, self._versions)
+
+    def has_others(self) -> bool:
+        return self._look()[0] != self._known
+
+    def renew(self) -> None:
+        self._known, self._versions = self._look()
+
+    def _look(self) -> tuple[list[int], list[int]]:
+        present = [value for own in self._own for value in own.values() if value is not None]
+        return list(map(id, present)), [0 if value.is_inference() else value._version for value in present]
+
+
 def hooks_of(model: nn.Module) -> list[Mapping[int, Any]]:
     """The forward hooks of every module, and those for all modules there are, live: `any` of them tells whether there
     is one."""

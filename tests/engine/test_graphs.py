@@ -288,6 +288,17 @@ def adapters(tmp_path_factory):
     return save_adapters(tmp_path_factory.mktemp("adapters"))
 
 
+def test_weights_in_place_of_others_are_recorded_anew(monkeypatch):
+    engine = graph_engine(Case(lag=1), Stand())
+    add(engine, "before", [7, 8, 9], SamplingParams(max_tokens=8, temperature=0, ignore_eos=True))
+    run(engine)
+    assert len(engine.runner._graphs)
+    norm = engine.model.norm
+    monkeypatch.setitem(norm._parameters, "weight", torch.nn.Parameter(-norm.weight, requires_grad=False))
+    add(engine, "after", [7, 8, 9], SamplingParams(max_tokens=8, temperature=0, ignore_eos=True))
+    assert not len(engine.runner._graphs)
+
+
 def test_graphs_with_adapters_are_apart_and_recorded_anew_when_their_tensors_move(adapters, monkeypatch):
     params = SamplingParams(max_tokens=8, temperature=0, ignore_eos=True)
     engine, eager = (graph_engine(Case(lag=1), stand, max_loras=2) for stand in (Stand(), None))

@@ -139,6 +139,61 @@ def test_weights_that_were_changed_by_hand_are_seen_after_the_prefix_cache_was_d
         runs.load_prefix(tmp_path / "prefix.safetensors")
 
 
+def halved(parameter):
+    with torch.no_grad():
+        parameter.mul_(0.5)
+
+
+CHANGES = {
+    "in place": lambda model: halved(model.layers[0].mlp.down_proj.weight),
+    "by an optimizer": lambda model: one_step(model),
+    "state dict": lambda model: model.load_state_dict(tiny_model(seed=5).state_dict()),
+    "others in their place": lambda model: model.load_state_dict(tiny_model(seed=5).state_dict(), assign=True),
+    "another parameter": lambda model: setattr(
+        model.norm, "weight", torch.nn.Parameter(-model.norm.weight, requires_grad=False)
+    ),
+}
+
+
+def one_step(model):
+    model.requires_grad_(True)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    logits = model.logits(torch.tensor([PROMPT]), grad=True)[0]
+    torch.nn.functional.cross_entropy(logits[:-1], torch.tensor(PROMPT[1:])).backward()
+    optimizer.step()
+    model.requires_grad_(False)
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_prefixes_of_a_model_that_was_changed_by_hand_are_forgotten(change, tmp_path):
+    runs = engine(tiny_model())
+    before = tokens(runs)
+    change(runs.model)
+    expected = tokens(engine(runs.model, enable_prefix_caching=False))
+    assert tokens(runs) == expected != before
+    runs.save_prefix(PROMPT, tmp_path / "prefix.safetensors")
+    other = engine(tiny_model())
+    change(other.model)
+    assert other.load_prefix(tmp_path / "prefix.safetensors") == 32
+    assert tokens(other) == expected
+    assert other.engine.metrics().num_prefix_hits == 32  # what was read just before is not forgotten
+
+
+def test_a_request_that_runs_while_the_prefix_cache_is_dropped_shares_nothing_of_its_own():
+    runs = engine(tiny_model())
+    stream = runs.stream(PROMPT, SamplingParams(max_tokens=20, temperature=0, ignore_eos=True))
+    written = [*next(stream).token_ids]
+    runs.model.load_state_dict(tiny_model(seed=5).state_dict())
+    runs.reset_prefix_cache()
+    tokens(runs)  # its prompt's blocks are computed anew and shared
+    written += [token for piece in stream for token in piece.token_ids]
+    longer = [*PROMPT, *written]
+    assert tokens(runs, longer) == tokens(engine(runs.model, enable_prefix_caching=False), longer)
+    hits = runs.engine.metrics().num_prefix_hits
+    tokens(runs, longer)
+    assert runs.engine.metrics().num_prefix_hits == hits + len(longer) // 4 * 4
+
+
 def test_weights_that_ranks_share_count_as_a_whole_for_what_is_kept():
     model, told = tiny_model(), []
     before = model.digests.of(model, model.config)
