@@ -123,6 +123,8 @@ def _stored_in(config: ModelConfig, stored: "Quantization | None") -> str:
     dtype = config.dtype or "an unnamed dtype"
     if stored is None:
         return f"stored in {dtype}"
+    if stored.scheme is None and stored.method != "bitsandbytes":
+        return f"stored in {dtype} ({stored.method}, no codes)"
     what = f"{stored.scheme} codes" if stored.scheme else "4 bits that become dense"
     return f"stored quantised ({stored.method}, {what}), the rest in {dtype}"
 

@@ -8,6 +8,7 @@ from safetensors.torch import load_file
 
 from llama.api.errors import CheckpointError, ParameterError
 from llama.api.params import SamplingParams
+from llama.cli import main
 from llama.engine.config import EngineConfig
 from llama.engine.memory import kv_dtype, make_kv_cache
 from llama.kernels.cpu.e4m3 import from_e4m3, to_e4m3
@@ -80,6 +81,17 @@ def test_they_are_saved(tmp_path):
     assert torch.equal(Transformer.from_pretrained(tmp_path / "saved").kv_scales, model.kv_scales)
     document = json.loads((tmp_path / "saved" / "config.json").read_text())
     assert document["quantization_config"]["kv_cache_scheme"]["strategy"] == "attn_head"
+
+
+def test_they_are_saved_beside_dense_weights(tmp_path, capsys):
+    model = Transformer.from_pretrained(GOLDEN / "ct_kv_heads")
+    model.dequantise()
+    model.save_pretrained(tmp_path / "saved")
+    saved = Transformer.from_pretrained(tmp_path / "saved")
+    assert torch.equal(saved.kv_scales, model.kv_scales)
+    assert all(torch.equal(a, b) for a, b in zip(saved.parameters(), model.parameters(), strict=True))
+    assert main(["info", str(tmp_path / "saved")]) == 0
+    assert "stored in bfloat16 (compressed-tensors, no codes)" in capsys.readouterr().out
 
 
 def test_what_the_option_means():

@@ -121,7 +121,7 @@ def write_checkpoint(
             folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map}
         )
     document = config.to_hugging_face(str(dtype).removeprefix("torch."))
-    if any(scheme is not None for scheme in schemes.values()):
+    if kv_scales is not None or any(scheme is not None for scheme in schemes.values()):
         document |= quantization_config(schemes, kv_scales)
     write_json(folder / "config.json", document)
 

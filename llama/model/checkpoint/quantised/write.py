@@ -46,9 +46,9 @@ def kv_scale_tensors(kv_scales: Tensor | None) -> dict[str, Stored]:
 
 
 def quantization_config(schemes: Mapping[str, Scheme | None], kv_scales: Tensor | None = None) -> dict[str, Any]:
-    """What config.json says of the modules: `schemes` by name, None = dense."""
+    """What config.json says of the modules: `schemes` by name, None = dense. All may be, beside `kv_scales`."""
     coded = {name: scheme for name, scheme in schemes.items() if scheme is not None}
-    if all("mode" in scheme for scheme in coded.values()):
+    if coded and all("mode" in scheme for scheme in coded.values()):
         common = next(iter(coded.values()))
         values = common | {name: scheme for name, scheme in coded.items() if scheme != common}
         return {"quantization": values, "quantization_config": values}
@@ -61,7 +61,7 @@ def quantization_config(schemes: Mapping[str, Scheme | None], kv_scales: Tensor 
         f"group_{number}": json.loads(kind) | {"targets": ["Linear"] if len(kinds) == 1 else names}
         for number, (kind, names) in enumerate(kinds.items())
     }
-    formats = {group["format"] for group in groups.values()}
+    formats = {group["format"] for group in groups.values()} or {"dense"}
     values = {
         "quant_method": "compressed-tensors",
         "format": formats.pop() if len(formats) == 1 else "mixed-precision",
