@@ -1,5 +1,6 @@
-"""What the converters share beside the writer of checkpoints: generation defaults, and the two layouts of RoPE."""
+"""What the converters share beside the writer of checkpoints: the small files, and the two layouts of RoPE."""
 
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -12,16 +13,26 @@ from llama.model.rope_scaling import Llama3Scaling
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 # What lies beside the weights of a model and is the same for one that is made of it.
-TEXT_FILES = (
+_TEXT_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
     "chat_template.jinja",
+    "additional_chat_templates/*.jinja",
     "generation_config.json",
 )
 
 # What the generation_config.json of Meta's own checkpoints says.
 LLAMA3_SAMPLING = {"temperature": 0.6, "top_p": 0.9}
+
+
+def copy_text_files(source: Path, target: Path) -> None:
+    """Tokenizer, chat templates and generation defaults, as far as `source` has them."""
+    for pattern in _TEXT_FILES:
+        for file in source.glob(pattern):
+            copy = target / file.relative_to(source)
+            copy.parent.mkdir(exist_ok=True)
+            shutil.copyfile(file, copy)
 
 
 def write_generation_config(

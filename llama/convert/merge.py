@@ -1,11 +1,10 @@
 """Merge a PEFT adapter into its base model: a checkpoint that computes base and adapter as one, at the base's cost."""
 
-import shutil
 from pathlib import Path
 
 import torch
 
-from llama.convert.folder import TEXT_FILES
+from llama.convert.folder import copy_text_files
 from llama.kernels.types import wide_dtype
 from llama.model.lora import read_adapter
 from llama.model.lora.loaded import module_places
@@ -36,6 +35,4 @@ def merge(base: Path, adapter: Path, output: Path, *, dtype: torch.dtype | str =
         )
         weight[rows] = (weight[rows].to(wide) + delta).to(weight.dtype)
     model.save_pretrained(output)
-    for file in TEXT_FILES:
-        if (base / file).exists():
-            shutil.copyfile(base / file, output / file)
+    copy_text_files(base, output)

@@ -1,11 +1,10 @@
 """Round a dense checkpoint to int8, int4 or fp8: a compressed-tensors folder, which transformers and vLLM read too."""
 
-import shutil
 from pathlib import Path
 
 import torch
 
-from llama.convert.folder import TEXT_FILES
+from llama.convert.folder import copy_text_files
 from llama.model.transformer import Transformer
 
 
@@ -16,6 +15,4 @@ def quantise(source: Path, output: Path, scheme: str, *, dtype: torch.dtype | st
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise FileExistsError(f"{output}: exists already; write to a new folder")
     Transformer.from_pretrained(source, dtype=dtype, quantization=scheme).save_pretrained(output)
-    for file in TEXT_FILES:
-        if (source / file).exists():
-            shutil.copyfile(source / file, output / file)
+    copy_text_files(source, output)

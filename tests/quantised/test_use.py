@@ -1,6 +1,7 @@
 """Quantised models in an engine, with adapters, merged, and written by `llama quantize`."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -12,6 +13,8 @@ from llama.llm.llm import LLM
 from llama.model.linear import Linear
 from llama.model.transformer import Transformer
 from llama.model.weights.quantised import SCHEMES
+from llama.text.chat import ChatTemplate
+from llama.text.tokenizer import Tokenizer
 from tests.model.models import hugging_face_weights
 from tests.tiny_checkpoint import make_adapter, make_model
 
@@ -67,6 +70,32 @@ def test_the_command_writes_what_loading_rounds_to(folder, tmp_path, capsys):
         assert command(words) == 1 and "exists already" in capsys.readouterr().err
         assert command(["quantize", "--input", str(target), "--output", str(tmp_path / "x"), "--scheme", scheme]) == 1
         assert "quantised already" in capsys.readouterr().err and not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_a_float64_model_is_saved_and_read_again(scheme, folder, tmp_path):
+    model = Transformer.from_pretrained(folder, dtype="float64", quantization=scheme)
+    model.save_pretrained(tmp_path / "saved")
+    saved = Transformer.from_pretrained(tmp_path / "saved")
+    ids = torch.arange(12)[None]
+    assert saved.dtype == torch.float64 and torch.equal(saved.logits(ids), model.logits(ids))
+
+
+def test_made_models_keep_all_chat_templates(folder, tmp_path):
+    base, merged, quantised = tmp_path / "base", tmp_path / "merged", tmp_path / "quantised"
+    shutil.copytree(folder, base)
+    (base / "additional_chat_templates").mkdir()
+    for name in ("chat_template", "additional_chat_templates/tool_use"):
+        (base / f"{name}.jinja").write_text("{{ messages[0].content }} by " + name)
+    make_adapter(tmp_path)
+    merge(base, tmp_path, merged)
+    assert command(["quantize", "--input", str(base), "--output", str(quantised), "--scheme", "int8"]) == 0
+    tool = {"type": "function", "function": {"name": "f"}}
+    for made in (merged, quantised):
+        template = ChatTemplate.from_pretrained(made, Tokenizer.from_pretrained(made))
+        assert template.render([{"role": "user", "content": "x"}], [tool]).endswith("tool_use")
+        assert template.render([{"role": "user", "content": "x"}]).endswith("chat_template")
+        template.close()
 
 
 def test_merging_into_a_quantised_base_makes_a_dense_model(folder, tmp_path):

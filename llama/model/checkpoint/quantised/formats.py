@@ -20,7 +20,7 @@ from llama.model.weights.coded import CodedWeight, equal_groups
 Shape = tuple[int, int]
 Tensors = Mapping[str, Tensor]  # by what follows the module's name
 
-_FLOATS = ("F16", "BF16", "F32")
+_FLOATS = ("F16", "BF16", "F32", "F64")  # the last of models that were saved in float64
 _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # nibble i of a word holds this one of its eight columns
 # What rounds activations or the KV cache, and says nothing of the weight. Scales of the cache have many names.
 OF_ACTIVATIONS = frozenset("input_scale input_zero_point activation_scale output_scale q_scale k_scale v_scale".split())
