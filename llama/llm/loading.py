@@ -3,6 +3,7 @@
 import logging
 import reprlib
 import time
+from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -190,6 +191,14 @@ def load_defaults(model: Any) -> tuple[SamplingParams, frozenset[int]]:
         told = ", ".join(f"{name}={reprlib.repr(value)}" for name, value in generation.ignored.items())
         logger.warning("%s asks for what has no effect here: %s", Path(model) / "generation_config.json", told)
     try:
-        return SamplingParams(**generation.sampling), frozenset(generation.eos_token_ids)
+        return _defaults(generation.sampling), frozenset(generation.eos_token_ids)
     except ValueError as error:
         raise ConfigError(f"{Path(model) / 'generation_config.json'}: {error}") from None
+
+
+def _defaults(sampling: Mapping[str, Any]) -> SamplingParams:
+    """Where a file names min_new_tokens alone, more than we write by default, an answer has no other limit."""
+    least, most = sampling.get("min_tokens", 0), SamplingParams().max_tokens
+    if isinstance(least, int) and most is not None and least > most:
+        sampling = {"max_tokens": None, **sampling}
+    return SamplingParams(**sampling)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -131,6 +132,19 @@ def test_generation_config_is_used_or_told(folder, tmp_path, caplog):
     assert llm.inputs.defaults == SamplingParams(stop="END", min_tokens=2)
     (warning,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert warning.endswith("generation_config.json asks for what has no effect here: no_repeat_ngram_size=3")
+
+
+def test_a_checkpoint_may_ask_for_more_than_the_default_of_max_tokens(folder, tmp_path):
+    model = shutil.copytree(folder, tmp_path / "model")
+    file = model / "generation_config.json"
+    file.write_text(json.dumps({"min_new_tokens": 300}))
+    llm = LLM(model, load_format="dummy", num_blocks=8)
+    assert llm.inputs.defaults == SamplingParams(min_tokens=300, max_tokens=None)
+    file.write_text(json.dumps({"min_new_tokens": 300, "max_new_tokens": 20}))
+    with pytest.raises(
+        ConfigError, match=r"generation_config.json: min_tokens must be at most max_tokens \(20\), got 300"
+    ):
+        LLM(model, load_format="dummy", num_blocks=8)
 
 
 def test_n_completions_differ_and_the_first_is_that_of_n_1(llm):
