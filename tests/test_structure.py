@@ -23,7 +23,7 @@ TREES = {path.relative_to(REPOSITORY).as_posix(): ast.parse(path.read_text(encod
 IMPORT_ORDER = {
     "llama": """
         api
-        files hub
+        files hub patterns
         kernels
         text model
         engine
@@ -83,6 +83,7 @@ WITHOUT_TORCH = (
     "llama/api/",
     "llama/files.py",
     "llama/hub.py",
+    "llama/patterns.py",
     "llama/text/",
     "llama/model/config.py",
     "llama/model/parallel.py",

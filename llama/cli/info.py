@@ -149,12 +149,14 @@ class _Model(NamedTuple):
         if scheme is None:
             return total
         copies = _copies(dtype, scheme) if is_cpu else 1
-        for name, rows, columns in self._linears():
+        linears = list(self._linears())
+        coded = stored.coded([name for name, _, _ in linears]) if stored else set()
+        for name, rows, columns in linears:
             groups, scale_bytes = _groups(columns, scheme), size
             if stored is not None:
                 groups = -(-columns // stored.columns) if stored.columns > 0 else 1
                 scale_bytes = stored.scale_bytes
-                rows *= stored.has_codes(name)
+                rows *= name in coded
             total += copies * rows * (columns * SCHEMES[scheme] // 8 + groups * scale_bytes) - rows * columns * size
         return total
 

@@ -13,14 +13,14 @@ from tests.cli.helpers import one_line, run
 from tests.quantised.folders import FOLDERS, GOLDEN
 
 ACT_ORDER = {"ct_actorder", "gptq_8bit_asym", "gptq_desc_act"}  # they keep an order of the columns as well
+FP8_ROWS = {"num_bits": 8, "type": "float", "strategy": "channel", "symmetric": True}
 
 
 @pytest.fixture
 def fp8_70b(tmp_path) -> str:
     """config.json alone."""
     config = ModelConfig.preset("llama-3.1-70b").to_hugging_face("bfloat16")
-    weights = {"num_bits": 8, "type": "float", "strategy": "channel", "symmetric": True}
-    groups = {"group_0": {"targets": ["Linear"], "weights": weights}}
+    groups = {"group_0": {"targets": ["Linear"], "weights": FP8_ROWS}}
     method = {"quant_method": "compressed-tensors", "config_groups": groups, "ignore": ["lm_head"]}
     (tmp_path / "fp8").mkdir()
     (tmp_path / "fp8" / "config.json").write_text(json.dumps(config | {"quantization_config": method}))
@@ -59,6 +59,28 @@ def test_modules_that_were_left_dense_are_counted_so(capsys, fp8_70b):
     dense = 8192 * 8192 + 3 * 8192 * 28_672
     size = 72_669_806_592 + dense - 2 * (8192 + 2 * 28_672 + 8192)  # a byte more for each weight, and no scales
     assert f"stored   {size:>20,} bytes" in run(capsys, "info", fp8_70b)[1]
+
+
+@pytest.mark.parametrize(
+    ("listed", "attention", "mlp"),
+    [
+        ({"ignore": ["lm_head", r"re:.*\.self_attn\.[qkvo]_proj"]}, 80, 0),
+        ({"ignore": ["re:model.layers.[01].mlp", "*.79.self_attn*"]}, 1, 2),
+        ({"config_groups": {"g": {"targets": ["re:.*mlp.*"], "weights": FP8_ROWS}}}, 80, 0),
+        ({"config_groups": {"g": {"targets": [r"re:.*(self_attn|\d\d\.mlp).*"], "weights": FP8_ROWS}}}, 0, 10),
+    ],
+)
+def test_patterns_of_modules_are_counted_too(capsys, fp8_70b, listed, attention, mlp):
+    change(fp8_70b, **listed)
+    rows = 2 * 8192 + 2 * 1024, 2 * 28_672 + 8192  # each with a scale of two bytes
+    dense = attention * (rows[0] * 8192 - 2 * rows[0]) + mlp * (3 * 8192 * 28_672 - 2 * rows[1])
+    assert f"stored   {72_669_806_592 + dense:>20,} bytes" in run(capsys, "info", fp8_70b)[1]
+
+
+def test_a_pattern_that_is_none_is_told(capsys, fp8_70b):
+    change(fp8_70b, ignore=["re:("])
+    code, out, err = run(capsys, "info", fp8_70b)
+    assert (code, out) == (1, "") and one_line(err) and "'(' is no regular expression" in err
 
 
 @pytest.mark.parametrize(

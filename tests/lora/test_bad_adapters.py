@@ -117,7 +117,7 @@ def test_a_tensor_of_a_module_that_the_model_lacks_is_refused(folder, model):
 
 
 def test_an_expression_that_never_ends_is_stopped(folder, model, monkeypatch):
-    monkeypatch.setattr("llama.model.lora.adapter_config.PATTERN_SECONDS", 1)
+    monkeypatch.setattr("llama.patterns.PATTERN_SECONDS", 1)
     edit_config(folder, target_modules=r"(([a-z._0-9])*)*Q")
     assert "does not end" in refusal(folder, model)
 

@@ -4,13 +4,7 @@ Every key is read or refused: one that we do not know may change what is compute
 sign of it. Formulas are those of PEFT (peft/tuners/lora/layer.py): scale = alpha / r, or alpha / sqrt(r) (rslora).
 """
 
-import contextlib
-import json
 import math
-import re
-import signal
-import subprocess
-import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,9 +12,8 @@ from typing import Any
 
 from llama.api.errors import AdapterError, WorkerLostError
 from llama.files import named, read_json
+from llama.patterns import matches
 
-PATTERN_SECONDS = 10  # of processor time
-_PATIENCE_SECONDS = 100  # for so much of it
 _MOST_ALPHA = 1e6  # beyond what anybody trains with; products would soon be infinite
 
 _MODULES = "q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj, embed_tokens and lm_head"
@@ -145,25 +138,12 @@ def _ends_with(name: str, suffix: str) -> bool:
 
 
 def _full_matches(key: str, pattern: str, names: list[str]) -> list[str]:
-    """In a process of its own, which can be killed: a regular expression from a file may run without end."""
     try:
-        re.compile(pattern)
-    except (re.error, RecursionError, OverflowError) as error:
-        raise AdapterError(f"{key}: {pattern!r} is no regular expression: {error}") from None
-    script = (
-        "import json,re,resource,sys;s,p,n=json.load(sys.stdin);resource.setrlimit(resource.RLIMIT_CPU,(s,s+1));"
-        "json.dump([x for x in n if re.fullmatch(p,x)],sys.stdout)"
-    )
-    command, request = [sys.executable, "-I", "-S", "-c", script], json.dumps([PATTERN_SECONDS, pattern, names])
-    for _ in range(2):  # the system may end it, or give it no processor time
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            done = subprocess.run(command, input=request, capture_output=True, text=True, timeout=_PATIENCE_SECONDS)
-            if done.returncode == 0:
-                chosen: list[str] = json.loads(done.stdout)
-                return chosen
-            if done.returncode in (-signal.SIGXCPU, 1):
-                raise AdapterError(f"{key}: matching {pattern!r} does not end")
-    raise WorkerLostError(f"{key}: the process that matched {pattern!r} was lost: load the adapter again")
+        return matches(pattern, names, "fullmatch")
+    except ValueError as error:
+        raise AdapterError(f"{key}: {error}") from None
+    except WorkerLostError as error:
+        raise WorkerLostError(f"{key}: {error}: load the adapter again") from None
 
 
 def _in_layers(values: Mapping[str, Any], wanted: Any, chosen: list[str]) -> list[str]:

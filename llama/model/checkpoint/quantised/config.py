@@ -3,7 +3,8 @@
 Where tensors tell it as well (the width of codes, the size of groups), the folder's word is only held against them.
 """
 
-from collections.abc import Mapping
+import fnmatch
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 from llama.api.errors import CheckpointError, ParameterError
 from llama.files import read_json, read_json_if_there
 from llama.model.weights.quantised import SCHEMES
+from llama.patterns import matches
 
 # What vLLM calls a method beside its own name.
 _WORDS = {"gptq": ("gptq_marlin",), "awq": ("awq_marlin",), "modelopt": ("modelopt_fp8",)}
@@ -23,7 +25,7 @@ _INSTEAD = "take a folder of the same model in FP8 or W4A16 (compressed-tensors)
 class Quantization:
     """`widths` and `group_sizes` are those that codes may have, None = any; group size -1 is the whole row.
 
-    The last five are for an estimate of what the codes take, where there are no tensors to ask."""
+    The last six are for an estimate of what the codes take, where there are no tensors to ask."""
 
     method: str
     widths: frozenset[int] | None = None
@@ -35,13 +37,34 @@ class Quantization:
     columns: int = -1  # that share a scale, -1 = the whole row
     scale_bytes: int = 4  # with the zero point and the minimum that go with it
     has_coded_head: bool = False  # where it is no embedding
-    left_dense: frozenset[str] = frozenset()  # modules, or parts of their names
+    targets: frozenset[str] = frozenset(("Linear",))  # modules with codes: all linear layers, or as in `left_dense`
+    left_dense: frozenset[str] = frozenset()  # modules, parts of their names, `re:` and what follows matches, or `*`
 
-    def has_codes(self, module: str) -> bool:
-        """Whether a linear layer of this name holds codes, by the word of config.json. A pattern in it says nothing."""
-        parts = module.split(".")
-        names = (".".join(parts[i:j]) for i in range(len(parts)) for j in range(i + 1, len(parts) + 1))
-        return self.scheme is not None and self.left_dense.isdisjoint(names)
+    def coded(self, modules: Collection[str]) -> set[str]:
+        """Those of these linear layers that hold codes, by the word of config.json. CheckpointError for a pattern in it
+        that is none or does not end."""
+        if self.scheme is None:
+            return set()
+        targets = set(modules) if "Linear" in self.targets else _named(self.targets, modules)
+        return targets - _named(self.left_dense, modules)
+
+
+def _named(words: Iterable[str], modules: Collection[str]) -> set[str]:
+    plain = {word for word in words if not word.startswith("re:") and "*" not in word}
+    found = {module for module in modules if not plain.isdisjoint(_parts(module))}
+    for word in set(words) - plain:
+        pattern = word.removeprefix("re:") if word.startswith("re:") else fnmatch.translate(word)
+        try:
+            found.update(matches(pattern, modules, "match"))
+        except ValueError as error:
+            raise CheckpointError(f"quantization_config: {error}") from None
+    return found
+
+
+def _parts(module: str) -> Iterator[str]:
+    """Of its name, between dots."""
+    names = module.split(".")
+    return (".".join(names[i:j]) for i in range(len(names)) for j in range(i + 1, len(names) + 1))
 
 
 def find_quantization(folder: Path) -> Quantization | None:
@@ -66,8 +89,8 @@ def find_quantization(folder: Path) -> Quantization | None:
             method = "mlx"
         if not isinstance(method, str) or method not in _METHODS:
             raise CheckpointError(f"the quantisation method {method!r} is not supported; {_INSTEAD}")
-        listed = [name for key in _LEFT_DENSE if isinstance(values.get(key), list) for name in values[key]]
-        return replace(_METHODS[method](values), left_dense=frozenset(each for each in listed if isinstance(each, str)))
+        left_dense = frozenset().union(*(_texts(values.get(key)) for key in _LEFT_DENSE))
+        return replace(_METHODS[method](values), left_dense=left_dense)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from None
 
@@ -117,7 +140,7 @@ def _compressed_tensors(values: Mapping[str, Any]) -> Quantization:
     if not isinstance(groups, Mapping):
         raise CheckpointError(f"quantization_config: config_groups must be an object, got {groups!r}")
     widths, sizes, shared, block = set(), set(), set(), (128, 128)
-    schemes, has_zeros = set(), False
+    schemes, targets, has_zeros = set(), set(), False
     for group in groups.values():
         _only(name, group if isinstance(group, Mapping) else {"format": group}, "format", *accepted)
         weights = group.get("weights")
@@ -136,6 +159,7 @@ def _compressed_tensors(values: Mapping[str, Any]) -> Quantization:
         block = _block(weights.get("block_structure")) or block
         shared.add(block[1] if strategy == "block" else weights["group_size"] if strategy == "group" else -1)
         schemes.add("fp8" if kind == "float" else f"int{width}")
+        targets |= _texts(group.get("targets", ["Linear"]))
         has_zeros |= weights.get("symmetric") is False
     return Quantization(
         method=name,
@@ -145,7 +169,12 @@ def _compressed_tensors(values: Mapping[str, Any]) -> Quantization:
         scheme=max(schemes - {"int4"}, default="int4" if schemes else None),
         columns=min(shared - {-1}, default=-1),
         scale_bytes=3 if has_zeros else 2,
+        targets=frozenset(targets),
     )
+
+
+def _texts(value: Any) -> set[str]:
+    return {each for each in value if isinstance(each, str)} if isinstance(value, list) else set()
 
 
 def _block(value: Any) -> tuple[int, int] | None:
