@@ -31,6 +31,10 @@ CASES = {
     },
     "one layer": {"target_modules": ATTENTION, "layers_to_transform": 1},
     "two layers": {"target_modules": ["q_proj", "down_proj"], "layers_to_transform": [0, 2]},
+    "a layer, and whole names": {
+        "target_modules": ["q_proj", "model.layers.2.mlp.up_proj", "lm_head"],
+        "layers_to_transform": [0],
+    },
     "regular expression": {"target_modules": r".*\.[02]\.(self_attn|mlp)\.(q|down)_proj"},
     "excluded": {"target_modules": "all-linear", "exclude_modules": ["k_proj", "layers.1.mlp.up_proj"]},
     "excluded by expression": {"target_modules": ATTENTION, "exclude_modules": r".*\.1\..*"},

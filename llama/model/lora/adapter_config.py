@@ -161,8 +161,9 @@ def _in_layers(values: Mapping[str, Any], wanted: Any, chosen: list[str]) -> lis
     for layer in layers:
         if str(layer) not in present:
             raise AdapterError(f"layers_to_transform: there is no layer {layer} to adapt")
-    wanted_layers = {str(layer) for layer in layers}
-    return [name for name in chosen if name.startswith("model.layers.") and name.split(".")[2] in wanted_layers]
+    starts = tuple(f"model.layers.{layer}." for layer in layers)
+    # As in PEFT, a module that is listed by its whole name is adapted in any case.
+    return [name for name in chosen if name.startswith(starts) or name in wanted]
 
 
 def _pattern(key: str, pattern: Any, targets: Iterable[str], check: Any) -> dict[str, float]:
