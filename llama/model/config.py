@@ -116,7 +116,7 @@ class ModelConfig:
             head_dim=head_dim,
             rope_theta=rope_theta,
             rope_scaling=rope_scaling,
-            tie_word_embeddings=values.get("tie_word_embeddings", False),
+            tie_word_embeddings=_flag(values, "tie_word_embeddings"),
             attention_bias=_flag(values, "attention_bias"),
             mlp_bias=_flag(values, "mlp_bias"),
             bos_token_id=next(iter(token_ids("bos_token_id", values.get("bos_token_id"), ConfigError)), None),
@@ -209,7 +209,7 @@ def _flag(values: Mapping[str, Any], name: str) -> Any:
 
 
 def _dtype_of(values: Mapping[str, Any]) -> str | None:
-    dtype: str | None = values.get("dtype", values.get("torch_dtype"))
+    dtype: str | None = values.get("torch_dtype") if values.get("dtype") is None else values["dtype"]
     if dtype is not None and dtype not in DTYPES:
         raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     return dtype

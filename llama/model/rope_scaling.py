@@ -110,18 +110,22 @@ _TYPES = {kind.rope_type: kind for kind in (LinearScaling, DynamicScaling, Llama
 
 def read_rope(values: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
     """(theta, scaling) from either spelling: `rope_theta` beside `rope_scaling`, or all in `rope_parameters`."""
-    both = {key: values[key] for key in ("rope_scaling", "rope_parameters") if values.get(key) is not None}
-    for key, value in both.items():
+    given = {key: values[key] for key in ("rope_scaling", "rope_parameters") if values.get(key) not in (None, {})}
+    for key, value in given.items():
         if not isinstance(value, Mapping):
             raise ConfigError(f"{key} must be an object, got {value!r}")
-    if len(both) == 2 and dict(both["rope_scaling"]) != dict(both["rope_parameters"]):
+    read = [_read(rope, values) for rope in given.values()] or [_read({}, values)]
+    if read[0] != read[-1]:
         raise ConfigError("rope_scaling and rope_parameters are both given and differ")
-    rope: Mapping[str, Any] = next(iter(both.values()), {})
-    theta = rope.get("rope_theta", values.get("rope_theta"))
+    return read[0]
+
+
+def _read(rope: Mapping[str, Any], values: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
+    theta = values.get("rope_theta") if rope.get("rope_theta") is None else rope["rope_theta"]
     # Llama 1 and 2 checkpoints have no rope_theta; transformers takes 10,000 there.
     theta = checked_number("rope_theta", 10_000.0 if theta is None else theta, 0, 1e12)
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if rope.get("partial_rotary_factor", 1) != 1:
+    kind = next((rope[key] for key in ("rope_type", "type") if rope.get(key) is not None), "default")
+    if rope.get("partial_rotary_factor") not in (None, 1):
         raise ConfigError(f"partial_rotary_factor must be 1, got {rope['partial_rotary_factor']!r}")
     if rope.get("type") not in (None, kind):
         raise ConfigError(f"rope_type {kind!r} and type {rope['type']!r} contradict each other")
@@ -136,12 +140,13 @@ def read_rope(values: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
 
 def _scaling(kind: type[RopeScaling], rope: Mapping[str, Any], values: Mapping[str, Any]) -> RopeScaling:
     given = {field.name: rope[field.name] for field in fields(kind) if rope.get(field.name) is not None}
+    outside = values.get("original_max_position_embeddings")
+    if issubclass(kind, _FromContext) and outside is not None:  # as in transformers, the key beside rope_scaling wins
+        given["original_max_position_embeddings"] = outside
     if kind is YarnScaling:
-        # As transformers: the key beside rope_scaling wins, and a factor that is not told follows from the contexts.
+        # As in transformers, both contexts may be the same, and a factor that is not told follows from them.
         context = values.get("max_position_embeddings")
-        outside = values.get("original_max_position_embeddings")
-        original = given.get("original_max_position_embeddings", context) if outside is None else outside
-        given["original_max_position_embeddings"] = original
+        original = given.setdefault("original_max_position_embeddings", context)
         if "factor" not in given:
             ours = checked_integer("rope original_max_position_embeddings", original, 1, 1 << 24)
             given["factor"] = checked_integer("max_position_embeddings", context, 1, 1 << 24) / ours

@@ -10,7 +10,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from llama.api.errors import ConfigError
 from llama.model.config import ModelConfig
 from llama.model.rope import inverse_frequencies
-from llama.model.rope_scaling import Llama3Scaling, YarnScaling
+from llama.model.rope_scaling import LinearScaling, Llama3Scaling, YarnScaling
 
 LLAMA_3_1_8B = {
     "architectures": ["LlamaForCausalLM"],
@@ -180,6 +180,36 @@ def test_yarn_as_transformers_reads_it():
     assert named == YarnScaling(factor=4.0, original_max_position_embeddings=8192)
     told = yarn(rope_scaling={"rope_type": "yarn", "original_max_position_embeddings": 32768})
     assert told == YarnScaling(factor=4.0, original_max_position_embeddings=32768)
+
+
+def test_the_original_context_beside_the_scaling_wins_as_in_transformers():
+    values = changed(
+        rope_scaling={**ROPE}, rope_theta=1e4, original_max_position_embeddings=4096, max_position_embeddings=16384
+    )
+    ours = ModelConfig.from_hugging_face(values)
+    theirs = LlamaConfig(**{name: value for name, value in values.items() if name != "torch_dtype"})
+    expected, _ = ROPE_INIT_FUNCTIONS["llama3"](theirs, "cpu")
+    assert torch.equal(inverse_frequencies(ours), expected)
+    assert ours.rope_scaling.original_max_position_embeddings == 4096
+
+
+def test_both_spellings_of_rope_may_say_the_same():
+    old, new = {"type": "linear", "factor": 4}, {"rope_type": "linear", "factor": 4.0, "rope_theta": 5e4}
+    values = changed(rope_scaling=old, rope_theta=5e4, rope_parameters=new)
+    assert ModelConfig.from_hugging_face(values) == ModelConfig.from_hugging_face(
+        changed(rope_scaling=..., rope_parameters=new)
+    )
+    empty = ModelConfig.from_hugging_face(values | {"rope_scaling": {}})
+    assert empty.rope_scaling == LinearScaling(factor=4.0)
+    with pytest.raises(ConfigError, match="both given and differ"):
+        ModelConfig.from_hugging_face(values | {"rope_theta": 1e4})
+
+
+def test_null_is_absent():
+    config = ModelConfig.from_hugging_face(changed(tie_word_embeddings=None, dtype=None, torch_dtype="float16"))
+    assert (config.tie_word_embeddings, config.dtype) == (False, "float16")
+    rope = {"type": "linear", "rope_type": None, "factor": 4.0, "partial_rotary_factor": None}
+    assert ModelConfig.from_hugging_face(changed(rope_scaling=rope)).rope_scaling == LinearScaling(factor=4.0)
 
 
 def test_a_factor_that_says_nothing_is_taken():
