@@ -8,7 +8,7 @@ name, never dropped.
 import re
 from collections import Counter
 from collections.abc import Mapping
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -137,6 +137,25 @@ class GGUFFile:
             raise ValueError(f"{key} must be a positive integer, the same in all layers, got {value!r}")
         return value
 
+    def texts(self, key: str) -> list[str]:
+        value = self.require(key)
+        if not isinstance(value, list) or not all(isinstance(each, str) for each in value):
+            raise ValueError(f"{key} must be a list of texts, got {type(value).__name__}")
+        return value
+
+    @cached_property
+    def tokens(self) -> list[str]:
+        return self.texts("tokenizer.ggml.tokens")
+
+    def token(self, name: str) -> str | None:
+        """The text of the token that the file gives this role."""
+        key = f"tokenizer.ggml.{name}_token_id"
+        if (found := self.get(key)) is None:
+            return None
+        if isinstance(found, bool) or not isinstance(found, int) or not 0 <= found < len(self.tokens):
+            raise ValueError(f"{key} must be an integer in [0, {len(self.tokens) - 1}], got {found!r}")
+        return self.tokens[found]
+
     def array(self, name: str) -> np.ndarray:
         """A tensor expanded to float32, shape as in PyTorch (rows first)."""
         tensor = self.tensors[name]
@@ -178,8 +197,8 @@ def llama3_rope_factors(head_dim: int, theta: float, scaling: Llama3Scaling) -> 
 def eos_token_ids(file: GGUFFile) -> tuple[int, ...]:
     """The file's end-of-text, -turn and -message ids, and those that Llama 3's names for them have."""
     ids = [file.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
-    tokens = file.require("tokenizer.ggml.tokens")
-    ids += [tokens.index(name) for name in ("<|end_of_text|>", "<|eom_id|>", "<|eot_id|>") if name in tokens]
+    names = ("<|end_of_text|>", "<|eom_id|>", "<|eot_id|>")
+    ids += [file.tokens.index(name) for name in names if name in file.tokens]
     return tuple(dict.fromkeys(i for i in ids if i is not None))
 
 
@@ -304,21 +323,27 @@ def read_tokenizer(file: GGUFFile, vocab_size: int) -> Tokenizer:
         raise ValueError(
             f"tokenizer {kind!r} with pre-tokenizer {pre!r}; known are byte-level BPEs ('gpt2') of: {known}"
         )
-    tokens = file.require("tokenizer.ggml.tokens")
+    tokens, bos_token = file.tokens, file.token("bos")
     types = file.get("tokenizer.ggml.token_type", [gguf.TokenType.NORMAL] * len(tokens))
-    bos_id = file.get("tokenizer.ggml.bos_token_id")
+    if not isinstance(types, list) or len(types) != len(tokens):
+        raise ValueError(f"tokenizer.ggml.token_type must be a list of {len(tokens)} types, one for each token")
     adds_bos = file.get("tokenizer.ggml.add_bos_token", pre in LLAMA3_NAMES)
-    if adds_bos and bos_id is None:
+    if adds_bos and bos_token is None:
         raise ValueError("the file asks for a BOS token before each text but names none")
     if len(tokens) > vocab_size:
         raise ValueError(f"{len(tokens)} tokens, but embeddings for {vocab_size}")
+    vocab = {token: i for i, token in enumerate(tokens)}
+    merges = [(left, right) for left, _, right in (each.partition(" ") for each in file.texts("tokenizer.ggml.merges"))]
+    for left, right in merges:
+        if not {left, right, left + right} <= vocab.keys():
+            raise ValueError(f"tokenizer.ggml.merges: {left!r} and {right!r} are not tokens that make a third")
     return build_tokenizer(
-        {token: i for i, token in enumerate(tokens)},
-        [tuple(merge.split(" ", 1)) for merge in file.require("tokenizer.ggml.merges")],
+        vocab,
+        merges,
         PRE_TOKENIZERS[pre](),
         special_tokens=[token for token, t in zip(tokens, types, strict=True) if t == gguf.TokenType.CONTROL],
         user_tokens=[token for token, t in zip(tokens, types, strict=True) if t == gguf.TokenType.USER_DEFINED],
-        bos_token=tokens[bos_id] if adds_bos else None,
+        bos_token=bos_token if adds_bos else None,
         ignore_merges=pre in LLAMA3_NAMES,
     )
 
@@ -352,17 +377,19 @@ def convert(
     weights = Weights(file, config, DTYPES[dtype])
     codes = Codes(weights) if keep_quantised else None
     tokenizer = read_tokenizer(file, config.vocab_size)
-    tokens = file.require("tokenizer.ggml.tokens")
     names = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
-    ids = {name: file.get(f"tokenizer.ggml.{key}_token_id") for name, key in names.items()}
+    special = {name: file.token(key) for name, key in names.items()}
+    pad_id = file.get("tokenizer.ggml.padding_token_id")
+    if not isinstance(template := file.get("tokenizer.chat_template"), str | None):
+        raise ValueError(f"tokenizer.chat_template must be a text, got {template!r}")
     with new_folder(output) as folder:
-        write_generation_config(folder, config, ids["pad_token"], read_sampling(file) if sampling is None else sampling)
+        write_generation_config(folder, config, pad_id, read_sampling(file) if sampling is None else sampling)
         write_tokenizer(
             folder,
             tokenizer,
             model_max_length=config.max_position_embeddings,
-            special={name: None if i is None else tokens[i] for name, i in ids.items()},
-            chat_template=file.get("tokenizer.chat_template"),
+            special=special,
+            chat_template=template,
         )
         if codes is None:
             write_checkpoint(folder, config, weights.dtype, weights.read)

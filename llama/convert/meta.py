@@ -23,6 +23,7 @@ from llama.files import open_regular, read_json
 from llama.model.checkpoint.layout import Entry
 from llama.model.checkpoint.save import MAX_SHARD_BYTES, new_folder, write_checkpoint
 from llama.model.config import ModelConfig
+from llama.model.rope_scaling import checked_number
 
 # Names of the first special tokens, in the order of their ids; the rest are reserved (llama-models, tokenizer.py).
 SPECIAL_TOKENS = (
@@ -173,7 +174,7 @@ class MetaShards:
         parts = [rank[name] for rank in self.ranks]
         if parts[0].shape == shape:
             return parts[0]
-        for axis in range(len(shape)):
+        for axis in range(len(shape)) if all(part.dim() == len(shape) for part in parts) else ():
             if sum(part.shape[axis] for part in parts) == shape[axis]:
                 whole = torch.cat(parts, axis)
                 if whole.shape == shape:
@@ -187,19 +188,23 @@ def feed_forward_size(params: dict[str, Any]) -> int:
     size = int(8 * params["dim"] / 3)
     if (multiplier := params.get("ffn_dim_multiplier")) is not None:
         size = int(multiplier * size)
-    multiple: int = params.get("multiple_of", 256)
+    multiple: int = params.get("multiple_of") or 256
     return -(-size // multiple) * multiple
 
 
 def read_params(folder: Path) -> dict[str, Any]:
     params = read_json(folder / "params.json", hint="Meta's releases have one beside the weights")
-    missing = [key for key in ("dim", "n_layers", "n_heads", "norm_eps", "rope_theta") if key not in params]
+    missing = [key for key in ("dim", "n_layers", "n_heads", "norm_eps", "rope_theta") if params.get(key) is None]
     if missing:
         raise ValueError(f"params.json lacks {', '.join(missing)}")
     for key in ("dim", "n_layers", "n_heads", "n_kv_heads", "multiple_of"):
         value = params.get(key)
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
             raise ValueError(f"params.json: {key} must be a positive integer, got {value!r}")
+    if (multiplier := params.get("ffn_dim_multiplier")) is not None:
+        checked_number("params.json: ffn_dim_multiplier", multiplier, 0, 1e3)
+    if not isinstance(scaled := params.get("use_scaled_rope"), bool | None):
+        raise ValueError(f"params.json: use_scaled_rope must be true or false, got {scaled!r}")
     for key in ("vision_model", "quantization_args", "lora_args"):
         if params.get(key):
             raise ValueError(f"params.json has {key}: only plain Llama text models can be converted")
@@ -213,6 +218,8 @@ def read_config(params: dict[str, Any], shards: MetaShards, tokenizer: Tokenizer
         if name not in shards.names:
             raise ValueError(f"consolidated.*.pth lack {name}")
     parts = [rank["tok_embeddings.weight"].shape for rank in shards.ranks]
+    if any(len(part) != 2 for part in parts):
+        raise ValueError(f"tok_embeddings.weight should have two dimensions, found {list(parts[0])}")
     rows = sum(part[0] for part in parts) if parts[0][1] == dim else parts[0][0]
     if rows < tokenizer.get_vocab_size():
         raise ValueError(f"tokenizer.model has {tokenizer.get_vocab_size()} tokens, the embeddings only {rows} rows")

@@ -148,6 +148,15 @@ def test_tokenizer_of_a_llama_file(tmp_path):
         ({"fields": {"llama.attn_logit_softcapping": 50.0}}, "llama.attn_logit_softcapping is 50.0"),
         ({"fields": {"llama.attention.head_count": 0}}, "llama.attention.head_count must be a positive integer"),
         ({"fields": {"tokenizer.ggml.add_eos_token": True}}, "tokenizer.ggml.add_eos_token is set"),
+        (
+            {"fields": {"tokenizer.ggml.padding_token_id": 999}},
+            r"padding_token_id must be an integer in \[0, 271\], got 999",
+        ),
+        ({"fields": {"tokenizer.ggml.bos_token_id": "<s>"}}, "bos_token_id must be an integer"),
+        ({"fields": {"tokenizer.ggml.tokens": 5}}, "tokenizer.ggml.tokens must be a list of texts, got int"),
+        ({"fields": {"tokenizer.ggml.merges": 5}}, "tokenizer.ggml.merges must be a list of texts, got int"),
+        ({"fields": {"tokenizer.ggml.token_type": 5}}, "token_type must be a list of 272 types"),
+        ({"fields": {"tokenizer.chat_template": 5}}, "tokenizer.chat_template must be a text, got 5"),
         ({"extra": {"blk.0.attn_q.bias": np.zeros(256, np.float32)}}, "blk.0.attn_q.bias"),
     ],
 )
@@ -191,6 +200,14 @@ def test_a_pipe_is_refused(tmp_path):
 def test_another_file_is_refused(tmp_path):
     (tmp_path / "model.gguf").write_bytes(b"<!DOCTYPE html>")
     with pytest.raises(SystemExit, match="not a GGUF file"):
+        main(["--input", str(tmp_path / "model.gguf"), "--output", str(tmp_path / "hf")])
+
+
+@pytest.mark.parametrize(("merge", "pair"), [("zz q", "'zz' and 'q'"), ("he", "'he' and ''")])
+def test_merges_of_no_tokens_are_named(tmp_path, monkeypatch, merge, pair):
+    monkeypatch.setattr("tests.convert.gguf_files.MERGES", ["h e", merge])
+    write_gguf(tmp_path / "model.gguf", Type.F16)
+    with pytest.raises(SystemExit, match=f"{pair} are not tokens that make a third"):
         main(["--input", str(tmp_path / "model.gguf"), "--output", str(tmp_path / "hf")])
 
 
