@@ -22,8 +22,10 @@ _INDEX_DIGITS = 6
 class SafeText:
     """One rendering's sentinels."""
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, removed: Collection[str] = ()) -> None:
+        """`removed`: what the template may take out of a text, so that what stood around it comes together."""
         self._tokenizer = tokenizer
+        self._removed = [text for text in removed if text]
         self._nonce = str(secrets.randbelow(9 * 10 ** (_NONCE_DIGITS - 1)) + 10 ** (_NONCE_DIGITS - 1))
         self._sentinel = re.compile(self._nonce + rf"([0-9]{{{_INDEX_DIGITS}}})")
         self._mark, self._marked = self._nonce[::-1], ""
@@ -88,9 +90,20 @@ class SafeText:
     def _hide_text(self, text: str, shown: Collection[str]) -> str:
         pattern = self._tokenizer.control_pattern
         hidden = pattern.sub(lambda m: m[0] if m[0] in shown else self._sentinel_for(m[0]), text)
-        if self._tokenizer.normalizes_to_control(pattern.sub("", hidden)):
+        rest = pattern.sub("", hidden)
+        if self._tokenizer.normalizes_to_control(rest) or (self._removed and pattern.search(self._without(rest))):
             return self._sentinel_for(text)
         return self._hide_ends(hidden)
+
+    def _without(self, text: str) -> str:
+        """The text without all that the template may remove, of which one may bring another together."""
+        for _ in self._removed:
+            before = text
+            for removed in self._removed:
+                text = text.replace(removed, "")
+            if text == before:
+                break
+        return text
 
     def _hide_ends(self, text: str) -> str:
         """Text that ends as a control token begins, or the reverse, could be completed by what the template adds."""

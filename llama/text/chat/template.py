@@ -142,7 +142,8 @@ class ChatTemplate:
         name = _TOOL_USE if tools and _TOOL_USE in self._sources else _DEFAULT
         source = self._sources.get(name)
         arguments = _read_arguments(arguments, source)
-        safe = SafeText(self._tokenizer)
+        # A template that gives a method an empty text may replace others by it.
+        safe = SafeText(self._tokenizer, source.tested if source and "" in source.tested else ())
         if continue_final_message:
             if add_generation_prompt:
                 both = "add_generation_prompt and continue_final_message contradict each other: give one of them"
