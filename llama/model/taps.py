@@ -280,12 +280,13 @@ class StepTaps:
         return logits.index_fill(0, torch.tensor(failed, device=logits.device), math.nan) if failed else logits
 
     def _capture(self, point: str, value: Tensor, spans: Sequence[Span]) -> None:
+        rows_by_key: dict[int, dict[int, int]] = {}  # of each key: position -> row, the first of several
         for span in spans:
-            found = span.rows(span.taps.captures.get(point, ()))
-            if found:
-                rows = torch.tensor([row for row, _ in found], device=value.device)
-                positions = [row - span.row + span.start for row, _ in found]
-                self.captured.setdefault(span.key, {})[point] = positions, value.index_select(0, rows)
+            for row, _ in span.rows(span.taps.captures.get(point, ())):
+                rows_by_key.setdefault(span.key, {}).setdefault(row - span.row + span.start, row)
+        for key, rows in rows_by_key.items():
+            places = torch.tensor(list(rows.values()), device=value.device)
+            self.captured.setdefault(key, {})[point] = list(rows), value.index_select(0, places)
 
     def wants(self, module: nn.Module, name: str) -> bool:
         return self._names[module] + name in self._wanted

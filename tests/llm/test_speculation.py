@@ -1,8 +1,9 @@
 """Drafts under text: stop strings, streams, predictions, and what is told of them."""
 
 import pytest
+import torch
 
-from llama import LLM, SamplingParams
+from llama import LLM, Capture, SamplingParams
 from tests.fakes import byte_tokenizer
 from tests.model.models import tiny_model
 
@@ -90,3 +91,15 @@ def test_without_drafts_nothing_is_told_of_them(plain, drafting):
 def test_the_control_tokens_of_a_prediction_are_text(drafting):
     request = drafting.inputs.request(PROMPT, ask(prediction="a<|end|>"), None)
     assert list(request.prediction_token_ids) == list(b"a<|end|>")
+
+
+def captured(llm: LLM, params: SamplingParams, capture: Capture) -> dict[str, torch.Tensor]:
+    return llm.generate(PROMPT, params, capture=capture, use_tqdm=False)[0].outputs[0].captured
+
+
+def test_logits_behind_every_draft_that_was_right_are_captured(plain, drafting):
+    capture = Capture(["logits", "norm"], positions="generated")
+    expected = captured(plain, ask(), capture)
+    assert {point: len(rows) for point, rows in expected.items()} == {"logits": 59, "norm": 59}
+    found = captured(drafting, ask(prediction=told(plain, ask())[0][0]), capture)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-10)
