@@ -45,8 +45,10 @@ class Taps(Protocol):
 
     is_kept: bool  # what it reads was written to a file before: it need not be computed
 
-    def finish(self, request_id: str, is_whole: bool = True) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-        """What was captured of the prompt and of each completion."""
+    def finish(
+        self, request_id: str, num_tokens: Sequence[int], is_whole: bool = True
+    ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        """What was captured of the prompt and of each completion, which has so many tokens in the end."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)

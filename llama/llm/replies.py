@@ -100,7 +100,8 @@ class Reply:
         if self.request.taps is not None:
             broken = (FinishReason.ABORT, FinishReason.ERROR)
             is_whole = all(c.output.finish_reason not in broken for c in self._completions)
-            self._output.captured, each = self.request.taps.finish(self.request.request_id, is_whole)
+            num_tokens = [len(c.output.token_ids) for c in self._completions]
+            self._output.captured, each = self.request.taps.finish(self.request.request_id, num_tokens, is_whole)
             for completion, values in zip(self._completions, each, strict=True):
                 completion.output.captured = values
         self._output.finished = True

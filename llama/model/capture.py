@@ -100,6 +100,8 @@ class RequestTaps:
         mean = capture is not None and capture.reduce == "mean"
         self._prompt = _Rows(mean)
         self._completions = [_Rows(mean) for _ in range(num_completions)]
+        # By completion, what its last step computed: a stop string may yet end it before the last of these tokens.
+        self._held: dict[int, dict[str, tuple[list[int], Tensor]]] = {}
         self._config = config
         self.identity = ""  # of the request, in the file that `save_to` gets
         self.is_kept = False  # by an earlier run: it need not be computed
@@ -143,6 +145,7 @@ class RequestTaps:
     def first_missing(self, index: int) -> int:
         """The first position that is to be captured for completion `index` and is not yet; those before it may be found
         in the prefix cache."""
+        self._settle(index)
         have = self._prompt.have | self._completions[index].have
         return next((p for p in self._wanted if p not in have), ENDLESS)
 
@@ -154,13 +157,29 @@ class RequestTaps:
             split = min(end, bisect_left(positions, self.prompt_len))
             of_prompt[point] = positions[:split], rows[:split]
             of_completion[point] = positions[split:end], rows[split:end]
-        dtype = self.capture.dtype if self.capture is not None else None
-        self._prompt.take(of_prompt, dtype)
-        self._completions[index].take(of_completion, dtype)
+        self._settle(index)
+        self._prompt.take(of_prompt, self._asked_dtype)
+        self._held[index] = of_completion
 
-    def finish(self, request_id: str, is_whole: bool = True) -> tuple[dict[str, Tensor], list[dict[str, Tensor]]]:
-        """-> the prompt's values and each completion's; both empty where `save_to` is to take them. It gets what is
-        whole alone: nothing of a request that failed or was aborted."""
+    def _settle(self, index: int, stop: int = ENDLESS) -> None:
+        """Keep what is held of a completion, as far as the position `stop`."""
+        kept = {}
+        for point, (positions, rows) in self._held.pop(index, {}).items():
+            end = bisect_left(positions, stop)
+            kept[point] = positions[:end], rows[:end]
+        self._completions[index].take(kept, self._asked_dtype)
+
+    @property
+    def _asked_dtype(self) -> torch.dtype | None:
+        return None if self.capture is None else self.capture.dtype
+
+    def finish(
+        self, request_id: str, num_tokens: Sequence[int], is_whole: bool = True
+    ) -> tuple[dict[str, Tensor], list[dict[str, Tensor]]]:
+        """`num_tokens`: of each completion. -> the prompt's values and each completion's; both empty where `save_to` is
+        to take them. It gets what is whole alone: nothing of a request that failed or was aborted."""
+        for index, count in enumerate(num_tokens):
+            self._settle(index, self.prompt_len + count - 1)  # the last one is never computed
         prompt = self._prompt.values(self._dtype)
         each = [completion.values(self._dtype) for completion in self._completions]
         target = None if self.capture is None else self.capture.save_to

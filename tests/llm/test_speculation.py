@@ -103,3 +103,14 @@ def test_logits_behind_every_draft_that_was_right_are_captured(plain, drafting):
     assert {point: len(rows) for point, rows in expected.items()} == {"logits": 59, "norm": 59}
     found = captured(drafting, ask(prediction=told(plain, ask())[0][0]), capture)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("reduce", [None, "mean"])
+@pytest.mark.parametrize("start", [2, 4, 9])
+def test_nothing_is_captured_behind_a_stop_string(plain, drafting, start, reduce):
+    """Whose end lies within a run."""
+    [(text, *_)] = told(plain, ask())
+    capture = Capture("norm", positions="all", reduce=reduce)
+    expected = captured(plain, ask(stop=text[start : start + 3]), capture)
+    found = captured(drafting, ask(stop=text[start : start + 3], prediction=text), capture)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-10)
