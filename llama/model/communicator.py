@@ -4,7 +4,8 @@ The process group is the library's own, beside any that the caller has made: no 
 several engines may live in one process. Gloo on the CPU, on the loopback device; NCCL on CUDA.
 """
 
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any, Literal, NamedTuple
 
@@ -14,6 +15,17 @@ from torch import Tensor
 
 from llama.kernels.types import wide_dtype
 from llama.model.parallel import Shard
+
+# PyTorch notes every call in a map of the whole process, which some versions (2.11) do not lock: groups of two threads
+# that call at once are a crash.
+_calling = threading.Lock()
+
+
+def _done(call: Callable[..., Any], *arguments: Any) -> None:
+    """The call of a process group, and what it does."""
+    with _calling:
+        work = call(*arguments)
+    work.wait()
 
 
 class Call(NamedTuple):
@@ -49,26 +61,26 @@ class Communicator:
     def sum(self, x: Tensor) -> Tensor:
         """x, in place, summed over the ranks: the same bits on each."""
         self.num_calls += 1
-        self._group.allreduce([x]).wait()
+        _done(self._group.allreduce, [x])
         return x
 
     def gather(self, x: Tensor) -> Tensor:
         """x [rows, columns] -> [rows, vocab_size]: the columns of all ranks in order, without the padding."""
         parts = x.new_empty(self.shard.size, *x.shape)
         self.num_calls += 1
-        self._group.allgather([list(parts.unbind(0))], [x.contiguous()]).wait()
+        _done(self._group.allgather, [list(parts.unbind(0))], [x.contiguous()])
         return parts.transpose(0, 1).flatten(1)[:, : self.shard.config.vocab_size].contiguous()
 
     def whole(self, name: str, x: Tensor) -> Tensor:
         """x [tokens, heads or columns, ...], this rank's part of the point `name` -> all of it."""
         parts = x.new_empty(self.shard.size, *x.shape)
-        self._group.allgather([list(parts.unbind(0))], [x.contiguous()]).wait()
+        _done(self._group.allgather, [list(parts.unbind(0))], [x.contiguous()])
         return parts[:: self.shard.num_copies(name)].transpose(0, 1).flatten(1, 2).contiguous()
 
     def spread(self, x: Tensor) -> Tensor:
         """x, in place, as rank 0 has it."""
         self.num_calls += 1
-        self._group.broadcast(x, 0).wait()
+        _done(self._group.broadcast, x, 0)
         return x
 
     def lookup(self, token_ids: Tensor, weight: Tensor) -> Tensor:

@@ -2,6 +2,8 @@
 
 import dataclasses
 import shutil
+import threading
+import time
 from contextlib import nullcontext
 
 import pytest
@@ -136,6 +138,37 @@ def test_random_weights_are_parts_of_those_of_one_process():
     ids = IDS % 97
     found = on_ranks(config, 2, lambda c: logits(Transformer(config, dtype=torch.float64, seed=5, communicator=c), ids))
     assert (found[1] - logits(whole, ids)).abs().max() < 1e-9
+
+
+def test_groups_of_two_threads_are_never_called_at_once():
+    """PyTorch 2.11 crashes where they are."""
+    calling, met = threading.Lock(), []
+
+    class Slow:
+        def __init__(self, group):
+            self.group = group
+
+        def __getattr__(self, name):
+            def call(*arguments):
+                met.append(not calling.acquire(blocking=False))
+                time.sleep(0.01)
+                work = getattr(self.group, name)(*arguments)
+                if not met[-1]:
+                    calling.release()
+                return work
+
+            return call
+
+    def work(communicator):
+        communicator._group = Slow(communicator._group)
+        for _ in range(4):
+            communicator.sum(torch.ones(3))
+            communicator.gather(torch.ones(2, 49))
+            communicator.whole("z", torch.ones(2, 2, 16))
+            communicator.spread(torch.ones(3))
+
+    on_ranks(tiny_config(), 2, work)
+    assert len(met) == 32 and not any(met)
 
 
 def test_a_rank_reads_its_own_bytes_alone(tmp_path, monkeypatch):
