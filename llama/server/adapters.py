@@ -57,14 +57,16 @@ class AdapterRegistry:
         path = self._path(name)
         if path is None:
             raise self._unknown(name)
-        self._stamps[name] = _stamp(path)
+        stamp = _stamp(path)  # before the files are read: what changes meanwhile is read again
         try:
             await self._llm.load_lora(name, path, replace=True)
+            self._stamps[name] = stamp
         except WorkerLostError as error:
             logger.error("adapter %s: %s", name, error)
             raise unavailable("The process that read the adapter was lost, please try again") from None
         except (ValueError, OSError) as error:
             logger.error("adapter %s: %s", name, error)
+            self._stamps[name] = stamp
             if name in self._loaded():  # being written, perhaps: what was loaded serves until the files change again
                 return
             raise bad_input(f"the adapter '{name}' cannot be loaded: the server's log says why", param) from None

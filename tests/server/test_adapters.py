@@ -1,17 +1,21 @@
 """Adapters over HTTP: by `lora`, as `model`, from a folder on first use, and never from a path."""
 
 import asyncio
+import contextlib
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from llama import LLM, SamplingParams
-from llama.api.errors import ParameterError
+from llama.api.errors import ParameterError, WorkerLostError
 from llama.async_llm.async_llm import AsyncLLM
 from llama.engine.engine import Engine
+from llama.server.adapters import AdapterRegistry
 from llama.server.config import ServerConfig
+from llama.server.errors import ApiError
 from llama.server.service import Service
 from tests.lora.adapters import make_adapter, save_base
 from tests.server.helpers import NAME, RUN, running
@@ -151,3 +155,41 @@ def test_an_adapter_that_was_written_anew_is_read_anew(server, folders, expected
         )
     finally:
         shutil.rmtree(folder)
+
+
+class SlowLoader:
+    """In the place of an AsyncLLM: its second load never ends, or raises `second`."""
+
+    def __init__(self, second):
+        self.second, self.num_loads, self.names = second, 0, set()
+
+    def list_loras(self):
+        return [SimpleNamespace(name=name) for name in self.names]
+
+    async def load_lora(self, name, path, replace):
+        self.num_loads += 1
+        if self.num_loads == 2 and self.second is None:
+            await asyncio.Event().wait()
+        if self.num_loads == 2:
+            raise self.second
+        self.names.add(name)
+
+
+@pytest.mark.parametrize("second", [None, WorkerLostError()], ids=["the client leaves", "the process is lost"])
+def test_an_adapter_whose_reading_was_cut_off_is_read_by_the_next_request(tmp_path, second):
+    config = tmp_path / "changing" / "adapter_config.json"
+    config.parent.mkdir()
+    config.write_text("{}")
+    llm = SlowLoader(second)
+
+    async def ask():
+        registry = AdapterRegistry(llm, ServerConfig(model_names=(NAME,), lora_dir=tmp_path))
+        await registry.take("changing")
+        config.write_text("{ }")
+        with contextlib.suppress(TimeoutError, ApiError):
+            await asyncio.wait_for(registry.take("changing"), 0.05)
+        for _ in range(2):
+            await registry.take("changing")
+
+    asyncio.run(ask())
+    assert llm.num_loads == 3
