@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 import torch
 
-from llama.api.errors import AdapterError
+from llama.api.errors import AdapterError, EngineDeadError
 from llama.engine.adapters import Adapter
 from llama.engine.plan import Array, Plan, StepResult
 from llama.engine.runner import Runner
@@ -27,7 +27,7 @@ from llama.model.taps import SequenceTaps
 logger = logging.getLogger(__name__)
 
 
-class RankLostError(RuntimeError):
+class RankLostError(EngineDeadError):
     """A rank ended, is silent or failed; the others cannot go on without it."""
 
 
@@ -166,7 +166,7 @@ class ParallelRunner:
         """Have the others read an adapter that rank 0 has read, from the same files. AdapterError where they cannot."""
         number = self._num_shared + 1
         told = {"number": number, "path": adapter.content.path, "digest": adapter.digest.hex()}
-        for rank, answer in enumerate(self._peers.ask(Message({"adapter": told}, {})), start=1):
+        for rank, answer in enumerate(self._answers({"adapter": told}), start=1):
             if answer.get("refused"):
                 self._num_shared = number
                 self._forgotten.append(number)
@@ -175,10 +175,17 @@ class ParallelRunner:
 
     def ask(self, content: Mapping[str, Any]) -> None:
         """Have the others do what is no step. MemoryError where one of them cannot."""
-        answers = self._peers.ask(Message(dict(content), {}))
-        refused = [f"rank {rank}: {answer['refused']}" for rank, answer in enumerate(answers, 1) if "refused" in answer]
+        answers = enumerate(self._answers(content), start=1)
+        refused = [f"rank {rank}: {answer['refused']}" for rank, answer in answers if "refused" in answer]
         if refused:
             raise MemoryError(refused[0])
+
+    def _answers(self, content: Mapping[str, Any]) -> list[dict[str, Any]]:
+        self.check_device()
+        try:
+            return self._peers.ask(Message(dict(content), {}))
+        except OSError as error:
+            raise self._peers.failed(error) from error
 
     def sleep(self) -> None:
         """See Runner."""

@@ -308,6 +308,7 @@ class LLM(Scoring, Upkeep):
         garbage collector and the end of Python do it too."""
         if (ranks := ranks_of(self.engine)) is not None:
             ranks.close()
+            self.engine.die("it was closed")
 
     def _loras(
         self,

@@ -177,8 +177,10 @@ class Replies:
             return reply
 
     def between_steps(self, function: Callable[[], T]) -> T:
-        """Do something to the engine while no step of it runs; signals wait for its end."""
+        """Do something to the engine while no step of it runs; signals wait for its end. EngineDeadError where it is
+        dead."""
         with interrupts_held(), self._turn():
+            self.engine.check_alive()
             return function()
 
     def step(self, unless: Callable[[], bool] = lambda: False) -> list[tuple[Reply, Piece]]:

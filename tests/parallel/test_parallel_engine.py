@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from llama import LLM
 from llama.api.errors import AdapterError, EngineDeadError, ParameterError
 from llama.api.params import SamplingParams
 from llama.engine import runner as engine_runner
@@ -22,6 +23,8 @@ from llama.engine.plan import Guided, Join, Plan
 from llama.engine.wire import Frames, decode_plan, encode_plan, receive
 from llama.llm import rank
 from llama.llm.loras import read_lora
+from llama.llm.replies import Replies
+from llama.llm.requests import Inputs
 from llama.model.lora.adapter import module_sizes
 from tests import test_equivalence
 from tests.parallel.ranks import engine_on_ranks
@@ -264,6 +267,34 @@ def test_a_step_past_its_deadline_ends_the_engine(folder, monkeypatch):
         engine.add(engine.request("0", [1, 2, 3], SamplingParams()))
         with pytest.raises(EngineDeadError, match=r"longer than 1 seconds \(step_timeout\)"):
             engine.step()
+
+
+@pytest.mark.parametrize("how", ["lost", "closed"])
+def test_whatever_is_asked_of_an_engine_without_its_ranks_is_one_clear_error(folder, tmp_path, how, caplog):
+    why = "it was closed" if how == "closed" else "rank 1 closed its connection"
+    adapter = make_adapter(tmp_path / "adapter", ("q_proj",), 1, 4)
+    with engine_on_ranks(folder, CONFIG) as engine:
+        llm = object.__new__(LLM)
+        llm.engine, llm.model, llm.replies = engine, engine.model, Replies(engine, None)
+        llm.inputs = Inputs(engine, None, None, SamplingParams(), None)
+        if how == "closed":
+            llm.close()
+        else:
+            engine.runner._peers._state.peers[0].stream.shutdown(socket.SHUT_RDWR)
+            with pytest.raises(EngineDeadError, match=why):  # as one learns of it who asks first
+                engine.runner.ask({"sleep": True})
+        caplog.clear()
+        for call in (
+            llm.sleep,
+            llm.wake_up,
+            llm.reset_prefix_cache,
+            lambda: llm.update_weights([("model.norm.weight", torch.ones(48))]),
+            lambda: llm.load_lora("name", adapter),
+            lambda: llm.generate([1, 2, 3], use_tqdm=False),
+        ):
+            with pytest.raises(EngineDeadError, match=f"the engine is dead: {why}"):
+                call()
+    assert not caplog.records
 
 
 def test_a_plan_comes_back_from_its_bytes():
