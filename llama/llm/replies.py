@@ -17,7 +17,7 @@ from typing import TypeVar
 from llama.api.errors import is_failure
 from llama.api.outputs import FinishReason, Piece, RequestMetrics, RequestOutput, Usage
 from llama.engine.engine import Engine
-from llama.engine.request import Request
+from llama.engine.request import Request, Taps
 from llama.engine.sequence import TokenOutput
 from llama.llm.completion import Completion, listed
 from llama.llm.interrupts import interrupts_held
@@ -27,6 +27,8 @@ from llama.text.tool_calls import merged_deltas
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+
+UNKEPT_CAPTURE = "capture"  # the stop_reason of an error: the capture's save_to failed
 
 
 class Reply:
@@ -90,23 +92,38 @@ class Reply:
         """End every completion that still runs."""
         return [self._closed(c.abort(reason)) for c in self._completions if not c.ended]
 
-    def fail(self) -> list[Piece]:
-        """End every completion that still runs with "error"."""
-        return [self._closed(c.fail()) for c in self._completions if not c.ended]
+    def fail(self, index: int | None = None) -> list[Piece]:
+        """End every completion that still runs with "error", and completion `index`, whose end nobody has heard of."""
+        failed = [c for c in self._completions if not c.ended or c.output.index == index]
+        return [self._closed(c.fail()) for c in failed]
 
     def _closed(self, piece: Piece) -> Piece:
         if not all(c.ended for c in self._completions):
             return piece
-        if self.request.taps is not None:
-            broken = (FinishReason.ABORT, FinishReason.ERROR)
-            is_whole = all(c.output.finish_reason not in broken for c in self._completions)
-            num_tokens = [len(c.output.token_ids) for c in self._completions]
-            self._output.captured, each = self.request.taps.finish(self.request.request_id, num_tokens, is_whole)
-            for completion, values in zip(self._completions, each, strict=True):
-                completion.output.captured = values
+        if self.request.taps is not None and not self._keep_captured(self.request.taps):
+            reason, why = FinishReason.ERROR, UNKEPT_CAPTURE
+            last = self._completions[piece.index].output
+            last.finish_reason, last.stop_reason = reason, why
+            piece = replace(piece, finish_reason=reason, stop_reason=why)
         self._output.finished = True
         self._output.metrics.finished = time.monotonic()
         return replace(piece, usage=self.usage())
+
+    def _keep_captured(self, taps: Taps) -> bool:
+        """False, and a line in the log, where what is to take it fails."""
+        broken = (FinishReason.ABORT, FinishReason.ERROR)
+        is_whole = all(c.output.finish_reason not in broken for c in self._completions)
+        num_tokens = [len(c.output.token_ids) for c in self._completions]
+        try:
+            self._output.captured, each = taps.finish(self.request.request_id, num_tokens, is_whole)
+        except BaseException as error:  # the caller's function, or a folder that cannot be written
+            if not is_failure(error):
+                raise
+            logger.exception("request %s: save_to failed; it ends with an error", self.request.request_id)
+            return False
+        for completion, values in zip(self._completions, each, strict=True):
+            completion.output.captured = values
+        return True
 
     def usage(self) -> Usage:
         completion_tokens = sum(len(c.output.token_ids) for c in self._completions)
@@ -206,7 +223,7 @@ class Replies:
         try:
             piece = reply.push(new)
         except BaseException as error:
-            return self._fail(reply, error)
+            return self._fail(reply, error, new.index)
         if piece is None:
             return []
         if piece.finish_reason is not None and new.finish_reason is None:
@@ -240,14 +257,14 @@ class Replies:
         except BaseException as error:
             return self._fail(reply, error)
 
-    def _fail(self, reply: Reply, error: BaseException) -> list[Piece]:
+    def _fail(self, reply: Reply, error: BaseException, index: int | None = None) -> list[Piece]:
         """Whatever is wrong with the text of one request, the others go on."""
         if not is_failure(error):
             raise error
         request_id = reply.request.request_id
         logger.error("request %s: its text could not be processed; it ends with an error", request_id, exc_info=error)
         self.engine.abort(request_id)
-        return reply.fail()
+        return reply.fail(index)
 
 
 def merged(pieces: Iterable[Piece]) -> list[Piece]:

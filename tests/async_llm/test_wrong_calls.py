@@ -158,7 +158,8 @@ PARTS = [(IncrementalDecoder, "push"), (StopMatcher, "push"), (Tokenizer, "token
 
 @pytest.mark.parametrize("error", [ZeroDivisionError("!"), MemoryError(), PanicException("!")])
 @pytest.mark.parametrize(("owner", "name"), PARTS)
-def test_a_failure_in_one_text_ends_that_request_alone(scripted, monkeypatch, caplog, owner, name, error):
+@pytest.mark.parametrize("most", [20, 5], ids=["in the middle", "with the last token"])
+def test_a_failure_in_one_text_ends_that_request_alone(scripted, monkeypatch, caplog, owner, name, error, most):
     llm, engine = scripted()
 
     really = getattr(owner, name)
@@ -169,11 +170,11 @@ def test_a_failure_in_one_text_ends_that_request_alone(scripted, monkeypatch, ca
         return really(self, argument, *rest)
 
     monkeypatch.setattr(owner, name, fails_at_b)
-    params = SamplingParams(stop="never", logprobs=1, n=2, max_tokens=20)
+    params = SamplingParams(stop="never", logprobs=1, n=2, max_tokens=most)
 
     async def main():
         good = [await llm.submit("good", params) for _ in range(2)]
-        output = await (await llm.submit("the B one", params, request_id="b")).result()
+        output = await asyncio.wait_for((await llm.submit("the B one", params, request_id="b")).result(), PATIENCE)
         assert [c.finish_reason for c in output.outputs] == ["error"] * 2 and output.finished
         for stream in good:
             assert [c.text for c in (await stream.result()).outputs] == ["good", "good!"]

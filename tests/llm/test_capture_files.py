@@ -130,3 +130,23 @@ def test_a_request_that_is_aborted_or_fails_leaves_no_file(model, tmp_path):
     fails = [Apply("embed", lambda x: 1 / 0)]
     llm.generate(prompt(9, 9, 1), sampled(1), capture=read, interventions=fails, use_tqdm=False)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("n", [1, 3])
+def test_a_request_whose_capture_cannot_be_kept_ends_with_an_error_alone(model, tmp_path, caplog, n):
+    (tmp_path / "file").write_text("no folder")
+
+    def full(request_id, values):
+        raise OSError("no space left on device")
+
+    llm = engine(model)
+    for save_to in (tmp_path / "file", full):
+        asked = [Capture("norm", save_to=save_to), None]
+        bad, good = llm.generate([prompt(9, 9, 1)] * 2, sampled(1, n=n), capture=asked, use_tqdm=False)
+        assert bad.finished and [o.token_ids for o in bad.outputs] == [o.token_ids for o in good.outputs]
+        assert [(o.finish_reason, o.stop_reason) for o in bad.outputs][n - 1 :] == [("error", "capture")]
+        assert {o.finish_reason for o in good.outputs} == {"length"}
+        *_, last = llm.stream(prompt(9, 9, 1), sampled(1, n=n), capture=asked[0])
+        assert (last.finish_reason, last.stop_reason) == ("error", "capture") and last.usage is not None
+        assert not len(llm.replies) and not llm.engine.has_unfinished
+    assert sum("save_to failed" in record.message for record in caplog.records) == 4
