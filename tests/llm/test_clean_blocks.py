@@ -75,7 +75,8 @@ def alone(*asked):
     Known before there are hooks."""
     llm = LLM(MODEL, block_size=4, num_blocks=60)
     request, outputs = run(llm, "alone", *asked, READ)
-    return [drawn(outputs, i) for i in range(request.params.n)], request.taps.finish("alone")
+    completions = [drawn(outputs, i) for i in range(request.params.n)]
+    return completions, request.taps.finish("alone", [len(tokens) for tokens, _ in completions])
 
 
 @cache
@@ -250,7 +251,8 @@ class CleanBlocks(RuleBasedStateMachine):
             for ours, theirs in zip(entries, logprobs, strict=True):
                 assert_close(ours, theirs, (request.request_id, asked))
         if request.taps is not None and request.taps.sequence.captures:
-            of_prompt, each = request.taps.finish(request.request_id)
+            num_tokens = [len(tokens) for tokens, _ in completions]
+            of_prompt, each = request.taps.finish(request.request_id, num_tokens)
             close(of_prompt, captured[0])
             for ours, theirs in zip(each, captured[1], strict=True):
                 close(ours, theirs)
