@@ -28,6 +28,8 @@ HELD = {
     "maximum": ({"type": "number", "maximum": 3}, 2.5, 3.5),
     "exclusiveMinimum": ({"type": "integer", "exclusiveMinimum": 3}, 4, 3),
     "exclusiveMaximum": ({"type": "number", "exclusiveMaximum": 3}, 2.5, 3),
+    "exclusiveMinimum near the maximum": ({"type": "number", "exclusiveMinimum": 0, "maximum": 0.5}, 0.01, 0),
+    "exclusiveMaximum near the minimum": ({"type": "number", "minimum": -1.5, "exclusiveMaximum": -1}, -1.25, -1),
     "minLength": ({"type": "string", "minLength": 2}, "éé", "é"),
     "maxLength": ({"type": "string", "maxLength": 2}, "éé", "abc"),
     "pattern": ({"pattern": "^a+$"}, "aa", "b"),

@@ -32,6 +32,7 @@ _FORMATS = frozenset("date-time time date duration email hostname ipv4 ipv6 uuid
 _OPTIONS = {"item_separator": ", ", "key_separator": ": ", "whitespace_flexible": False, "coerce_one_of": True}
 _LOOK_AROUND = ("(?=", "(?!", "(?<=", "(?<!")
 _FAR = 2.0**63
+_LOWER, _UPPER = ("minimum", "exclusiveMinimum"), ("maximum", "exclusiveMaximum")
 
 
 def schema_of_response_format(response_format: Mapping[str, Any]) -> Any:
@@ -167,9 +168,11 @@ def _relaxed(schema: Any) -> Any:
             del relaxed["format"]
         if isinstance(pattern := relaxed.get("pattern"), str) and any(look in pattern for look in _LOOK_AROUND):
             del relaxed["pattern"]
-    for key, outward in (("minimum", -1), ("exclusiveMinimum", -1), ("maximum", 1), ("exclusiveMaximum", 1)):
-        if isinstance(bound := relaxed.get(key), int | float) and bound * outward >= _FAR:
-            del relaxed[key]
+    for keys, outward in ((_LOWER, -1), (_UPPER, 1)):
+        for key in keys:
+            if isinstance(bound := relaxed.get(key), int | float) and bound * outward >= _FAR:
+                del relaxed[key]
+    _move_open_ends(relaxed)
     relaxed.pop("uniqueItems", None)
     if relaxed.get("nullable") is True and isinstance(kind := relaxed.get("type"), str):
         relaxed["type"] = [kind, "null"]
@@ -181,3 +184,18 @@ def _relaxed(schema: Any) -> Any:
         elif isinstance(pattern := names.get("pattern"), str):
             relaxed |= {"patternProperties": {pattern: others}, "additionalProperties": False}
     return relaxed
+
+
+def _move_open_ends(schema: dict[str, Any]) -> None:
+    """A whole number that is excluded, where the other bound is less than 1 away, is moved a millionth of the way to
+    it: llguidance lets that number through."""
+    bounds = {name: schema[name] for name in (*_LOWER, *_UPPER) if _is_number(schema.get(name))}
+    for end, others in (("exclusiveMinimum", _UPPER), ("exclusiveMaximum", _LOWER)):
+        if end in bounds and bounds[end] % 1 == 0:
+            spans = [bounds[name] - bounds[end] for name in others if name in bounds]
+            if 0 < abs(span := min(spans, key=abs, default=0)) < 1:
+                schema[end] = bounds[end] + span * 2**-20
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < _FAR
