@@ -95,6 +95,9 @@ def test_golden_cases(case):
         (f"<tool_call>\n{F1}\n</tool_call>\n<tool_call>\n{F2}\n</tool_call>\n", [CALL_F1, CALL_F2]),
         (f"<tool_call>{F1}", [CALL_F1]),
         (f"<tool_call>{F1}</tool_", [CALL_F1, "</tool_"]),
+        (f"<tool_call>\n{F1}\n{F2}\n</tool_call>", [CALL_F1, CALL_F2]),
+        (f"<tool_call>{F1}; {F2} </tool_", [CALL_F1, CALL_F2, " </tool_"]),
+        (f"<tool_call>{F1} and </tool_call>", [CALL_F1, " and </tool_call>"]),
         (f"I look. <tool_call>{F1}</tool_call> And: <tool_call>{F2}</tool_call> Done.", [
             "I look. ", CALL_F1, " And: ", CALL_F2, " Done."
         ]),

@@ -78,7 +78,7 @@ class ToolCallParser:
         self._buffer = ""
         self._code: list[str] = []
         self._scan: BracketScan | None = None  # of the call that the buffer begins with, perhaps
-        self._closing_tag = ""  # what may follow the last call and says nothing
+        self._closing_tag = ""  # what may follow the last call, or more calls, and says nothing
         self._events: list[Event] = []
         self._heads = {"".join(head_of_call(name)): name for name in sorted(certain)}
         self._told: _Told | None = None  # of the certain call that the buffer begins with
@@ -162,8 +162,7 @@ class ToolCallParser:
         if is_open and end > len(self._buffer) and not is_end:
             return False
         if is_open and end <= len(self._buffer):
-            self._buffer = self._buffer[end:]
-        self._closing_tag = ""
+            self._buffer, self._closing_tag = self._buffer[end:], ""
         return True
 
     def _not_a_call(self, start: int) -> int:
@@ -209,7 +208,7 @@ class ToolCallParser:
             end = self._end_of_bracket(start, '"', is_call=True)
             if end is not None:
                 self._emit_calls(calls_of_json(text[start:end], self._known))
-                self._closing_tag = closing_tag
+                self._closing_tag = closing_tag or self._closing_tag
             return end
         if _may_start(_FUNCTION, text, start):
             name_start = start + len(_FUNCTION)
