@@ -15,7 +15,7 @@ from llama.cli.common import (
     check_ray,
     llm_options,
 )
-from llama.cli.flags import Once, Parser, UsageError, checked, given, named_adapter
+from llama.cli.flags import Once, Parser, UsageError, checked, flag, given, named_adapter
 from llama.engine.config import EngineConfig
 from llama.server.config import ServerConfig
 
@@ -52,7 +52,7 @@ def add_arguments(parser: Parser) -> None:
     captures.add_argument("--capture", action="extend", nargs="+", metavar="POINT", help=help)
     captures.add_argument("--capture-to", action=Once, metavar="FOLDER", help="where the files go")
     places = ("last", "prompt", "generated", "all")
-    captures.add_argument("--capture-positions", choices=places, default="last", help="of these tokens (last)")
+    captures.add_argument("--capture-positions", choices=places, help="of these tokens (last)")
     captures.add_argument("--capture-mean", action="store_true", help="their mean alone")
     add_model_flags(parser)
 
@@ -72,12 +72,15 @@ def run(options: Namespace) -> int:
     settings |= {"model": str(Path(model).resolve()), "loras": [[n, str(Path(p).resolve())] for n, p in options.lora]}
     if bool(options.capture) != bool(options.capture_to):
         raise UsageError("--capture and --capture-to need each other")
+    for name in ("capture_positions", "capture_mean"):
+        if getattr(options, name) and not options.capture:
+            raise UsageError(f"{flag(name)} needs --capture")
     if options.capture and options.ray:
         raise UsageError("--capture is not there with --ray: run it on one machine")
     if options.capture and options.replicas > 1:
         raise UsageError("--capture needs --replicas 1")
     if options.capture:
-        settings["capture"] = [options.capture, options.capture_positions, options.capture_mean]
+        settings["capture"] = [options.capture, options.capture_positions or "last", options.capture_mean]
     captures = Path(options.capture_to) if options.capture_to else None
     with Job(Path(source), Path(output), settings, captures) as job:
         if job.counts.kept < job.num_lines:
@@ -108,7 +111,8 @@ def _answer(job: Any, model: str, options: Namespace, arguments: dict[str, Any],
     capture = None
     if options.capture:
         reduce: Any = "mean" if options.capture_mean else None
-        capture = Capture(options.capture, options.capture_positions, reduce=reduce, save_to=options.capture_to)
+        positions = options.capture_positions or "last"
+        capture = Capture(options.capture, positions, reduce=reduce, save_to=options.capture_to)
 
     async def answer_all() -> None:
         llm = open_llm(model, dict(options.lora), **arguments)

@@ -244,6 +244,8 @@ def test_activations_of_each_line_are_kept_and_a_run_that_broke_off_keeps_the_re
     ("more", "code", "message"),
     [
         (("--capture", "norm"), 2, "--capture and --capture-to need each other"),
+        (("--capture-positions", "all"), 2, "--capture-positions needs --capture"),
+        (("--capture-mean",), 2, "--capture-mean needs --capture"),
         (("--capture", "layers.9.resid_post", "--capture-to", "x"), 1, "layers.9.resid_post"),
     ],
 )
