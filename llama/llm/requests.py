@@ -339,14 +339,15 @@ class Inputs:
             return self.tokenizer.encode_plain(params.prediction)
 
     def _bad_sequences(self, params: SamplingParams) -> list[list[int]]:
-        """Each of bad_words as tokens at the beginning of a text, and behind a space where those differ: as vLLM does
-        it, only if both have the same length."""
+        """Each of bad_words, without leading blanks unless it is all blank, as tokens at the beginning of a text, and
+        behind a space where those differ: as vLLM does it, only if both have the same length."""
         if params.bad_words and self.tokenizer is None:
             raise ParameterError("bad_words need a tokenizer: this model takes token ids only", "bad_words")
         sequences: list[list[int]] = []
         for word in params.bad_words:
             assert self.tokenizer is not None
-            bare, spaced = (self.tokenizer.encode(p + word.lstrip(), add_special_tokens=False) for p in ("", " "))
+            text = word.lstrip() or word
+            bare, spaced = (self.tokenizer.encode(p + text, add_special_tokens=False) for p in ("", " "))
             sequences += [bare] if bare else []
             if spaced and len(spaced) == len(bare) and spaced[0] != bare[0]:
                 sequences.append(spaced)

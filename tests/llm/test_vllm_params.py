@@ -42,6 +42,8 @@ def test_bad_words(llm):
         output = llm.generate("Hi", SamplingParams(**HOT, seed=seed, n=2, allowed_token_ids=ids, bad_words=["ab"]))[0]
         assert all("ab" not in c.text and len(c.text) == 40 for c in output.outputs)
     assert set(one(llm, **HOT, allowed_token_ids=ids, bad_words="b").text) == {"a"}
+    blanks = llm.tokenizer.encode("a\n ", add_special_tokens=False)
+    assert set(one(llm, **HOT, allowed_token_ids=blanks, bad_words=["\n", " "]).text) == {"a"}
     stuck = one(llm, **HOT, allowed_token_ids=ids, bad_words=["a", "b"])
     assert (stuck.finish_reason, stuck.token_ids) == ("error", [])
 
