@@ -107,3 +107,13 @@ def test_constraints_that_are_refused(tiny_client, given, param, message):
     with pytest.raises(openai.BadRequestError) as again:
         tiny_client.completions.create(**{"model": "tiny", "prompt": ["x", "y"], **given_to_completions(given)})
     assert again.value.body == caught.value.body
+
+
+def test_a_grammar_beside_tools_is_told_by_the_name_that_was_sent(tiny_client):
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    for given, named in (
+        ({"guided_grammar": 'start: "a"'}, "guided_grammar"),
+        ({"structured_outputs": {"grammar": 'start: "a"'}}, "structured_outputs.grammar"),
+    ):
+        with pytest.raises(openai.BadRequestError, match=f"{named} cannot stand beside tools"):
+            chat(tiny_client, "x", tools=tools, extra_body=given)

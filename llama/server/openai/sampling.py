@@ -87,10 +87,12 @@ def _older_names(body: CommonRequest) -> dict[str, str]:
 def _name_as_sent(error: ParameterError, body: CommonRequest) -> None:
     if error.param != "structured_outputs":
         return
-    said = str(error).removeprefix(error.param)
+    message = str(error)
+    said = message.removeprefix(error.param)
     for kind, name in _older_names(body).items():
         if said.startswith(f".{kind}") or body.structured_outputs is None:
-            error.args, error.param = (name + said.removeprefix(f".{kind}"),), name
+            error.args = (message if said == message else name + said.removeprefix(f".{kind}"),)
+            error.param = name
             return
 
 

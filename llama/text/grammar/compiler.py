@@ -304,7 +304,7 @@ def _answer_rule(constraint: Mapping[str, Any], field: str) -> str:
     if kind == "choice":
         return f"answer: {_lark_choice(constraint['choice'])}"
     if kind == "grammar":
-        raise ParameterError("a grammar cannot stand beside tools: there would be no room for a call", field)
+        raise ParameterError(f"{field}.grammar cannot stand beside tools: there would be no room for a call", field)
     return f"answer: %json {prepared_schema(schema_of_response_format(constraint), field)}"
 
 
