@@ -1,6 +1,7 @@
 """Cloudflare's dialect over a real socket: every row of the parameter table, the envelope, streams, errors."""
 
 import json
+import sys
 
 import pytest
 
@@ -375,3 +376,12 @@ def test_none_hides_the_tools_and_auto_does_not(scripted):
 def test_choices_that_are_none(scripted, given, message):
     legal = '"auto", "none", "required" or {"type": "function", "function": {"name": ...}} with the name of a tool'
     assert bad_input(scripted, **{"messages": MESSAGES} | given) == (message or f"tool_choice must be {legal}")
+
+
+def test_numbers_too_large_for_a_float_in_json_mode(scripted):
+    """A grammar lets them through; JSON has no infinity."""
+    wanted = {"response_format": {"type": "json_object"}}
+    for said, value in (("[1e400]", [sys.float_info.max]), ("[-1e999, 2]", [-sys.float_info.max, 2])):
+        response = scripted.run({"messages": [user(said)], **wanted})
+        assert response.status_code == 200 and response.json()["result"]["response"] == value
+    assert scripted.run({"messages": [user("[NaN]")], **wanted}).json()["errors"][0]["code"] == 5024

@@ -1,5 +1,6 @@
 """Cloudflare Workers AI's dialect: one route, one envelope."""
 
+import json
 import secrets
 import uuid
 from collections.abc import AsyncGenerator
@@ -21,6 +22,7 @@ from llama.server.errors import Dialect, bad_input, json_mode_failed, no_such_mo
 from llama.server.fields import mismatch
 from llama.server.service import Answer, Service, Submit
 from llama.server.streaming import DONE, EventStream, unless_gone
+from llama.text.tool_calls.forms import nearest_float
 
 _PADDING = "abcdefghijklmnopqrstuvwxyz0123456789"
 _TASK = "c329a1f9-323d-4e91-b2aa-582dd4188d34"  # Cloudflare's id of text generation
@@ -173,7 +175,8 @@ def _result(completion: CompletionOutput, usage: Usage, body: RunRequest) -> dic
         response = None
     elif body.response_format is not None:
         try:
-            response = from_json(completion.text, allow_inf_nan=False)
+            from_json(completion.text, allow_inf_nan=False)  # bounds the depth, and refuses NaN
+            response = json.loads(completion.text, parse_float=nearest_float)
         except ValueError:
             raise json_mode_failed() from None
     thought = completion.reasoning_content

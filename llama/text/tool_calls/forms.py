@@ -140,12 +140,17 @@ def load_json(text: str) -> Any:
 def load_written(text: str) -> dict[str, Any]:
     """Arguments that a grammar held; what is too large for a float becomes the largest. Raises NotACall."""
     try:
-        value = json.loads(text, parse_float=lambda number: max(-_LARGEST, min(_LARGEST, float(number))))
+        value = json.loads(text, parse_float=nearest_float)
     except (ValueError, RecursionError):
         raise NotACall from None
     if not isinstance(value, dict):
         raise NotACall
     return value
+
+
+def nearest_float(number: str) -> float:
+    """What JSON spells as a float, the largest where it is too large for one."""
+    return max(-_LARGEST, min(_LARGEST, float(number)))
 
 
 def load_arguments(text: str) -> dict[str, Any]:
