@@ -110,6 +110,7 @@ def test_parameters_reach_the_engine(scripted, given, expected):
         ({"tools": [3]}, "Type mismatch of '/tools/0', 'object' not in 'number','integer'"),
         ({"tools": [{"name": "f"}] * 129}, "Length of '/tools' must be <= 128"),
         ({"tools": [{}]}, "tools[0] must name its function"),
+        ({"tools": [{"name": "f", "strict": "yes"}]}, "tools[0]: strict must be true or false, got str"),
         ({"functions": {}}, "Type mismatch of '/functions', 'array' not in 'object'"),
         ({"image": [1, 2]}, "'/image' is not supported: this model takes text only"),
         ({"image": None}, "'/image' is not supported: this model takes text only"),

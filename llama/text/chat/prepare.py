@@ -136,6 +136,8 @@ def _tool(tool: Any, where: str) -> dict[str, Any]:
         raise ParameterError(f"{where} must name its function", "tools")
     if not isinstance(function.get("parameters"), Mapping | None):
         raise _mistyped(f"{where}: parameters", "a JSON schema", function["parameters"], "tools")
+    if not isinstance(function.get("strict"), bool | None):
+        raise _mistyped(f"{where}: strict", "true or false", function["strict"], "tools")
     return dict(tool) if nested else {"type": "function", "function": function}
 
 
