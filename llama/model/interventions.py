@@ -4,10 +4,12 @@ Each is frozen and compared by its `digest`, which tells the prefix cache what w
 one sequence are applied in the order given; what is captured at a point is read after them.
 """
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from hashlib import blake2b
+from numbers import Real
 from typing import Any, ClassVar, Literal
 from uuid import uuid4
 
@@ -43,6 +45,11 @@ class Intervention:
     def shaped(self, shape: tuple[int, ...], positions: Rows) -> bool:
         """Whether the tensor fits a point whose token has this shape."""
         raise NotImplementedError
+
+    @property
+    def number(self) -> tuple[str, Any]:
+        """Name and value of the field that holds a number; 0 where there is none."""
+        return "", 0
 
     @cached_property
     def digest(self) -> bytes:
@@ -83,6 +90,10 @@ class Add(Intervention):
     def shaped(self, shape: tuple[int, ...], positions: Rows) -> bool:
         return tuple(self.vector.shape) in (shape, shape[-1:])
 
+    @property
+    def number(self) -> tuple[str, Any]:
+        return "scale", self.scale
+
 
 @dataclass(frozen=True, eq=False)
 class Replace(Intervention):
@@ -116,7 +127,15 @@ class Scale(Intervention):
         return value * factors
 
     def shaped(self, shape: tuple[int, ...], positions: Rows) -> bool:
-        return self.heads is None or (len(shape) == 2 and all(-shape[0] <= head < shape[0] for head in self.heads))
+        if self.heads is None:
+            return True
+        heads = self.heads if isinstance(self.heads, Iterable) else (None,)
+        whole = all(isinstance(head, int) and not isinstance(head, bool) for head in heads)
+        return whole and len(shape) == 2 and all(-shape[0] <= head < shape[0] for head in self.heads)
+
+    @property
+    def number(self) -> tuple[str, Any]:
+        return "factor", self.factor
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,9 +153,13 @@ class Project(Intervention):
 
     @cached_property
     def _basis(self) -> Tensor:
-        """[size, n], orthonormal, in at least float32."""
-        wide = wide_dtype(self.directions.dtype)
-        return torch.linalg.qr(self.directions.reshape(-1, self.directions.shape[-1]).to(wide).T)[0]
+        """[size, rank], orthonormal, in at least float32: a direction that is 0, or follows from others, adds none."""
+        given = self.directions.reshape(-1, self.directions.shape[-1]).to(wide_dtype(self.directions.dtype))
+        largest = given.abs().amax(1, keepdim=True)
+        lines = given[largest[:, 0] > 0] / largest[largest > 0][:, None]
+        mixtures, sizes, _ = torch.linalg.svd(lines.detach(), full_matrices=False)
+        least = max(lines.shape) * torch.finfo(lines.dtype).eps * sizes[:1]
+        return torch.linalg.qr((mixtures[:, sizes > least].T @ lines).T)[0]
 
     def shaped(self, shape: tuple[int, ...], positions: Rows) -> bool:
         fits = self.directions.dim() in (1, 2) and self.directions.shape[-1] == shape[-1]
@@ -165,13 +188,19 @@ def checked(given: Intervention, shape: tuple[int, ...], positions: Rows, like: 
     changes: dict[str, Any] = {}
     if given.tensor:
         tensor = getattr(given, given.tensor)
-        if not isinstance(tensor, Tensor):
-            found = type(tensor).__name__
-            raise ParameterError(f"{given.name}: {given.tensor} must be a tensor, got {found}", "interventions")
+        if not isinstance(tensor, Tensor) or tensor.is_complex():
+            found = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+            what = f"{given.name}: {given.tensor} must be a tensor of real numbers"
+            raise ParameterError(f"{what}, got {found}", "interventions")
         if not bool(tensor.isfinite().all()):
             what = f"{given.name} at {given.point}"
             raise ParameterError(f"{what}: {given.tensor} holds NaN or infinities", "interventions")
         changes[given.tensor] = tensor.to(like.device, like.dtype)
+    name, number = given.number
+    if not isinstance(number, Real) and not (isinstance(number, Tensor) and number.dim() == 0):
+        raise ParameterError(f"{given.name}: {name} must be a number, got {number!r}", "interventions")
+    if not math.isfinite(number):
+        raise ParameterError(f"{given.name}: {name} must be finite, got {number!r}", "interventions")
     if not given.shaped(shape, positions):
         got = list(getattr(given, given.tensor).shape) if given.tensor else repr(given)
         what = f"{given.name} does not fit {given.point}, whose value for one token is {list(shape)}"

@@ -51,7 +51,7 @@ def resolve_points(points: str | Iterable[str], num_layers: int) -> tuple[str, .
     layer too. ParameterError lists what there is for a name that is none.
     """
     found: set[str] = set()
-    for given in [points] if isinstance(points, str) else points:
+    for given in points if isinstance(points, Iterable) and not isinstance(points, str) else [points]:
         found |= _resolve(given, num_layers)
     if not found:
         raise ParameterError("points must name at least one point", "points")
@@ -176,11 +176,11 @@ def rows_of(positions: Positions, prompt_len: int) -> Rows:
         "generated": range(prompt_len, ENDLESS),
         "last": range(prompt_len - 1, prompt_len),
     }
-    if isinstance(positions, str):
-        if positions not in named:
-            legal = f"{', '.join(named)} or a list of integers"
-            raise ParameterError(f"positions must be {legal}, got {positions!r}", "positions")
+    if isinstance(positions, str) and positions in named:
         return named[positions]
+    if isinstance(positions, str) or not isinstance(positions, Iterable):
+        legal = f"{', '.join(named)} or a list of integers"
+        raise ParameterError(f"positions must be {legal}, got {positions!r}", "positions")
     if any(isinstance(p, bool) or not isinstance(p, int) for p in positions):
         raise ParameterError(f"positions must be integers, got {list(positions)!r}", "positions")
     wrong = next((p for p in positions if not -prompt_len <= p < prompt_len), None)

@@ -198,7 +198,7 @@ def test_each_sequence_has_its_own_changes_in_the_order_given(ids):
     [
         (Add("layers.0.z", torch.zeros(HIDDEN)), r"Add does not fit layers.0.z, .* is \[4, 16\]"),
         (Add("embed", torch.full((HIDDEN,), float("nan"))), "NaN"),
-        (Add("embed", [0.0]), "vector must be a tensor, got list"),
+        (Add("embed", [0.0]), "vector must be a tensor of real numbers, got list"),
         (Add("embed", torch.zeros(HIDDEN), positions=[21]), "positions has 21, and the prompt has 21 tokens"),
         (Add("embed", torch.zeros(HIDDEN), positions="some"), "positions must be all, prompt"),
         (Replace("embed", torch.zeros(3, HIDDEN), positions=[1, 2]), "Replace does not fit embed"),
@@ -208,11 +208,44 @@ def test_each_sequence_has_its_own_changes_in_the_order_given(ids):
         (Apply("embed", lambda x: x[:, :1]), "Apply at embed must give"),
         (Scale("layers.9.q", 0.0), "names no layer"),
         ("layers.0.q", "interventions must be one list"),
+        (Add("embed", torch.zeros(HIDDEN), scale="2"), "Add: scale must be a number, got '2'"),
+        (Add("embed", torch.zeros(HIDDEN), scale=float("inf")), "Add: scale must be finite, got inf"),
+        (Add("embed", torch.zeros(HIDDEN, dtype=torch.complex64)), "a tensor of real numbers, got torch.c"),
+        (Add("embed", torch.zeros(HIDDEN), positions=3), "positions must be all, prompt, .* got 3"),
+        (Add(3, torch.zeros(HIDDEN)), "a point must be a string, got 3"),
+        (Scale("embed", None), "Scale: factor must be a number, got None"),
+        (Scale("embed", torch.ones(HIDDEN)), "Scale: factor must be a number, got tensor"),
+        (Scale("layers.0.q", float("nan")), "Scale: factor must be finite, got nan"),
+        (Scale("layers.0.q", 0.0, heads=[1.5]), r"Scale does not fit layers.0.q"),
+        (Scale("layers.0.q", 0.0, heads=1), r"Scale does not fit layers.0.q"),
     ],
 )
 def test_what_does_not_fit_is_one_clear_error(ids, wrong, message):
     with pytest.raises(ParameterError, match=message):
         tiny_model(num_hidden_layers=LAYERS).logits(ids, interventions=[wrong])
+
+
+@pytest.mark.parametrize("mode", ["remove", "keep"])
+@pytest.mark.parametrize("others", [[0.0], [1.0], [-3.0, 1e-30], [1e-30, 0.0, 2.0]])
+def test_what_spans_nothing_more_is_projected_on_nothing_more(ids, mode, others):
+    """A direction that is there twice, or 0, has no direction of its own."""
+    ours = tiny_model(dtype=torch.float32)
+    one = torch.randn(HIDDEN, generator=torch.Generator().manual_seed(0))
+    expected = ours.logits(ids, interventions=[Project("embed", one, mode=mode)])
+    several = torch.stack([one, *(factor * one for factor in others)])
+    changed = ours.logits(ids, interventions=[Project("embed", several, mode=mode)])
+    torch.testing.assert_close(changed, expected, rtol=0, atol=1e-4)
+    nothing = ours.logits(ids, interventions=[Project("embed", 0 * several)])
+    assert torch.equal(nothing, ours.logits(ids))
+
+
+def test_a_projection_is_differentiated_in_directions_that_follow_from_one_another(ids):
+    ours = tiny_model()
+    one = torch.randn(HIDDEN, generator=torch.Generator().manual_seed(0), dtype=torch.float64).requires_grad_()
+    ways = [Project("embed", one), Project("embed", torch.stack([one, 2 * one]))]
+    slopes = [torch.autograd.grad(ours.logits(ids, interventions=[way], grad=True).sum(), one)[0] for way in ways]
+    torch.testing.assert_close(slopes[1], slopes[0], rtol=1e-9, atol=1e-9)
+    assert slopes[0].abs().max() > 0.1
 
 
 def test_equal_interventions_have_equal_digests():
