@@ -141,5 +141,18 @@ class Linear(Module):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         destination[prefix + "weight"] = self.dense_weight()
 
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *told: Any) -> None:
+        # A packed W takes values as a dense one does, and is packed anew; a quantised one takes none.
+        given = prefix + "weight" in state_dict
+        if given and self.coded is not None:
+            told[-1].append(f"{prefix}weight is quantised: load the model dense to change it")
+            return
+        was_packed = given and self.form is not None
+        if was_packed:
+            self.widen()
+        super()._load_from_state_dict(state_dict, prefix, *told)
+        if was_packed:
+            self.prepare()
+
     def extra_repr(self) -> str:
         return f"{self.in_features} -> {self.out_features}"

@@ -88,6 +88,8 @@ def quantised_forms(sample: Quantised, rows: int) -> tuple[str, dict[str, int]]:
 def _is_packed(linear: Linear, packing: Packing) -> bool:
     if linear.coded is not None:
         return True
+    if linear.weight.requires_grad:  # an optimizer has it
+        return False
     return library_for((linear.out_features, linear.in_features), linear.weight.dtype, packing) is not None
 
 

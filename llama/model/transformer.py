@@ -329,10 +329,21 @@ class Transformer(Research):
         packed, "never" no dense weight. What was said last holds for later calls that do not say (an LLM makes one).
         Each dense weight is kept once, in its packed form (a head tied to the embedding is a second copy). A quantised
         one keeps its codes: alone ("compact"), with a form for few tokens ("balanced"), or with one for many as well
-        ("fast"). Idempotent; moving or casting the model undoes it.
+        ("fast"). Weights that require a gradient stay parameters. Idempotent; moving or casting the model undoes it.
         """
         self.packing = packing or self.packing
         prepare([module for module in self.modules() if isinstance(module, Linear)], layout, self.packing)
+
+    def requires_grad_(self, requires_grad: bool = True) -> "Transformer":
+        """A packed weight is a parameter again before it requires a gradient."""
+        linears = [module for module in self.modules() if isinstance(module, Linear) and module.form is not None]
+        packed = [linear for linear in linears if linear.coded is None]
+        if requires_grad and packed:
+            for linear in packed:
+                linear.widen()
+            self._complete()
+        super().requires_grad_(requires_grad)
+        return self
 
     def _join(self, communicator: Communicator) -> None:
         """Have the parts of what ranks compute put together: of embedding, attention, MLP and logits."""

@@ -114,6 +114,43 @@ def test_a_prepared_model_is_the_same_model(dtype, tied, tmp_path):
     assert torch.equal(loaded.logits(ids), expected)
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_weights_that_require_a_gradient_stay_parameters(tied):
+    """An optimizer has them, whatever is made of the model before or after."""
+    early, late = (tiny_model(dtype=torch.float32, tie_word_embeddings=tied) for _ in range(2))
+    names = [name for name, _ in early.named_parameters()]
+    early.requires_grad_(True)
+    late.prepare(packing="always")
+    assert len(list(late.parameters())) < len(names)
+    late.requires_grad_(True)
+    for model in (early, late):
+        held = list(model.parameters())
+        model.prepare(packing="always")
+        assert [name for name, _ in model.named_parameters()] == names
+        model.logits(torch.arange(30)[None], grad=True).square().sum().backward()
+        assert all(parameter.grad is not None and parameter.grad.any() for parameter in held)
+    late.requires_grad_(False).prepare(packing="always")
+    assert all(module.weight is None for module in late.modules() if isinstance(module, Linear))
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_packed_model_takes_a_state_dict(tied, strict):
+    model, other = (tiny_model(dtype=torch.float32, seed=seed, tie_word_embeddings=tied) for seed in (0, 1))
+    model.prepare(packing="always")
+    model.load_state_dict(other.state_dict(), strict=strict)
+    assert all(module.weight is None for module in model.modules() if isinstance(module, Linear))
+    ids = torch.arange(30)[None]
+    torch.testing.assert_close(model.logits(ids), other.logits(ids), rtol=0, atol=1e-4)
+
+
+def test_a_quantised_model_takes_none():
+    model = tiny_model(dtype=torch.float32)
+    model.quantise("int8")
+    with pytest.raises(RuntimeError, match=r"layers.0.self_attn.qkv_proj.weight is quantised: load the model dense"):
+        model.load_state_dict(model.state_dict(), strict=False)
+
+
 def test_a_cast_undoes_it():
     model = tiny_model(dtype=torch.float32, tie_word_embeddings=True)
     model.prepare(packing="always")
