@@ -6,6 +6,7 @@ import sys
 import pytest
 import torch
 
+from llama import LLM, SamplingParams
 from llama.model.linear import Linear
 from llama.model.transformer import Transformer
 from llama.model.weights import float16, packed
@@ -131,6 +132,26 @@ def test_weights_that_require_a_gradient_stay_parameters(tied):
         assert all(parameter.grad is not None and parameter.grad.any() for parameter in held)
     late.requires_grad_(False).prepare(packing="always")
     assert all(module.weight is None for module in late.modules() if isinstance(module, Linear))
+
+
+@pytest.mark.parametrize("edit", ["row", "parameter"])
+def test_a_packed_head_follows_the_embedding_that_it_is_tied_to(edit):
+    model, other = (tiny_model(dtype=torch.float32, tie_word_embeddings=True) for _ in range(2))
+    model.prepare(packing="always")
+    ids = torch.arange(30)[None]
+    before = model.logits(ids)
+    for one in (model, other):
+        if edit == "row":
+            one.embed_tokens.weight[60] += 1
+        else:
+            one.embed_tokens.weight = torch.nn.Parameter(one.embed_tokens.weight * 2, requires_grad=False)
+    if edit == "parameter":
+        other.lm_head.weight = other.embed_tokens.weight
+    assert model.lm_head.weight is None
+    torch.testing.assert_close(model.logits(ids), other.logits(ids), rtol=0, atol=1e-4)
+    assert not torch.allclose(model.logits(ids), before, atol=1e-2)
+    [greedy] = LLM(model, num_blocks=16).generate([list(range(30))], SamplingParams(temperature=0, max_tokens=1))
+    assert list(greedy.outputs[0].token_ids) == [int(other.logits(ids)[0, -1].argmax())]
 
 
 @pytest.mark.parametrize("strict", [False, True])
