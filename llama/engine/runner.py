@@ -344,7 +344,10 @@ class Runner:
         sources, targets = self._on_device(plan.prompt_sources), self._on_device(plan.prompt_targets)
         parts = []
         for some, wanted in zip(sources.split(self._scored_rows), targets.split(self._scored_rows), strict=True):
-            scores = ops.token_logprobs(self.model.head(hidden, batch, some), wanted, plan.num_prompt_logprobs)
+            logits = self.model.head(hidden, batch, some)
+            if batch.taps is not None:
+                logits = batch.taps.logits(self.model, logits, some.tolist())
+            scores = ops.token_logprobs(logits, wanted, plan.num_prompt_logprobs)
             parts.append(fetch(pack(scores), scores))
         return parts
 

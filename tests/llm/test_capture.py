@@ -217,6 +217,21 @@ def test_logits_are_read_and_changed(model):
         llm.generate(asked, capture=Capture("logits", positions="prompt"))
 
 
+@pytest.mark.parametrize("budget", [4, 64])
+def test_what_a_prompt_scores_is_of_the_changed_logits(model, budget):
+    llm, ids = engine(model, max_num_batched_tokens=budget), prompt(10, 3, 0)
+    changes = [Scale("logits", 0.5, positions=[2, 5]), Apply("logits", torch.tanh, positions="last")]
+    asked = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0)
+    [output] = llm.generate(
+        [ids], asked, interventions=changes, capture=Capture("logits", positions=[-1]), use_tqdm=False
+    )
+    expected = model.logits(torch.tensor([ids]), interventions=changes)[0]
+    scores = expected.log_softmax(-1)
+    for i, (entry, token) in enumerate(zip(output.prompt_logprobs[1:], ids[1:], strict=True)):
+        assert entry[token].logprob == pytest.approx(float(scores[i, token]), abs=1e-9), i
+    torch.testing.assert_close(output.captured["logits"], expected[-1:], rtol=0, atol=1e-9)
+
+
 def test_too_much_memory_is_refused_before_anything_runs(model, monkeypatch):
     llm = engine(model)
     monkeypatch.setattr("llama.llm.taps.free_cpu_bytes", lambda: 100_000)
