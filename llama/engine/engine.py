@@ -230,8 +230,10 @@ class Engine:
     def reset_prefix_cache(self) -> None:
         """Forget the K and V of earlier prompts; requests that run keep what they have, and share none of it."""
         if self._watch is not None:
-            if self._watch.has_others() and isinstance(self.runner, GraphRunner):
-                self.runner.forget_graphs()
+            if self.model is not None and self._watch.has_others():
+                self._hooks = hooks_of(self.model)
+                if isinstance(self.runner, GraphRunner):
+                    self.runner.forget_graphs()
             self._watch.renew()
         self.pool.unpublish_all()
         self.scheduler.running.keep_private()

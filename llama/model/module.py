@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from typing import Any
+from weakref import ref
 
 from torch import nn
 from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
@@ -30,22 +31,34 @@ class Watch:
     through `.data`, or another library's view of the memory, does not."""
 
     def __init__(self, model: nn.Module) -> None:
-        self._own = [module._parameters for module in model.modules() if module._parameters]
+        self._model = model
         self.renew()
 
     def has_changed(self) -> bool:
-        """Since `renew`: in place, or there are others in their place."""
-        return self._look() != (self._known, self._versions)
+        """Since `renew`: in place, or there are others in their place, or other modules."""
+        return self.has_others() or self._versions() != self._known_versions
 
     def has_others(self) -> bool:
-        return self._look()[0] != self._known
+        if any(tuple(children.values()) != known for children, known in self._children):
+            return True
+        present = self._present()
+        return len(present) != len(self._known) or any(
+            known() is not value for known, value in zip(self._known, present, strict=True)
+        )
 
     def renew(self) -> None:
-        self._known, self._versions = self._look()
+        modules = list(self._model.modules())
+        self._children = [(module._modules, tuple(module._modules.values())) for module in modules if module._modules]
+        self._own = [module._parameters for module in modules if module._parameters]
+        # Not by id: another parameter may lie where one that is gone has lain.
+        self._known = list(map(ref, self._present()))
+        self._known_versions = self._versions()
 
-    def _look(self) -> tuple[list[int], list[int]]:
-        present = [value for own in self._own for value in own.values() if value is not None]
-        return list(map(id, present)), [0 if value.is_inference() else value._version for value in present]
+    def _present(self) -> list[nn.Parameter]:
+        return [value for own in self._own for value in own.values() if value is not None]
+
+    def _versions(self) -> list[int]:
+        return [0 if value.is_inference() else value._version for value in self._present()]
 
 
 def hooks_of(model: nn.Module) -> list[Mapping[int, Any]]:

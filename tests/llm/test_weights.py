@@ -6,7 +6,7 @@ import random
 import pytest
 import torch
 
-from llama import LLM, AsyncLLM, ParameterError, SamplingParams
+from llama import LLM, AsyncLLM, Capture, ParameterError, SamplingParams
 from llama.llm.weights import update_weights
 from llama.model.kv_cache import KVCache
 from tests.model.models import hugging_face_weights, tiny_model
@@ -149,6 +149,7 @@ CHANGES = {
     "by an optimizer": lambda model: one_step(model),
     "state dict": lambda model: model.load_state_dict(tiny_model(seed=5).state_dict()),
     "others in their place": lambda model: model.load_state_dict(tiny_model(seed=5).state_dict(), assign=True),
+    "another module": lambda model: setattr(model.layers[0], "mlp", tiny_model(seed=5).layers[0].mlp),
     "another parameter": lambda model: setattr(
         model.norm, "weight", torch.nn.Parameter(-model.norm.weight, requires_grad=False)
     ),
@@ -177,6 +178,18 @@ def test_prefixes_of_a_model_that_was_changed_by_hand_are_forgotten(change, tmp_
     assert other.load_prefix(tmp_path / "prefix.safetensors") == 32
     assert tokens(other) == expected
     assert other.engine.metrics().num_prefix_hits == 32  # what was read just before is not forgotten
+
+
+def test_a_module_that_was_replaced_is_read():
+    runs = engine(tiny_model())
+    tokens(runs)
+    CHANGES["another module"](runs.model)
+    points = ["layers.0.mlp_act", "layers.1.resid_post"]
+    one, read = SamplingParams(max_tokens=1), Capture(points, positions="prompt")
+    [output] = runs.generate([PROMPT], one, capture=read, use_tqdm=False)
+    _, expected = runs.model.run_with_cache(torch.tensor([PROMPT]), points)
+    for point in points:
+        torch.testing.assert_close(output.captured[point], expected[point][0], rtol=0, atol=1e-10)
 
 
 def test_a_request_that_runs_while_the_prefix_cache_is_dropped_shares_nothing_of_its_own():

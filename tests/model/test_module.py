@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.nn.utils import parametrize, prune
 
-from llama.model.module import Module
+from llama.model.module import Module, Watch
 from tests.model.models import tiny_model
 
 
@@ -72,3 +72,18 @@ def test_weights_may_be_pruned_or_parametrised():
     expected = tiny_model()
     expected.lm_head.weight.mul_(pruned.lm_head.weight_mask)
     assert torch.equal(pruned.logits(ids), expected.logits(ids))
+
+
+def test_a_parameter_where_one_that_is_gone_has_lain_is_another():
+    linear = nn.Linear(2, 2)
+
+    def replace():
+        linear.weight = nn.Parameter(torch.zeros(2, 2))
+
+    for _ in range(100):
+        replace()
+        watch = Watch(linear)
+        assert not watch.has_changed()
+        replace()
+        replace()
+        assert watch.has_changed()
