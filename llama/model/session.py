@@ -114,7 +114,10 @@ class ActivationCache(Mapping[str, Tensor]):
 
     def __getitem__(self, point: str) -> Tensor:
         if point not in self._values:
-            [*_, point] = [point, *resolve_points(point, self._num_layers)]
+            found = resolve_points(point, self._num_layers)
+            if len(found) > 1:
+                raise ParameterError(f"{point!r} names {len(found)} points, [] gives the value of one", "points")
+            [point] = found
         return self._values[point]
 
     def __iter__(self) -> Iterator[str]:

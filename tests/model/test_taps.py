@@ -107,6 +107,13 @@ def test_names_of_transformer_lens_mean_the_same_points(pair, ids):
     assert "ActivationCache of 5 points" in repr(cache) and "layers.1.resid_post: [3, 21, 48]" in repr(cache)
 
 
+def test_a_pattern_of_several_points_has_no_one_value(ids):
+    _, cache = tiny_model().run_with_cache(ids, ["layers.*.z"])
+    assert cache["layers.-1.z"] is cache["layers.1.z"]
+    with pytest.raises(ParameterError, match=r"'layers.\*.z' names 2 points"):
+        cache["layers.*.z"]
+
+
 def test_patterns():
     assert resolve_points("layers.1:.z", 3) == ("layers.1.z", "layers.2.z")
     assert resolve_points(["layers.-1.q", "embed", "layers.-1.q"], 3) == ("embed", "layers.2.q")
