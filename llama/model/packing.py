@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Literal
 
 import torch
+from torch import nn
 
 from llama.api.errors import ParameterError
 from llama.model.config import ModelConfig
@@ -64,6 +65,22 @@ def prepare(linears: Sequence[Linear], layout: str, packing: Packing) -> None:
     logger.debug("linear layers by form (packing %s): %s", packing, dict(forms))
     if sum(linear.form.nbytes for linear in chosen if linear.form is not None) >= WORTH_MOVING:
         move_to_huge_pages(seconds=2.5)
+
+
+def unpack(model: nn.Module) -> bool:
+    """Make packed weights parameters again -> whether there were any."""
+    linears = [module for module in model.modules() if isinstance(module, Linear) and module.form is not None]
+    packed = [linear for linear in linears if linear.coded is None]
+    for linear in packed:
+        linear.widen()
+    return bool(packed)
+
+
+def repack(linear: Linear, weight: nn.Parameter) -> None:
+    """Pack `weight` in place of what the layer has."""
+    with torch.inference_mode(False):
+        linear.form, linear.weight = None, weight
+        linear.prepare()
 
 
 def sample_of(shape: tuple[int, int], dtype: torch.dtype, scheme: str) -> Quantised:

@@ -28,7 +28,7 @@ from llama.model.digest import Digests
 from llama.model.kv_cache import KVCache
 from llama.model.linear import Linear
 from llama.model.module import Module
-from llama.model.packing import Packing, prepare
+from llama.model.packing import Packing, prepare, repack, unpack
 from llama.model.parallel import Shard
 from llama.model.research import Research
 from llama.model.rope import attention_factor, frequencies
@@ -342,21 +342,14 @@ class Transformer(Research):
         weight, head = self.embed_tokens.weight, self.lm_head
         known = None if weight.is_inference() else (weight._version, weight.data_ptr())
         if known is not None and known != self._head_of and self.config.tie_word_embeddings and head.coded is None:
-            with torch.inference_mode(False):
-                head.form, head.weight = None, weight
-                head.prepare()
+            repack(head, weight)
         self._head_of = known
 
     def requires_grad_(self, requires_grad: bool = True) -> "Transformer":
         """A packed weight is a parameter again before it requires a gradient."""
-        linears = [module for module in self.modules() if isinstance(module, Linear) and module.form is not None]
-        packed = [linear for linear in linears if linear.coded is None]
-        if requires_grad and packed:
-            for linear in packed:
-                linear.widen()
+        if requires_grad and unpack(self):
             self._complete()
-        super().requires_grad_(requires_grad)
-        return self
+        return super().requires_grad_(requires_grad)
 
     def _join(self, communicator: Communicator) -> None:
         """Have the parts of what ranks compute put together: of embedding, attention, MLP and logits."""
