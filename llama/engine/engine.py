@@ -22,7 +22,7 @@ from llama.engine.blocks import BlockPool
 from llama.engine.budget import free_cpu_bytes, lora_bytes
 from llama.engine.config import EngineConfig
 from llama.engine.draft_model import DraftModel
-from llama.engine.graph_runner import GraphRunner, make_runner
+from llama.engine.graph_runner import make_runner
 from llama.engine.guidance import check_guided, guided_limit
 from llama.engine.memory import fitting_blocks
 from llama.engine.metrics import EngineMetrics
@@ -232,8 +232,8 @@ class Engine:
         if self._watch is not None:
             if self.model is not None and self._watch.has_others():
                 self._hooks = hooks_of(self.model)
-                if isinstance(self.runner, GraphRunner):
-                    self.runner.forget_graphs()
+                if isinstance(self.runner, Runner):
+                    self.runner.renew()
             self._watch.renew()
         self.pool.unpublish_all()
         self.scheduler.running.keep_private()

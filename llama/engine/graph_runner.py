@@ -102,6 +102,11 @@ class GraphRunner(Runner):
         self.forget_graphs()  # the cache that they know will be elsewhere
         super().sleep()
 
+    def renew(self) -> None:
+        super().renew()
+        self._hooks = hooks_of(self.model)
+        self.forget_graphs()
+
     def forget_graphs(self) -> None:
         """Steps are recorded anew as they come."""
         self._graphs.forget(lambda key: True)

@@ -84,6 +84,7 @@ class Runner:
         self._rows: tuple[Ints, Tensor] | None = None
         self._tables: tuple[Ints, int, Tensor] | None = None
         self._weights = model.config.num_parameters
+        self._names = names_of(model)
         self._scored_rows = num_scored_rows(self.vocab_size, device)
         self._is_disjoint = config.speculation is None
 
@@ -139,6 +140,10 @@ class Runner:
 
     def record(self, adapter: AdapterWeights) -> None:
         """Record the steps with adapters that this one asks for, where steps are recorded. None may run meanwhile."""
+
+    def renew(self) -> None:
+        """The model has other modules than it had, or other parameters."""
+        self._names = names_of(self.model)
 
     def release_memory(self) -> None:
         """Give back what the allocator keeps for later. The KV cache is one fixed allocation and stays."""
@@ -299,7 +304,7 @@ class Runner:
             Span(taps, int(firsts[seq]), int(starts[seq]), int(plan.query_lens[seq]), key)
             for key, (seq, taps) in enumerate(plan.taps)
         ]
-        return StepTaps(names_of(self.model), spans, in_engine=True, communicator=self.model.communicator)
+        return StepTaps(self._names, spans, in_engine=True, communicator=self.model.communicator)
 
     def _sample(self, plan: Plan, batch: Batch, hidden: Tensor) -> Callable[[], StepResult]:
         if not len(plan.sample_rows):

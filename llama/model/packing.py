@@ -76,11 +76,23 @@ def unpack(model: nn.Module) -> bool:
     return bool(packed)
 
 
-def repack(linear: Linear, weight: nn.Parameter) -> None:
-    """Pack `weight` in place of what the layer has."""
-    with torch.inference_mode(False):
-        linear.form, linear.weight = None, weight
-        linear.prepare()
+class TiedHead:
+    """Packs a head that is tied to the embedding anew where that has changed in place since."""
+
+    def __init__(self) -> None:
+        self._state = -1, -1
+
+    def settle(self, embedding: nn.Parameter) -> None:
+        """What is packed now is of this embedding, as it is."""
+        self._state = 0 if embedding.is_inference() else embedding._version, embedding.data_ptr()
+
+    def renew(self, head: Linear, embedding: nn.Parameter) -> None:
+        known = self._state
+        self.settle(embedding)
+        if self._state != known and head.coded is None:
+            with torch.inference_mode(False):
+                head.form, head.weight = None, embedding
+                head.prepare()
 
 
 def sample_of(shape: tuple[int, int], dtype: torch.dtype, scheme: str) -> Quantised:

@@ -28,7 +28,7 @@ from llama.model.digest import Digests
 from llama.model.kv_cache import KVCache
 from llama.model.linear import Linear
 from llama.model.module import Module
-from llama.model.packing import Packing, prepare, repack, unpack
+from llama.model.packing import Packing, TiedHead, prepare, unpack
 from llama.model.parallel import Shard
 from llama.model.research import Research
 from llama.model.rope import attention_factor, frequencies
@@ -210,7 +210,7 @@ class Transformer(Research):
         self.requires_grad_(False)
         self.kv_scales: Tensor | None = None  # [layers, 2, kv_heads], where the checkpoint has some for a cache in fp8
         self.packing: Packing = "auto"
-        self._head_of: tuple[int, int] | None = None  # version and place of the embedding that a packed head is of
+        self._tied = TiedHead()
         self.digests = Digests()
         self.fixed: Pieces | Runs | None = None  # of batches, where `fixed_rows.fix_rows` has been called
         self.register_buffer("frequencies", frequencies(config, device), persistent=False)
@@ -306,8 +306,8 @@ class Transformer(Research):
 
     def hidden(self, batch: Batch, kv: KVCache) -> Tensor:
         """-> [tokens, hidden] after the last norm, of every token; `head` makes logits of it."""
-        if self.lm_head.form is not None:
-            self._renew_head()
+        if self.lm_head.form is not None and self.config.tie_word_embeddings:
+            self._tied.renew(self.lm_head, self.embed_tokens.weight)
         rotation = ops.cos_sin(batch.positions, self.frequencies, self.attention_factor)
         x, residual = self.embed_tokens(batch.token_ids, batch.adapters), None
         if batch.taps is not None:
@@ -336,14 +336,7 @@ class Transformer(Research):
         """
         self.packing = packing or self.packing
         prepare([module for module in self.modules() if isinstance(module, Linear)], layout, self.packing)
-
-    def _renew_head(self) -> None:
-        """A packed head that is tied to the embedding is made anew where that has changed in place since."""
-        weight, head = self.embed_tokens.weight, self.lm_head
-        known = None if weight.is_inference() else (weight._version, weight.data_ptr())
-        if known is not None and known != self._head_of and self.config.tie_word_embeddings and head.coded is None:
-            repack(head, weight)
-        self._head_of = known
+        self._tied.settle(self.embed_tokens.weight)
 
     def requires_grad_(self, requires_grad: bool = True) -> "Transformer":
         """A packed weight is a parameter again before it requires a gradient."""
