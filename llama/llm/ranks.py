@@ -117,7 +117,7 @@ class Ranks:
                 ours, theirs = socket.socketpair()
                 with theirs:
                     # -P: the script's folder is no place to import from.
-                    arguments = [str(theirs.fileno()), str(os.getpid()), json.dumps([p for p in sys.path if p])]
+                    arguments = [str(theirs.fileno()), str(os.getpid()), json.dumps(sys.path)]
                     process = subprocess.Popen(
                         [sys.executable, "-P", str(_PROGRAM), *arguments],
                         pass_fds=[theirs.fileno()],

@@ -150,7 +150,7 @@ def _start(number: int) -> Replica:
         listener.bind("")  # the system gives it a name that no other has
         listener.listen(BACKLOG)
         descriptors = [theirs.fileno(), listener.fileno()]
-        arguments = [*map(str, descriptors), json.dumps([path for path in sys.path if path])]
+        arguments = [*map(str, descriptors), json.dumps(sys.path)]
         process = subprocess.Popen(
             # -P: the script's folder is no place to import from.
             [sys.executable, "-P", str(_PROGRAM), *arguments],

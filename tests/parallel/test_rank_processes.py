@@ -218,6 +218,20 @@ def test_ranks_start_from_anything_that_runs_python(folder, expected, tmp_path, 
     assert (done.returncode, done.stdout) == (0, f"{expected}\n"), done.stderr
 
 
+UNINSTALLED = """
+import os, sys
+sys.path[:] = ["", *(path for path in sys.path if path and not os.path.isdir(os.path.join(path, "llama")))]
+"""
+
+
+@pytest.mark.slow
+def test_ranks_find_what_rank_0_has_from_its_working_directory(folder, expected):
+    """As a notebook does in a clone that is not installed."""
+    options = {"capture_output": True, "text": True, "env": environment(PYTHONPATH=""), "cwd": REPOSITORY}
+    done = subprocess.run([sys.executable, "-c", UNINSTALLED + SCRIPT.format(folder=folder)], check=False, **options)
+    assert (done.returncode, done.stdout) == (0, f"{expected}\n"), done.stderr
+
+
 @pytest.mark.slow
 def test_ranks_meet_where_the_name_of_the_machine_means_nothing(folder, expected):
     """Nor what others use to find a network."""
