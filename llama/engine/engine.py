@@ -104,6 +104,7 @@ class Engine:
         self.model = model
         self._hooks = [] if model is None else hooks_of(model)
         self._watch = None if model is None else Watch(model)
+        self._made_for = "" if model is None else f"{model.dtype} on {model.device}"
         self._has_warned = self.is_sleeping = False
         self._let_speculate = let_speculate  # tests bring drafts of their own
         self._seeds = Seeds(config.seed)
@@ -223,7 +224,10 @@ class Engine:
 
     def notice_changes(self) -> None:
         """Of weights, since the last request: in place, as by an optimizer's step, or by others in their place. Then
-        the keys and values of earlier prompts are those of another network."""
+        the keys and values of earlier prompts are those of another network. ParameterError where the model was moved or
+        cast."""
+        if self.model is not None and (now := f"{self.model.dtype} on {self.model.device}") != self._made_for:
+            raise ParameterError(f"the model was {self._made_for} when its engine was made, it is {now}: make another")
         if self._watch is not None and self._watch.has_changed():
             self.reset_prefix_cache()
 

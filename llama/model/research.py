@@ -97,6 +97,8 @@ class Research(Module):
         if not isinstance(token_ids, Tensor):
             raise ParameterError(f"token_ids must be an int64 tensor [batch, seq], got {token_ids!r}", "token_ids")
         rows, length = checked_ids(token_ids, config.vocab_size).shape
+        if grad and torch.is_inference_mode_enabled():
+            raise ParameterError("grad=True has no effect inside torch.inference_mode: leave it first", "grad")
         if length > (most := config.longest_context):
             raise ParameterError(f"token_ids has {length} tokens a row, the model's context is {most}", "token_ids")
         read = resolve_points(points, config.num_hidden_layers) if points else ()

@@ -192,6 +192,16 @@ def test_a_module_that_was_replaced_is_read():
         torch.testing.assert_close(output.captured[point], expected[point][0], rtol=0, atol=1e-10)
 
 
+def test_a_model_that_was_cast_under_its_engine_is_one_clear_error():
+    runs = engine(tiny_model())
+    tokens(runs)
+    runs.model.float()
+    with pytest.raises(ParameterError, match=r"was torch.float64 on cpu .* it is torch.float32 on cpu"):
+        tokens(runs)
+    runs.model.double()
+    tokens(runs)
+
+
 def test_a_request_that_runs_while_the_prefix_cache_is_dropped_shares_nothing_of_its_own():
     runs = engine(tiny_model())
     stream = runs.stream(PROMPT, SamplingParams(max_tokens=20, temperature=0, ignore_eos=True))

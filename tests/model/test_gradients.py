@@ -103,3 +103,8 @@ def test_the_differentiable_ops_compute_the_same(dtype):
     found = ours.logits(IDS, grad=True)
     assert found.requires_grad
     torch.testing.assert_close(found.detach(), expected, rtol=0, atol=bound * float(expected.abs().max()))
+
+
+def test_inference_mode_has_no_gradients():
+    with torch.inference_mode(), pytest.raises(ParameterError, match=r"grad=True has no effect inside torch.inference"):
+        tiny_model().logits(IDS, grad=True)
