@@ -151,7 +151,7 @@ def test_groups_of_two_threads_are_never_called_at_once():
         def __getattr__(self, name):
             def call(*arguments):
                 met.append(not calling.acquire(blocking=False))
-                time.sleep(0.01)
+                time.sleep(0.01)  # long enough for the other thread to come in
                 work = getattr(self.group, name)(*arguments)
                 if not met[-1]:
                     calling.release()
