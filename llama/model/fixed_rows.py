@@ -61,7 +61,8 @@ def fix_rows(model: Transformer) -> None:
                     ways[kind] = _way_on_triton(module) if on_triton else _Way(_pieces_of(module))
                 module.pieces, module.multiply = ways[kind]
     if fixed is None or any(way.pieces is None for way in ways.values()):
-        raise ParameterError("deterministic must be False on this machine: its products depend on the batch")
+        why = f"its products in {str(model.dtype).removeprefix('torch.')} depend on the batch"
+        raise ParameterError(f"deterministic must be False on this machine: {why}", "deterministic")
     model.fixed = fixed
     logger.info("pieces of rows with the same bits found (%.2f s)", time.monotonic() - started)
 

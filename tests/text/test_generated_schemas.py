@@ -98,6 +98,18 @@ def test_names_of_properties_are_held_where_they_can_be(compiler, demo_tokenizer
     assert not accepts(compiler, demo_tokenizer, schema, {"a": 1})
 
 
+def test_listed_names_are_held_beside_properties(compiler, demo_tokenizer):
+    schema = {
+        "type": "object",
+        "properties": {"b": {"type": "boolean"}, "z": {"type": "integer"}},
+        "propertyNames": {"enum": ["a", "b"]},
+        "additionalProperties": {"type": "integer"},
+    }
+    assert accepts(compiler, demo_tokenizer, schema, {"b": True, "a": 1})
+    for wrong in ({"b": 1}, {"a": True}, {"c": 1}, {"z": 1}):
+        assert not accepts(compiler, demo_tokenizer, schema, wrong)
+
+
 def test_what_must_be_there_may_be_there(compiler, demo_tokenizer):
     """Closing an object must not forbid what it requires."""
     schema = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a", "b"]}

@@ -2,8 +2,8 @@
 
 Relaxing: what generators of schemas write and llguidance does not have. A `format` that it does not know, a pattern
 with look-around beside a format, bounds beyond 2**63 and `uniqueItems` are left out; `propertyNames` becomes the
-properties or the pattern that it lists, else it is left out; of a `oneOf` several may hold. OpenAPI's `nullable` adds
-null to the type.
+properties that it lists, or the pattern where no properties are given, else it is left out; of a `oneOf` several may
+hold. OpenAPI's `nullable` adds null to the type.
 
 Closing: an object that lists its properties gets `additionalProperties: false` unless it says otherwise. Whatever is
 then generated satisfies the schema as it was sent; without it, a model may go on inventing properties without end.
@@ -177,11 +177,14 @@ def _relaxed(schema: Any) -> Any:
     if relaxed.get("nullable") is True and isinstance(kind := relaxed.get("type"), str):
         relaxed["type"] = [kind, "null"]
     names = relaxed.pop("propertyNames", None)
-    if isinstance(names, Mapping) and not relaxed.keys() & {"properties", "patternProperties"}:
+    own = relaxed.get("properties", {})
+    if isinstance(names, Mapping) and isinstance(own, Mapping) and "patternProperties" not in relaxed:
         others = relaxed.get("additionalProperties", True)
         if isinstance(listed := names.get("enum"), list) and all(isinstance(name, str) for name in listed):
-            relaxed |= {"properties": dict.fromkeys(listed, others), "additionalProperties": False}
-        elif isinstance(pattern := names.get("pattern"), str):
+            kept = {name: value for name, value in own.items() if name in listed}
+            new = {name: others for name in listed if name not in kept}
+            relaxed |= {"properties": kept | new, "additionalProperties": False}
+        elif not own and isinstance(pattern := names.get("pattern"), str):
             relaxed |= {"patternProperties": {pattern: others}, "additionalProperties": False}
     return relaxed
 
