@@ -147,9 +147,12 @@ class Research(Module):
         """The final norm and the head over a residual [..., hidden] -> logits [..., vocab], float32 (float64 for a
         float64 model): the logit lens."""
         self.needs_whole("unembed")
-        hidden = self.norm(resid.reshape(-1, resid.shape[-1]))[0]
-        wide = wide_dtype(self.dtype)
-        return self.lm_head(hidden).view(*resid.shape[:-1], -1).to(wide)
+        size, dtype = self.config.hidden_size, self.dtype
+        if not isinstance(resid, Tensor) or resid.shape[-1:] != (size,) or resid.dtype != dtype:
+            seen = f"{resid.dtype} {list(resid.shape)}" if isinstance(resid, Tensor) else repr(resid)
+            raise ParameterError(f"resid must be a {dtype} tensor [..., {size}], got {seen}", "resid")
+        logits: Tensor = self.lm_head(self.norm(resid.to(self.device).reshape(-1, size))[0])
+        return logits.view(*resid.shape[:-1], self.config.vocab_size).to(wide_dtype(dtype))
 
     def session(self, max_tokens: int) -> Session:
         """An empty sequence of at most `max_tokens` with a cache of its own."""

@@ -1,6 +1,7 @@
 """Points of the network: what is read there equals what hooks in transformers see, and a change made there equals the
 same change made by a hook."""
 
+import re
 from contextlib import nullcontext
 
 import pytest
@@ -274,6 +275,17 @@ def test_the_logit_lens(pair, ids):
         bound = BOUNDS[ours.dtype] * max(1.0, expected.abs().max())
         torch.testing.assert_close(ours.unembed(resid), expected, rtol=0, atol=bound)
     torch.testing.assert_close(ours.unembed(cache["layers.-1.resid_post"]), ours.logits(ids))
+
+
+def test_the_logit_lens_takes_residuals_alone():
+    ours = tiny_model()
+    none = torch.zeros(0, 3, HIDDEN, dtype=ours.dtype)
+    assert ours.unembed(none).shape == (0, 3, ours.config.vocab_size)
+    for wrong in (torch.zeros(2, HIDDEN - 1), torch.zeros(2, HIDDEN, dtype=torch.float16), torch.tensor(1.0), [1.0]):
+        seen = list(wrong.shape) if isinstance(wrong, torch.Tensor) else wrong
+        with pytest.raises(ParameterError, match=re.escape(f"[..., {HIDDEN}], got")) as caught:
+            ours.unembed(wrong)
+        assert str(seen) in str(caught.value)
 
 
 def test_without_the_head_there_are_no_logits(ids, monkeypatch):
