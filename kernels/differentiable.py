@@ -1,11 +1,14 @@
-"""The model's ops in plain PyTorch without anything in place: what autograd follows. Chosen by `ops` for tensors that
-require a gradient, on every device; slower than kernels/cpu and meant for single forwards of research, not for serving.
+"""The model's ops in plain PyTorch without anything in place: what autograd follows. Chosen by `ops` (`lora` by
+`LoraStack`) for tensors that require a gradient, on every device; slower than kernels/cpu and meant for single forwards
+of research, not for serving.
 """
+
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from llama.kernels.types import CosSin, KVLayer, Ragged, wide_dtype
+from llama.kernels.types import CosSin, KVLayer, Ragged, TokenAdapters, wide_dtype
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -53,3 +56,24 @@ def _causal(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
 def silu_mul(gate_up: Tensor) -> Tensor:
     gate, up = gate_up.chunk(2, dim=-1)
     return torch.nn.functional.silu(gate) * up
+
+
+def lora(
+    x: Tensor, y: Tensor, a: Tensor, b: Tensor, *, adapters: TokenAdapters, slice_starts: tuple[int, ...]
+) -> Tensor:
+    """y + B (A x), of each token's adapter: both halves (`ops.lora_shrink`, `ops.lora_expand`) in one. x [tokens, in],
+    or ids of tokens with an `a` of three dimensions. With respect to A and B too."""
+    wide = wide_dtype(y.dtype)
+    for index in adapters.indices.unique().tolist():
+        if index == 0:
+            continue
+        rows = (adapters.indices == index).nonzero().flatten()
+        chosen = x.index_select(0, rows)
+        if a.dim() == 3:  # of the embedding
+            h = a[index - 1].index_select(0, chosen).to(wide).unsqueeze(1)
+        else:
+            h = torch.einsum("ti,sri->tsr", chosen.to(wide), a[index - 1].to(wide))
+        slices = b[index - 1].to(wide).split([stop - start for start, stop in pairwise(slice_starts)])
+        delta = torch.cat([h[:, i] @ part.T for i, part in enumerate(slices)], 1)
+        y = y.index_add(0, rows, delta.to(y.dtype))
+    return y

@@ -7,9 +7,9 @@ engines may share: they come to each forward with the batch.
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from torch import Tensor, nn
+from torch import Tensor, is_grad_enabled, nn
 
-from llama.kernels import ops
+from llama.kernels import differentiable, ops
 from llama.kernels.cpu.pieces import Pieces
 from llama.kernels.types import TokenAdapters
 
@@ -28,7 +28,10 @@ class LoraStack:
         self.rank = 0
 
     def add(self, x: Tensor, y: Tensor, tokens: TokenAdapters) -> Tensor:
-        """Adds to y [tokens, out] in place and returns it; x [tokens, in], or token ids [tokens]."""
+        """Adds to y [tokens, out] in place and returns it, or with gradients a tensor of its own; x [tokens, in], or
+        token ids [tokens]."""
+        if is_grad_enabled() and (y.requires_grad or self.a.requires_grad or self.b.requires_grad):
+            return differentiable.lora(x, y, self.a, self.b, adapters=tokens, slice_starts=self.slice_starts)
         shrink = ops.lora_embedding if self.is_embedding else ops.lora_shrink
         ops.lora_expand(shrink(x, self.a, tokens), y, self.b, tokens, self.slice_starts)
         return y
@@ -82,6 +85,6 @@ class StepAdapters(NamedTuple):
         return self.of(self.stacks, self.tokens.indices.index_select(0, rows), self.tokens.fixed)
 
     def add(self, module: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-        """y with what the adapters of `module` add to it, in place."""
+        """y with what the adapters of `module` add to it; see `LoraStack.add`."""
         stack = self.stacks.get(module)
         return y if stack is None else stack.add(x, y, self.tokens)

@@ -69,7 +69,7 @@ class Research(Module):
         adapter_indices [batch] says which adapter of `stacks` each sequence uses (0 = none). seq is at most
         config.longest_context; to try longer ones, change the config. `interventions` are one list for all
         sequences or a list (or None) for each. With `grad` every op is differentiable: in parameters that require it,
-        in tensors of interventions, in what `run_with_cache` reads.
+        in tensors of interventions and of `stacks`, in what `run_with_cache` reads.
         """
         logits, _ = self.run_with_cache(
             token_ids, (), stacks, adapter_indices, interventions=interventions, logits=True, grad=grad
@@ -104,7 +104,8 @@ class Research(Module):
         read = resolve_points(points, config.num_hidden_layers) if points else ()
         per_row = [bind(i, {}, config, length, like=self.norm.weight) for i in each(interventions, rows)]
         edited = {point for taps in per_row for point in taps.edits}
-        self._check_grad(per_row, grad)
+        adapters = self._adapters(stacks, adapter_indices, rows, length)
+        self._check_grad(per_row, {} if stacks is None else stacks, grad)
         wide = wide_dtype(self.dtype)
         if not token_ids.numel():
             empty = torch.empty(rows, length, config.vocab_size, dtype=wide, device=self.device)
@@ -114,9 +115,6 @@ class Research(Module):
             spans = [Span(one, i * length, 0, length) for i, one in enumerate(per_row)]
             taps = StepTaps(names_of(self), spans, whole=dict.fromkeys(read, (rows, length)), grad=grad)
         num_blocks = -(-length // BLOCK_SIZE)
-        adapters = None
-        if stacks is not None and adapter_indices is not None:
-            adapters = StepAdapters.of(stacks, adapter_indices.to(self.device).int().repeat_interleave(length))
         ids = token_ids.to(self.device)
         batch = rectangle(ids, 0, num_blocks, BLOCK_SIZE, adapters=adapters, taps=taps)
         kv = KVCache(config, rows * num_blocks, BLOCK_SIZE, dtype=self.dtype, device=self.device)
@@ -129,11 +127,32 @@ class Research(Module):
         found = {} if taps is None else {point: taps.whole[point] for point in read}
         return y, ActivationCache(found, config.num_hidden_layers)
 
-    def _check_grad(self, per_row: Sequence[SequenceTaps], grad: bool) -> None:
+    def _adapters(self, stacks: Stacks | None, indices: Tensor | None, rows: int, length: int) -> StepAdapters | None:
+        """Those of all tokens. ParameterError for one argument without the other, or indices that are none."""
+        if stacks is None and indices is None:
+            return None
+        if stacks is None or indices is None:
+            missing = "stacks" if stacks is None else "adapter_indices"
+            raise ParameterError(f"stacks and adapter_indices go together: {missing} is None", missing)
+        most = min((len(stack.a) for stack in stacks.values()), default=0)
+        legal = f"adapter_indices must be an int32 or int64 tensor [{rows}] of 0 to {most}"
+        if not isinstance(indices, Tensor) or indices.dtype not in (torch.int32, torch.int64):
+            raise ParameterError(f"{legal}, got {indices!r}", "adapter_indices")
+        if indices.shape != (rows,) or not all(0 <= index <= most for index in indices.tolist()):
+            raise ParameterError(f"{legal}, got {indices!r}", "adapter_indices")
+        return StepAdapters.of(stacks, indices.to(self.device).int().repeat_interleave(length))
+
+    def _check_grad(self, per_row: Sequence[SequenceTaps], stacks: Stacks, grad: bool) -> None:
         if grad or not torch.is_grad_enabled():
             return
         edits = [edit.intervention for taps in per_row for edits in taps.edits.values() for edit in edits]
+        names = {module: name for name, module in self.named_modules()} if stacks else {}
         needy = [name for name, parameter in self.named_parameters() if parameter.requires_grad]
+        needy += [
+            f"an adapter of {names.get(module, module)}"
+            for module, stack in stacks.items()
+            if stack.a.requires_grad or stack.b.requires_grad
+        ]
         needy += [edit.name for edit in edits if edit.tensor and getattr(edit, edit.tensor).requires_grad]
         if needy:
             raise ParameterError(
