@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 from weakref import ref
 
-from torch import nn
+from torch import is_grad_enabled, nn
 from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 from torch.utils.hooks import RemovableHandle
 
@@ -12,7 +12,7 @@ from torch.utils.hooks import RemovableHandle
 class Module(nn.Module):
     """nn.Module finds a child only after the ordinary look-up has failed, and asks for nine kinds of hooks in a call:
     a microsecond each, and 500 of them in a decode step. Here children are attributes of the instance as well, and a
-    call asks for forward hooks alone: nothing wants a gradient, so that backward hooks have nothing to do.
+    call asks for forward hooks alone, unless gradients are on: else backward hooks have nothing to do.
     """
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -21,7 +21,13 @@ class Module(nn.Module):
             self.__dict__[name] = value
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self._forward_hooks or self._forward_pre_hooks or _global_forward_hooks or _global_forward_pre_hooks:
+        if (
+            self._forward_hooks
+            or self._forward_pre_hooks
+            or _global_forward_hooks
+            or _global_forward_pre_hooks
+            or is_grad_enabled()
+        ):
             return super().__call__(*args, **kwargs)
         return self.forward(*args, **kwargs)
 

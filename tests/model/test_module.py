@@ -10,6 +10,7 @@ from torch.nn.utils import parametrize, prune
 
 from llama.model.module import Module, Watch
 from tests.model.models import tiny_model
+from tests.model.pairs import float64_throughout, make_pair
 
 
 class Doubled(Module):
@@ -87,3 +88,25 @@ def test_a_parameter_where_one_that_is_gone_has_lain_is_another():
         replace()
         replace()
         assert watch.has_changed()
+
+
+@pytest.mark.parametrize("register", ["register_full_backward_hook", "register_full_backward_pre_hook"])
+@pytest.mark.parametrize("of_all", [False, True])
+def test_backward_hooks_fire(register, of_all, tmp_path):
+    """And see what they see in transformers."""
+    with float64_throughout():
+        theirs, ours = make_pair(tmp_path, seed=4, attn_implementation="eager")
+        ids, seen = torch.tensor([[1, 2, 3, 4]]), []
+        for model, mlp in ((theirs.model, theirs.model.layers[1].mlp), (ours, ours.layers[1].mlp)):
+
+            def hook(module, *gradients, mlp=mlp):
+                if module is mlp:
+                    seen.append(gradients[-1][0])  # with respect to the output
+
+            on = getattr(torch.nn.modules.module, register.replace("register_", "register_module_")) if of_all else None
+            handle = on(hook) if of_all else getattr(mlp, register)(hook)
+            logits = theirs(ids).logits if model is theirs.model else ours.logits(ids, grad=True)
+            logits.square().sum().backward()
+            handle.remove()
+    assert len(seen) == 2
+    torch.testing.assert_close(seen[1], seen[0].view_as(seen[1]), rtol=0, atol=1e-9 * float(seen[0].abs().max()))
