@@ -23,6 +23,9 @@ class Float16Matrix:
         self._linear = torch.ops.quantized.linear_dynamic_fp16.default.redispatch
         self._keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
 
+    def __reduce__(self) -> tuple[type["Float16Matrix"], tuple[Tensor]]:
+        return Float16Matrix, (self.to(torch.float16),)  # FBGEMM's layout is not pickled
+
     def __call__(self, x: Tensor, scales: Tensor | None = None) -> Tensor:
         """x W^T, a column times its scale of `scales` float32 [rows], in x.dtype."""
         wide = x.float()

@@ -61,6 +61,9 @@ class OneDNNWeight:
         self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach())
         self._linear = torch.ops.mkldnn._linear_pointwise.default
 
+    def __reduce__(self) -> tuple[type["OneDNNWeight"], tuple[Tensor]]:
+        return OneDNNWeight, (self.dense(),)  # oneDNN's layout is neither copied nor pickled
+
     def __call__(self, x: Tensor) -> Tensor:
         """oneDNN makes a kernel for each number of rows, half a megabyte that it keeps: there are few such numbers."""
         rows = x.shape[0]

@@ -10,9 +10,9 @@ on a CPU `prepare` makes further forms of a weight, by the layout that is asked 
                in float16 too, others have a dense copy beside them
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -58,6 +58,11 @@ class Quantised:
         self._float16: float16_codes.Float16Codes | None = None  # in place of the weight
         self.is_prepared = False
         self._layout = "balanced"
+
+    def __reduce__(self) -> tuple[Callable[..., "Quantised"], tuple[Any, ...]]:
+        """What is beside the codes follows from them, and is neither copied nor pickled."""
+        layout = self._layout if self.is_prepared else None
+        return _again, (self.weight, self.dtype, self.order, layout, self._most_few)
 
     @property
     def weight(self) -> QuantizedWeight:
@@ -189,6 +194,16 @@ class Quantised:
         """q [N, K], columns in the order of x."""
         q = codes_of(self.weight)
         return q if self.order is None else q[:, self.order.argsort()]
+
+
+def _again(
+    weight: QuantizedWeight, dtype: torch.dtype, order: Tensor | None, layout: str | None, most_few: int
+) -> Quantised:
+    form = Quantised(weight, dtype, order)
+    if layout is not None:
+        form.prepare(layout)
+        form._most_few = most_few
+    return form
 
 
 class Dense:
