@@ -381,8 +381,9 @@ def _checked(given: Intervention, old: Tensor, new: Tensor) -> Tensor:
 
 
 def names_of(model: nn.Module) -> dict[nn.Module, str]:
-    """Each module that has points -> what comes before a point's own name."""
+    """Each module that has points -> what comes before a point's own name. Layers and their parts may be wrapped, as
+    for activation checkpointing: so every module of a layer is there."""
     names: dict[nn.Module, str] = {model: ""}
-    for i, block in enumerate(model.layers):  # type: ignore[arg-type]
-        names |= dict.fromkeys((block, block.self_attn, block.mlp), f"layers.{i}.")
+    for i, layer in enumerate(model.layers):  # type: ignore[arg-type]
+        names |= dict.fromkeys(layer.modules(), f"layers.{i}.")
     return names

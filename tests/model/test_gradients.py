@@ -3,9 +3,11 @@
 import pytest
 import torch
 from torch.autograd import grad
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
 
 from llama.api.errors import ParameterError
 from llama.model.interventions import Add, Replace
+from llama.model.transformer import MLP, Attention, Block
 from tests.model.models import tiny_model
 from tests.model.pairs import float64_throughout, make_pair
 
@@ -108,3 +110,16 @@ def test_the_differentiable_ops_compute_the_same(dtype):
 def test_inference_mode_has_no_gradients():
     with torch.inference_mode(), pytest.raises(ParameterError, match=r"grad=True has no effect inside torch.inference"):
         tiny_model().logits(IDS, grad=True)
+
+
+@pytest.mark.parametrize("wrapped", [Block, MLP, Attention])
+def test_layers_may_be_checkpointed(wrapped):
+    plain, ours = tiny_model(vocab_size=61).requires_grad_(), tiny_model(vocab_size=61).requires_grad_()
+    apply_activation_checkpointing(ours, check_fn=lambda module: isinstance(module, wrapped))
+    both = []
+    for model in (plain, ours):
+        logits, cache = model.run_with_cache(IDS, ["layers.*.resid_post", "layers.1.z"], logits=True, grad=True)
+        read = [cache[point] for point in cache]
+        both.append([*read, *grad(loss(logits), [*read, *model.parameters()])])
+    for found, expected in zip(*both, strict=True):
+        assert torch.equal(found, expected)
