@@ -13,7 +13,7 @@ from torch import Tensor
 
 from llama.model.config import ModelConfig
 from llama.model.linear import Linear
-from llama.model.module import Module
+from llama.model.module import Module, version_of
 from llama.model.weights.quantised import Joined, Quantised
 
 _BLOCK = 1 << 14  # numbers of 64 bits with one sum: they and what is made of them stay in a core's cache
@@ -28,8 +28,8 @@ class _Known(NamedTuple):
 
 class Digests:
     """Digests of one model. The sums of a weight are kept for as long as it is the same tensor in the same version,
-    which PyTorch counts: a change in place through `.data` or another library's view of the memory it does not see, and
-    wants `forget`."""
+    as `version_of` counts it: a change in place through `.data` or another library's view of the memory it does not
+    see, and wants `forget`."""
 
     def __init__(self) -> None:
         self._known: dict[int, _Known] = {}  # by id of the weight, or of the form that it lies in
@@ -91,7 +91,7 @@ def _version(holder: Any) -> tuple[int, int] | None:
     """None for what cannot be known again."""
     if not isinstance(holder, Tensor):
         return 0, 0  # a form is made of one weight, and stays as it is
-    return None if holder.is_inference() else (holder._version, holder.data_ptr())
+    return None if holder.is_inference() else (version_of(holder), holder.data_ptr())
 
 
 class _Sums:

@@ -4,8 +4,10 @@ from collections.abc import Mapping
 from typing import Any
 from weakref import ref
 
-from torch import is_grad_enabled, nn
+from torch import Tensor, is_grad_enabled, nn
 from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.hooks import RemovableHandle
 
 
@@ -32,9 +34,30 @@ class Module(nn.Module):
         return self.forward(*args, **kwargs)
 
 
+class _Steps:
+    """Steps of optimizers, of any model's, that PyTorch does not count as changes of the parameters: its fused ones
+    write past its count, and those of other libraries may."""
+
+    num = 0
+
+    @classmethod
+    def count(cls, optimizer: Optimizer, args: object, kwargs: object) -> None:
+        is_fused = any(group.get("fused") for group in optimizer.param_groups)
+        cls.num += is_fused or not type(optimizer).__module__.startswith("torch.optim.")
+
+
+register_optimizer_step_post_hook(_Steps.count)
+
+
+def version_of(parameter: Tensor) -> int:
+    """Grows with every change of the tensor in place that PyTorch counts, and with every step of an optimizer that may
+    have changed it uncounted; 0 where PyTorch counts none."""
+    return 0 if parameter.is_inference() else parameter._version + _Steps.num
+
+
 class Watch:
-    """Tells whether a model's parameters are other than they were. A change in place counts as PyTorch counts it: one
-    through `.data`, or another library's view of the memory, does not."""
+    """Tells whether a model's parameters are other than they were. A change in place counts as `version_of` counts it:
+    one through `.data`, or another library's view of the memory, does not."""
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
@@ -64,7 +87,7 @@ class Watch:
         return [value for own in self._own for value in own.values() if value is not None]
 
     def _versions(self) -> list[int]:
-        return [0 if value.is_inference() else value._version for value in self._present()]
+        return list(map(version_of, self._present()))
 
 
 def hooks_of(model: nn.Module) -> list[Mapping[int, Any]]:

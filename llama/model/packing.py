@@ -17,6 +17,7 @@ from torch import nn
 from llama.api.errors import ParameterError
 from llama.model.config import ModelConfig
 from llama.model.linear import Linear
+from llama.model.module import version_of
 from llama.model.weights.huge_pages import give_back, move_to_huge_pages
 from llama.model.weights.packed import Library, library_of
 from llama.model.weights.quantised import LAYOUTS, Quantised, quantise
@@ -84,7 +85,7 @@ class TiedHead:
 
     def settle(self, embedding: nn.Parameter) -> None:
         """What is packed now is of this embedding, as it is."""
-        self._state = 0 if embedding.is_inference() else embedding._version, embedding.data_ptr()
+        self._state = version_of(embedding), embedding.data_ptr()
 
     def renew(self, head: Linear, embedding: nn.Parameter) -> None:
         known = self._state
