@@ -14,7 +14,7 @@ from llama.engine.engine import Engine
 from llama.engine.request import Request
 from llama.llm.requests import one_per_prompt
 from llama.model.capture import Capture, RequestTaps, is_kept
-from llama.model.interventions import Apply, Project
+from llama.model.interventions import Apply, Intervention, Project
 from llama.model.taps import Interventions, each
 from llama.model.transformer import Transformer
 
@@ -30,14 +30,15 @@ def tapped(
     """The requests with what each reads and changes. ParameterError for what does not fit the model or a prompt, and
     where all that is to be captured may not fit into memory."""
     captures = one_per_prompt("capture", capture, len(requests))
-    if not any(captures) and not interventions:
+    changed = _as_now(each(interventions, len(requests)))
+    if not any(captures) and not any(changed):
         return list(requests)
     if engine.model is None:
         raise ParameterError("capture and interventions need a model", "capture")
     weights = _digest(engine.model, captures)
     needed: list[int] = []
     asked = []
-    for request, own, changes in zip(requests, captures, each(interventions, len(requests)), strict=True):
+    for request, own, changes in zip(requests, captures, changed, strict=True):
         if own is not None and not isinstance(own, Capture):
             raise ParameterError(f"capture must be a Capture, got {type(own).__name__}", "capture")
         into_folder = own is not None and isinstance(own.save_to, str | Path)
@@ -86,6 +87,16 @@ def kept_output(request: Request) -> RequestOutput:
     ids: list[int] = request.prompt_token_ids.tolist()
     metrics = RequestMetrics(queued=time.monotonic())
     return RequestOutput(request.request_id, request.prompt, ids, [], metrics, finished=True)
+
+
+def _as_now(changed: Sequence[Sequence[Intervention]]) -> list[Sequence[Intervention]]:
+    """Snapshots, one of each that several requests share: requests run while the caller's own code does, and what they
+    leave in the prefix cache is found by what the changes were."""
+    known: dict[int, Intervention] = {}
+    for given in (given for own in changed for given in own):
+        if isinstance(given, Intervention) and id(given) not in known:
+            known[id(given)] = given.snapshot()
+    return [[known.get(id(given), given) for given in own] for own in changed]
 
 
 def _digest(model: Transformer, captures: Sequence[Any]) -> str:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from hashlib import blake2b
 from numbers import Real
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 from uuid import uuid4
 
 import torch
@@ -51,9 +51,20 @@ class Intervention:
         """Name and value of the field that holds a number; 0 where there is none."""
         return "", 0
 
+    def snapshot(self) -> Self:
+        """The same as it is now: its tensors and lists may be changed by their owner, and it may not be."""
+        changes: dict[str, Any] = {}
+        for key in fields(self):
+            value = getattr(self, key.name)
+            if isinstance(value, Tensor):
+                changes[key.name] = value.detach().clone()
+            elif isinstance(value, list):
+                changes[key.name] = tuple(value)
+        return replace(self, **changes)
+
     @cached_property
     def digest(self) -> bytes:
-        """Of everything that decides what it does."""
+        """Of everything that decides what it does, as it was when this was first asked for."""
         told = blake2b(digest_size=16)
         told.update(self.name.encode())
         for key in fields(self):

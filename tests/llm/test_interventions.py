@@ -1,0 +1,29 @@
+"""Interventions as a caller hands them over: when they are read, and what is refused."""
+
+import torch
+
+from llama import Add, Capture, Scale
+from tests.llm.test_capture import engine, prompt, sampled, vector
+from tests.model.models import tiny_model
+
+
+def test_a_vector_is_taken_as_it_is_when_a_request_is_made():
+    """It may change in place afterwards, as one that is trained does: between requests, and while one runs."""
+    model = tiny_model()
+    llm, long, own, heads = engine(model), prompt(40, 0, 0), vector(1), [1]
+    changes = [Add("layers.0.resid_post", own), Scale("layers.1.z", 0.0, heads=heads)]
+    read = Capture("layers.1.resid_post")
+
+    def asked(runs, changes):
+        [output] = runs.generate(long, sampled(1), interventions=changes, capture=read, use_tqdm=False)
+        return output.num_cached_tokens, output.captured["layers.1.resid_post"], output.outputs[0].token_ids
+
+    first = asked(llm, changes)
+    pieces = llm.stream(long, sampled(1), interventions=changes)
+    own.mul_(-2)
+    heads[0] = 2
+    assert [token for piece in pieces for token in piece.token_ids] == first[2]
+    cached, found, tokens = asked(llm, changes)
+    expected = asked(engine(model), [Add("layers.0.resid_post", -2 * vector(1)), Scale("layers.1.z", 0.0, heads=[2])])
+    assert cached == 0 and tokens == expected[2] != first[2]
+    torch.testing.assert_close(found, expected[1], rtol=0, atol=1e-10)
