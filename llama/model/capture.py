@@ -3,7 +3,7 @@ an engine, whatever becomes of it there: each row is kept once, at its position,
 
 import math
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
@@ -14,9 +14,9 @@ from torch import Tensor
 
 from llama.api.errors import ParameterError
 from llama.model.config import ModelConfig
-from llama.model.interventions import Intervention, Positions, Rows
+from llama.model.interventions import ENDLESS, Intervention, Positions, Rows, rows_of
 from llama.model.kept import write
-from llama.model.taps import ENDLESS, SequenceTaps, bind, point_shape, resolve_points, rows_of
+from llama.model.taps import SequenceTaps, bind, point_shape, resolve_points
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,10 @@ class Capture:
     dtype: torch.dtype | None = None
     reduce: Literal["mean"] | None = None
     save_to: str | Path | Callable[[str, dict[str, Tensor]], object] | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.points, Iterator):  # each request of a call reads them
+            object.__setattr__(self, "points", tuple(self.points))
 
 
 class _Rows:

@@ -4,12 +4,11 @@ Each is frozen and compared by its `digest`, which tells the prefix cache what w
 one sequence are applied in the order given; what is captured at a point is read after them.
 """
 
-import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from hashlib import blake2b
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any, ClassVar, Literal, Self
 from uuid import uuid4
 
@@ -21,6 +20,29 @@ from llama.kernels.types import wide_dtype
 
 Positions = str | Sequence[int]  # "all", "prompt", "generated", "last" (the prompt's last token) or a list
 Rows = range | tuple[int, ...]  # positions as numbers
+ENDLESS = 1 << 60
+
+
+def rows_of(positions: Positions, prompt_len: int) -> Rows:
+    """Positions as numbers: a range, or those that were listed, in their order."""
+    named = {
+        "all": range(ENDLESS),
+        "prompt": range(prompt_len),
+        "generated": range(prompt_len, ENDLESS),
+        "last": range(prompt_len - 1, prompt_len),
+    }
+    if isinstance(positions, str) and positions in named:
+        return named[positions]
+    if isinstance(positions, str) or not isinstance(positions, Sequence):
+        legal = f"{', '.join(named)} or a list of integers"
+        raise ParameterError(f"positions must be {legal}, got {positions!r}", "positions")
+    if any(isinstance(p, bool) or not isinstance(p, Integral) for p in positions):
+        raise ParameterError(f"positions must be integers, got {list(positions)!r}", "positions")
+    numbers = [int(p) for p in positions]
+    wrong = next((p for p in numbers if not -prompt_len <= p < prompt_len), None)
+    if wrong is not None:
+        raise ParameterError(f"positions has {wrong}, and the prompt has {prompt_len} tokens", "positions")
+    return tuple(p % prompt_len for p in numbers)
 
 
 @dataclass(frozen=True, eq=False)
@@ -140,8 +162,8 @@ class Scale(Intervention):
     def shaped(self, shape: tuple[int, ...], positions: Rows) -> bool:
         if self.heads is None:
             return True
-        heads = self.heads if isinstance(self.heads, Iterable) else (None,)
-        whole = all(isinstance(head, int) and not isinstance(head, bool) for head in heads)
+        heads = self.heads if isinstance(self.heads, Sequence) else (None,)
+        whole = all(isinstance(head, Integral) and not isinstance(head, bool) for head in heads)
         return whole and len(shape) == 2 and all(-shape[0] <= head < shape[0] for head in self.heads)
 
     @property
@@ -173,8 +195,7 @@ class Project(Intervention):
         return torch.linalg.qr((mixtures[:, sizes > least].T @ lines).T)[0]
 
     def shaped(self, shape: tuple[int, ...], positions: Rows) -> bool:
-        fits = self.directions.dim() in (1, 2) and self.directions.shape[-1] == shape[-1]
-        return fits and self.mode in ("remove", "keep")
+        return self.directions.dim() in (1, 2) and self.directions.shape[-1] == shape[-1]
 
 
 @dataclass(frozen=True, eq=False)
@@ -197,23 +218,46 @@ def checked(given: Intervention, shape: tuple[int, ...], positions: Rows, like: 
     """The intervention with its tensor on the device and in the dtype of `like`. ParameterError for what does not fit
     a point of this shape."""
     changes: dict[str, Any] = {}
+    where = f"{given.name} at {given.point}"
     if given.tensor:
-        tensor = getattr(given, given.tensor)
-        if not isinstance(tensor, Tensor) or tensor.is_complex():
-            found = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
-            what = f"{given.name}: {given.tensor} must be a tensor of real numbers"
-            raise ParameterError(f"{what}, got {found}", "interventions")
-        if not bool(tensor.isfinite().all()):
-            what = f"{given.name} at {given.point}"
-            raise ParameterError(f"{what}: {given.tensor} holds NaN or infinities", "interventions")
-        changes[given.tensor] = tensor.to(like.device, like.dtype)
-    name, number = given.number
-    if not isinstance(number, Real) and not (isinstance(number, Tensor) and number.dim() == 0):
-        raise ParameterError(f"{given.name}: {name} must be a number, got {number!r}", "interventions")
-    if not math.isfinite(number):
-        raise ParameterError(f"{given.name}: {name} must be finite, got {number!r}", "interventions")
+        changes[given.tensor] = _brought(where, given.tensor, getattr(given, given.tensor), like)
+    _check_number(given, wide_dtype(like.dtype))
+    for name, legal in (("norm_match", (True, False)), ("mode", ("remove", "keep"))):
+        if (value := getattr(given, name, legal[0])) not in legal:
+            told = f"{given.name}: {name} must be {legal[0]!r} or {legal[1]!r}, got {value!r}"
+            raise ParameterError(told, "interventions")
     if not given.shaped(shape, positions):
         got = list(getattr(given, given.tensor).shape) if given.tensor else repr(given)
         what = f"{given.name} does not fit {given.point}, whose value for one token is {list(shape)}"
         raise ParameterError(f"{what}: got {got}", "interventions")
-    return replace(given, **changes)
+    own = replace(given, **changes)
+    if isinstance(own, Add) and not bool(own.delta().isfinite().all()):
+        raise ParameterError(f"{where}: {own.scale!r} times the vector is too large for {like.dtype}", "interventions")
+    return own
+
+
+def _brought(where: str, name: str, tensor: Any, like: Tensor) -> Tensor:
+    is_dense = isinstance(tensor, Tensor) and tensor.layout == torch.strided and not tensor.is_meta
+    if not is_dense or tensor.is_complex() or tensor.is_quantized:
+        found = (
+            f"{tensor.dtype} {tensor.layout} on {tensor.device}"
+            if isinstance(tensor, Tensor)
+            else type(tensor).__name__
+        )
+        raise ParameterError(f"{where}: {name} must be a tensor of real numbers, got {found}", "interventions")
+    if not bool(tensor.isfinite().all()):
+        raise ParameterError(f"{where}: {name} holds NaN or infinities", "interventions")
+    brought = tensor.to(like.device, like.dtype)
+    if not bool(brought.isfinite().all()):
+        raise ParameterError(f"{where}: {name} holds numbers that are too large for {like.dtype}", "interventions")
+    return brought
+
+
+def _check_number(given: Intervention, dtype: torch.dtype) -> None:
+    name, number = given.number
+    if not isinstance(number, Real) and not (isinstance(number, Tensor) and number.dim() == 0):
+        raise ParameterError(f"{given.name}: {name} must be a number, got {number!r}", "interventions")
+    largest = torch.finfo(dtype).max
+    value: Any = number.detach() if isinstance(number, Tensor) else number
+    if not -largest <= value <= largest:  # NaN compares false
+        raise ParameterError(f"{given.name}: {name} must be finite in {dtype}, got {number!r}", "interventions")

@@ -153,7 +153,8 @@ class Research(Module):
             for module, stack in stacks.items()
             if stack.a.requires_grad or stack.b.requires_grad
         ]
-        needy += [edit.name for edit in edits if edit.tensor and getattr(edit, edit.tensor).requires_grad]
+        parts = [(edit, value) for edit in edits for value in (getattr(edit, edit.tensor or "point"), edit.number[1])]
+        needy += [edit.name for edit, value in parts if isinstance(value, Tensor) and value.requires_grad]
         if needy:
             raise ParameterError(
                 f"{needy[0]} requires grad, and this forward is not differentiable: "

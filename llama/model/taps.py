@@ -21,7 +21,7 @@ from llama.kernels.cpu.e4m3 import from_e4m3, to_e4m3
 from llama.kernels.types import KVLayer
 from llama.model.communicator import Communicator
 from llama.model.config import ModelConfig
-from llama.model.interventions import Add, Apply, Intervention, Positions, Rows, checked
+from llama.model.interventions import Add, Apply, Intervention, Rows, checked, rows_of
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +41,7 @@ ALIASES = {
     "mlp.hook_post": "mlp_act",
     **{f"hook_{name}": name for name in ("resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post")},
 }
-_LAYER = re.compile(r"(?:layers|blocks)\.(?P<layers>\*|-?\d+|-?\d*:-?\d*)\.(?P<name>.+)")
+_LAYER = re.compile(r"(?:layers|blocks)\.(?P<layers>\*|-?[0-9]{1,9}|(-?[0-9]{1,9})?:(-?[0-9]{1,9})?)\.(?P<name>.+)")
 
 
 def resolve_points(points: str | Iterable[str], num_layers: int) -> tuple[str, ...]:
@@ -101,7 +101,6 @@ def point_shape(point: str, config: ModelConfig) -> tuple[int, ...]:
     return ({"mlp_act": config.intermediate_size, "logits": config.vocab_size}.get(name, config.hidden_size),)
 
 
-ENDLESS = 1 << 60
 Interventions = Sequence[Intervention] | Sequence[Sequence[Intervention] | None] | None
 
 
@@ -152,6 +151,9 @@ def bind(
             raise ParameterError(f"an intervention must be Add, Replace, ..., got {given!r}", "interventions")
         for point in resolve_points(given.point, config.num_hidden_layers):
             positions = rows_of(given.positions, prompt_len)
+            if isinstance(positions, tuple) and len(set(positions)) < len(positions):
+                what = f"{given.name} at {given.point}: positions has one twice"
+                raise ParameterError(f"{what}, of a prompt of {prompt_len} tokens: {given.positions!r}", "positions")
             one = checked(given, point_shape(point, config), positions, like)
             edits.setdefault(point, []).append(Edit(one, positions))
     return SequenceTaps(edits, captures, interventions, prompt_len)
@@ -159,34 +161,15 @@ def bind(
 
 def each(interventions: Interventions, count: int) -> list[Sequence[Intervention]]:
     """One list for all, or one (or None) for each of `count` sequences, as one list for each."""
-    given = list(interventions or ())
+    what = f"one list, or {count} lists or None, one for each sequence"
+    if isinstance(interventions, Tensor) or not isinstance(interventions, Iterable | None):
+        raise ParameterError(f"interventions must be {what}, got {interventions!r}", "interventions")
+    given = [] if interventions is None else list(interventions)
     if all(isinstance(one, Intervention) for one in given):
         return [given] * count  # type: ignore[list-item]
     if len(given) != count or not all(one is None or isinstance(one, list | tuple) for one in given):
-        what = f"one list, or {count} lists or None, one for each sequence"
         raise ParameterError(f"interventions must be {what}, got {given!r}", "interventions")
     return [one or () for one in given]  # type: ignore[misc]
-
-
-def rows_of(positions: Positions, prompt_len: int) -> Rows:
-    """Positions as numbers, rising: a range, or those that were listed."""
-    named = {
-        "all": range(ENDLESS),
-        "prompt": range(prompt_len),
-        "generated": range(prompt_len, ENDLESS),
-        "last": range(prompt_len - 1, prompt_len),
-    }
-    if isinstance(positions, str) and positions in named:
-        return named[positions]
-    if isinstance(positions, str) or not isinstance(positions, Iterable):
-        legal = f"{', '.join(named)} or a list of integers"
-        raise ParameterError(f"positions must be {legal}, got {positions!r}", "positions")
-    if any(isinstance(p, bool) or not isinstance(p, int) for p in positions):
-        raise ParameterError(f"positions must be integers, got {list(positions)!r}", "positions")
-    wrong = next((p for p in positions if not -prompt_len <= p < prompt_len), None)
-    if wrong is not None:
-        raise ParameterError(f"positions has {wrong}, and the prompt has {prompt_len} tokens", "positions")
-    return tuple(p % prompt_len for p in positions)
 
 
 class Span(NamedTuple):
@@ -373,10 +356,12 @@ def _add(value: Tensor, sums: list[tuple[Span, Edit]]) -> Tensor:
 
 
 def _checked(given: Intervention, old: Tensor, new: Tensor) -> Tensor:
-    if not isinstance(new, Tensor) or new.shape != old.shape or new.dtype != old.dtype:
+    if not isinstance(new, Tensor) or (new.shape, new.dtype, new.device) != (old.shape, old.dtype, old.device):
         found = f"{new.dtype} {list(new.shape)}" if isinstance(new, Tensor) else type(new).__name__
-        told = f"{given.name} at {given.point} must give {old.dtype} {list(old.shape)}, got {found}"
-        raise ParameterError(told, "interventions")
+        is_elsewhere = isinstance(new, Tensor) and new.device != old.device
+        wanted = f"{old.dtype} {list(old.shape)}{f' on {old.device}' if is_elsewhere else ''}"
+        found += f" on {new.device}" if is_elsewhere else ""
+        raise ParameterError(f"{given.name} at {given.point} must give {wanted}, got {found}", "interventions")
     return new
 
 

@@ -1,8 +1,9 @@
 """Interventions as a caller hands them over: when they are read, and what is refused."""
 
+import pytest
 import torch
 
-from llama import Add, Capture, Scale
+from llama import Add, Capture, ParameterError, Scale
 from tests.llm.test_capture import engine, prompt, sampled, vector
 from tests.model.models import tiny_model
 
@@ -27,3 +28,29 @@ def test_a_vector_is_taken_as_it_is_when_a_request_is_made():
     expected = asked(engine(model), [Add("layers.0.resid_post", -2 * vector(1)), Scale("layers.1.z", 0.0, heads=[2])])
     assert cached == 0 and tokens == expected[2] != first[2]
     torch.testing.assert_close(found, expected[1], rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("wrong", [Add("embed", vector(0)), 5, vector(0)], ids=["one", "number", "tensor"])
+def test_what_is_no_list_is_refused(wrong):
+    llm = engine(tiny_model())
+    with pytest.raises(ParameterError, match="interventions must be one list, or 1 lists or None"):
+        llm.generate(prompt(5, 5, 0), interventions=wrong)
+    assert not llm.engine.has_unfinished
+
+
+def test_points_may_be_a_generator_for_many_prompts():
+    read = Capture(point for point in ("embed", "layers.0.z"))
+    outputs = engine(tiny_model()).generate(
+        [prompt(5, 5, i) for i in range(2)], sampled(1), capture=read, use_tqdm=False
+    )
+    assert [list(output.captured) for output in outputs] == [["embed", "layers.0.z"]] * 2
+
+
+def test_positions_that_can_be_read_only_once_are_refused():
+    llm = engine(tiny_model())
+    for asked in (
+        {"capture": Capture("embed", positions=(p for p in [1]))},
+        {"interventions": [Add("embed", vector(0), positions=(p for p in [1]))]},
+    ):
+        with pytest.raises(ParameterError, match=r"positions must be all, .* got <generator"):
+            llm.generate(prompt(5, 5, 0), **asked)

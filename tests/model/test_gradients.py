@@ -6,7 +6,7 @@ from torch.autograd import grad
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
 
 from llama.api.errors import ParameterError
-from llama.model.interventions import Add, Replace
+from llama.model.interventions import Add, Replace, Scale
 from llama.model.transformer import MLP, Attention, Block
 from tests.model.models import tiny_model
 from tests.model.pairs import float64_throughout, make_pair
@@ -83,8 +83,16 @@ def test_with_respect_to_parameters(pair):
 
 
 def test_a_vector_that_requires_a_gradient_needs_it_asked_for():
-    with pytest.raises(ParameterError, match="Add requires grad"):
-        tiny_model().logits(IDS, interventions=[Add("embed", torch.zeros(48, requires_grad=True))])
+    number = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
+    for needy in (
+        Add("embed", torch.zeros(48, requires_grad=True)),
+        Add("embed", torch.ones(48), scale=number),
+        Scale("layers.0.z", number, heads=[1]),
+    ):
+        with pytest.raises(ParameterError, match=f"{needy.name} requires grad"):
+            tiny_model().logits(IDS, interventions=[needy])
+        if needy.number[1] is number:
+            assert grad(loss(tiny_model(vocab_size=61).logits(IDS, interventions=[needy], grad=True)), number)[0] != 0
 
 
 def test_packed_weights_are_differentiated_through_too():

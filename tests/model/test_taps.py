@@ -4,6 +4,7 @@ same change made by a hook."""
 import re
 from contextlib import nullcontext
 
+import numpy as np
 import pytest
 import torch
 from transformers.models.llama import modeling_llama
@@ -212,18 +213,29 @@ def test_each_sequence_has_its_own_changes_in_the_order_given(ids):
         (Replace("embed", torch.zeros(3, HIDDEN), positions=[1, 2]), "Replace does not fit embed"),
         (Scale("embed", 0.0, heads=[0]), "Scale does not fit embed"),
         (Scale("layers.0.q", 0.0, heads=[4]), "Scale does not fit"),
-        (Project("embed", torch.zeros(2, HIDDEN), mode="rotate"), "Project does not fit"),
+        (Project("embed", torch.zeros(2, HIDDEN), mode="rotate"), "mode must be 'remove' or 'keep', got 'rotate'"),
         (Apply("embed", lambda x: x[:, :1]), "Apply at embed must give"),
         (Scale("layers.9.q", 0.0), "names no layer"),
         ("layers.0.q", "interventions must be one list"),
         (Add("embed", torch.zeros(HIDDEN), scale="2"), "Add: scale must be a number, got '2'"),
-        (Add("embed", torch.zeros(HIDDEN), scale=float("inf")), "Add: scale must be finite, got inf"),
+        (Add("embed", torch.zeros(HIDDEN), scale=float("inf")), "Add: scale must be finite in torch.float64, got inf"),
+        (Add("embed", torch.zeros(HIDDEN), scale=10**400), "Add: scale must be finite"),
+        (Add("embed", torch.full((HIDDEN,), 1e10), scale=1e300), "1e[+]300 times the vector is too large"),
+        (Add("embed", torch.zeros(HIDDEN), norm_match="no"), "norm_match must be True or False, got 'no'"),
+        (Add("embed", torch.zeros(HIDDEN, device="meta")), "a tensor of real numbers, got torch.float32 .* on meta"),
+        (Add("embed", torch.zeros(HIDDEN).to_sparse()), "a tensor of real numbers, got torch.float32 torch.sparse"),
+        (Add("embed", torch.zeros(HIDDEN), positions=(p for p in [3])), "positions must be .* got <generator"),
+        (Add("embed", torch.zeros(HIDDEN), positions=torch.tensor([3])), r"positions must be .* got tensor\(\[3\]\)"),
+        (Add("embed", torch.zeros(HIDDEN), positions=[3, -18]), r"positions has one twice, .* 21 tokens: \[3, -18\]"),
+        (Scale("layers.0.q", 0.0, heads=(h for h in [1])), r"Scale does not fit layers.0.q"),
+        (Scale("layers." + "9" * 5000 + ".q", 0.0), "no point is called"),
+        (Apply("embed", lambda x: x.to("meta")), "must give torch.float64 .* on cpu, got .* on meta"),
         (Add("embed", torch.zeros(HIDDEN, dtype=torch.complex64)), "a tensor of real numbers, got torch.c"),
         (Add("embed", torch.zeros(HIDDEN), positions=3), "positions must be all, prompt, .* got 3"),
         (Add(3, torch.zeros(HIDDEN)), "a point must be a string, got 3"),
         (Scale("embed", None), "Scale: factor must be a number, got None"),
         (Scale("embed", torch.ones(HIDDEN)), "Scale: factor must be a number, got tensor"),
-        (Scale("layers.0.q", float("nan")), "Scale: factor must be finite, got nan"),
+        (Scale("layers.0.q", float("nan")), "Scale: factor must be finite in torch.float64, got nan"),
         (Scale("layers.0.q", 0.0, heads=[1.5]), r"Scale does not fit layers.0.q"),
         (Scale("layers.0.q", 0.0, heads=1), r"Scale does not fit layers.0.q"),
     ],
@@ -231,6 +243,43 @@ def test_each_sequence_has_its_own_changes_in_the_order_given(ids):
 def test_what_does_not_fit_is_one_clear_error(ids, wrong, message):
     with pytest.raises(ParameterError, match=message):
         tiny_model(num_hidden_layers=LAYERS).logits(ids, interventions=[wrong])
+
+
+@pytest.mark.parametrize("wrong", [Add("embed", torch.zeros(HIDDEN)), 5, torch.zeros(3), "layers.0.q"], ids=str)
+def test_what_is_no_list_is_one_clear_error(ids, wrong):
+    with pytest.raises(ParameterError, match="interventions must be one list, or 3 lists or None"):
+        tiny_model(num_hidden_layers=LAYERS).logits(ids, interventions=wrong)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "wrong", "message"),
+    [
+        (
+            torch.float32,
+            Add("embed", torch.full((HIDDEN,), 1e300, dtype=torch.float64)),
+            "vector holds numbers that are",
+        ),
+        (
+            torch.float32,
+            Add("embed", torch.full((HIDDEN,), 1e38), scale=10),
+            "10 times the vector is too large for torch",
+        ),
+        (torch.float16, Add("embed", torch.full((HIDDEN,), 6e4), scale=2), "2 times the vector is too large for torch"),
+        (torch.float16, Replace("embed", torch.full((HIDDEN,), 7e4)), "values holds numbers that are too large"),
+        (torch.float32, Scale("embed", 1e39), r"factor must be finite in torch\.float32, got 1e\+39"),
+    ],
+)
+def test_numbers_that_the_model_cannot_hold_are_refused(ids, dtype, wrong, message):
+    with pytest.raises(ParameterError, match=message):
+        tiny_model(dtype=dtype).logits(ids, interventions=[wrong])
+
+
+def test_positions_and_heads_may_be_numpys(ids):
+    ours, vector = tiny_model(num_hidden_layers=LAYERS), torch.ones(HIDDEN)
+    found = ours.logits(ids, interventions=[Add("embed", vector, positions=list(np.array([3, -1])))])
+    assert torch.equal(found, ours.logits(ids, interventions=[Add("embed", vector, positions=[3, -1])]))
+    found = ours.logits(ids, interventions=[Scale("layers.0.z", 0.0, heads=list(np.array([1])))])
+    assert torch.equal(found, ours.logits(ids, interventions=[Scale("layers.0.z", 0.0, heads=[1])]))
 
 
 @pytest.mark.parametrize("mode", ["remove", "keep"])
