@@ -7,12 +7,12 @@ measures what the table rests on, and says where the machine that it runs on dif
 import logging
 import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from llama.api.errors import ParameterError
 from llama.model.config import ModelConfig
@@ -94,6 +94,14 @@ class TiedHead:
             with torch.inference_mode(False):
                 head.form, head.weight = None, embedding
                 head.prepare()
+
+
+def untied(state_dict: Mapping[str, Tensor], prefix: str) -> str:
+    """What is wrong with a state dict for a model whose head is its embedding; "" if nothing is."""
+    embedding, head = (state_dict.get(f"{prefix}{name}.weight") for name in ("embed_tokens", "lm_head"))
+    if embedding is None or head is None or embedding.data_ptr() == head.data_ptr() or torch.equal(embedding, head):
+        return ""
+    return f"{prefix}lm_head.weight differs from {prefix}embed_tokens.weight, to which the config ties it"
 
 
 def sample_of(shape: tuple[int, int], dtype: torch.dtype, scheme: str) -> Quantised:

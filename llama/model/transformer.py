@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable, Collection
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -28,7 +29,7 @@ from llama.model.digest import Digests
 from llama.model.kv_cache import KVCache
 from llama.model.linear import Linear
 from llama.model.module import Module
-from llama.model.packing import Packing, TiedHead, prepare, unpack
+from llama.model.packing import Packing, TiedHead, prepare, unpack, untied
 from llama.model.parallel import Shard
 from llama.model.research import Research
 from llama.model.rope import attention_factor, frequencies
@@ -215,6 +216,7 @@ class Transformer(Research):
         self.fixed: Pieces | Runs | None = None  # of batches, where `fixed_rows.fix_rows` has been called
         self.register_buffer("frequencies", frequencies(config, device), persistent=False)
         self.attention_factor = attention_factor(config)
+        self.register_load_state_dict_post_hook(Transformer._complete)
         if seed is not None and self.device.type != "meta":
             self._fill_randomly(seed)
 
@@ -386,7 +388,13 @@ class Transformer(Research):
         self._complete()
         return self
 
-    def _complete(self) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *told: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *told)
+        if self.config.tie_word_embeddings and (wrong := untied(state_dict, prefix)):
+            told[-1].append(wrong)
+
+    def _complete(self, keys: object = None) -> None:
+        """What follows from the configuration and the parameters; also behind load_state_dict, which tells `keys`."""
         self.frequencies = frequencies(self.config, self.device)
-        if self.config.tie_word_embeddings:
+        if self.config.tie_word_embeddings and self.lm_head.form is None:
             self.lm_head.weight = self.embed_tokens.weight

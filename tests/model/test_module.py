@@ -9,6 +9,7 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.nn.utils import parametrize, prune
 
 from llama.model.module import Module, Watch
+from llama.model.transformer import Transformer
 from tests.model.models import tiny_model
 from tests.model.pairs import float64_throughout, make_pair
 
@@ -110,3 +111,35 @@ def test_backward_hooks_fire(register, of_all, tmp_path):
             handle.remove()
     assert len(seen) == 2
     torch.testing.assert_close(seen[1], seen[0].view_as(seen[1]), rtol=0, atol=1e-9 * float(seen[0].abs().max()))
+
+
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize("packing", ["never", "always"])
+@pytest.mark.parametrize("names", [("embed_tokens.weight",), ("embed_tokens.weight", "lm_head.weight")])
+def test_a_tied_head_stays_tied(assign, packing, names):
+    """Also where load_state_dict puts tensors in the place of parameters."""
+    ids, options = torch.tensor([[1, 2, 3]]), {"dtype": torch.float32, "tie_word_embeddings": True}
+    given = tiny_model(seed=5, **options).state_dict()
+    expected, model = tiny_model(**options), tiny_model(**options)
+    expected.embed_tokens.weight.copy_(given["embed_tokens.weight"])
+    model.prepare(packing=packing)
+    model.load_state_dict({name: given[name] for name in names}, strict=False, assign=assign)
+    torch.testing.assert_close(model.logits(ids), expected.logits(ids), rtol=0, atol=1e-5)
+    assert model.requires_grad_().lm_head.weight is model.embed_tokens.weight
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_model_without_memory_takes_a_state_dict(tied):
+    expected = tiny_model(tie_word_embeddings=tied)
+    model = Transformer(expected.config, device="meta", dtype=torch.float64)
+    model.load_state_dict(expected.state_dict(), assign=True)
+    assert torch.equal(model.logits(torch.tensor([[1, 2, 3]])), expected.logits(torch.tensor([[1, 2, 3]])))
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_a_tied_head_is_no_other_one(assign):
+    given = tiny_model(seed=5).state_dict()
+    with pytest.raises(
+        RuntimeError, match=r"lm_head\.weight differs from embed_tokens\.weight, to which the config ties"
+    ):
+        tiny_model(tie_word_embeddings=True).load_state_dict(given, assign=assign)
