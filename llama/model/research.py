@@ -134,6 +134,8 @@ class Research(Module):
         if stacks is None or indices is None:
             missing = "stacks" if stacks is None else "adapter_indices"
             raise ParameterError(f"stacks and adapter_indices go together: {missing} is None", missing)
+        if not stacks.keys() <= set(self.modules()):
+            raise ParameterError("stacks hold adapters of another model's modules: they would change nothing", "stacks")
         most = min((len(stack.a) for stack in stacks.values()), default=0)
         legal = f"adapter_indices must be an int32 or int64 tensor [{rows}] of 0 to {most}"
         if not isinstance(indices, Tensor) or indices.dtype not in (torch.int32, torch.int64):

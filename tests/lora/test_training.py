@@ -1,6 +1,7 @@
 """Gradients with respect to adapters, and through them, equal PEFT's; what is asked of adapters beside `stacks` is one
 clear error."""
 
+import copy
 import warnings
 from contextlib import contextmanager
 
@@ -151,3 +152,21 @@ def test_indices_that_are_none_are_one_clear_error(base_path, tmp_path, indices,
 def test_indices_without_adapters_are_one_clear_error(base_path):
     with pytest.raises(ParameterError, match="go together: stacks is None"):
         Transformer.from_pretrained(base_path).logits(IDS, adapter_indices=torch.tensor([1, 0]))
+
+
+def test_adapters_of_another_model_are_one_clear_error(base_path, tmp_path):
+    """A copy's modules are others too."""
+    model, adapters, _ = loaded(base_path, tmp_path, target_modules=["k_proj"])
+    for other in (Transformer.from_pretrained(base_path), copy.deepcopy(model)):
+        with pytest.raises(ParameterError, match="stacks hold adapters of another model's modules"):
+            other.logits(IDS, adapters.stacks, torch.tensor([2, 0]))
+
+
+@pytest.mark.parametrize("index", [0, -1, 3, True, 1.0])
+def test_an_index_that_is_no_place_of_an_adapter_is_refused(base_path, tmp_path, index):
+    """0 is the base model; as a place it was the last adapter's."""
+    model, adapters, _ = loaded(base_path, tmp_path, target_modules=["k_proj"])
+    before = {module: stack.a.clone() for module, stack in adapters.stacks.items()}
+    with pytest.raises(ParameterError, match="an adapter's index must be 1 to 2, got"):
+        adapters.put(index, read_adapter(tmp_path, model, max_rank=64))
+    assert all(torch.equal(stack.a, before[module]) for module, stack in adapters.stacks.items())

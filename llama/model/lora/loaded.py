@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from llama.api.errors import ParameterError
 from llama.kernels.types import TokenAdapters
 from llama.model.adapters import LoraStack
 from llama.model.checkpoint.layout import layout
@@ -40,7 +41,9 @@ class LoadedAdapters:
         return module_places(self._model)
 
     def put(self, index: int, adapter: AdapterWeights) -> None:
-        """Make `index` (1 .. max_loras) stand for `adapter` and nothing else."""
+        """Make `index` (1 .. max_loras) stand for `adapter` and nothing else. ParameterError for another index."""
+        if isinstance(index, bool) or not isinstance(index, int) or not 1 <= index <= self.max_loras:
+            raise ParameterError(f"an adapter's index must be 1 to {self.max_loras}, got {index!r}", "index")
         if self._held.get(index) is adapter:
             return
         self._held.pop(index, None)
