@@ -187,7 +187,7 @@ class AsyncLLM:
     def _tapped(
         self, prepare: Callable[[], Request], capture: Capture | None, interventions: Interventions
     ) -> Callable[[], Request]:
-        if capture is None and not interventions:
+        if capture is None and interventions is None:
             return prepare
         return lambda: tapped(self.llm.engine, [prepare()], capture, interventions)[0]
 

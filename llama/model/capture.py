@@ -227,7 +227,13 @@ def is_kept(folder: Path, name: str, identity: str) -> bool:
 def attention_pattern(q: Tensor, k: Tensor, scale: float | None = None) -> Tensor:
     """The probabilities softmax(q k^T * scale) of causal attention from captured points "q" [queries, heads, head_dim]
     and "k" [keys, kv_heads, head_dim], the last query seeing all keys -> [heads, queries, keys], in at least float32.
-    scale is head_dim ** -0.5 where it is None."""
+    scale is head_dim ** -0.5 where it is None. ParameterError for tensors that are not such."""
+    shapes = [tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__ for x in (q, k)]
+    if not isinstance(q, Tensor) or not isinstance(k, Tensor) or not q.dim() == k.dim() == 3 or not k.numel():
+        raise ParameterError(f"attention_pattern takes q and k of three dimensions, got {shapes[0]}, {shapes[1]}", "q")
+    if len(q) > len(k) or q.shape[1] % k.shape[1] or q.shape[2] != k.shape[2]:
+        what = "at most as many queries as keys, and heads that share the heads of k"
+        raise ParameterError(f"attention_pattern takes {what}, got q {shapes[0]}, k {shapes[1]}", "q")
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     queries, keys, group = len(q), len(k), q.shape[1] // k.shape[1]
     scores = torch.einsum("qhd,khd->hqk", q.to(wide), k.to(wide).repeat_interleave(group, 1))

@@ -6,8 +6,9 @@ For a caller's own speculation, guidance or search; nothing here schedules or sa
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from numbers import Integral
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -42,9 +43,9 @@ class Session:
     float64 model). It holds at most `max_tokens`."""
 
     def __init__(self, model: Network, max_tokens: int) -> None:
-        if not 1 <= max_tokens <= model.config.longest_context:
+        if not _is_within(max_tokens, 1, model.config.longest_context):
             legal = f"1 to {model.config.longest_context}, the model's context"
-            raise ParameterError(f"max_tokens must be {legal}, got {max_tokens}", "max_tokens")
+            raise ParameterError(f"max_tokens must be {legal}, got {max_tokens!r}", "max_tokens")
         self.model = model
         self.max_tokens = max_tokens
         self.token_ids: list[int] = []
@@ -57,7 +58,15 @@ class Session:
     @torch.no_grad()
     @own_dtype
     def __call__(self, token_ids: Sequence[int] | Tensor) -> Tensor:
-        ids = torch.as_tensor(token_ids, device=self.model.device).view(1, -1)
+        """`token_ids` are a list or an int64 tensor [tokens], of one at least."""
+        told = "token_ids must be a list or an int64 tensor of token ids [tokens], of one at least"
+        try:
+            ids = torch.as_tensor(token_ids, device=self.model.device)
+        except (TypeError, ValueError, RuntimeError):
+            raise ParameterError(f"{told}, got {token_ids!r}", "token_ids") from None
+        ids = ids.unsqueeze(0) if ids.dim() == 1 else ids
+        if not ids.numel() or ids.dim() != 2 or len(ids) != 1 or ids.dtype != torch.int64:
+            raise ParameterError(f"{told}, got {token_ids!r}", "token_ids")
         checked_ids(ids, self.model.config.vocab_size)
         start, stop = len(self), len(self) + ids.shape[1]
         if stop > self.max_tokens:
@@ -69,8 +78,8 @@ class Session:
 
     def rollback(self, num_tokens: int) -> None:
         """Take back the last tokens."""
-        if not 0 <= num_tokens <= len(self):
-            raise ParameterError(f"num_tokens must be 0 to {len(self)}, got {num_tokens}", "num_tokens")
+        if not _is_within(num_tokens, 0, len(self)):
+            raise ParameterError(f"num_tokens must be 0 to {len(self)}, got {num_tokens!r}", "num_tokens")
         del self.token_ids[len(self) - num_tokens :]
 
     def fork(self) -> "Session":
@@ -130,6 +139,10 @@ class ActivationCache(Mapping[str, Tensor]):
         size = sum(value.nbytes for value in self._values.values())
         lines = [f"  {name}: {list(v.shape)} {str(v.dtype)[6:]}, {v.nbytes:,} bytes" for name, v in self.items()]
         return "\n".join([f"ActivationCache of {len(self)} points, {size:,} bytes", *lines])
+
+
+def _is_within(number: Any, least: int, most: int) -> bool:
+    return isinstance(number, Integral) and not isinstance(number, bool) and least <= int(number) <= most
 
 
 def checked_ids(token_ids: Tensor, vocab_size: int) -> Tensor:

@@ -1,9 +1,11 @@
 """Interventions as a caller hands them over: when they are read, and what is refused."""
 
+import asyncio
+
 import pytest
 import torch
 
-from llama import Add, Capture, ParameterError, Scale
+from llama import Add, AsyncLLM, Capture, ParameterError, Scale, attention_pattern
 from tests.llm.test_capture import engine, prompt, sampled, vector
 from tests.model.models import tiny_model
 
@@ -54,3 +56,27 @@ def test_positions_that_can_be_read_only_once_are_refused():
     ):
         with pytest.raises(ParameterError, match=r"positions must be all, .* got <generator"):
             llm.generate(prompt(5, 5, 0), **asked)
+
+
+@pytest.mark.parametrize(
+    ("q", "k", "told"),
+    [
+        ((5, 4, 16), (3, 2, 16), r"got q \(5, 4, 16\), k \(3, 2, 16\)"),
+        ((5, 2, 16), (5, 4, 16), "heads that share the heads of k"),
+        ((5, 4, 16), (5, 2, 8), "heads that share"),
+        ((4, 16), (2, 16), r"of three dimensions, got \(4, 16\), \(2, 16\)"),
+        ((0, 4, 16), (0, 2, 16), "of three dimensions"),
+    ],
+)
+def test_what_has_no_attention_pattern_is_refused(q, k, told):
+    with pytest.raises(ParameterError, match=told):
+        attention_pattern(torch.zeros(q), torch.zeros(k))
+
+
+def test_the_async_engine_refuses_what_is_no_list_too():
+    async def ask():
+        async with AsyncLLM(engine(tiny_model())) as llm:
+            await llm.submit([1, 2, 3], interventions=vector(0))
+
+    with pytest.raises(ParameterError, match="interventions must be one list, or 1 lists or None"):
+        asyncio.run(ask())

@@ -98,6 +98,17 @@ def test_misuse_is_one_clear_error(model):
         session([97])
     with pytest.raises(ParameterError, match="num_tokens must be 0 to 2, got 3"):
         session.rollback(3)
-    with pytest.raises(ParameterError, match="max_tokens must be 1 to 512"):
-        model.session(513)
+    for wrong in (513, 0, 1.5, "8", None, True):
+        with pytest.raises(ParameterError, match=r"max_tokens must be 1 to 512, .* got"):
+            model.session(wrong)
+    for wrong in (1.5, "1", None, True, -1):
+        with pytest.raises(ParameterError, match="num_tokens must be 0 to 2, got"):
+            session.rollback(wrong)
+    for wrong in ([], [1.5], ["a"], "ab", None, 5, [True], torch.tensor([[1], [2]]), torch.tensor([1.0])):
+        with pytest.raises(
+            ParameterError, match=r"token_ids must be a list or an int64 tensor of token ids \[tokens\]"
+        ):
+            session(wrong)
     assert session.token_ids == [1, 2]
+    expected = model.logits(torch.tensor([[1, 2, 3]]))[0, -1:]
+    torch.testing.assert_close(session(torch.tensor([[3]])), expected, rtol=1e-12, atol=1e-12)
