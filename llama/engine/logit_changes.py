@@ -13,6 +13,7 @@ from llama.kernels import ops
 from llama.kernels.cpu.sampling.rules import adjust
 from llama.kernels.logprobs import Logprobs
 from llama.kernels.types import LOGPROBS_RAW, Sampled, SamplerRows, SamplerState, wide_dtype
+from llama.model.autocast import ordinary
 from llama.model.communicator import Communicator
 
 logger = logging.getLogger(__name__)
@@ -76,7 +77,8 @@ def _processed(one: Processed, row: Tensor) -> Tensor | None:
     prompt = one.prompt.tolist()
     try:
         for function in one.functions:
-            row = function(prompt, one.output_token_ids, row)
+            with ordinary():
+                row = function(prompt, one.output_token_ids, row.clone())
             if not isinstance(row, Tensor) or row.shape != shape or row.dtype != dtype:
                 found = f"{row.dtype} {list(row.shape)}" if isinstance(row, Tensor) else type(row).__name__
                 raise ValueError(f"{function} must give {dtype} {list(shape)}, got {found}")

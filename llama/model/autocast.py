@@ -1,6 +1,8 @@
-"""The network computes in its own dtype, whatever torch.autocast says to the caller's code around it."""
+"""The network computes in its own dtype, whatever torch.autocast says to the caller's code around it; and the caller's
+functions compute in ordinary PyTorch, whatever the engine around them is in."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import wraps
 from typing import ParamSpec, TypeVar
 
@@ -23,3 +25,11 @@ def own_dtype(function: Callable[P, T]) -> Callable[P, T]:
         return function(*args, **kwargs)
 
     return run
+
+
+@contextmanager
+def ordinary() -> Iterator[None]:
+    """For a caller's function inside a step: there are no gradients unless it asks for them (torch.enable_grad), which
+    inference mode would not give. What it sees must be cloned in here: a tensor of inference mode has none."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield

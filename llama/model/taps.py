@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from llama.api.errors import ParameterError, is_failure
 from llama.kernels.cpu.e4m3 import from_e4m3, to_e4m3
 from llama.kernels.types import KVLayer
+from llama.model.autocast import ordinary
 from llama.model.communicator import Communicator
 from llama.model.config import ModelConfig
 from llama.model.interventions import Add, Apply, Intervention, Rows, checked, rows_of
@@ -228,7 +229,11 @@ class StepTaps:
         if point not in self._wanted:
             return value
         if self._grad and not value.requires_grad:
-            value = value.requires_grad_()
+            try:
+                value = value.requires_grad_()
+            except RuntimeError as error:  # inside torch.func's transforms
+                what = "grad=True inside torch.func needs a transform of the embedding's weight too: use torch.autograd"
+                raise ParameterError(what, "grad") from error
         part = None if self._communicator is None else self._communicator.shard.part_of(name)
         if part is not None:
             assert self._communicator is not None
@@ -324,11 +329,16 @@ class StepTaps:
     def _applied(self, given: Apply, old: Tensor, taps: SequenceTaps) -> Tensor:
         """What the caller's function, which rank 0 has, makes of `old`."""
         if not self._in_engine:
-            return _checked(given, old, given.of(old, []))
+            new = _checked(given, old, given.of(old, []))
+            if new.requires_grad and not self._grad:
+                what = f"what {given.name} at {given.point} gave requires grad, and this forward is not differentiable"
+                raise ParameterError(f"{what}: pass grad=True, or use torch.no_grad()", "grad")
+            return new
         new = torch.full_like(old, math.nan)
         if self._communicator is None or self._communicator.shard.rank == 0:
             try:
-                new = _checked(given, old, given.of(old, [])).contiguous()
+                with ordinary():
+                    new = _checked(given, old, given.of(old.clone(), [])).detach().contiguous()
                 if bool(new.isnan().all()):
                     raise ValueError(f"{given.function} gave nothing but NaN")
             except BaseException as error:  # the caller's function: whatever it raises is the end of its own request

@@ -5,7 +5,7 @@ import asyncio
 import pytest
 import torch
 
-from llama import Add, AsyncLLM, Capture, ParameterError, Scale, attention_pattern
+from llama import Add, Apply, AsyncLLM, Capture, ParameterError, Scale, attention_pattern
 from tests.llm.test_capture import engine, prompt, sampled, vector
 from tests.model.models import tiny_model
 
@@ -80,3 +80,57 @@ def test_the_async_engine_refuses_what_is_no_list_too():
 
     with pytest.raises(ParameterError, match="interventions must be one list, or 1 lists or None"):
         asyncio.run(ask())
+
+
+def downhill(x):
+    """A step against the gradient of a score, as steering by a classifier takes it."""
+    with torch.enable_grad():
+        x = x.clone().requires_grad_()
+        [slope] = torch.autograd.grad((x**3).sum(), x)
+    return (x - 0.01 * slope).detach()
+
+
+def test_a_function_may_compute_gradients_of_its_own():
+    model, asked = tiny_model(), prompt(9, 9, 1)
+    probe = torch.nn.Linear(48, 48, dtype=torch.float64)
+    read, params = Capture("layers.1.resid_post", positions="prompt"), sampled(1, temperature=0)
+    for function in (downhill, probe):
+        changes = [Apply("layers.0.resid_post", function)]
+        [output] = engine(model).generate(asked, params, interventions=changes, capture=read, use_tqdm=False)
+        with torch.no_grad():
+            _, cache = model.run_with_cache(torch.tensor([asked]), "layers.1.resid_post", interventions=changes)
+        assert output.outputs[0].finish_reason == "length"
+        found, expected = output.captured["layers.1.resid_post"], cache["layers.1.resid_post"][0]
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-10)
+
+
+def test_logits_processors_may_compute_gradients_of_their_own():
+    def ours(prompt_ids, output_ids, logits):
+        return downhill(logits)
+
+    params = sampled(1, temperature=0, logits_processors=[ours])
+    [output] = engine(tiny_model()).generate(prompt(5, 5, 0), params, use_tqdm=False)
+    assert output.outputs[0].finish_reason == "length"
+
+
+def test_a_function_with_parameters_needs_gradients_asked_for():
+    model, ids = tiny_model(), torch.tensor([[1, 2, 3]])
+    changes = [Apply("layers.0.resid_post", torch.nn.Linear(48, 48, dtype=torch.float64))]
+    with pytest.raises(
+        ParameterError, match=r"what Apply at layers\.0\.resid_post gave requires grad.* pass grad=True"
+    ):
+        model.logits(ids, interventions=changes)
+    assert model.logits(ids, interventions=changes, grad=True).requires_grad
+    with torch.no_grad():
+        assert not model.logits(ids, interventions=changes).requires_grad
+
+
+def test_transforms_of_a_vector_alone_are_one_clear_error():
+    model = tiny_model()
+
+    def score(v):
+        return model.logits(torch.tensor([[1, 2, 3]]), interventions=[Add("embed", v)], grad=True).sum()
+
+    with pytest.raises(ParameterError, match=r"grad=True inside torch\.func .* use torch\.autograd"):
+        torch.func.grad(score)(vector(0))
+    assert torch.autograd.functional.jacobian(score, vector(0)).shape == (48,)
