@@ -69,9 +69,14 @@ def prepare(linears: Sequence[Linear], layout: str, packing: Packing) -> None:
 
 
 def unpack(model: nn.Module) -> bool:
-    """Make packed weights parameters again -> whether there were any."""
-    linears = [module for module in model.modules() if isinstance(module, Linear) and module.form is not None]
-    packed = [linear for linear in linears if linear.coded is None]
+    """Make packed weights parameters again, for gradients -> whether there were any. ParameterError for quantised
+    ones."""
+    packed = [module for module in model.modules() if isinstance(module, Linear) and module.form is not None]
+    if any(linear.coded is not None for linear in packed):
+        what = (
+            "quantised weights have no gradients: dequantise() the model, or call requires_grad_ of single parameters"
+        )
+        raise ParameterError(what, "requires_grad")
     for linear in packed:
         linear.widen()
     return bool(packed)

@@ -30,6 +30,7 @@ from llama.model.taps import (
     bind,
     each,
     names_of,
+    point_shape,
     resolve_points,
 )
 
@@ -109,7 +110,9 @@ class Research(Module):
         wide = wide_dtype(self.dtype)
         if not token_ids.numel():
             empty = torch.empty(rows, length, config.vocab_size, dtype=wide, device=self.device)
-            return empty if logits else None, ActivationCache({}, config.num_hidden_layers)
+            shapes = {point: (rows, length, *point_shape(point, config)) for point in read}
+            none = {point: torch.empty(shape, dtype=self.dtype, device=self.device) for point, shape in shapes.items()}
+            return empty if logits else None, ActivationCache(none, config.num_hidden_layers)
         taps = None
         if read or edited or grad:
             spans = [Span(one, i * length, 0, length) for i, one in enumerate(per_row)]

@@ -131,3 +131,15 @@ def test_layers_may_be_checkpointed(wrapped):
         both.append([*read, *grad(loss(logits), [*read, *model.parameters()])])
     for found, expected in zip(*both, strict=True):
         assert torch.equal(found, expected)
+
+
+def test_quantised_weights_have_no_gradients():
+    ours = tiny_model(vocab_size=61)
+    ours.quantise("int8")
+    with pytest.raises(ParameterError, match="quantised weights have no gradients: dequantise"):
+        ours.requires_grad_()
+    assert not any(parameter.requires_grad for parameter in ours.parameters())
+    ours.requires_grad_(False).embed_tokens.weight.requires_grad_()
+    assert grad(loss(ours.logits(IDS, grad=True)), ours.embed_tokens.weight)[0].abs().max() > 0
+    ours.dequantise()
+    assert all(parameter.requires_grad for parameter in ours.requires_grad_().parameters())

@@ -341,3 +341,13 @@ def test_without_the_head_there_are_no_logits(ids, monkeypatch):
     ours = tiny_model()
     monkeypatch.setattr(type(ours), "head", lambda *_: pytest.fail("the head was computed"))
     assert ours.run_with_cache(ids, "layers.0.z")[0] is None
+
+
+@pytest.mark.parametrize("shape", [(3, 0), (0, 5), (0, 0)])
+def test_of_no_tokens_every_point_is_empty(shape):
+    ours, none = tiny_model(), torch.empty(shape, dtype=torch.int64)
+    logits, cache = ours.run_with_cache(none, all_points(2), logits=True)
+    assert list(cache) == all_points(2) and logits.shape == (*shape, 97)
+    for point, value in cache.items():
+        one = ours.run_with_cache(torch.zeros(1, 1, dtype=torch.int64), point)[1][point]
+        assert value.shape == (*shape, *one.shape[2:]) and value.dtype == one.dtype
