@@ -9,6 +9,7 @@ from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_h
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.hooks import RemovableHandle
+from torch.utils.weak import WeakTensorKeyDictionary
 
 
 class Module(nn.Module):
@@ -35,24 +36,31 @@ class Module(nn.Module):
 
 
 class _Steps:
-    """Steps of optimizers, of any model's, that PyTorch does not count as changes of the parameters: its fused ones
-    write past its count, and those of other libraries may."""
+    """Steps of optimizers that PyTorch does not count as changes of the parameters: its fused ones write past its
+    count, and those of other libraries may."""
 
-    num = 0
+    total = 0
+    of = WeakTensorKeyDictionary()
 
     @classmethod
     def count(cls, optimizer: Optimizer, args: object, kwargs: object) -> None:
-        is_fused = any(group.get("fused") for group in optimizer.param_groups)
-        cls.num += is_fused or not type(optimizer).__module__.startswith("torch.optim.")
+        is_other = not type(optimizer).__module__.startswith("torch.optim.")
+        for group in optimizer.param_groups:
+            if is_other or group.get("fused"):
+                cls.total += 1
+                for parameter in group["params"]:
+                    cls.of[parameter] = cls.of.get(parameter, 0) + 1
 
 
 register_optimizer_step_post_hook(_Steps.count)
 
 
 def version_of(parameter: Tensor) -> int:
-    """Grows with every change of the tensor in place that PyTorch counts, and with every step of an optimizer that may
-    have changed it uncounted; 0 where PyTorch counts none."""
-    return 0 if parameter.is_inference() else parameter._version + _Steps.num
+    """Grows with every change of the tensor in place that PyTorch counts, and with every step of an optimizer of it
+    that may go uncounted; 0 where PyTorch counts none."""
+    if parameter.is_inference():
+        return 0
+    return parameter._version + (_Steps.of.get(parameter, 0) if _Steps.total else 0)
 
 
 class Watch:

@@ -195,6 +195,15 @@ def test_prefixes_of_a_model_that_was_changed_by_hand_are_forgotten(change, tmp_
     assert other.engine.metrics().num_prefix_hits == 32  # what was read just before is not forgotten
 
 
+@pytest.mark.parametrize("optimizer", [partial(torch.optim.SGD, fused=True), Uncounted])
+def test_training_another_model_leaves_the_prefix_cache(optimizer):
+    runs = engine(tiny_model())
+    tokens(runs)
+    one_step(tiny_model(), optimizer)
+    [found] = runs.generate(PROMPT, PARAMS, use_tqdm=False)
+    assert found.num_cached_tokens > 0
+
+
 def test_a_module_that_was_replaced_is_read():
     runs = engine(tiny_model())
     tokens(runs)
