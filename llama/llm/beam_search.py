@@ -5,11 +5,14 @@ Every step asks the engine for the logits of all live beams; what their tokens h
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor
 
-from llama.api.errors import ParameterError
+from llama.api.errors import ParameterError, refusal
+
+MOST_PENALTY = 10  # length ** penalty stays a float at any length
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,10 +29,16 @@ class BeamSearchParams:
     def __post_init__(self) -> None:
         for name in ("beam_width", "max_tokens"):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ParameterError(f"{name} must be an integer of at least 1, got {value!r}", name)
-        if self.temperature != 0:
-            raise ParameterError(f"beam search samples nothing: temperature must be 0, got {self.temperature!r}")
+            if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
+                raise refusal(name, "an integer of at least 1", value)
+        if not isinstance(self.ignore_eos, bool):
+            raise refusal("ignore_eos", "True or False", self.ignore_eos)
+        penalty = self.length_penalty
+        if isinstance(penalty, bool) or not isinstance(penalty, Real) or not abs(penalty) <= MOST_PENALTY:
+            raise refusal("length_penalty", f"a number from -{MOST_PENALTY} to {MOST_PENALTY}", penalty)
+        if isinstance(self.temperature, bool) or self.temperature != 0:
+            told = f"beam search samples nothing: temperature must be 0, got {self.temperature!r}"
+            raise ParameterError(told, "temperature")
 
 
 @dataclass(slots=True)
@@ -86,13 +95,13 @@ def search(
     *,
     eos_token_ids: Collection[int],
     context_len: int,
-    logits_of: Callable[[list[list[int]]], list[Tensor]],
+    logits_of: Callable[[list[tuple[int, list[int]]]], list[Tensor]],
 ) -> list[BeamSearchOutput]:
-    """`logits_of` gives those behind each of several lists of tokens, float32 or float64."""
+    """`logits_of` gives those behind each of several (number of the prompt, tokens), float32 or float64."""
     eos = frozenset() if params.ignore_eos else frozenset(eos_token_ids)
     searches = [_Search(p, min(params.max_tokens, context_len - len(p)), [(0.0, [])]) for p in prompts]
-    while open_ := [one for one in searches if not one.is_over]:
-        logits = iter(logits_of([one.prompt + tokens for one in open_ for _, tokens in one.live]))
-        for one in open_:
+    while open_ := [(number, one) for number, one in enumerate(searches) if not one.is_over]:
+        logits = iter(logits_of([(number, one.prompt + tokens) for number, one in open_ for _, tokens in one.live]))
+        for _, one in open_:
             one.take([next(logits) for _ in one.live], params, eos)
     return [BeamSearchOutput([sequence for _, sequence in one.done]) for one in searches]

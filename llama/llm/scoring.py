@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from llama.api.errors import ParameterError, blamed_on, of_each
-from llama.api.outputs import RequestOutput
+from llama.api.outputs import FinishReason, RequestOutput
 from llama.api.params import SamplingParams
-from llama.engine.request import Request, check_room
+from llama.engine.request import Request
 from llama.kernels.types import wide_dtype
 from llama.llm.beam_search import BeamSearchOutput, BeamSearchParams, search
 from llama.llm.requests import Inputs, Prompt, as_prompts, one_per_prompt, unwrapped
@@ -38,6 +38,15 @@ class Scoring:
 
     def _run(self, requests: Sequence[Request], use_tqdm: bool | Callable[..., Any]) -> list[RequestOutput]:
         raise NotImplementedError
+
+    def _computed(self, requests: Sequence[Request], use_tqdm: bool | Callable[..., Any]) -> list[RequestOutput]:
+        """Of requests all of whose numbers are wanted. RuntimeError where there are none."""
+        outputs = self._run(requests, use_tqdm)
+        for i, output in enumerate(outputs):
+            if any(completion.finish_reason is FinishReason.ERROR for completion in output.outputs):
+                told = "its logits are NaN or infinite, or the log says what failed"
+                raise RuntimeError(f"the model failed on sequence {i + 1} of {len(outputs)}: {told}")
+        return outputs
 
     def score(
         self,
@@ -104,28 +113,38 @@ class Scoring:
         mean = pooling == "mean"
         capture = Capture(point, positions="prompt" if mean else "last", reduce="mean" if mean else None)
         requests = of_each("texts", _texts("texts", texts), lambda text: self._request(self._ids(text)))
-        outputs = self._run(tapped(self.inputs.engine, requests, capture, None), use_tqdm)
+        outputs = self._computed(tapped(self.inputs.engine, requests, capture, None), use_tqdm)
         rows = [value.reshape(-1) for output in outputs for value in output.captured.values()]
         return torch.stack(rows).float()
 
     def beam_search(
-        self, prompts: Text | Sequence[Text], params: BeamSearchParams, use_tqdm: bool = False
+        self,
+        prompts: Text | Sequence[Text],
+        params: BeamSearchParams,
+        use_tqdm: bool = False,
+        lora: str | Sequence[str | None] | None = None,
     ) -> list[BeamSearchOutput]:
-        """The best sequences behind each prompt; see BeamSearchParams."""
+        """The best sequences behind each prompt, with its adapter; see BeamSearchParams."""
         engine = self.inputs.engine
+        if not isinstance(params, BeamSearchParams):
+            found = type(params).__name__
+            raise ParameterError(f"params must be a BeamSearchParams, got {found}", "params")
+        longest = SamplingParams(max_tokens=params.max_tokens)
 
-        def checked(prompt: str | Sequence[int]) -> list[int]:
-            token_ids = self._ids(prompt)
-            check_room(len(token_ids), None, engine.config.context_len)
+        def checked(asked: tuple[str | Sequence[int], str | None]) -> list[int]:
+            token_ids = self._ids(asked[0])
+            self.inputs.request(token_ids, longest, asked[1])  # refused before any beam is computed
             return token_ids
 
-        listed = of_each("prompts", _texts("prompts", prompts), checked)
+        texts = _texts("prompts", prompts)
+        loras = one_per_prompt("lora", lora, len(texts))
+        listed = of_each("prompts", list(zip(texts, loras, strict=True)), checked)
         outputs = search(
             listed,
             params,
             eos_token_ids=engine.scheduler.eos_token_ids,
             context_len=engine.config.context_len,
-            logits_of=partial(self._logits, use_tqdm=use_tqdm),
+            logits_of=partial(self._logits, loras=loras, use_tqdm=use_tqdm),
         )
         if self.inputs.tokenizer is not None:
             for output, prompt in zip(outputs, listed, strict=True):
@@ -134,14 +153,15 @@ class Scoring:
                     sequence.text = self.inputs.tokenizer.decode(new[:-1] if sequence.finish_reason == "stop" else new)
         return outputs
 
-    def _logits(self, token_ids: list[list[int]], use_tqdm: bool) -> list[Tensor]:
-        """Those behind each list of tokens, in at least float32."""
+    def _logits(self, asked: list[tuple[int, list[int]]], loras: Sequence[str | None], use_tqdm: bool) -> list[Tensor]:
+        """Those behind each list of tokens, with the adapter of the prompt whose number stands beside it, in at least
+        float32."""
         found: dict[str, Tensor] = {}
-        requests = [self._request(ids) for ids in token_ids]
+        requests = [self._request(ids, loras[number]) for number, ids in asked]
         capture = Capture(
             "logits", save_to=lambda request_id, values: found.__setitem__(request_id, values["logits"][0])
         )
-        self._run(tapped(self.inputs.engine, requests, capture, None), use_tqdm)
+        self._computed(tapped(self.inputs.engine, requests, capture, None), use_tqdm)
         rows = [found[request.request_id] for request in requests]
         return [row if row.dtype == torch.float64 else row.float() for row in rows]
 
@@ -167,7 +187,7 @@ class Scoring:
 
         requests = of_each("continuations", list(zip(pairs, loras, strict=True)), request_of)
         scores = []
-        for output, (prompt, continuation) in zip(self._run(requests, use_tqdm), pairs, strict=True):
+        for output, (prompt, continuation) in zip(self._computed(requests, use_tqdm), pairs, strict=True):
             scored = zip(continuation[:-1], (output.prompt_logprobs or [])[len(prompt) :], strict=True)
             entries = [entry[token] for token, entry in scored if entry is not None]
             last_logprob, last_is_greedy = last[output.request_id]
