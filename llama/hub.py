@@ -26,8 +26,12 @@ _HASHED_AT_ONCE = 1 << 22
 
 
 def model_folder(model: str | Path, revision: str | None = None, *, config_only: bool = False) -> Path:
-    """The folder itself, or the one in the hub's cache that holds what `model` names. CheckpointError, in one line."""
+    """The folder itself, or the one in the hub's cache that holds what `model` names; with `config_only` a config.json
+    itself may be named. CheckpointError, in one line."""
     patterns = _CONFIG if config_only else (*_CONFIG, *_TEXT, *_WEIGHTS)
+    if not config_only and Path(model).is_file():
+        hint = "; llama convert makes one of a GGUF file" if Path(model).suffix.lower() == ".gguf" else ""
+        raise CheckpointError(f"{model}: is a file; a model is a folder with a config.json{hint}")
     return _folder(model, revision, patterns, "config.json", CheckpointError)
 
 
@@ -53,6 +57,8 @@ def _folder(
             raise error(
                 f"revision={revision!r} is for an id of the hub, {name} is none, or a folder of that name is there"
             )
+        if not str(name):  # as a path it would be the working directory
+            raise error(f"'' names nothing; a folder with {needed} is needed, or an id of the hub")
         return Path(name)
     try:
         folder = _download(str(name), revision, patterns)

@@ -42,6 +42,7 @@ class Job:
     lines read of the network; one whose file there is missing or torn is asked again."""
 
     def __init__(self, source: Path, output: Path, settings: Settings, captures: Path | None = None) -> None:
+        _check_paths(source, output)
         if output.exists() and source.samefile(output):
             raise ValueError(f"the output is the input: {output}")
         self._source = source
@@ -113,6 +114,19 @@ class Job:
                 "model and these settings: name another output, or remove it"
             )
         return num_asked
+
+
+def _check_paths(source: Path, output: Path) -> None:
+    """ValueError that names what is missing and what is expected in its place."""
+    told = "the input is a file of requests, one JSON object a line"
+    if not source.exists():
+        raise ValueError(f"{source}: there is no such file; {told}")
+    if source.is_dir():
+        raise ValueError(f"{source}: is a folder; {told}")
+    if output.is_dir():
+        raise ValueError(f"{output}: is a folder; the output is a file, which is made where it does not exist")
+    if not output.parent.is_dir():
+        raise ValueError(f"{output}: there is no folder {output.parent} for this file of answers; make it first")
 
 
 def _has_files(folder: Path, line_id: str) -> bool:

@@ -3,6 +3,7 @@ says what to do. Each command is a module with `add_arguments` and `run`, which 
 so that --help answers at once."""
 
 import argparse
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -11,6 +12,7 @@ from importlib import import_module
 try:
     from llama import __version__
     from llama.cli.flags import Parser, UsageError
+    from llama.server.logs import open_standard_streams
 except ImportError:  # another distribution has put a package of its own over ours
     sys.exit("llama: the package `llama` is not llama-engine's: uninstall the other one, then reinstall llama-engine")
 
@@ -32,6 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not words:
         _parser().print_help(sys.stderr)
         return 2
+    _mend_streams()
     try:
         options = parse(words)
         code: int = options.run(options)
@@ -44,7 +47,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # The reader has closed the pipe; Python must not find it closed again when it exits.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except (ValueError, OSError, MemoryError, RuntimeError, ImportError) as error:
+    except OSError as error:
+        named = error.filename is not None and error.strerror
+        return _fail(1, f"{error.filename}: {error.strerror}" if named else error.strerror or str(error))
+    except (ValueError, MemoryError, RuntimeError, ImportError) as error:
         # A RuntimeError is torch's (no memory, no device) or tells that the engine is dead; an ImportError says which
         # extra is to be installed.
         return _fail(1, str(error) or type(error).__name__)
@@ -67,6 +73,16 @@ def _parser() -> Parser:
         module.add_arguments(command)
         command.set_defaults(run=module.run, command=command)
     return parser
+
+
+def _mend_streams() -> None:
+    """One that is closed is opened to nowhere, as Python has none in its place. What stdout cannot encode is escaped,
+    as on stderr: half an answer would be lost otherwise. Bytes on stdin that are no text are told where it is read."""
+    open_standard_streams()
+    if isinstance(sys.stdin, io.TextIOWrapper) and sys.stdin.errors == "strict":
+        sys.stdin.reconfigure(errors="surrogateescape")
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def _fail(code: int, message: str) -> int:

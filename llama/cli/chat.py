@@ -6,8 +6,9 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
+from llama.api.errors import ContextLengthError
 from llama.api.outputs import FinishReason
-from llama.cli.common import FAILED, Timed, add_single_request_flags, load, params_for, sampling_values, show
+from llama.cli.common import FAILED, Timed, add_single_request_flags, load, params_for, sampling_values, show, typed
 from llama.cli.flags import Parser, UsageError, flag
 
 DESCRIPTION = """Talk with a model. /reset forgets the conversation, /save FILE keeps it, /quit leaves; Ctrl-C stops an
@@ -54,6 +55,8 @@ def _read() -> str | None:
     try:
         return (input("> ") if sys.stdin.isatty() else input()).strip()
     except EOFError:
+        if sys.stdin.isatty():
+            print()  # the shell's prompt begins a line
         return None
     except KeyboardInterrupt:
         print(f"\n{_HELP}", file=sys.stderr)
@@ -91,9 +94,11 @@ class Conversation:
         thought: list[str] = []
         last = None
         try:
+            typed(text, "the message")
             pieces = Timed(self._llm.stream(messages, self._params, lora=self._lora))
         except ValueError as error:
-            print(f"{error}; /reset begins anew", file=sys.stderr)
+            hint = "; /reset begins anew" if isinstance(error, ContextLengthError) and self.messages else ""
+            print(f"{error}{hint}", file=sys.stderr)
             return
         except KeyboardInterrupt:
             print("[stopped]", file=sys.stderr)

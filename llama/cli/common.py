@@ -137,6 +137,16 @@ def params_for(llm: Any, values: dict[str, Any]) -> SamplingParams:
     return params
 
 
+def typed(text: str, what: str) -> str:
+    """The text, where it is one. Raises ValueError with the byte that is no UTF-8, which Python has put into a lone
+    surrogate."""
+    for position, character in enumerate(text):
+        if "\udc80" <= character <= "\udcff":
+            byte = ord(character) - 0xDC00
+            raise ValueError(f"{what} is not UTF-8 text: byte 0x{byte:02x} behind {position} characters")
+    return text
+
+
 def show(piece: Piece) -> None:
     """What an answer goes on with; a thought goes to stderr, it is no part of it."""
     print(piece.reasoning_content, end="", file=sys.stderr, flush=True)

@@ -24,6 +24,9 @@ def add_arguments(parser: Parser) -> None:
 
 def run(options: Namespace) -> int:
     source, output = Path(options.input), Path(options.output)
+    if not options.input or not source.exists():
+        told = "INPUT is the folder that Meta's download made, or a GGUF file"
+        raise ValueError(f"{options.input or repr('')}: there is no such file or folder; {told}")
     if source.is_dir():
         if options.dtype is not None or options.keep_quantised:
             raise UsageError("--dtype and --keep-quantised are for a GGUF file: Meta's weights stay as they are")

@@ -6,7 +6,7 @@ from argparse import Namespace
 from typing import Any
 
 from llama.api.outputs import CompletionOutput, FinishReason, RequestOutput
-from llama.cli.common import FAILED, Timed, add_single_request_flags, load, params_for, sampling_values, show
+from llama.cli.common import FAILED, Timed, add_single_request_flags, load, params_for, sampling_values, show, typed
 from llama.cli.flags import Parser, UsageError, flag
 
 DESCRIPTION = "Continue a prompt, or answer it with --chat. Streams to stdout; the rates go to stderr."
@@ -30,7 +30,9 @@ def run(options: Namespace) -> int:
     for name in ("logprobs", "prompt_logprobs"):
         if name in values and not options.json:
             raise UsageError(f"{flag(name)} needs --json")
-    text = sys.stdin.read().removesuffix("\n") if options.prompt == "-" else options.prompt
+    from_stdin = options.prompt == "-"
+    text = sys.stdin.read().removesuffix("\n") if from_stdin else options.prompt
+    text = typed(text, "stdin" if from_stdin else "PROMPT")
     llm = load(options, values)
     params, lora = params_for(llm, values), options.lora and options.lora[0]
     prompt: Any = _messages(options.system, text) if options.chat else text

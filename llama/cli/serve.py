@@ -20,7 +20,7 @@ from llama.engine.config import EngineConfig
 from llama.files import named, read_text
 from llama.hub import is_hub_id
 from llama.server.config import ServerConfig, take_port
-from llama.server.logs import LogQueue, log_to_stderr, open_standard_streams
+from llama.server.logs import LogQueue, log_to_stderr
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +61,6 @@ def add_arguments(parser: Parser) -> None:
 
 
 def run(options: Namespace) -> int:
-    open_standard_streams()
     if not options.host:  # it would mean every address
         raise UsageError("--host must be an address to listen on, got ''")
     arguments = llm_options(options)

@@ -89,6 +89,7 @@ def test_usage_errors(capsys, arguments, told):
 def test_what_is_missing_is_told_before_any_work(capsys, monkeypatch, tiny, files):
     source, output = files
     write_lines(source, [chat("a", "x", max_tokens=1)])
+    source.with_suffix(".parquet").touch()
     monkeypatch.setattr("llama.cli.common.find_spec", lambda name: None)
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     for arguments, told in (

@@ -4,7 +4,7 @@ import io
 import json
 import sys
 
-from llama.api.errors import EngineDeadError
+from llama.api.errors import ContextLengthError, EngineDeadError
 from llama.api.outputs import FinishReason, Piece, Usage
 from llama.api.params import SamplingParams
 from llama.cli import chat as chat_command
@@ -22,7 +22,7 @@ class FakeLLM:
     def stream(self, messages, params, lora):
         self.loras.append(lora)
         if sum(len(m["content"]) for m in messages) > 100:
-            raise ValueError("the prompt has 101 tokens and the context is 100")
+            raise ContextLengthError("the prompt has 101 tokens and the context is 100", 101, 100)
         self.seen.append(messages)
         return self._pieces(len(messages))
 
@@ -111,8 +111,14 @@ def test_a_failed_answer_is_told_and_leaves_the_conversation_as_it_was(monkeypat
 
 def test_a_refused_message_leaves_the_conversation_as_it_was(monkeypatch, capsys):
     llm = FakeLLM()
-    code, out, err = talk(monkeypatch, capsys, llm, "x" * 101, "one")
-    assert code == 0 and out == "I see 1 messages\n" and "101 tokens" in err and "/reset" in err
+    code, out, err = talk(monkeypatch, capsys, llm, "x" * 101, "caf\udce9", "one", "y" * 90, "/reset", "two")
+    assert code == 0 and out == "I see 1 messages\n" * 2
+    told = [line for line in err.splitlines() if not line.startswith("[")]
+    assert told == [
+        "the prompt has 101 tokens and the context is 100",
+        "the message is not UTF-8 text: byte 0xe9 behind 3 characters",
+        "the prompt has 101 tokens and the context is 100; /reset begins anew",
+    ]
 
 
 def test_without_the_demo_model_it_says_what_to_do(monkeypatch, capsys, tmp_path):
