@@ -1,13 +1,17 @@
 """Which tools a model is shown, and which of them it must call."""
 
+import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from llama.api.errors import ParameterError
+from llama.files import some_of
 from llama.text.chat.prepare import prepare_tools, tool_name
 
 ToolChoice = str | Mapping[str, Any]  # as OpenAI spells it
+_shown = reprlib.Repr()  # of what a client has sent
+_shown.maxstring = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,5 +43,6 @@ def choose(tools: Sequence[Mapping[str, Any]] | None, choice: ToolChoice) -> Too
     name = function.get("name") if isinstance(function, Mapping) else None
     if not isinstance(name, str) or name not in map(tool_name, prepared):
         legal = '"auto", "none", "required" or {"type": "function", "function": {"name": ...}} with the name of a tool'
-        raise ParameterError(f"tool_choice must be {legal}", "tool_choice")
+        named, told = some_of(map(tool_name, prepared)), _shown.repr(name if isinstance(name, str) else choice)
+        raise ParameterError(f"tool_choice must be {legal} ({named}), got {told}", "tool_choice")
     return Tools(prepared, must_call=True, name=name)

@@ -250,6 +250,14 @@ def test_a_schema_and_a_choice_of_tools_are_kept(tiny_client):
         assert [item.name for item in final.output] == ["get_time"] and events[-1].type == "response.completed"
 
 
+def test_an_allowed_tool_that_is_not_there_is_named(scripted):
+    listed = [{"type": "function", "name": name} for name in ("get_weather", "get_tide")]
+    choice = {"type": "allowed_tools", "mode": "auto", "tools": listed}
+    error = post(scripted, input="x", tools=[WEATHER], tool_choice=choice).json()["error"]
+    assert error["param"] == "tool_choice"
+    assert error["message"] == "tool_choice: allowed_tools names 'get_tide', which is none of tools (get_weather)"
+
+
 def test_log_probabilities_of_each_token(tiny_client):
     asked = {"input": "x", "max_output_tokens": 4, "top_logprobs": 2, "temperature": 0}
     events, final = streamed(tiny_client, **asked, include=["message.output_text.logprobs"])

@@ -4,12 +4,14 @@ OpenAI's clients send the items of earlier answers back as they came, with nulls
 """
 
 import json
+import reprlib
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, Field
 
 from llama.api.neutral import RESPONSES
+from llama.files import some_of
 from llama.server.errors import bad_input
 from llama.server.fields import MAX_MESSAGES, MAX_TOOLS, Integer, refusal
 from llama.server.openai.schema import NO_OTHERS, AnsweredRequest, ChatRequest
@@ -97,7 +99,14 @@ def _tool_choice(choice: Any, tools: list[dict[str, Any]]) -> tuple[Any, list[di
         return {"type": "function", "function": {"name": choice.get("name")}}, tools
     if choice.get("type") == "allowed_tools":
         listed = choice.get("tools")
-        names = [tool.get("name") for tool in listed if isinstance(tool, Mapping)] if isinstance(listed, list) else []
+        names = (
+            [tool.get("name") for tool in listed if isinstance(tool, Mapping)] if isinstance(listed, list) else [None]
+        )
+        there = [tool["function"].get("name") for tool in tools]
+        if unknown := [name for name in names if name not in there]:
+            known = some_of(map(str, there)) or "there are none"
+            told = f"allowed_tools names {reprlib.repr(unknown[0])}, which is none of tools ({known})"
+            raise bad_input(f"tool_choice: {told}", "tool_choice")
         return choice.get("mode", "auto"), [tool for tool in tools if tool["function"].get("name") in names]
     raise bad_input(f"tool_choice of type {choice.get('type')!r} is not supported", "tool_choice")
 
