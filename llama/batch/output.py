@@ -5,7 +5,6 @@ rejections, which it asks again; every answer stays where it is.
 """
 
 import fcntl
-import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -15,6 +14,7 @@ from pydantic_core import from_json
 
 from llama.batch.ids import IdSet
 from llama.batch.lines import ID_PREFIX
+from llama.server.bodies import dump
 
 _BEGINNING = f'{{"id":"{ID_PREFIX}'.encode()
 _OK = 200
@@ -37,7 +37,7 @@ class OutputFile:
             raise
 
     def write(self, line: Mapping[str, Any]) -> None:
-        self._file.write(json.dumps(line, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode() + b"\n")
+        self._file.write(dump(line) + b"\n")
         self._file.flush()
 
     def close(self) -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
@@ -13,6 +14,8 @@ from llama.server.errors import ApiError, bad_input, body_encoded, body_too_larg
 from llama.server.fields import explain, mismatch
 from llama.server.service import Service
 
+_LINE_ENDS = {ord(end): f"\\u{ord(end):04x}" for end in "\x85\u2028\u2029"}
+_HAS_LINE_END = re.compile("[\x85\u2028\u2029]")
 _DISCARDED = 4  # times the limit: how much more of a body that is too large is read
 _INLINE_BYTES = 1 << 16  # larger bodies are parsed off the event loop
 # A body of nothing but brackets would keep the interpreter to itself for seconds; 4096 messages do with far less.
@@ -92,7 +95,9 @@ async def _bytes(request: Request, service: Service) -> bytearray:
 
 
 def dump(value: Any) -> bytes:
-    return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
+    """One line for every reader: str.splitlines, by which clients in Python cut event streams, knows more ends."""
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    return text.translate(_LINE_ENDS).encode() if _HAS_LINE_END.search(text) else text.encode()
 
 
 def json_response(value: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:

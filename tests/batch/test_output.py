@@ -10,7 +10,7 @@ from llama.batch.output import OutputFile
 
 
 def line(number: int, status: int | None = 200) -> dict:
-    response = None if status is None else {"status_code": status, "request_id": "r", "body": {"text": "é\n"}}
+    response = None if status is None else {"status_code": status, "request_id": "r", "body": {"text": "é\n\u2028\x85"}}
     error = {"code": "internal_error", "message": "m"} if status is None else None
     return {"id": f"batch_req_{number:032x}", "custom_id": str(number), "response": response, "error": error}
 

@@ -23,6 +23,18 @@ def test_the_value_that_is_taken_is_told(scripted):
     assert message == "'/use_beam_search' is not a parameter of this server, but for false"
 
 
+@pytest.mark.parametrize("path", [*BODIES, "/v1/responses", RUN])
+def test_an_event_is_one_line_whatever_a_reader_takes_for_its_end(scripted, path):
+    said = "a\u2028b\u2029c\x85d"
+    body = {"input": said} if path == "/v1/responses" else {"messages": [user(said)]}
+    body = {"prompt": said} if path == "/v1/completions" else body
+    response = scripted.run({**body, "stream": True}, path=path)
+    lines = [line for line in response.content.decode().splitlines() if line]
+    assert all(line.startswith(("data: ", "event: ")) for line in lines)
+    told = [json.loads(line[6:]) for line in lines if line.startswith("data: {")]
+    assert all(end in json.dumps(told, ensure_ascii=False) for end in "\u2028\u2029\x85")
+
+
 def test_seeds_of_any_sign(scripted):
     for given, used in ((-1, None), (-2, 2**64 - 2), (2**64 - 1, 2**64 - 1), (0, 0)):
         response, request = asked(scripted, "/v1/completions", seed=given)
