@@ -19,7 +19,7 @@ from llama.convert.folder import (
     unpermute_rope,
     write_generation_config,
 )
-from llama.files import open_regular, read_json
+from llama.files import open_regular, read_json, some_of
 from llama.model.checkpoint.layout import Entry
 from llama.model.checkpoint.save import MAX_SHARD_BYTES, new_folder, write_checkpoint
 from llama.model.config import ModelConfig
@@ -164,10 +164,23 @@ class MetaShards:
             if rank.keys() != self.ranks[0].keys():
                 odd = sorted(rank.keys() ^ self.ranks[0].keys())
                 raise ValueError(f"{path} and {paths[0]} hold different tensors: {', '.join(odd[:10])}")
+        self._files = folder, {path.name for path in paths}
         dtypes = {str(rank[name].dtype).removeprefix("torch.") for rank in self.ranks for name in self.names}
         if len(dtypes) > 1 or not dtypes <= DTYPES.keys():
             raise ValueError(f"weights of dtype {', '.join(sorted(dtypes))}; all must be one of {', '.join(DTYPES)}")
         self.dtype = DTYPES[dtypes.pop()]
+
+    def check_count(self, rows: int) -> None:
+        """ValueError where files are missing: all of them together have that many rows of wq, each as many."""
+        wq, (folder, names) = self.ranks[0].get("layers.0.attention.wq.weight"), self._files
+        if wq is None or not wq.numel() or rows % len(wq):
+            return
+        wanted = {f"consolidated.{number:02d}.pth" for number in range(rows // len(wq))}
+        if wanted != names and len(wanted) >= len(names):
+            raise ValueError(
+                f"{folder}: the weights are cut into {len(wanted)} files, and these are not there: "
+                f"{some_of(wanted - names)}"
+            )
 
     def join(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
         """The whole tensor of this shape: replicated on every rank, or split along the axis where they differ."""
@@ -217,6 +230,7 @@ def read_config(params: dict[str, Any], shards: MetaShards, tokenizer: Tokenizer
     for name in ("tok_embeddings.weight", "output.weight"):
         if name not in shards.names:
             raise ValueError(f"consolidated.*.pth lack {name}")
+    shards.check_count(dim)
     parts = [rank["tok_embeddings.weight"].shape for rank in shards.ranks]
     if any(len(part) != 2 for part in parts):
         raise ValueError(f"tok_embeddings.weight should have two dimensions, found {list(parts[0])}")

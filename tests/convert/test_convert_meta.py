@@ -299,6 +299,18 @@ def test_what_is_missing_is_named_with_its_path(tmp_path, gone, options, message
     assert not (tmp_path / "hf").exists()
 
 
+@pytest.mark.parametrize("gone", [[3], [1, 3], [0]])
+def test_files_of_weights_that_are_missing_are_named(tmp_path, gone):
+    write_meta(tmp_path / "meta", PARAMS, meta_weights(PARAMS), 4)
+    names = [f"consolidated.{rank:02d}.pth" for rank in gone]
+    for name in names:
+        (tmp_path / "meta" / name).unlink()
+    told = f"meta: the weights are cut into 4 files, and these are not there: {', '.join(names)}"
+    with pytest.raises(SystemExit, match=re.escape(told)):
+        main(["--input", str(tmp_path / "meta"), "--output", str(tmp_path / "hf")])
+    assert not (tmp_path / "hf").exists()
+
+
 @pytest.mark.parametrize(("text", "message"), [("{", "params.json: is not JSON"), ("[]", "must hold a JSON object")])
 def test_params_that_cannot_be_read_are_named(tmp_path, text, message):
     write_meta(tmp_path / "meta", PARAMS, {"norm.weight": torch.ones(64)}, 1)
