@@ -1,14 +1,20 @@
 """What the converters share beside the writer of checkpoints: the small files, and the two layouts of RoPE."""
 
+import logging
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from llama.api.errors import ParameterError
+from llama.api.params import SamplingParams
 from llama.model.checkpoint.save import write_json
 from llama.model.config import ModelConfig
 from llama.model.rope_scaling import Llama3Scaling
+
+logger = logging.getLogger(__name__)
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -44,6 +50,18 @@ def write_generation_config(
     ids["pad_token_id"] = pad_token_id
     values = ({"do_sample": True} | dict(sampling) if sampling else {}) | ids
     write_json(folder / "generation_config.json", {key: value for key, value in values.items() if value is not None})
+
+
+def legal_sampling(recommended: Mapping[str, Any]) -> dict[str, float]:
+    """Those that a request may have: with others in generation_config.json the folder could not be loaded."""
+    legal: dict[str, float] = {}
+    for name, value in recommended.items():
+        try:
+            SamplingParams(**{name: value})
+            legal[name] = value
+        except ParameterError as error:
+            logger.warning("the recommended %s %s is left out: %s", name, value, error)
+    return legal
 
 
 def llama3_rope_scaling(factor: float) -> Llama3Scaling:

@@ -26,6 +26,7 @@ from llama.convert.bpe import (
 from llama.convert.folder import (
     DTYPES,
     LLAMA3_SAMPLING,
+    legal_sampling,
     llama3_rope_scaling,
     unpermute_rope,
     write_generation_config,
@@ -353,7 +354,7 @@ def read_sampling(file: GGUFFile) -> dict[str, float]:
     names = {"temperature": "temp", "top_k": "top_k", "top_p": "top_p", "min_p": "min_p"}
     said = {name: file.get(f"general.sampling.{key}") for name, key in names.items()}
     found = {name: shortest(value) if isinstance(value, float) else value for name, value in said.items()}
-    found = {name: value for name, value in found.items() if value is not None}
+    found = legal_sampling({name: value for name, value in found.items() if value is not None})
     return found or (LLAMA3_SAMPLING if file.get("tokenizer.ggml.pre") in LLAMA3_NAMES else {})
 
 

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
+from llama import LLM
 from llama.cli import main as command
 from llama.convert.gguf import convert
 from tests.convert.corpus import random_characters, texts
@@ -185,8 +186,23 @@ def test_the_command_converts_and_tells_the_defaults(tmp_path, capsys):
     assert said.startswith("llama: ") and said.count("\n") == 1 and "none.gguf" in said
 
 
+def test_recommended_values_that_no_request_may_have_are_left_out_and_told(tmp_path, caplog):
+    recommended = {"general.sampling.temp": 7.0, "general.sampling.min_p": 1.5, "general.sampling.top_p": 0.5}
+    write_gguf(tmp_path / "model.gguf", Type.F16, fields=recommended)
+    convert(tmp_path / "model.gguf", tmp_path / "hf", dtype="float32")
+    assert [record.getMessage() for record in caplog.records] == [
+        "the recommended temperature 7.0 is left out: temperature must be a number from 0 to 5, got 7.0",
+        "the recommended min_p 1.5 is left out: min_p must be a number from 0 to 1, got 1.5",
+    ]
+    assert LLM(tmp_path / "hf", num_blocks=4).get_default_sampling_params().top_p == 0.5
+    written = json.loads((tmp_path / "hf" / "generation_config.json").read_text())
+    assert "temperature" not in written and "min_p" not in written
+
+
 def test_without_gguf_one_line_says_what_to_install():
-    script = "import sys; sys.modules['gguf'] = None; from llama.cli import main; main(['convert', 'x.gguf', 'out'])"
+    script = (
+        "import sys; sys.modules['gguf'] = None; from llama.cli import main; main(['convert', sys.executable, 'out'])"
+    )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert done.stderr == "llama: GGUF files need gguf: pip install 'llama-engine[tools]'\n"
 
