@@ -5,15 +5,16 @@ For a caller's own speculation, guidance or search; nothing here schedules or sa
 """
 
 import json
+import reprlib
 from collections.abc import Iterator, Mapping, Sequence
 from numbers import Integral
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from llama.api.errors import ParameterError
+from llama.api.errors import ParameterError, refusal
 from llama.kernels.types import wide_dtype
 from llama.model.autocast import own_dtype
 from llama.model.batch import Batch, rectangle
@@ -43,13 +44,11 @@ class Session:
     float64 model). It holds at most `max_tokens`."""
 
     def __init__(self, model: Network, max_tokens: int) -> None:
-        if not _is_within(max_tokens, 1, model.config.longest_context):
-            legal = f"1 to {model.config.longest_context}, the model's context"
-            raise ParameterError(f"max_tokens must be {legal}, got {max_tokens!r}", "max_tokens")
+        longest = model.config.longest_context
+        self.max_tokens = _counted("max_tokens", max_tokens, 1, longest, ", the model's context")
         self.model = model
-        self.max_tokens = max_tokens
         self.token_ids: list[int] = []
-        num_blocks = -(-max_tokens // BLOCK_SIZE)
+        num_blocks = -(-self.max_tokens // BLOCK_SIZE)
         self._kv = KVCache(model.config, num_blocks, BLOCK_SIZE, dtype=model.dtype, device=model.device)
 
     def __len__(self) -> int:
@@ -63,10 +62,10 @@ class Session:
         try:
             ids = torch.as_tensor(token_ids, device=self.model.device)
         except (TypeError, ValueError, RuntimeError):
-            raise ParameterError(f"{told}, got {token_ids!r}", "token_ids") from None
+            raise ParameterError(f"{told}, got {reprlib.repr(token_ids)}", "token_ids") from None
         ids = ids.unsqueeze(0) if ids.dim() == 1 else ids
         if not ids.numel() or ids.dim() != 2 or len(ids) != 1 or ids.dtype != torch.int64:
-            raise ParameterError(f"{told}, got {token_ids!r}", "token_ids")
+            raise ParameterError(f"{told}, got {reprlib.repr(token_ids)}", "token_ids")
         checked_ids(ids, self.model.config.vocab_size)
         start, stop = len(self), len(self) + ids.shape[1]
         if stop > self.max_tokens:
@@ -78,8 +77,7 @@ class Session:
 
     def rollback(self, num_tokens: int) -> None:
         """Take back the last tokens."""
-        if not _is_within(num_tokens, 0, len(self)):
-            raise ParameterError(f"num_tokens must be 0 to {len(self)}, got {num_tokens!r}", "num_tokens")
+        num_tokens = _counted("num_tokens", num_tokens, 0, len(self))
         del self.token_ids[len(self) - num_tokens :]
 
     def fork(self) -> "Session":
@@ -114,6 +112,12 @@ class Session:
         return self._kv.data.flatten(2, 3)[:, :, :num_tokens]
 
 
+def _counted(name: str, value: int, low: int, high: int, what: str = "") -> int:
+    if isinstance(value, bool) or not isinstance(value, Integral) or not low <= value <= high:
+        raise refusal(name, f"an integer from {low} to {high}{what}", value)
+    return int(value)
+
+
 class ActivationCache(Mapping[str, Tensor]):
     """What a forward left at points of the network: [batch, seq, ...] each. TransformerLens' names find them too."""
 
@@ -139,10 +143,6 @@ class ActivationCache(Mapping[str, Tensor]):
         size = sum(value.nbytes for value in self._values.values())
         lines = [f"  {name}: {list(v.shape)} {str(v.dtype)[6:]}, {v.nbytes:,} bytes" for name, v in self.items()]
         return "\n".join([f"ActivationCache of {len(self)} points, {size:,} bytes", *lines])
-
-
-def _is_within(number: Any, least: int, most: int) -> bool:
-    return isinstance(number, Integral) and not isinstance(number, bool) and least <= int(number) <= most
 
 
 def checked_ids(token_ids: Tensor, vocab_size: int) -> Tensor:
