@@ -140,6 +140,7 @@ class AsyncLLM:
         prepare = partial(self.llm.inputs.request, prompt, sampling_params, lora, request_id=request_id, clip=clip)
         parts = [*prompt.values()] if isinstance(prompt, Mapping) else [prompt]
         size = max((len(part) for part in parts if isinstance(part, str | list | tuple)), default=0)
+        size += _size_of_texts(sampling_params)
         ask = self._tapped(prepare, capture, interventions)
         return await self._submit(ask, size, grammar_key(_constraint(sampling_params)))
 
@@ -324,6 +325,14 @@ def _is_number(value: Any) -> bool:
 
 def _constraint(params: Any) -> Any:
     return params.constraint if isinstance(params, SamplingParams) else None
+
+
+def _size_of_texts(params: Any) -> int:
+    """Of all in them that is encoded as a prompt is."""
+    if not isinstance(params, SamplingParams):
+        return 0
+    texts = [*params.bad_words, params.negative_prompt, params.prediction]
+    return sum(len(text) for text in texts if isinstance(text, str))
 
 
 def _look(reference: "weakref.ref[Stepper]", why: str) -> None:

@@ -22,7 +22,7 @@ class TokenRules:
             bits[list(allowed)] = True
         bits[[sequence[0] for sequence in banned if len(sequence) == 1]] = False
         self.always = np.packbits(bits, bitorder="little").view("<i4")
-        self.longer = [tuple(sequence) for sequence in banned if len(sequence) > 1]
+        self.longer = [(list(sequence[:-1]), sequence[-1]) for sequence in banned if len(sequence) > 1]
 
     def matcher(self, grammar: Callable[[], TokenMatcher] | None = None) -> "RuleMatcher":
         return RuleMatcher(self, None if grammar is None else grammar(), [])
@@ -43,8 +43,9 @@ class RuleMatcher:
         else:
             self._grammar.fill_mask(words)
             words &= self._rules.always
-        for *head, last in self._rules.longer:
-            if self._generated[-len(head) :] == head:
+        length = len(self._generated)
+        for head, last in self._rules.longer:
+            if len(head) <= length and self._generated[-len(head) :] == head:
                 words[last >> 5] &= ~np.int32(np.uint32(1 << (last & 31)).astype(np.int32))
         if not words.any():
             raise RuntimeError("allowed_token_ids, bad_words and the grammar leave no token")

@@ -184,10 +184,18 @@ class Inputs:
             if self.tokenizer is None:
                 what = "negative_prompt as text needs a tokenizer: this model takes token ids only"
                 raise ParameterError(what, "negative_prompt")
-            negative = self.tokenizer.encode(negative)
+            negative = self._negative(self.tokenizer, negative) if params.is_guided else ()
         if params.is_guided and negative:
             rest["negative_token_ids"] = negative
         return self.engine.request(request_id, token_ids, params, **rest)
+
+    def _negative(self, tokenizer: Tokenizer, text: str) -> Sequence[int]:
+        most = self.engine.config.context_len
+        with blamed_on("negative_prompt"):
+            if len(text) >= most and (count := tokenizer.min_tokens(text)) >= most:  # to encode it may take seconds
+                told = f"has at least {count} tokens and the context is {most} (max_model_len): no room is left"
+                raise ValueError(f"negative_prompt {told}")
+            return tokenizer.encode(text)
 
     def render(
         self,

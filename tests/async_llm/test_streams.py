@@ -68,9 +68,13 @@ def test_long_prompts_are_encoded_off_the_event_loop(scripted, monkeypatch):
         assert await text_of(llm.generate("short")) == "short"
         with pytest.raises(ValueError, match="no room is left"):
             await llm.submit("x" * 5000)
+        await text_of(llm.generate("short", SamplingParams(bad_words=["x" * 1500, "y" * 1500])))
+        await text_of(llm.generate("short", SamplingParams(prediction="x" * 5000)))
+        with pytest.raises(ValueError, match="negative_prompt has at least"):
+            await llm.submit("short", SamplingParams(guidance_scale=2.0, negative_prompt="x" * 5000))
 
     run(main())
-    assert threads[0] is threading.main_thread() and threads[1] is not threading.main_thread()
+    assert [thread is threading.main_thread() for thread in threads] == [True, False, False, False, False]
 
 
 @pytest.mark.parametrize("how", ["break", "aclose", "cancel", "timeout", "dropped"])

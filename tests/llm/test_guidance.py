@@ -188,6 +188,16 @@ def test_what_cannot_be_is_refused(pair, options, fields, capture, message):
     assert not llm.engine.has_unfinished
 
 
+def test_a_text_that_is_not_used_or_cannot_fit_is_not_encoded(folder, monkeypatch):
+    llm = LLM(folder, num_blocks=32)
+    encode = llm.tokenizer.encode
+    monkeypatch.setattr(llm.tokenizer, "encode", lambda text, **options: encode({"x": text}[text[0]], **options))
+    with pytest.raises(ParameterError, match=r"negative_prompt has at least \d+ tokens and the context is 256") as told:
+        llm.generate("x", guided(2.0, "y" * 10_000))
+    assert told.value.param == "negative_prompt"
+    assert llm.generate("x", guided(1.0, "y" * 10_000, max_tokens=1), use_tqdm=False)[0].finished
+
+
 def _renamed(fields):
     names = {"guidance_scale": "scale", "negative_prompt": "negative"}
     return {names.get(name, name): value for name, value in fields.items()}

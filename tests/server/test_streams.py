@@ -35,6 +35,11 @@ def test_an_event_is_one_line_whatever_a_reader_takes_for_its_end(scripted, path
     assert all(end in json.dumps(told, ensure_ascii=False) for end in "\u2028\u2029\x85")
 
 
+def test_bad_words_have_a_length(scripted):
+    response, _ = asked(scripted, "/v1/completions", bad_words=["x", "y" * 257])
+    assert response.json()["error"]["message"] == "Length of '/bad_words/1' must be <= 256"
+
+
 def test_seeds_of_any_sign(scripted):
     for given, used in ((-1, None), (-2, 2**64 - 2), (2**64 - 1, 2**64 - 1), (0, 0)):
         response, request = asked(scripted, "/v1/completions", seed=given)

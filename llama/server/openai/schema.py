@@ -152,7 +152,9 @@ class CommonRequest(AnsweredRequest):
     min_tokens: Integer | None = None
     ignore_eos: bool | None = None
     stop_token_ids: list[Integer] | None = Field(None, max_length=MAX_STOP_IDS)
-    bad_words: list[str] | None = Field(None, max_length=MAX_BAD_WORDS)
+    bad_words: list[Annotated[str, Field(max_length=MAX_STOP_CHARACTERS)]] | None = Field(
+        None, max_length=MAX_BAD_WORDS
+    )
     allowed_token_ids: list[Integer] | None = Field(None, max_length=MAX_ALLOWED_IDS)
     skip_special_tokens: bool | None = None
     truncate_prompt_tokens: Integer | None = None
