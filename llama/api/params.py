@@ -145,7 +145,9 @@ class SamplingParams:
         put("stop_token_ids", tuple(dict.fromkeys(checked)))
         for name in ("prediction", "negative_prompt"):
             value = getattr(self, name)
-            if value is not None and not isinstance(value, str):
+            if isinstance(value, str):
+                _check_text(name, value)
+            elif value is not None:
                 ids = _listed(name, value, "token ids, or a text")
                 put(name, tuple(_integer(name, each, 0, place=": each id") for each in ids))
         self._check_processors()
@@ -271,9 +273,16 @@ def _texts(name: str, value: Any) -> tuple[str, ...]:
     for text in texts:
         if not isinstance(text, str) or not text:
             raise ParameterError(f"{name} must hold strings that are not empty, got {reprlib.repr(text)}", name)
-        if any("\ud800" <= character <= "\udfff" for character in text):
-            raise ParameterError(f"{name} must hold valid text, got a lone surrogate in {reprlib.repr(text)}", name)
+        _check_text(name, text)
     return tuple(texts)
+
+
+def _check_text(name: str, text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        told = f"got a lone surrogate in {reprlib.repr(text)}"
+        raise ParameterError(f"{name} must hold valid text, {told}", name) from None
 
 
 def _allowed(value: Any) -> tuple[int, ...]:

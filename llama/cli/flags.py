@@ -8,6 +8,7 @@ import argparse
 import difflib
 import json
 import re
+import reprlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import Field, fields
 from pathlib import Path
@@ -124,7 +125,7 @@ def _json(word: str) -> Any:
     try:
         return json.loads(word)
     except (ValueError, RecursionError) as error:
-        raise argparse.ArgumentTypeError(f"takes JSON: {error}") from None
+        raise argparse.ArgumentTypeError(f"takes JSON, got {reprlib.repr(word)}: {error}") from None
 
 
 class _Pairs(argparse.Action):

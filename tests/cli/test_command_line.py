@@ -117,7 +117,7 @@ def test_without_a_command_the_usage_names_them_all(capsys):
         (["generate", "folder", "p", "--min-tokens", "none"], "--min-tokens must be an integer from 0"),
         (["generate", "folder", "p", "--logprobs", "2"], "--json"),
         (["generate", "folder", "p", "--system", "s"], "--chat"),
-        (["generate", "folder", "p", "--response-format", "{"], "JSON"),
+        (["generate", "folder", "p", "--response-format", "{"], "--response-format: takes JSON, got '{': Expecting"),
         (["generate", "folder", "p", "--lora", "name"], "NAME=PATH"),
         (["chat", "folder", "--lora", "=path"], "NAME=PATH"),
         (["chat", "folder", "--n", "2"], "one answer"),

@@ -134,6 +134,11 @@ def test_illegal(name, value):
         ({"stop": ["a", ""]}, "stop must hold strings that are not empty, got ''"),
         ({"stop": [5]}, "stop must hold strings that are not empty, got 5"),
         ({"stop": "a\ud800"}, "stop must hold valid text, got a lone surrogate in 'a\\ud800'"),
+        ({"prediction": "a\ud800"}, "prediction must hold valid text, got a lone surrogate in 'a\\ud800'"),
+        (
+            {"guidance_scale": 2, "negative_prompt": "\udc80"},
+            "negative_prompt must hold valid text, got a lone surrogate in '\\udc80'",
+        ),
         ({"stop_token_ids": [1, -1]}, "stop_token_ids: each id must be an integer of at least 0, got -1"),
         ({"stop_token_ids": [1.0]}, "stop_token_ids: each id must be an integer of at least 0, got 1.0"),
         ({"prediction": [1, "x"]}, "prediction: each id must be an integer of at least 0, got 'x'"),
