@@ -109,6 +109,9 @@ class Conversation:
                 thought.append(last.reasoning_content)
                 show(last)
         except KeyboardInterrupt:
+            if last is None:  # there is nothing to keep
+                print("[stopped]", file=sys.stderr)
+                return
             print(" [stopped]", end="", file=sys.stderr)
         print(flush=True)
         if last is not None and last.finish_reason is FinishReason.ERROR:

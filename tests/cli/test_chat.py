@@ -100,6 +100,12 @@ def test_an_interrupt_before_the_first_word_asks_for_the_next_message(monkeypatc
     assert llm.seen == [[{"role": "user", "content": "two"}]]
 
 
+def test_an_answer_that_was_stopped_before_its_first_word_is_not_kept(monkeypatch, capsys):
+    llm = FakeLLM(stop_at=0)
+    code, out, err = talk(monkeypatch, capsys, llm, "one", "two")
+    assert (code, out, err) == (0, "", "[stopped]\n" * 2) and [len(messages) for messages in llm.seen] == [1, 1]
+
+
 def test_a_failed_answer_is_told_and_leaves_the_conversation_as_it_was(monkeypatch, capsys):
     llm = FakeLLM()
     failed = Piece(0, "half", [1], finish_reason=FinishReason.ERROR, usage=Usage(3, 1))
