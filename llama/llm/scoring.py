@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
+from numbers import Integral
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -80,9 +81,9 @@ class Scoring:
         most = self.inputs.engine.config.context_len
         window = most if window is None else window
         stride = window if stride is None else stride
-        if not 2 <= window <= most or not 1 <= stride <= window:
-            legal = f"window in [2, {most}] and stride in [1, window]"
-            raise ParameterError(f"perplexity needs {legal}, got {window} and {stride}", "window")
+        if not (_is_within(window, 2, most) and _is_within(stride, 1, window)):
+            legal = f"integers window in [2, {most}] and stride in [1, window]"
+            raise ParameterError(f"perplexity needs {legal}, got {window!r} and {stride!r}", "window")
         if len(token_ids) < 2:
             raise ParameterError("perplexity needs at least two tokens", "text")
         pairs, end = [], 1
@@ -181,6 +182,10 @@ class Scoring:
             (prompt, continuation), lora = asked
             if not prompt or not continuation:
                 raise ParameterError("a prompt and a continuation need at least one token each", "continuations")
+            most = self.inputs.engine.vocab_size - 1
+            if not _is_within(continuation[-1], 0, most):  # no request has it, which would be refused
+                told = f"continuations must hold token ids in [0, {most}], got {continuation[-1]!r}"
+                raise ParameterError(told, "continuations")
             request = self._request([*prompt, *continuation[:-1]], lora, prompt_logprobs=0)
             capture = Capture("logits", save_to=partial(take, continuation[-1]))
             return tapped(self.inputs.engine, [replace(request, score_from=len(prompt))], capture, None)[0]
@@ -214,6 +219,10 @@ class Scoring:
         if self.inputs.tokenizer is None:
             raise ParameterError("texts need a tokenizer: this model takes token ids only", "prompt")
         return self.inputs.tokenizer.encode(text, add_special_tokens=not is_continuation)
+
+
+def _is_within(value: Any, low: int, high: int) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool) and low <= int(value) <= high
 
 
 def _texts(name: str, given: Text | Sequence[Text]) -> list[str | Sequence[int]]:

@@ -150,8 +150,12 @@ def test_misuse_is_one_clear_error(scorer):
         scorer.score([[1], [2]], [[1], [2], [3]])
     with pytest.raises(ParameterError, match="at least one token each"):
         scorer.score([1], [[]])
-    with pytest.raises(ParameterError, match="window in \\[2, 64\\]"):
-        scorer.perplexity(TEXT, 65)
+    for window, stride in ((65, None), (2.5, None), ("3", None), (3, 1.5), (3, True)):
+        with pytest.raises(ParameterError, match=f"integers window in .2, 64. and stride .*, got {window!r} and "):
+            scorer.perplexity(TEXT, window, stride)
+    for wrong in (-1, 999, True, None):
+        with pytest.raises(ParameterError, match=rf"^continuations must hold token ids in \[0, \d+\], got {wrong}$"):
+            scorer.score([1], [2, wrong])
     with pytest.raises(ParameterError, match="at least two tokens"):
         scorer.perplexity([1])
     with pytest.raises(ParameterError, match='pooling must be "mean" or "last"'):
