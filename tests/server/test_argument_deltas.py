@@ -78,7 +78,9 @@ def test_the_name_and_a_part_of_the_arguments_come_before_the_rest_is_written(sc
     with begin(scripted.server, body | {"messages" if path == CHAT else "input": said}, path) as connection:
         seen = b""
         while b"Q" not in seen:
-            seen += connection.recv(4096)
+            part = connection.recv(4096)
+            assert part, seen
+            seen += part
         assert b"Z" not in seen and seen.rindex(b'"name":"note"') < seen.index(b"Q")
         rest.set()
         while part := connection.recv(4096):
