@@ -153,6 +153,7 @@ def test_forms(text, expected):
         "f",
         "get_weath",
         '{"name": "f", "parameters": ' + '{"a": ' * 5000 + "1" + "}" * 5000 + "}",
+        '{"name": "f", "parameters": ' + '{"a": ' * 600 + "1" + "}" * 600 + "}",
         '{"name": "f", "parameters": {"a": ' + "9" * 5000 + "}}",
     ],
 )

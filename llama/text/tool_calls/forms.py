@@ -19,6 +19,7 @@ _SINGLE_QUOTED = re.compile(r"'((?:[^'\\]|\\.)*)'", re.DOTALL)
 _CONSTANT = re.compile(r"(?:True|False|None|true|false|null)\b")
 _CONSTANTS = {"true": True, "false": False, "none": None, "null": None}
 _LARGEST = sys.float_info.max
+_MAX_DEPTH = 512
 _ESCAPES = {"n": "\n", "t": "\t", "r": "\r"}
 
 
@@ -134,7 +135,7 @@ def load_json(text: str) -> Any:
         json.dumps(value, ensure_ascii=False).encode()  # an escaped lone surrogate is not text
     except (ValueError, RecursionError):
         raise NotACall from None
-    return value
+    return _shallow(value)
 
 
 def load_written(text: str) -> dict[str, Any]:
@@ -146,6 +147,17 @@ def load_written(text: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise NotACall
     return value
+
+
+def _shallow(value: Any) -> Any:
+    """The same. Raises NotACall where it is nested more deeply than every Python reads and writes JSON."""
+    level: list[Any] = [value]
+    for _ in range(_MAX_DEPTH):
+        inside = [node.values() if isinstance(node, dict) else node for node in level if isinstance(node, dict | list)]
+        if not inside:
+            return value
+        level = [child for children in inside for child in children]
+    raise NotACall
 
 
 def nearest_float(number: str) -> float:
