@@ -3,6 +3,7 @@
 import reprlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from numbers import Integral
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -24,6 +25,18 @@ class ParameterError(ValueError):
 def refusal(name: str, legal: str, value: Any, place: str = "") -> ParameterError:
     """For a value that is not legal; `place` is where in the field it stands, as it follows the field's name."""
     return ParameterError(f"{name}{place} must be {legal}, got {reprlib.repr(value)}", name)
+
+
+def checked_integer(name: str, value: Any, low: int, high: int | None = None, *, place: str = "", why: str = "") -> int:
+    """The value as Python's own integer. ParameterError unless it is one, NumPy's among them, within the bounds, which
+    `why` explains."""
+    legal = (f"an integer of at least {low}" if high is None else f"an integer from {low} to {high}") + why
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise refusal(name, legal, value, place)
+    number = int(value)
+    if number < low or (high is not None and number > high):
+        raise refusal(name, legal, value, place)
+    return number
 
 
 class ConfigError(ValueError):

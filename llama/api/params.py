@@ -6,10 +6,10 @@ import reprlib
 from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field, fields, replace
-from numbers import Integral, Real
+from numbers import Real
 from typing import Any, Literal, TypeVar
 
-from llama.api.errors import ParameterError, refusal
+from llama.api.errors import ParameterError, checked_integer, refusal
 from llama.api.neutral import SAMPLING, is_neutral
 from llama.api.structured import StructuredOutputsParams
 
@@ -122,18 +122,21 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         put = functools.partial(object.__setattr__, self)
-        put("n", _integer("n", self.n, 1, MAX_COMPLETIONS))
+        put("n", checked_integer("n", self.n, 1, MAX_COMPLETIONS))
         put("temperature", _number("temperature", self.temperature, 0, 5))
         put("top_p", _number("top_p", self.top_p, 0, 1))
-        put("top_k", max(0, _integer("top_k", self.top_k, -1)))
+        put("top_k", max(0, checked_integer("top_k", self.top_k, -1)))
         put("min_p", _number("min_p", self.min_p, 0, 1))
         put("repetition_penalty", _positive("repetition_penalty", self.repetition_penalty))
         put("frequency_penalty", _number("frequency_penalty", self.frequency_penalty, -2, 2))
         put("presence_penalty", _number("presence_penalty", self.presence_penalty, -2, 2))
         put("logit_bias", _bias(self.logit_bias))
         put("seed", _seed(self.seed))
-        put("max_tokens", None if self.max_tokens is None else _integer("max_tokens", self.max_tokens, 1, MAX_TOKENS))
-        put("min_tokens", _integer("min_tokens", self.min_tokens, 0, MAX_TOKENS))
+        put(
+            "max_tokens",
+            None if self.max_tokens is None else checked_integer("max_tokens", self.max_tokens, 1, MAX_TOKENS),
+        )
+        put("min_tokens", checked_integer("min_tokens", self.min_tokens, 0, MAX_TOKENS))
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise refusal("min_tokens", f"at most max_tokens ({self.max_tokens})", self.min_tokens)
         put("stop", _texts("stop", self.stop))
@@ -141,7 +144,7 @@ class SamplingParams:
         if self.allowed_token_ids is not None:
             put("allowed_token_ids", _allowed(self.allowed_token_ids))
         ids = _listed("stop_token_ids", self.stop_token_ids, "token ids")
-        checked = [_integer("stop_token_ids", each, 0, place=": each id") for each in ids]
+        checked = [checked_integer("stop_token_ids", each, 0, place=": each id") for each in ids]
         put("stop_token_ids", tuple(dict.fromkeys(checked)))
         for name in ("prediction", "negative_prompt"):
             value = getattr(self, name)
@@ -149,7 +152,7 @@ class SamplingParams:
                 _check_text(name, value)
             elif value is not None:
                 ids = _listed(name, value, "token ids, or a text")
-                put(name, tuple(_integer(name, each, 0, place=": each id") for each in ids))
+                put(name, tuple(checked_integer(name, each, 0, place=": each id") for each in ids))
         self._check_processors()
         for option in fields(self):
             if isinstance(option.default, bool) and not isinstance(getattr(self, option.name), bool):
@@ -157,12 +160,12 @@ class SamplingParams:
         if self.stop and not self.detokenize:
             raise ParameterError("stop needs detokenize=True: stop strings are looked for in the text", "stop")
         if self.truncate_prompt_tokens is not None:
-            put("truncate_prompt_tokens", _integer("truncate_prompt_tokens", self.truncate_prompt_tokens, -1))
+            put("truncate_prompt_tokens", checked_integer("truncate_prompt_tokens", self.truncate_prompt_tokens, -1))
             if self.truncate_prompt_tokens == 0:
                 raise refusal("truncate_prompt_tokens", "an integer of at least 1, or -1", 0)
         for name in ("logprobs", "prompt_logprobs"):
             wanted = getattr(self, name)
-            put(name, None if wanted is None else _integer(name, wanted, -1, MAX_TOKENS))
+            put(name, None if wanted is None else checked_integer(name, wanted, -1, MAX_TOKENS))
         if self.logprobs_mode not in ("raw", "processed"):
             raise refusal("logprobs_mode", '"raw" or "processed"', self.logprobs_mode)
         put("response_format", _response_format(self.response_format))
@@ -245,18 +248,8 @@ def _positive(name: str, value: Any) -> float:
     return number
 
 
-def _integer(name: str, value: Any, low: int, high: int | None = None, place: str = "") -> int:
-    legal = f"an integer of at least {low}" if high is None else f"an integer from {low} to {high}"
-    if isinstance(value, bool) or not isinstance(value, Integral):
-        raise refusal(name, legal, value, place)
-    number = int(value)
-    if number < low or (high is not None and number > high):
-        raise refusal(name, legal, value, place)
-    return number
-
-
 def _seed(value: Any) -> int | None:
-    seed = -1 if value is None else _integer("seed", value, -(2**63), 2**64 - 1)
+    seed = -1 if value is None else checked_integer("seed", value, -(2**63), 2**64 - 1)
     return None if seed == -1 else seed % 2**64
 
 
@@ -289,7 +282,7 @@ def _allowed(value: Any) -> tuple[int, ...]:
     ids = _listed("allowed_token_ids", value, "token ids")
     if not ids:
         raise refusal("allowed_token_ids", "a list of at least one token id", value)
-    return tuple(dict.fromkeys(_integer("allowed_token_ids", each, 0, place=": each id") for each in ids))
+    return tuple(dict.fromkeys(checked_integer("allowed_token_ids", each, 0, place=": each id") for each in ids))
 
 
 def _bias(value: Any) -> dict[int, float] | None:
@@ -297,7 +290,7 @@ def _bias(value: Any) -> dict[int, float] | None:
         return None
     if not isinstance(value, Mapping):
         raise refusal("logit_bias", "a mapping of token ids to numbers from -100 to 100", value)
-    bias = {_integer("logit_bias", each, 0, place=": each token id"): value[each] for each in value}
+    bias = {checked_integer("logit_bias", each, 0, place=": each token id"): value[each] for each in value}
     return {each: _number("logit_bias", number, -100, 100, f"[{each}]") for each, number in bias.items()} or None
 
 

@@ -5,12 +5,12 @@ Every step asks the engine for the logits of all live beams; what their tokens h
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
-from numbers import Integral, Real
+from numbers import Real
 
 import torch
 from torch import Tensor
 
-from llama.api.errors import ParameterError, refusal
+from llama.api.errors import ParameterError, checked_integer, refusal
 
 MOST_PENALTY = 10  # length ** penalty stays a float at any length
 
@@ -28,9 +28,7 @@ class BeamSearchParams:
 
     def __post_init__(self) -> None:
         for name in ("beam_width", "max_tokens"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
-                raise refusal(name, "an integer of at least 1", value)
+            checked_integer(name, getattr(self, name), 1)
         if not isinstance(self.ignore_eos, bool):
             raise refusal("ignore_eos", "True or False", self.ignore_eos)
         penalty = self.length_penalty

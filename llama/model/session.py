@@ -7,14 +7,13 @@ For a caller's own speculation, guidance or search; nothing here schedules or sa
 import json
 import reprlib
 from collections.abc import Iterator, Mapping, Sequence
-from numbers import Integral
 from pathlib import Path
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from llama.api.errors import ParameterError, refusal
+from llama.api.errors import ParameterError, checked_integer
 from llama.kernels.types import wide_dtype
 from llama.model.autocast import own_dtype
 from llama.model.batch import Batch, rectangle
@@ -45,7 +44,7 @@ class Session:
 
     def __init__(self, model: Network, max_tokens: int) -> None:
         longest = model.config.longest_context
-        self.max_tokens = _counted("max_tokens", max_tokens, 1, longest, ", the model's context")
+        self.max_tokens = checked_integer("max_tokens", max_tokens, 1, longest, why=", the model's context")
         self.model = model
         self.token_ids: list[int] = []
         num_blocks = -(-self.max_tokens // BLOCK_SIZE)
@@ -77,7 +76,7 @@ class Session:
 
     def rollback(self, num_tokens: int) -> None:
         """Take back the last tokens."""
-        num_tokens = _counted("num_tokens", num_tokens, 0, len(self))
+        num_tokens = checked_integer("num_tokens", num_tokens, 0, len(self))
         del self.token_ids[len(self) - num_tokens :]
 
     def fork(self) -> "Session":
@@ -110,12 +109,6 @@ class Session:
     def _used(self, num_tokens: int) -> Tensor:
         """[layers, 2, tokens, kv_heads, head_dim], a view."""
         return self._kv.data.flatten(2, 3)[:, :, :num_tokens]
-
-
-def _counted(name: str, value: int, low: int, high: int, what: str = "") -> int:
-    if isinstance(value, bool) or not isinstance(value, Integral) or not low <= value <= high:
-        raise refusal(name, f"an integer from {low} to {high}{what}", value)
-    return int(value)
 
 
 class ActivationCache(Mapping[str, Tensor]):

@@ -52,7 +52,7 @@ def test_packed(dtype, tied, way):
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_quantised(scheme, layout, dtype, way):
     if scheme == "fp8" and way == "pickle":
-        pytest.skip("the pickle module knows no float8")
+        pytest.skip("the pickle module knows no float8")  # torch.save and deepcopy, the other ways, do
     model = tiny_model(dtype=dtype, hidden_size=128, intermediate_size=256)
     model.quantise(scheme)
     model.prepare(layout)
