@@ -138,8 +138,8 @@ def run_step(step: Step, out: Path, is_tiny: bool, seconds: float) -> dict:
     return {"status": status, "seconds": round(time.monotonic() - started, 1)}
 
 
-def run_part(name: str, archive: Path, is_tiny: bool) -> dict[str, dict]:
-    out = Path(tempfile.mkdtemp(prefix=f"first-look-{name}-"))
+def run_part(name: str, out: Path, archive: Path, is_tiny: bool) -> dict[str, dict]:
+    """Each step writes to `out`; the archive has all of it after each."""
     ends = time.monotonic() + PART_SECONDS
     steps = {}
     for step in PARTS[name]:
@@ -195,7 +195,8 @@ def main(given: list[str] | None = None) -> int:
     steps = {}
     for part in options.what:
         if part in PARTS:
-            steps |= run_part(part, out / f"part-{part}.tar.gz", options.tiny)
+            with tempfile.TemporaryDirectory(prefix=f"first-look-{part}-") as folder:
+                steps |= run_part(part, Path(folder), out / f"part-{part}.tar.gz", options.tiny)
     if not steps:
         return 0 if succeeded else 1
     close("first_look", steps=steps)
