@@ -1,5 +1,6 @@
 """What a server is started with: its configuration and its port. Imports nothing heavy."""
 
+import errno
 import math
 import re
 import socket
@@ -96,12 +97,29 @@ class ServerConfig:
                 raise ParameterError(f"lora must have a name that the model does not ({taken}), got {name!r}", "lora")
 
 
-def take_port(host: str, port: int) -> socket.socket:
+class Listener(socket.socket):
+    """For asyncio, which accepts as many connections at once as may wait. Where the process is out of files it waits a
+    second, but only after it has failed with all of them, each with a traceback in the log: one is enough."""
+
+    _has_failed = False
+
+    def accept(self) -> tuple[socket.socket, Any]:
+        if self._has_failed:
+            self._has_failed = False
+            raise BlockingIOError(errno.EAGAIN, "nobody can be let in")
+        try:
+            return super().accept()
+        except OSError as error:
+            self._has_failed = error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+            raise
+
+
+def take_port(host: str, port: int) -> Listener:
     """A listening socket. Taken before the weights load, so that a second server on the port fails at once; clients
     that come meanwhile wait. Raises OSError."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     # asyncio turns Nagle's algorithm off only where the protocol is named. With it an event of a stream may wait 40 ms.
-    taken = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    taken = Listener(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
         taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         taken.bind((host, port))

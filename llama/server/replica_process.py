@@ -11,9 +11,12 @@ from typing import Any
 
 
 def main() -> None:
-    control, taken = socket.socket(fileno=int(sys.argv[1])), socket.socket(fileno=int(sys.argv[2]))
+    control = socket.socket(fileno=int(sys.argv[1]))
     sys.path[:] = json.loads(sys.argv[3])  # that of the process that started this one
     from llama.engine.wire import Message, receive
+    from llama.server.config import Listener
+
+    taken = Listener(fileno=int(sys.argv[2]))
 
     told = receive(control)
     if told is None:

@@ -1,6 +1,7 @@
 """Connections that stand still are cut; those whose client only waits for the server are not."""
 
 import contextlib
+import errno
 import socket
 import threading
 import time
@@ -159,3 +160,21 @@ def test_stopping_does_not_wait_for_a_step_that_hangs():
         turn.set()
         until(lambda: llm.num_requests == 0)
         connection.close()
+
+
+def test_a_process_that_is_out_of_files_waits_for_some(monkeypatch, caplog):
+    llm, _ = scripted_llm()
+    with running(llm) as server:
+        until(lambda: server.server.started)
+        with monkeypatch.context() as patch:
+
+            def no_file(self):
+                raise OSError(errno.EMFILE, "Too many open files")
+
+            patch.setattr(socket.socket, "accept", no_file)
+            connection = connect(server)
+            until(lambda: any("out of system resource" in each for each in caplog.messages))
+            time.sleep(0.1)
+            assert sum("out of system resource" in each for each in caplog.messages) == 1
+        connection.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+        assert read_all(connection).startswith("HTTP/1.1 200")
