@@ -111,7 +111,13 @@ def test_adapters_are_listed_with_their_parent(server):
         ("first", NAME),
         ("second", NAME),
     ]
-    assert server.client.get("/v1/models/second").json()["parent"] == NAME
+    for name in ("second", "@cf/meta/second", "@cf%2Fmeta%2Fsecond"):
+        found = server.client.get(f"/v1/models/{name}").json()
+        assert (found["id"], found["parent"]) == (name.replace("%2F", "/"), NAME)
+    for name in (NAME, f"@cf/meta/{NAME}", "llama-3.1-70b-instruct", "@cf/meta/llama-3.1-70b-instruct"):
+        found = server.client.get(f"/v1/models/{name}").json()
+        assert (found["id"], found["max_model_len"]) == (name, data[0]["max_model_len"])
+    assert server.client.get("/v1/models/@cf/meta/third").status_code == 404
 
 
 @pytest.mark.parametrize(

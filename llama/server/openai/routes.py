@@ -7,6 +7,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from llama.server.bodies import json_response
+from llama.server.config import CLOUDFLARE_PREFIX
 from llama.server.errors import no_such_model
 from llama.server.openai.chat import chat_endpoint
 from llama.server.openai.completions import completions_endpoint
@@ -25,10 +26,11 @@ def routes(service: Service) -> APIRouter:
 
     async def model(request: Request) -> Response:
         name = request.path_params["model"]
-        found = next((entry for entry in _models(service) if entry["id"] == name), None)
-        if found is None:
+        if not service.knows(name):
             raise no_such_model(name)
-        return json_response(found)
+        own = service.config.name if service.config.serves(name) else name.removeprefix(CLOUDFLARE_PREFIX)
+        found = next(entry for entry in _models(service) if entry["id"] == own)
+        return json_response(found | {"id": name})
 
     posts = (
         ("/chat/completions", chat_endpoint(service), "ChatRequest"),
