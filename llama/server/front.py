@@ -5,6 +5,7 @@ What a replica answers is passed on as it is, streams included. Here are answere
 """
 
 import asyncio
+import contextlib
 import json
 import logging
 import os
@@ -80,9 +81,12 @@ class Front:
     async def _ask_all(self, scope: Scope) -> dict[int, tuple[int, bytes]]:
         """Replica -> status and body of its answer to this GET."""
 
+        # A body is not sent on.
+        headers = [(name, value) for name, value in scope["headers"] if name != b"content-length"]
+
         async def ask(replica: Replica) -> tuple[int, bytes]:
             async with Upstream(replica.address) as upstream:
-                return await upstream.exchange("GET", _target(scope), scope["headers"])
+                return await upstream.exchange("GET", _target(scope), headers)
 
         alive = self._replicas.alive
         answers = await asyncio.gather(*map(ask, alive), return_exceptions=True)
@@ -125,7 +129,8 @@ async def _pass(upstream: Upstream, scope: Scope, receive: Receive, send: Send, 
                 await send({"type": "http.response.body", "body": bytes(event.data), "more_body": True})
         await send({"type": "http.response.body"})
 
-    await upstream.begin(scope["method"], _target(scope), scope["headers"])
+    with contextlib.suppress(OSError):  # a replica that can no longer be written to: its answer tells
+        await upstream.begin(scope["method"], _target(scope), scope["headers"])
     tasks = asyncio.ensure_future(forth()), asyncio.ensure_future(back())
     try:
         await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)

@@ -196,6 +196,23 @@ def test_an_answer_that_breaks_off_is_told(front, said, ends_with):
         )
 
 
+def test_a_replica_whose_queue_of_connections_is_full(front):
+    front.replicas.all.pop()
+    with socket.socket(socket.AF_UNIX) as listener, socket.socket(socket.AF_UNIX) as before:
+        listener.bind("")
+        listener.listen(0)
+        address, front.replicas.all[0].address = front.replicas.all[0].address, listener.getsockname()
+        before.connect(listener.getsockname())
+        answer = front.client.post(RUN, json={"messages": [user("hello")]})
+        assert answer.status_code == 503 and answer.json()["success"] is False
+    front.replicas.all[0].address = address
+
+
+def test_a_body_where_none_is_read(front):
+    assert front.client.request("GET", "/ready", content=b"a").status_code == 200
+    assert "llama_engine_steps_total" in front.client.request("GET", "/metrics", content=b"a").text
+
+
 def test_metrics_have_the_replica_as_a_label(front):
     front.client.post(RUN, json={"messages": [user("hello")]})
     text = front.client.get("/metrics").text
