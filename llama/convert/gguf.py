@@ -77,7 +77,6 @@ LAYER_TENSORS = {
 # Frequency factors of the scaled RoPE; they say the same as rope_scaling in config.json.
 ROPE_FACTORS = "rope_freqs.weight"
 
-
 # What is read below, or says nothing about the network.
 KNOWN_KEYS = frozenset(
     "block_count context_length embedding_length feed_forward_length vocab_size tensor_data_layout expert_count "
@@ -113,6 +112,10 @@ class GGUFFile:
             raise ValueError(f"{path} is truncated or damaged ({type(error).__name__}: {error})") from error
         self._fields = reader.fields
         self.tensors = {tensor.name: tensor for tensor in reader.tensors}
+        if reader.byte_order != "I":  # the package expands such weights as if they were not
+            raise ValueError(f"{path} is of the other byte order; turn it with llama.cpp's gguf_convert_endian.py")
+        if (parts := self.get("split.count", 0)) not in (0, 1):  # 0 in a file that was joined
+            raise ValueError(f"{path} is one of {parts} parts; join them with llama.cpp's llama-gguf-split --merge")
         architecture = self.get("general.architecture")
         if architecture != "llama":
             raise ValueError(f"{path}: architecture {architecture!r}; only 'llama' can be converted")
@@ -392,8 +395,6 @@ def convert(
             special=special,
             chat_template=template,
         )
-        if codes is None:
-            write_checkpoint(folder, config, weights.dtype, weights.read)
-        else:
-            write_checkpoint(folder, config, weights.dtype, weights.read, coded_of=codes.coded_of)
+        coded_of = codes.coded_of if codes else lambda entry: None
+        write_checkpoint(folder, config, weights.dtype, weights.read, coded_of=coded_of)
     return {} if codes is None else codes.dense

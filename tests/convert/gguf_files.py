@@ -98,11 +98,12 @@ def write_gguf(
     pre="llama-bpe",
     architecture="llama",
     num_tokens=CONFIG.vocab_size,
+    endianess=gguf.GGUFEndian.LITTLE,
 ):
     """A tiny model whose matrices are all of one type, or by the short name in `kinds`; returns what it stands for, as
     a state dict."""
     generator = np.random.default_rng(0)
-    writer = gguf.GGUFWriter(path, architecture)
+    writer = gguf.GGUFWriter(path, architecture, endianess=endianess)
     writer.add_context_length(CONFIG.max_position_embeddings)
     writer.add_embedding_length(CONFIG.hidden_size)
     writer.add_block_count(CONFIG.num_hidden_layers)

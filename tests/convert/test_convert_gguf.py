@@ -7,6 +7,7 @@ import sys
 import unicodedata
 from pathlib import Path
 
+import gguf
 import numpy as np
 import pytest
 import torch
@@ -158,6 +159,8 @@ def test_tokenizer_of_a_llama_file(tmp_path):
         ({"fields": {"tokenizer.ggml.merges": 5}}, "tokenizer.ggml.merges must be a list of texts, got int"),
         ({"fields": {"tokenizer.ggml.token_type": 5}}, "token_type must be a list of 272 types"),
         ({"fields": {"tokenizer.chat_template": 5}}, "tokenizer.chat_template must be a text, got 5"),
+        ({"fields": {"split.count": 3}}, "model.gguf is one of 3 parts; join them"),
+        ({"endianess": gguf.GGUFEndian.BIG}, "model.gguf is of the other byte order"),
         ({"extra": {"blk.0.attn_q.bias": np.zeros(256, np.float32)}}, "blk.0.attn_q.bias"),
     ],
 )
