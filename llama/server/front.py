@@ -32,6 +32,7 @@ logger = logging.getLogger(__name__)
 
 _WATCH_SECONDS = 0.5
 _LOG_SECONDS = 1.0
+_LATER_SECONDS = 1.0  # that a replica's answer may come behind another's
 
 
 class Front:
@@ -79,7 +80,7 @@ class Front:
         return Response(labelled(texts), headers={"content-type": CONTENT_TYPE_LATEST})
 
     async def _ask_all(self, scope: Scope) -> dict[int, tuple[int, bytes]]:
-        """Replica -> status and body of its answer to this GET."""
+        """Replica -> status and body of its answer to this GET. Those that hang are left out: none waits for them."""
 
         # A body is not sent on.
         headers = [(name, value) for name, value in scope["headers"] if name != b"content-length"]
@@ -88,9 +89,16 @@ class Front:
             async with Upstream(replica.address) as upstream:
                 return await upstream.exchange("GET", _target(scope), headers)
 
-        alive = self._replicas.alive
-        answers = await asyncio.gather(*map(ask, alive), return_exceptions=True)
-        return {r.number: a for r, a in zip(alive, answers, strict=True) if not isinstance(a, BaseException)}
+        asked = {asyncio.ensure_future(ask(replica)): replica.number for replica in self._replicas.alive}
+        try:
+            if asked:
+                await asyncio.wait(asked, return_when=asyncio.FIRST_COMPLETED)
+                await asyncio.wait(asked, timeout=_LATER_SECONDS)
+            return {number: a.result() for a, number in asked.items() if a.done() and a.exception() is None}
+        finally:
+            for answer in asked:
+                answer.cancel()
+            await asyncio.gather(*asked, return_exceptions=True)
 
 
 def labelled(texts: dict[int, str]) -> bytes:

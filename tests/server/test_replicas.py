@@ -208,6 +208,16 @@ def test_a_replica_whose_queue_of_connections_is_full(front):
     front.replicas.all[0].address = address
 
 
+def test_a_replica_that_hangs_keeps_no_other_s_answer(front):
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind("")
+        listener.listen()
+        front.replicas.all[0].address = listener.getsockname()
+        ready = front.client.get("/ready", timeout=10)
+        assert (ready.status_code, ready.json()["replicas"]) == (200, [{"replica": 1, "status": 200}])
+        assert 'replica="1"' in front.client.get("/metrics", timeout=10).text
+
+
 def test_a_body_where_none_is_read(front):
     assert front.client.request("GET", "/ready", content=b"a").status_code == 200
     assert "llama_engine_steps_total" in front.client.request("GET", "/metrics", content=b"a").text
