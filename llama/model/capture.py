@@ -24,7 +24,8 @@ class Capture:
     """Keep the values of `points` (names and patterns of `taps.resolve_points`) at `positions`, in `dtype` (None = the
     model's): "last" is the prompt's last token, "generated" the generated ones but the last, which is never computed.
 
-    reduce="mean" keeps their mean over the positions, in float64 until the end. `save_to` takes what one request has
+    reduce="mean" keeps their mean over the positions, in float64 until the end: one for the prompt and one for each
+    completion, but for `save_to` one for the prompt and completion 0 together. `save_to` takes what one request has
     captured when it ends, and nothing stays in memory: a folder, for a safetensors file with the request's id as its
     name (LLM.generate and chat do not compute what is there already), or a function of (request_id, {point: tensor}).
     Values of completion i > 0 are named "i.point" there.
@@ -64,6 +65,17 @@ class _Rows:
             else:
                 self.parts.setdefault(point, []).append((positions, rows if dtype is None else rows.to(dtype)))
         self.have |= fresh
+
+    def and_then(self, later: "_Rows") -> "_Rows":
+        """Both, as of one sequence."""
+        both = _Rows(self.mean)
+        both.have = self.have | later.have
+        for rows in (self, later):
+            for point, parts in rows.parts.items():
+                both.parts.setdefault(point, []).extend(parts)
+            for point, total in rows.sums.items():
+                both.sums[point] = both.sums.get(point, 0) + total
+        return both
 
     def values(self, dtype: torch.dtype) -> dict[str, Tensor]:
         """[positions, ...] in rising order of their positions, or the mean."""
@@ -188,23 +200,20 @@ class RequestTaps:
         to take them. It gets what is whole alone: nothing of a request that failed or was aborted."""
         for index, count in enumerate(num_tokens):
             self._settle(index, self.prompt_len + count - 1)  # the last one is never computed
-        prompt = self._prompt.values(self._dtype)
-        each = [completion.values(self._dtype) for completion in self._completions]
         target = None if self.capture is None else self.capture.save_to
         if target is None:
-            return prompt, each
+            return self._prompt.values(self._dtype), [each.values(self._dtype) for each in self._completions]
+        nothing: tuple[dict[str, Tensor], list[dict[str, Tensor]]] = {}, [{} for _ in self._completions]
         if not is_whole:
-            return {}, [{} for _ in each]
-        whole = dict(prompt)
-        for i, values in enumerate(each):
-            for point, rows in values.items():
-                name = point if i == 0 else f"{i}.{point}"
-                whole[name] = torch.cat([whole[name], rows]) if name in whole else rows
+            return nothing
+        whole = self._prompt.and_then(self._completions[0]).values(self._dtype)
+        for i, completion in enumerate(self._completions[1:], 1):
+            whole |= {f"{i}.{point}": rows for point, rows in completion.values(self._dtype).items()}
         if callable(target):
             target(request_id, whole)
         else:
             save(Path(target), request_id, whole, self.identity)
-        return {}, [{} for _ in each]
+        return nothing
 
 
 def save(folder: Path, name: str, values: Mapping[str, Tensor], identity: str) -> None:

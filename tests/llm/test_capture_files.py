@@ -51,6 +51,17 @@ def test_means_dtypes_and_files(model, tmp_path):
     assert list(seen) == ["c"] and list(seen["c"]) == ["embed"]
 
 
+def test_a_mean_that_is_kept_is_one_row_of_prompt_and_answer_together(model):
+    llm = engine(model)
+    rows, means = {}, {}
+    for reduce, seen in ((None, rows), ("mean", means)):
+        keep = Capture(["layers.1.resid_post", "layers.0.z"], "all", reduce=reduce, save_to=seen.__setitem__)
+        llm.generate(prompt(30, 7, 1), sampled(1, n=2), capture=keep, request_ids=["a"], use_tqdm=False)
+    assert means["a"].keys() == rows["a"].keys()
+    for point, values in rows["a"].items():
+        torch.testing.assert_close(means["a"][point], values.mean(0))
+
+
 KILLED = """
 import os, signal, sys
 import torch
