@@ -10,6 +10,7 @@ from pathlib import Path
 import make_tiny
 import pytest
 
+from llama.text.tokenizer import Tokenizer
 from tests.tiny_checkpoint import make_adapter
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -63,3 +64,10 @@ def test_the_python_blocks_run(tmp_path, document, afterwards, told):
     )
     assert ran.returncode == 0, ran.stderr
     assert told in ran.stdout
+
+
+def test_the_prefix_that_is_kept_fills_a_block_of_the_model_that_is_named(demo_model_path):
+    """Above each byte is a token."""
+    text = (REPOSITORY / "docs/research.md").read_text(encoding="utf-8")
+    [(name, prompt)] = re.findall(r'^(\w+) = "(.*)"\nllm\.save_prefix\(\1,', text, re.MULTILINE)
+    assert len(Tokenizer.from_pretrained(demo_model_path).encode(prompt)) >= 16, name
