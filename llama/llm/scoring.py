@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from llama.api.errors import ParameterError, blamed_on, of_each
+from llama.api.errors import ParameterError, blamed_on, checked_integer, of_each, refusal
 from llama.api.outputs import FinishReason, RequestOutput
 from llama.api.params import SamplingParams
 from llama.engine.request import Request
@@ -19,6 +19,7 @@ from llama.llm.beam_search import BeamSearchOutput, BeamSearchParams, search
 from llama.llm.requests import Inputs, Prompt, as_prompts, one_per_prompt, unwrapped
 from llama.llm.taps import tapped
 from llama.model.capture import Capture
+from llama.model.transformer import Transformer
 
 Text = Prompt  # a text, its token ids, or a dict of either
 
@@ -36,6 +37,7 @@ class Scoring:
     """A base of LLM."""
 
     inputs: Inputs
+    model: Transformer
 
     def _run(self, requests: Sequence[Request], use_tqdm: bool | Callable[..., Any]) -> list[RequestOutput]:
         raise NotImplementedError
@@ -78,6 +80,10 @@ class Scoring:
         of transformers' documentation."""
         [only] = _texts("text", [text])
         token_ids = self._ids(only)
+        last = self.inputs.engine.vocab_size - 1
+        for each in token_ids:
+            if not _is_within(each, 0, last):
+                raise refusal("text", f"one text, or token ids in [0, {last}]", each)
         most = self.inputs.engine.config.context_len
         window = most if window is None else window
         stride = window if stride is None else stride
@@ -110,6 +116,9 @@ class Scoring:
         norm, or of what layer `layer` leaves in the residual stream (-1 = the last layer)."""
         if pooling not in ("mean", "last"):
             raise ParameterError(f'pooling must be "mean" or "last", got {pooling!r}', "pooling")
+        if layer is not None:
+            num_layers = self.model.config.num_hidden_layers
+            layer = checked_integer("layer", layer, -num_layers, num_layers - 1)
         point = "norm" if layer is None else f"layers.{layer}.resid_post"
         mean = pooling == "mean"
         capture = Capture(point, positions="prompt" if mean else "last", reduce="mean" if mean else None)

@@ -158,10 +158,16 @@ def test_misuse_is_one_clear_error(scorer):
             scorer.score([1], [2, wrong])
     with pytest.raises(ParameterError, match="at least two tokens"):
         scorer.perplexity([1])
+    for wrong in (["one text", "another"], [1, 2, 999], [1, -1, 2], [1, 2.0]):
+        with pytest.raises(ParameterError, match=r"^text must be one text, or token ids in \[0, \d+\], got ") as caught:
+            scorer.perplexity(wrong)
+        assert caught.value.param == "text"
     with pytest.raises(ParameterError, match='pooling must be "mean" or "last"'):
         scorer.embed([1, 2], "max")
-    with pytest.raises(ParameterError, match="names no layer"):
-        scorer.embed([1, 2], layer=2)
+    for wrong in (2, -3, "*", "0:2", True, 1.0):
+        with pytest.raises(ParameterError) as caught:
+            scorer.embed([1, 2], layer=wrong)
+        assert str(caught.value) == f"layer must be an integer from -2 to 1, got {wrong!r}"
     with pytest.raises(ParameterError, match="need a tokenizer"):
         scorer.score("a", "b")
     with pytest.raises(ParameterError, match=r"^continuations\[1\]: .* at least one token each"):
