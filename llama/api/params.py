@@ -258,7 +258,10 @@ def _listed(name: str, values: Any, what: str) -> list[Any]:
         return []
     if isinstance(values, str | bytes | Mapping) or not isinstance(values, Iterable):
         raise refusal(name, f"a list of {what}", values)
-    return list(values)
+    try:
+        return list(values)
+    except TypeError:  # a tensor or array of one number
+        raise refusal(name, f"a list of {what}", values) from None
 
 
 def _texts(name: str, value: Any) -> tuple[str, ...]:

@@ -85,7 +85,7 @@ ILLEGAL = {
     "max_tokens": ([0, -1, 2**63, *NOT_INTEGERS], f"an integer from 1 to {2**63 - 1}"),
     "min_tokens": ([-1, 2**63, None, *NOT_INTEGERS], f"an integer from 0 to {2**63 - 1}"),
     "stop": ([5, b"x", {"a": 1}], "a list of strings, or one string"),
-    "stop_token_ids": ([5, "5", {5: 1}], "a list of token ids"),
+    "stop_token_ids": ([5, "5", {5: 1}, np.array(5), torch.tensor(5)], "a list of token ids"),
     "bad_words": ([5, b"x", {"a": 1}], "a list of strings, or one string"),
     "allowed_token_ids": ([5, "5", {5: 1}], "a list of token ids"),
     "skip_special_tokens": ([0, 1, None, "yes"], "True or False"),
