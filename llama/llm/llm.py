@@ -324,7 +324,8 @@ class LLM(Scoring, Upkeep):
         names: list[str | None] = []
         for request in one_per_prompt("lora_request", lora_request, count):
             if not isinstance(request, LoRARequest | None):
-                raise ValueError(f"lora_request must be a LoRARequest, got {type(request).__name__}")
+                found = type(request).__name__
+                raise ParameterError(f"lora_request must be a LoRARequest, got {found}", "lora_request")
             known = None if request is None else self.engine.adapters.by_name.get(request.lora_name)
             path = None if known is None else known.content.path
             names.append(None if request is None else self._requested.name(request, path))

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from llama.api.errors import ParameterError
 from llama.api.neutral import is_neutral
 
 # Name -> the values that change nothing here. Defaults differ between vLLM's releases, so several may be listed.
@@ -153,7 +154,7 @@ def without_foreign(given: Mapping[str, Any], whose: str) -> dict[str, Any]:
 def refuse_foreign(
     given: Mapping[str, Any], known: Mapping[str, tuple[Any, ...]] = HARMLESS, whose: str = "LLM"
 ) -> None:
-    """ValueError for an argument of vLLM's that asks for something; TypeError for an unknown name."""
+    """ParameterError for an argument of vLLM's that asks for something; TypeError for an unknown name."""
     for name, value in given.items():
         if name not in known:
             raise TypeError(f"{whose} has no argument {name!r}")
@@ -162,4 +163,4 @@ def refuse_foreign(
             instead = _INSTEAD.get(name)
             legal = " or ".join(repr(default) for default in harmless)
             hint = f": {instead}" if instead else ""
-            raise ValueError(f"{name}={value!r} is not supported (only {legal}){hint}")
+            raise ParameterError(f"{name}={value!r} is not supported (only {legal}){hint}", name)

@@ -64,8 +64,9 @@ def test_bad_parameters_are_refused_by_name(llm):
             llm.unload_lora(name)
     with pytest.raises(ValueError, match="path must be an adapter's folder, got NoneType"):
         llm.load_lora("style", None)
-    with pytest.raises(ValueError, match="lora_request must be a LoRARequest, got str"):
+    with pytest.raises(ParameterError, match="lora_request must be a LoRARequest, got str") as caught:
         llm.generate("x", GREEDY, lora_request="style")
+    assert caught.value.param == "lora_request"
     with pytest.raises(ValueError, match="stop_token_ids must hold"):
         llm.generate("x", SamplingParams(stop_token_ids=[10**6]))
     with pytest.raises(ValueError, match="logit_bias must hold"):
