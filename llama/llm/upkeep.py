@@ -79,7 +79,8 @@ class Upkeep:
 
     def save_prefix(self, prompt: Prompt, path: str | Path, lora: str | None = None) -> int:
         """Compute a prompt and keep its keys and values in a safetensors file, as far as they fill blocks -> how many
-        tokens those are. 0 where they fill none: no file is written then. OSError where it cannot be written."""
+        tokens those are. 0 where they fill none, or hooks on the model leave none: no file is written then. OSError
+        where it cannot be written."""
         [output] = self._run([self.inputs.request(prompt, SamplingParams(max_tokens=1), lora)], use_tqdm=False)
         adapter = self.engine.adapters.get(lora)
         ids = output.prompt_token_ids

@@ -1,6 +1,7 @@
 """New values for the weights of a model that an engine runs: for training loops that generate between their steps."""
 
 import os
+import reprlib
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -77,7 +78,11 @@ def update_weights(model: Transformer, named_tensors: Iterable[tuple[str, Tensor
     are in place by then. `ask` has the other ranks do their part of a model that is shared."""
     update, count = Update(model), 0
     try:
-        for name, tensor in named_tensors:
+        for pair in named_tensors:
+            if not isinstance(pair, tuple | list) or len(pair) != 2:
+                told = "named_tensors must be pairs of a name and a tensor, such as the items() of a dict"
+                raise ParameterError(f"{told}: got {reprlib.repr(pair)} for one", "named_tensors")
+            name, tensor = pair
             update.check(name, tensor)
             tensor = tensor.detach()
             if ask is not None:

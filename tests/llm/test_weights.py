@@ -77,6 +77,13 @@ def test_what_does_not_fit_is_one_clear_error(name, tensor, message):
     assert tokens(runs) == before
 
 
+def test_what_is_no_pair_of_a_name_and_a_tensor_is_refused():
+    runs = engine(tiny_model())
+    for wrong in ({"model.norm.weight": torch.ones(48)}, [3], [("model.norm.weight",)]):
+        with pytest.raises(ParameterError, match=r"^named_tensors must be pairs of a name and a tensor, .* got "):
+            runs.update_weights(wrong)
+
+
 def test_a_kept_prefix_is_found_by_another_engine(tmp_path):
     path = tmp_path / "prefix.safetensors"
     assert engine(tiny_model()).save_prefix(PROMPT, path) == 32
