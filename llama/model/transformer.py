@@ -267,10 +267,10 @@ class Transformer(Research):
         """Round the weights of the linear layers to "int8", "int4" or "fp8", in place; embedding, norms and head stay
         as they are. ValueError for another scheme, or a model that is quantised already."""
         self.needs_whole("quantise")
-        linears = [module for module in self.modules() if isinstance(module, Linear)]
-        if scheme not in SCHEMES or any(linear.coded is not None for linear in linears):
-            told = f"one of {', '.join(SCHEMES)} for a dense model"
-            raise ParameterError(f"quantization must be {told}, got {scheme!r}", "quantization")
+        is_coded = any(isinstance(module, Linear) and module.coded is not None for module in self.modules())
+        if scheme not in SCHEMES or is_coded:
+            legal = "None for a quantised model" if is_coded else f"one of {', '.join(SCHEMES)} for a dense model"
+            raise ParameterError(f"quantization must be {legal}, got {scheme!r}", "quantization")
         for layer in self.layers:
             for module in layer.modules():
                 if isinstance(module, Linear):

@@ -201,7 +201,7 @@ def test_only_a_dense_model_can_be_rounded():
     with pytest.raises(ParameterError, match="must be one of int8, int4, fp8 for a dense model, got 'awq'"):
         model.quantise("awq")
     model.quantise("int8")
-    with pytest.raises(ParameterError, match="for a dense model, got 'int4'"):
+    with pytest.raises(ParameterError, match="quantization must be None for a quantised model, got 'int4'"):
         model.quantise("int4")
 
 
