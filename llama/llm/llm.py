@@ -6,7 +6,7 @@ its engine: a stream that is read while another is open, or a generate() in betw
 
 import inspect
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import fields
@@ -332,6 +332,9 @@ class LLM(Scoring, Upkeep):
         return names
 
     def _run(self, requests: Sequence[Request], use_tqdm: ProgressBar) -> list[RequestOutput]:
+        times = Counter(request.request_id for request in requests)
+        if twice := [name for name, count in times.items() if count > 1]:
+            raise ParameterError(f"request_ids must differ, {twice[0]!r} is there twice", "request_ids")
         replies: list[Reply] = []
         kept = {one.request_id: kept_output(one) for one in requests if one.taps is not None and one.taps.is_kept}
         with interrupts_held() as held:

@@ -62,6 +62,15 @@ def test_a_mean_that_is_kept_is_one_row_of_prompt_and_answer_together(model):
         torch.testing.assert_close(means["a"][point], values.mean(0))
 
 
+def test_two_requests_of_one_id_are_refused_also_where_the_folder_has_its_file(model, tmp_path):
+    llm, keep = engine(model), Capture("embed", save_to=tmp_path)
+    asks = [prompt(30, 7, 1), prompt(30, 8, 2)]
+    llm.generate(asks[:1], sampled(1), capture=keep, request_ids=["a"], use_tqdm=False)
+    for capture in (keep, None):
+        with pytest.raises(ParameterError, match="request_ids must differ, 'a' is there twice"):
+            llm.generate(asks, sampled(1), capture=capture, request_ids=["a", "a"], use_tqdm=False)
+
+
 KILLED = """
 import os, signal, sys
 import torch
