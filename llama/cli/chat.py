@@ -32,6 +32,8 @@ def run(options: Namespace) -> int:
     for name in ("logprobs", "prompt_logprobs"):
         if name in values:
             raise UsageError(f"{flag(name)} is for llama generate --json: a chat shows texts")
+    if not values.get("detokenize", True):
+        raise UsageError("--no-detokenize is for llama generate --json: a chat shows texts")
     if options.model == DEMO_MODEL and not Path(DEMO_MODEL).exists():
         raise ValueError(f"{DEMO_MODEL}: there is no such folder; name another model, or run make demo-model")
     llm = load(options, values)

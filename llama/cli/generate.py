@@ -30,6 +30,8 @@ def run(options: Namespace) -> int:
     for name in ("logprobs", "prompt_logprobs"):
         if name in values and not options.json:
             raise UsageError(f"{flag(name)} needs --json")
+    if not values.get("detokenize", True) and not options.json:
+        raise UsageError("--no-detokenize needs --json: there is no text to print")
     from_stdin = options.prompt == "-"
     text = sys.stdin.read().removesuffix("\n") if from_stdin else options.prompt
     text = typed(text, "stdin" if from_stdin else "PROMPT")

@@ -116,6 +116,8 @@ def test_without_a_command_the_usage_names_them_all(capsys):
         (["generate", "folder", "p", "--max-tokens", "all"], "--max-tokens must be an integer from 1"),
         (["generate", "folder", "p", "--min-tokens", "none"], "--min-tokens must be an integer from 0"),
         (["generate", "folder", "p", "--logprobs", "2"], "--json"),
+        (["generate", "folder", "p", "--no-detokenize"], "--no-detokenize needs --json"),
+        (["chat", "folder", "--no-detokenize"], "--no-detokenize is for llama generate --json"),
         (["generate", "folder", "p", "--system", "s"], "--chat"),
         (["generate", "folder", "p", "--response-format", "{"], "--response-format: takes JSON, got '{': Expecting"),
         (["generate", "folder", "p", "--lora", "name"], "NAME=PATH"),
