@@ -132,6 +132,8 @@ def test_probabilities_by_pointer_and_by_keyboard(page):
     page.execute_script("arguments[0].focus()", text)
     ActionChains(page).send_keys(Keys.ARROW_RIGHT, Keys.ARROW_RIGHT, Keys.ARROW_RIGHT, Keys.ARROW_LEFT).perform()
     assert page.find_element(By.CSS_SELECTOR, ".token.current").text == "i" and peek.is_displayed()
+    # What a screen reader hears of: an answer is a group with a name, and the probabilities of a token are told.
+    assert [node.aria_role for node in (text, peek, page.find_element(By.ID, "form"))] == ["group", "status", "form"]
     page.find_element(By.ID, "heat").click()
     assert "heat" in page.find_element(By.TAG_NAME, "body").get_attribute("class")
     page.find_element(By.ID, "heat").click()
