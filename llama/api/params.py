@@ -17,6 +17,7 @@ MAX_SEED = 2**53 - 1  # of the seeds that are used and come back: JavaScript has
 MAX_TOKENS = 2**63 - 1
 MAX_LOGPROBS = 20  # that an engine gives without being told to give more
 MAX_COMPLETIONS = 128
+_MAX_SCALE = 1e30  # of guidance: times a difference of log-probabilities it is still a finite float32
 
 # Names that users of other libraries type, and what they are called here.
 _CALLED = {
@@ -184,9 +185,7 @@ class SamplingParams:
             if self.negative_prompt is not None:
                 raise ParameterError("negative_prompt needs guidance_scale", "negative_prompt")
             return
-        scale = _finite(self.guidance_scale)
-        if scale is None:
-            raise refusal("guidance_scale", "a finite number", self.guidance_scale)
+        scale = _number("guidance_scale", self.guidance_scale, -_MAX_SCALE, _MAX_SCALE)
         if self.negative_prompt is not None and not self.negative_prompt:
             raise refusal("negative_prompt", "a text or token ids that are not empty", self.negative_prompt)
         if self.n > 1:

@@ -1,5 +1,6 @@
 """Classifier-free guidance: the tokens are those of transformers, alone and in a crowd."""
 
+import copy
 import random
 
 import pytest
@@ -166,12 +167,20 @@ def test_raw_log_probabilities_are_those_of_the_prompt_alone(pair):
         assert found.logprob == pytest.approx(float(wanted[len(ids) + i - 1, token]), abs=1e-9)
 
 
+@pytest.mark.parametrize("scale", [1e30, -1e30])
+@pytest.mark.parametrize("temperature", [0, 1e-30, 5])
+def test_the_largest_scale_leaves_finite_logits_in_float32(pair, scale, temperature):
+    llm = engine(copy.deepcopy(pair[1]).float())
+    [output] = llm.generate(CASES[0][0], guided(scale, CASES[0][1], temperature=temperature), use_tqdm=False)
+    assert output.outputs[0].finish_reason == "length"
+
+
 @pytest.mark.parametrize(
     ("options", "fields", "capture", "message"),
     [
         ({}, {"n": 2}, None, "guidance_scale needs n=1, got n=2"),
         ({}, {"guidance_scale": None}, None, "negative_prompt needs guidance_scale"),
-        ({}, {"guidance_scale": float("nan")}, None, "guidance_scale must be a finite number"),
+        ({}, {"guidance_scale": float("nan")}, None, r"guidance_scale must be a number from -1e\+30 to 1e\+30"),
         ({}, {"negative_prompt": ()}, None, "negative_prompt must be a text or token ids that are not empty"),
         ({}, {"negative_prompt": [97]}, None, r"negative_prompt must hold token ids in \[0, 96\], got 97"),
         ({}, {"negative_prompt": "text"}, None, "negative_prompt as text needs a tokenizer"),
