@@ -47,12 +47,27 @@ def test_a_prompt_and_back(scripted):
     assert post(scripted, "/tokenize", prompt="a", chat_template=None).json()["token_strs"] is None
 
 
+def test_what_clients_write_out_as_defaults_changes_no_ids(scripted):
+    both = {"add_generation_prompt": True, "continue_final_message": False, "return_token_strs": False}
+    both |= {"tools": [], "chat_template_kwargs": {}, "chat_template": None, "mm_processor_kwargs": None}
+    for given, more in (({"prompt": "a"}, True), ({"messages": [user("a")]}, False)):
+        plain = post(scripted, "/tokenize", **given).json()
+        assert plain["count"] > 0
+        assert post(scripted, "/tokenize", **given, **both, add_special_tokens=more).json() == plain
+        assert post(scripted, "/tokenize", **given, **dict.fromkeys(both), add_special_tokens=None).json() == plain
+
+
 @pytest.mark.parametrize(
     ("path", "body", "param", "message"),
     [
         ("/tokenize", {}, "prompt", "either prompt or messages"),
         ("/tokenize", {"prompt": "a", "messages": [user("a")]}, "prompt", "either prompt or messages"),
         ("/tokenize", {"messages": [user("a")], "add_special_tokens": True}, "add_special_tokens", "is for a prompt"),
+        ("/tokenize", {"prompt": "a", "tools": [{}]}, "tools", "is for messages"),
+        ("/tokenize", {"prompt": "a", "add_generation_prompt": False}, "add_generation_prompt", "is for messages"),
+        ("/tokenize", {"prompt": "a", "continue_final_message": True}, "continue_final_message", "is for messages"),
+        ("/tokenize", {"prompt": "a", "chat_template_kwargs": {"x": 1}}, "chat_template_kwargs", "is for messages"),
+        ("/tokenize", {"messages": [user("a")], "chat_template_kwargs": {"x": 1}}, "chat_template_kwargs", "not read"),
         ("/tokenize", {"prompt": "a", "chat_template": "x"}, "chat_template", "not a parameter"),
         ("/tokenize", {"messages": [{"role": 1}]}, "messages", "role"),
         ("/detokenize", {"tokens": [10**6]}, "tokens", "token ids must be integers in"),

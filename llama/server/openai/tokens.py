@@ -1,7 +1,7 @@
 """/tokenize, /detokenize and /tokenizer_info, as vLLM has them: at the root."""
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from fastapi import APIRouter
@@ -33,6 +33,15 @@ class TokenizeRequest(Body):
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+
+
+# Fields that say how messages are rendered, with the defaults that clients write out beside a prompt too.
+_OF_MESSAGES: Mapping[str, Any] = {
+    "tools": [],
+    "add_generation_prompt": True,
+    "continue_final_message": False,
+    "chat_template_kwargs": {},
+}
 
 
 class DetokenizeRequest(Body):
@@ -101,6 +110,9 @@ def _encode(service: Service, tokenizer: Tokenizer, body: TokenizeRequest) -> li
     if (body.prompt is None) is (body.messages is None):
         raise bad_input("give either prompt or messages", "prompt")
     if body.messages is None:
+        for name, default in _OF_MESSAGES.items():
+            if (value := getattr(body, name)) is not None and value != default:
+                raise bad_input(f"{name} is for messages: a prompt is encoded as it stands", name)
         with blamed_on("prompt"):
             return tokenizer.encode(body.prompt or "", add_special_tokens=body.add_special_tokens is not False)
     if body.add_special_tokens:
