@@ -2,9 +2,11 @@
 
 import json
 import re
+import typing
 
 import openai
 import pytest
+from openai.types.responses import ResponseIncludable
 
 from tests.server.helpers import NAME, user
 
@@ -16,6 +18,7 @@ WEATHER = {
     "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
 }
 CALL = '{"name": "get_weather", "parameters": {"city": "Rome"}}'
+INCLUDES = [*typing.get_args(ResponseIncludable)]
 ASKED = {"role": "user", "content": "Weather?"}
 
 
@@ -204,6 +207,11 @@ def test_the_items_of_an_answer_are_taken_back_as_they_came(scripted, client):
         ({"previous_response_id": "resp_1"}, "previous_response_id", "this server keeps no conversations"),
         ({"conversation": {"id": "x"}}, "conversation", "this server keeps no conversations"),
         ({"background": True}, "background", "is not supported"),
+        ({"background": 0}, "background", "is not supported"),
+        ({"background": -0.0}, "background", "is not supported"),
+        ({"previous_response_id": 0}, "previous_response_id", "this server keeps no conversations"),
+        ({"include": ["foo"]}, "include", "'/include/0' must be one of code_interpreter_call.outputs, .*"),
+        ({"include": [INCLUDES[0], None]}, "include", "'/include/1', 'string' not in 'null'"),
         ({"input": [{"type": "item_reference", "id": "msg_1"}]}, "input", r"input\[0\] refers to an item"),
         ({"input": [ASKED, {"type": "web_search_call"}]}, "input", r"input\[1\] is of type 'web_search_call'"),
         (
@@ -230,7 +238,7 @@ def test_what_is_refused(scripted, body, param, message):
 
 
 def test_what_changes_nothing(scripted):
-    body = {"store": True, "metadata": {"a": "b"}, "include": ["reasoning.encrypted_content"], "truncation": "disabled"}
+    body = {"store": True, "metadata": {"a": "b"}, "include": INCLUDES, "truncation": "disabled"}
     body |= {"reasoning": {"effort": "low"}, "background": False, "previous_response_id": None, "tools": None}
     body |= {"text": {"verbosity": "low"}, "stream_options": {"include_obfuscation": False}, "service_tier": "auto"}
     answer = post(scripted, "/client/v4/accounts/1/ai/v1/responses", **body).json()

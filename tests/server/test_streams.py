@@ -67,9 +67,9 @@ def test_stream_options(scripted, path):
         response, _ = asked(scripted, path, stream=True, stream_options=options)
         return response.json()["error"]
 
-    for options in ({"include_usages": True}, {"x": None}, {"include_obfuscation": True}, {"include_usage": 1}):
-        (name,) = options
-        error = refused(**options)
+    wrong = [("include_usages", True), ("x", None), ("include_usage", 1)]
+    for name, value in (*wrong, ("include_obfuscation", True), ("include_obfuscation", 0)):
+        error = refused(**{name: value})
         assert error["param"] == "stream_options" and f"/stream_options/{name}" in error["message"]
 
     options = {"include_usage": True, "continuous_usage_stats": True, "include_obfuscation": False}

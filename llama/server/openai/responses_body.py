@@ -8,7 +8,7 @@ import reprlib
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field
 
 from llama.api.neutral import RESPONSES
 from llama.files import some_of
@@ -22,14 +22,32 @@ _NO_MEMORY = "this server keeps no conversations: send all items of the conversa
 _LOGPROBS = "message.output_text.logprobs"
 
 
+# OpenAI's, of tools and pictures that are not here and of thoughts, which are told openly: they change nothing.
+_EMPTY_INCLUDES = (
+    "code_interpreter_call.outputs",
+    "computer_call_output.output.image_url",
+    "file_search_call.results",
+    "message.input_image.image_url",
+    "reasoning.encrypted_content",
+    "web_search_call.action.sources",
+    "web_search_call.results",
+)
+
+
 def _absent(instead: str) -> BeforeValidator:
     """Of a field that must be absent, null or false; what to do instead."""
 
     def check(value: Any) -> None:
-        if value not in (None, False):
+        if value is not None and value is not False:  # 0 is neither
             raise refusal(f"is not supported: {instead}")
 
     return BeforeValidator(check)
+
+
+def _include(value: str) -> str:
+    if value != _LOGPROBS and value not in _EMPTY_INCLUDES:
+        raise refusal(f"must be one of {', '.join(sorted((_LOGPROBS, *_EMPTY_INCLUDES)))}")
+    return value
 
 
 class TextOptions(BaseModel):
@@ -48,7 +66,7 @@ class ResponsesRequest(AnsweredRequest):
     instructions: str | None = None
     max_output_tokens: Integer | None = Field(None, ge=1)
     top_logprobs: Integer | None = Field(None, ge=0)
-    include: list[str] | None = Field(None, max_length=16)
+    include: list[Annotated[str, AfterValidator(_include)]] | None = Field(None, max_length=16)
     text: TextOptions | None = None
     tools: list[dict[str, Any]] | None = Field(None, max_length=MAX_TOOLS)
     tool_choice: str | dict[str, Any] | None = None

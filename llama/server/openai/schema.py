@@ -63,6 +63,13 @@ def _prompts(value: Any) -> list[str | list[int]]:
     return listed
 
 
+def _no_number(value: Any) -> Any:
+    """To a Literal 0 is False."""
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        raise PydanticKnownError("bool_type")
+    return value
+
+
 def _is_ids(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and all(type(each) is int for each in value)
 
@@ -90,7 +97,7 @@ class StreamOptions(BaseModel):
 
     include_usage: bool | None = None
     continuous_usage_stats: bool | None = None
-    include_obfuscation: Literal[False] | None = None
+    include_obfuscation: Annotated[Literal[False] | None, BeforeValidator(_no_number)] = None
 
 
 class Body(BaseModel):
