@@ -181,3 +181,9 @@ def test_more_ends_than_any_model_has_are_refused(folder, name):
     values = json.loads((folder / name).read_text()) if (folder / name).exists() else {}
     place(folder, name, json.dumps(values | {"eos_token_id": [1] * (MAX_TOKEN_IDS + 1)}).encode())
     assert f"eos_token_id has {MAX_TOKEN_IDS + 1} token ids, more than {MAX_TOKEN_IDS}" in refusal(folder, name)
+
+
+@pytest.mark.parametrize("value", [0, "false", []])
+def test_a_do_sample_that_is_no_boolean_is_refused(folder, value):
+    place(folder, "generation_config.json", json.dumps({"do_sample": value}).encode())
+    assert "do_sample must be true or false" in refusal(folder, "generation_config.json")

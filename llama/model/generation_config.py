@@ -3,6 +3,7 @@
 Runs without torch. The values are checked where they are used, by SamplingParams.
 """
 
+import reprlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -69,7 +70,9 @@ class GenerationConfig:
         file = Path(path) / "generation_config.json"
         values = read_json_if_there(file, error=ConfigError)
         sampling = {ours: values[theirs] for theirs, ours in _NAMES.items() if values.get(theirs) is not None}
-        if values.get("do_sample") is False:
+        if not isinstance(do_sample := values.get("do_sample"), bool | None):
+            raise ConfigError(f"{file}: do_sample must be true or false, got {reprlib.repr(do_sample)}")
+        if do_sample is False:
             sampling["temperature"] = 0.0
         asked = {name: value for name, value in values.items() if name in IGNORED and value is not None}
         ignored = {name: value for name, value in asked.items() if not is_neutral(value, IGNORED[name])}
