@@ -14,7 +14,7 @@ from llama.model.weights import fp8
 from llama.model.weights.int8 import FewTokensInt8
 from llama.model.weights.quantised import SCHEMES, Joined, Quantised, quantise
 from tests.model.models import hugging_face_weights, tiny_model
-from tests.quantised.folders import FOLDERS, GOLDEN, weights
+from tests.quantised.folders import FOLDERS, GOLDEN, copy, weights
 
 IDS = torch.arange(30)[None]
 LARGEST = {"int8": 127, "int4": 7, "fp8": 448}
@@ -235,6 +235,21 @@ def test_a_published_folder_stays_quantised_and_is_saved_so(name, tmp_path):
     if name not in TABLES:
         assert torch.equal(again.logits(IDS % 90), logits)
         assert [type(form) for form in forms] == [type(linear.coded) for linear in linears(again)]
+
+
+def test_rows_with_one_zero_point_each_are_saved(tmp_path):
+    def shifted(tensors):
+        for name in [name for name in tensors if name.endswith("weight_scale")]:
+            zeros = torch.arange(len(tensors[name]))[:, None] % 7 - 3
+            tensors[name.replace("weight_scale", "weight_zero_point")] = zeros.to(torch.int8)
+
+    def said(config):
+        config["config_groups"]["group_0"]["weights"]["symmetric"] = False
+
+    model = Transformer.from_pretrained(copy("ct_w8a8", tmp_path / "copy", shifted, said), dtype="float32")
+    model.save_pretrained(tmp_path / "saved")
+    before, after = hugging_face_weights(model), weights(tmp_path / "saved")
+    assert all(torch.equal(before[key], after[key]) for key in before)
 
 
 @pytest.mark.parametrize("name", [*TABLES, "gptq"])
