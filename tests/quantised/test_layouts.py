@@ -5,6 +5,7 @@ import torch
 
 from llama.api.errors import ParameterError
 from llama.cli import main as command
+from llama.kernels.cpu.pieces import Pieces
 from llama.llm.llm import LLM
 from llama.model.fixed_rows import fix_rows
 from llama.model.transformer import Transformer
@@ -50,6 +51,14 @@ def test_products_and_weights_are_those_of_the_codes(scheme, layout, dtype):
         assert y.dtype == dtype and y.shape == (tokens, 64)
         # int8 takes x as 14 bits, and a dense copy is rounded to the model's dtype once.
         assert bool(((y.double() - x.double() @ w.T).abs() <= RELATIVE[dtype] * (x.double().abs() @ w.abs().T)).all())
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_one_row_fills_a_piece_of_several(scheme, layout):
+    form = prepared(scheme, layout)
+    x = torch.randn(1, 512, generator=torch.Generator().manual_seed(0)).bfloat16()
+    assert torch.equal(Pieces(4, 32).apply(form, x), form(x.repeat(4, 1))[:1])
 
 
 @pytest.fixture(params=[False, True], ids=["no VNNI", "VNNI"])

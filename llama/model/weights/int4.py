@@ -85,4 +85,5 @@ class FewTokensInt4:
         self.nbytes = self._packed.nbytes + self._scales.nbytes
 
     def __call__(self, x: Tensor) -> Tensor:
+        x = x.contiguous()  # it takes no other, as a row that stands for several is
         return torch.ops.aten._weight_int4pack_mm_for_cpu(x, self._packed, self._group_size, self._scales)
