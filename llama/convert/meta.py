@@ -146,9 +146,13 @@ def _load(path: Path) -> dict[str, torch.Tensor]:
         raise ValueError(
             f"{path} cannot be read as tensors ({type(error).__name__}: {why[0] if why else ''})"
         ) from None
-    if not (isinstance(tensors, dict) and all(isinstance(value, torch.Tensor) for value in tensors.values())):
+    if not (isinstance(tensors, dict) and all(isinstance(name, str) and _is_plain(tensors[name]) for name in tensors)):
         raise ValueError(f"{path} holds no tensors by name")
     return tensors
+
+
+def _is_plain(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.layout is torch.strided and value.device.type == "cpu"
 
 
 class MetaShards:

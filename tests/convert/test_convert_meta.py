@@ -319,14 +319,23 @@ def test_params_that_cannot_be_read_are_named(tmp_path, text, message):
         main(["--input", str(tmp_path / "meta"), "--output", str(tmp_path / "hf")])
 
 
-@pytest.mark.parametrize("data", [b"", b"junk", "list", "numbers"])
+NOT_TENSORS = {
+    "list": [1],
+    "numbers": {"a": 1},
+    "numbered": {5: torch.ones(1)},
+    "sparse": {"norm.weight": torch.eye(4).to_sparse()},
+    "without data": {"norm.weight": torch.ones(4, device="meta")},
+}
+
+
+@pytest.mark.parametrize("data", [b"", b"junk", *NOT_TENSORS])
 def test_weights_that_cannot_be_read_are_named(tmp_path, data):
     write_meta(tmp_path / "meta", PARAMS, {"norm.weight": torch.ones(64)}, 1)
     path = tmp_path / "meta" / "consolidated.00.pth"
     if isinstance(data, bytes):
         path.write_bytes(data)
     else:
-        torch.save([1] if data == "list" else {"a": 1}, path)
+        torch.save(NOT_TENSORS[data], path)
     with pytest.raises(SystemExit, match=r"consolidated\.00\.pth (cannot be read as tensors|holds no tensors by name)"):
         main(["--input", str(tmp_path / "meta"), "--output", str(tmp_path / "hf")])
 
