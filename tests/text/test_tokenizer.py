@@ -103,6 +103,13 @@ def test_a_tokenizer_that_splits_its_control_tokens_is_refused(tmp_path):
         Tokenizer.from_pretrained(path)
 
 
+@pytest.mark.parametrize("value", [5, [EOT], {"lstrip": True}, {"content": 5}, False])
+def test_a_role_for_what_is_no_token_is_refused(tmp_path, value):
+    path = write_checkpoint(tmp_path, llama_backend(), tokenizer_config={"eos_token": value})
+    with pytest.raises(CheckpointError, match=r"tokenizer_config\.json: eos_token must be a token, got"):
+        Tokenizer.from_pretrained(path)
+
+
 @pytest.mark.parametrize("name", ["tokenizer.model", "vocab.json"])
 def test_another_form_of_tokenizer_is_refused_with_its_conversion(tmp_path, name):
     (tmp_path / name).write_bytes(b"x")

@@ -267,10 +267,8 @@ def _conversion(folder: Path) -> str:
     name = other_tokenizer(folder)
     if name is None:
         return ""
-    return (
-        f"make it of {name} with transformers: AutoTokenizer.from_pretrained({str(folder)!r})"
-        f".save_pretrained({str(folder)!r})"
-    )
+    where = str(folder)
+    return f"make it of {name} with transformers: AutoTokenizer.from_pretrained({where!r}).save_pretrained({where!r})"
 
 
 def _add_tokens(backend: tokenizers.Tokenizer, listed: Any) -> None:
@@ -285,15 +283,18 @@ def _add_tokens(backend: tokenizers.Tokenizer, listed: Any) -> None:
         flags = ("single_word", "lstrip", "rstrip", "normalized", "special")
         given = {flag: entry[flag] for flag in flags if isinstance(entry.get(flag), bool)}
         backend.add_tokens([tokenizers.AddedToken(content, **given)])
-        if str(backend.token_to_id(content)) != key:
-            got = backend.token_to_id(content)
+        if str(got := backend.token_to_id(content)) != key:
             raise ValueError(f"added_tokens_decoder: {content!r} cannot have the id {key}, the next one is {got}")
 
 
 def _add_special_tokens(backend: tokenizers.Tokenizer, config: Mapping[str, Any]) -> None:
-    """Tokens that only `additional_special_tokens` or `extra_special_tokens` name. Refuses what splits all of them."""
+    """Tokens that are named in lists alone. Refuses what splits all of them, and a role for what is no token."""
     if config.get("split_special_tokens"):
         raise ValueError("split_special_tokens is not supported: no chat template would work")
+    for name in ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token"):
+        entry = config.get(name)
+        if not isinstance(entry.get("content", entry) if isinstance(entry, dict) else entry, str | None):
+            raise ValueError(f"{name} must be a token, got {entry!r}")
     known = {token.content for token in backend.get_added_tokens_decoder().values()}
     for name in ("additional_special_tokens", "extra_special_tokens"):
         listed = config.get(name) or []
