@@ -23,7 +23,8 @@ logger = logging.getLogger(__name__)
 
 
 class Stream:
-    """The pieces of one request, for one reader on one event loop. Iterate it to its end, or close it to abort."""
+    """The pieces of one request, for one reader. Iterate it to its end, or close it to abort: so does the end of the
+    event loop that it was last read on, or made on."""
 
     def __init__(self, request: Request, permit: Permit, stepper: "Stepper") -> None:
         self.request = request
@@ -57,6 +58,8 @@ class Stream:
                 raise error
             elif ended:
                 raise StopAsyncIteration
+            elif (loop := asyncio.get_running_loop()) is not self.loop:
+                self.loop, self._has_news = loop, asyncio.Event()  # what has just come woke the other one: look again
             else:
                 # A wake-up runs on this loop, so none can come between here and the wait.
                 self._has_news.clear()
@@ -95,8 +98,10 @@ class Stream:
         with self._lock:
             self._ended, self._error = True, self._error or error
 
-    def wake(self) -> None:
-        self._has_news.set()
+    def wake(self, loop: asyncio.AbstractEventLoop) -> None:
+        """On this loop. It may no longer be the one that the stream is read on."""
+        if loop is self.loop:
+            self._has_news.set()
 
     def unread_for(self, now: float) -> float:
         """Seconds that the oldest piece has waited for the reader."""
@@ -261,9 +266,9 @@ def _wake(streams: Iterable[Stream]) -> None:
         by_loop.setdefault(stream.loop, []).append(stream)
     for loop, group in by_loop.items():
         with contextlib.suppress(RuntimeError):  # closed: the next step ends its streams
-            loop.call_soon_threadsafe(_wake_all, group)
+            loop.call_soon_threadsafe(_wake_all, group, loop)
 
 
-def _wake_all(streams: list[Stream]) -> None:
+def _wake_all(streams: list[Stream], loop: asyncio.AbstractEventLoop) -> None:
     for stream in streams:
-        stream.wake()
+        stream.wake(loop)

@@ -153,6 +153,32 @@ def test_two_engines_and_two_event_loops(scripted):
     assert answers == [["Hi", "other"]] * 2
 
 
+def test_a_stream_is_read_on_another_event_loop_than_it_was_made_on(scripted):
+    llm, engine = scripted()
+    turn = threading.Semaphore(0)
+    engine.before_step = lambda: turn.acquire(timeout=PATIENCE)  # so that each piece is waited for
+    first = asyncio.new_event_loop()
+    thread = threading.Thread(target=first.run_forever)
+    thread.start()
+    stream = asyncio.run_coroutine_threadsafe(llm.submit("on another"), first).result(PATIENCE)
+
+    async def main():
+        asyncio.get_running_loop().set_debug(True)  # a wake-up from another thread is an error
+        task = asyncio.create_task(stream.result())
+        while not task.done():
+            await asyncio.sleep(0.001)
+            turn.release()
+        return (await task).outputs[0].text
+
+    try:
+        assert run(main()) == "on another"
+    finally:
+        first.call_soon_threadsafe(first.stop)
+        thread.join(PATIENCE)
+        first.close()
+        turn.release(1000)
+
+
 def test_an_event_loop_that_is_gone_takes_its_requests_with_it(scripted):
     llm, engine = scripted(endless)
 
