@@ -116,5 +116,7 @@ def _check(entry: Entry, tensor: Tensor) -> None:
     if not isinstance(tensor, Tensor) or tuple(tensor.shape) != entry.shape or not tensor.is_floating_point():
         found = f"{tensor.dtype} {list(tensor.shape)}" if isinstance(tensor, Tensor) else type(tensor).__name__
         raise ParameterError(f"{entry.name} must be floats {list(entry.shape)}, got {found}", "named_tensors")
+    if tensor.layout is not torch.strided or tensor.is_meta:
+        raise ParameterError(f"{entry.name} must hold its numbers, got one that is sparse or on meta", "named_tensors")
     if not bool(torch.isfinite(tensor).all()):
         raise ParameterError(f"{entry.name} holds NaN or infinities", "named_tensors")

@@ -65,6 +65,8 @@ def test_running_requests_are_waited_for_or_the_update_is_refused():
         ("model.layers.0.mlp.up.weight", torch.zeros(2), "the model has no tensor"),
         ("model.norm.weight", torch.zeros(47), r"model.norm.weight must be floats \[48\], got torch.float32 \[47\]"),
         ("model.norm.weight", torch.zeros(48, dtype=torch.int64), "must be floats"),
+        ("model.norm.weight", torch.zeros(48, device="meta"), "must hold its numbers"),
+        ("model.norm.weight", torch.zeros(48).to_sparse(), "must hold its numbers"),
         ("model.norm.weight", torch.full((48,), torch.inf), "holds NaN or infinities"),
         ("model.norm.weight", [0.0], "got list"),
     ],
