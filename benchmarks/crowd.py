@@ -47,13 +47,13 @@ class Ours:
 
 
 class VLLM(Ours):
-    def __init__(self, path: str, dtype: str) -> None:
+    def __init__(self, path: str, dtype: str, **options: Any) -> None:
         os.environ |= {"VLLM_CPU_KVCACHE_SPACE": "2", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
         os.environ |= {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
         from vllm import LLM, SamplingParams
 
         self.params = SamplingParams
-        self.llm = LLM(path, dtype=dtype, max_model_len=1024, disable_log_stats=True)
+        self.llm = LLM(path, dtype=dtype, max_model_len=1024, disable_log_stats=True, **options)
 
 
 def compare(ours: Sequence[Any], others: Sequence[Any]) -> tuple[int, float]:
@@ -113,7 +113,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 drafting = Ours(given.model, speculative_config=DRAFTS, **options)
                 run(f"{dtype} {'deterministic' if mode else 'ours'}", Ours(given.model, **options), drafting)
         if "vllm" in given.engines:
-            run(f"{dtype} vllm", VLLM(given.model, dtype))
+            drafts = {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 4}
+            run(f"{dtype} vllm", VLLM(given.model, dtype), VLLM(given.model, dtype, speculative_config=drafts))
         if "transformers" in given.engines:
             tell(f"{dtype} transformers greedy batch", padded(given.model, dtype, given.tokens))
     close("crowd", results=results, requests=len(PROMPTS), others=len(OTHERS), tokens=given.tokens)
