@@ -174,7 +174,7 @@ def test_a_process_that_is_out_of_files_waits_for_some(monkeypatch, caplog):
             patch.setattr(socket.socket, "accept", no_file)
             connection = connect(server)
             until(lambda: any("out of system resource" in each for each in caplog.messages))
-            time.sleep(0.1)
+            time.sleep(0.1)  # in which one that does not wait would fail some hundred times more
             assert sum("out of system resource" in each for each in caplog.messages) == 1
         connection.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
         assert read_all(connection).startswith("HTTP/1.1 200")
