@@ -91,9 +91,11 @@ class Front:
 
         asked = {asyncio.ensure_future(ask(replica)): replica.number for replica in self._replicas.alive}
         try:
-            if asked:
-                await asyncio.wait(asked, return_when=asyncio.FIRST_COMPLETED)
-                await asyncio.wait(asked, timeout=_LATER_SECONDS)
+            for first in asyncio.as_completed(asked):
+                with contextlib.suppress(Exception):
+                    await first
+                    await asyncio.wait(asked, timeout=_LATER_SECONDS)
+                    break
             return {number: a.result() for a, number in asked.items() if a.done() and a.exception() is None}
         finally:
             for answer in asked:

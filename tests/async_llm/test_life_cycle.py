@@ -166,7 +166,7 @@ def test_a_stream_is_read_on_another_event_loop_than_it_was_made_on(scripted):
         asyncio.get_running_loop().set_debug(True)  # a wake-up from another thread is an error
         task = asyncio.create_task(stream.result())
         while not task.done():
-            await asyncio.sleep(0.001)
+            await asyncio.sleep(0.001)  # so that the reader waits again before each step
             turn.release()
         return (await task).outputs[0].text
 

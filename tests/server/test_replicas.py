@@ -218,6 +218,12 @@ def test_a_replica_that_hangs_keeps_no_other_s_answer(front):
         assert 'replica="1"' in front.client.get("/metrics", timeout=10).text
 
 
+def test_a_replica_that_fails_at_once_hurries_no_other(front, monkeypatch):
+    monkeypatch.setattr("llama.server.front._LATER_SECONDS", 0.0)
+    front.replicas.all[0].address = "\0nobody listens here"
+    assert front.client.get("/ready").json()["replicas"] == [{"replica": 1, "status": 200}]
+
+
 def test_a_body_where_none_is_read(front):
     assert front.client.request("GET", "/ready", content=b"a").status_code == 200
     assert "llama_engine_steps_total" in front.client.request("GET", "/metrics", content=b"a").text
