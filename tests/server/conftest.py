@@ -2,7 +2,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from tests.server.helpers import real_llm, running, scripted_llm
+from tests.server.helpers import client_of, real_llm, running, scripted_llm
 
 
 @pytest.fixture(scope="module")
@@ -18,3 +18,15 @@ def tiny():
     """A server over a real tiny model in float64."""
     with running(real_llm()) as server:
         yield server
+
+
+@pytest.fixture(scope="module")
+def client(scripted):
+    with client_of(scripted.server) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def tiny_client(tiny):
+    with client_of(tiny) as made:
+        yield made

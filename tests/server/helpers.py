@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from types import SimpleNamespace
 
 import httpx
+import openai
 
 from llama import LLM
 from llama.api.outputs import FinishReason
@@ -211,3 +212,8 @@ def read_all(connection) -> str:
         while part := connection.recv(65536):
             parts.append(part)
     return b"".join(parts).decode()
+
+
+def client_of(server):
+    """OpenAI's own client."""
+    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)

@@ -6,8 +6,8 @@ import threading
 
 import pytest
 
-from tests.server.helpers import NAME, PATIENCE, RUN, begin, events_of, until, user
-from tests.server.test_chat import CALL, WEATHER, client_of
+from tests.server.helpers import NAME, PATIENCE, RUN, begin, client_of, events_of, until, user
+from tests.server.test_chat import CALL, WEATHER
 
 CHAT, RESPONSES = "/v1/chat/completions", "/v1/responses"
 NAMED = {"type": "function", "function": {"name": "get_weather"}}

@@ -25,22 +25,6 @@ TIME = {"type": "function", "function": {"name": "get_time"}}
 CALL = '{"name": "get_weather", "parameters": {"city": "Rome"}}'
 
 
-def client_of(server):
-    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
-
-
-@pytest.fixture(scope="module")
-def client(scripted):
-    with client_of(scripted.server) as made:
-        yield made
-
-
-@pytest.fixture(scope="module")
-def tiny_client(tiny):
-    with client_of(tiny) as made:
-        yield made
-
-
 def chat(client, text="Hello", **more):
     """The tools are told in the first user message, and the last one is what the scripted engine repeats."""
     return client.chat.completions.create(**{"model": NAME, "messages": [user("I say:"), user(text)], **more})

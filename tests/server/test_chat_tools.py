@@ -5,19 +5,7 @@ import json
 import pytest
 
 from tests.server.helpers import user
-from tests.server.test_chat import CALL, TIME, WEATHER, chat, client_of
-
-
-@pytest.fixture(scope="module")
-def client(scripted):
-    with client_of(scripted.server) as made:
-        yield made
-
-
-@pytest.fixture(scope="module")
-def tiny_client(tiny):
-    with client_of(tiny) as made:
-        yield made
+from tests.server.test_chat import CALL, TIME, WEATHER, chat
 
 
 def test_tool_calls(client, scripted):

@@ -5,15 +5,8 @@ import pytest
 import torch
 
 from llama.async_llm.async_llm import AsyncLLM
-from tests.server.helpers import NAME, TOKENIZER, VOCAB_SIZE, real_llm, running, until
-from tests.server.test_chat import client_of
+from tests.server.helpers import NAME, TOKENIZER, VOCAB_SIZE, client_of, real_llm, running, until
 from tests.tiny_checkpoint import make_model
-
-
-@pytest.fixture(scope="module")
-def client(scripted):
-    with client_of(scripted.server) as made:
-        yield made
 
 
 def complete(client, prompt, **more):

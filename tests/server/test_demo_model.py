@@ -6,8 +6,7 @@ import jsonschema
 import pytest
 
 from llama.async_llm.async_llm import AsyncLLM
-from tests.server.helpers import running, user
-from tests.server.test_chat import client_of
+from tests.server.helpers import client_of, running, user
 
 pytestmark = pytest.mark.slow
 

@@ -4,7 +4,6 @@ import json
 import re
 import typing
 
-import openai
 import pytest
 from openai.types.responses import ResponseIncludable
 
@@ -20,22 +19,6 @@ WEATHER = {
 CALL = '{"name": "get_weather", "parameters": {"city": "Rome"}}'
 INCLUDES = [*typing.get_args(ResponseIncludable)]
 ASKED = {"role": "user", "content": "Weather?"}
-
-
-def client_of(server):
-    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
-
-
-@pytest.fixture(scope="module")
-def client(scripted):
-    with client_of(scripted.server) as made:
-        yield made
-
-
-@pytest.fixture(scope="module")
-def tiny_client(tiny):
-    with client_of(tiny) as made:
-        yield made
 
 
 def post(scripted, path="/v1/responses", **body):

@@ -8,12 +8,6 @@ import pytest
 from tests.server.helpers import user
 
 
-@pytest.fixture(scope="module")
-def tiny_client(tiny):
-    with openai.OpenAI(base_url=f"{tiny.url}/v1", api_key="unused", max_retries=0) as made:
-        yield made
-
-
 def chat(client, text, **more):
     return client.chat.completions.create(**{"model": "tiny", "messages": [user(text)], **more})
 
