@@ -28,11 +28,11 @@ NODE = ("openai", "cloudflare", "@ai-sdk/openai", "workers-ai-provider")
 HEAD = """# Clients that run unchanged
 
 `make clients` installs these packages in an environment of its own (versions: `constraints-clients.txt` and
-`tests/clients/package.json`; Node.js 20 or newer must be there), runs them against a server with a scripted model,
-where every answer is known, and against others, where its form is, and prints this table, here for the models:
-{models}. Tools: a call that must be made, and where a client goes on with its result, that too. A dash: the client
-has no such thing, or it is not tried. With the demo model: `MODELS="scripted demo"`. With `VLLM=DIRECTORY`, a virtual
-environment that holds vLLM (the CPU's takes 3 GB), `vllm bench serve` is tried too.
+`tests/clients/package.json`; it needs Node.js 20 or newer) and runs them, unchanged, against our server. With the
+scripted model every answer is known and compared; with another model the form of the answers is checked. This table
+is for the models: {models}. "Tools" is a call that the client forces, and the answer to its result where the client
+sends that by itself. A dash: the client has no such feature, or it is not tried. To include the demo model:
+`MODELS="scripted demo"`. To include `vllm bench serve`: `VLLM=DIRECTORY`, a virtual environment with vLLM (3 GB).
 
 """
 NO_VLLM = "vllm (bench serve): not tried, for VLLM=DIRECTORY names no virtual environment that holds it"
