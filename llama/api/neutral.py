@@ -29,15 +29,12 @@ _BODY: Neutral = {
     "detokenize": (True,),
     "flat_logprobs": (False,),
     "logits_processors": (None, []),
-    "cache_salt": (),
     "chat_template": (),
     "guided_whitespace_pattern": (),
     "kv_transfer_params": ({},),
     "logprobs_mode": ("raw_logprobs",),
     "priority": (0,),
     "request_id": (),
-    "return_token_ids": (False,),
-    "return_tokens_as_token_ids": (False,),
     "vllm_xargs": ({},),
 }
 CHAT: Neutral = {
@@ -53,12 +50,11 @@ CHAT: Neutral = {
     "mm_processor_kwargs": ({},),
     "moderation": (),
     "prompt_cache_options": ({},),
-    "prompt_logprobs": (),
     "reasoning_effort": (),
     "verbosity": ("medium",),
     "web_search_options": (),
 }
-COMPLETION: Neutral = {**_BODY, "add_special_tokens": (True,), "prompt_embeds": (), "prompt_logprobs": ()}
+COMPLETION: Neutral = {**_BODY, "add_special_tokens": (True,), "prompt_embeds": ()}
 TOKENIZE: Neutral = {"chat_template": (), "media_io_kwargs": ({},), "mm_processor_kwargs": ({},)}
 RESPONSES: Neutral = {"max_tool_calls": (), "moderation": (), "stop": ([],), "verbosity": ("medium",)}
 

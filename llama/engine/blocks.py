@@ -30,9 +30,12 @@ class Salt(NamedTuple):
 NO_SALT = Salt(-1, b"")
 
 
-def prefix_root(model: bytes, adapter: bytes) -> bytes:
-    """What the chain of keys starts from: content computed by other weights is other content."""
-    return blake2b(len(model).to_bytes(8, "little") + model + adapter, digest_size=32).digest()
+def prefix_root(model: bytes, adapter: bytes, salt: str | None = None) -> bytes:
+    """What the chain of keys starts from: content computed by other weights is other content, and with a salt it is
+    found with that salt alone."""
+    root = blake2b(len(model).to_bytes(8, "little") + model + adapter, digest_size=32).digest()
+    # Another function than that of the chain: no salt leads into the middle of somebody's prompt.
+    return root if salt is None else blake2b(root + salt.encode(), digest_size=32, person=b"salt").digest()
 
 
 def _key(parent: bytes, tokens: bytes) -> bytes:

@@ -181,7 +181,8 @@ class Scheduler:
             return False
         if self._refused is not None and self._refused[0] is sequence and available <= self._refused[1]:
             return False
-        root, salt = prefix_root(self.model, sequence.adapter.digest), sequence.salt(block_size)
+        root = prefix_root(self.model, sequence.adapter.digest, sequence.params.cache_salt)
+        salt = sequence.salt(block_size)
         found = {one: self.running.match(one, root, salt) for one in sequence.contexts}
         needed = sum(-(-o.num_tokens // block_size) - len(h) + self.pool.count_idle(h) for o, h in found.items())
         if needed + promised > available:

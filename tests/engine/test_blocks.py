@@ -64,6 +64,16 @@ def test_published_content_is_found_up_to_the_first_difference():
     assert pool.match(ROOT, packed(3, 4), 1) == []  # a block is known behind its prefix alone
     assert pool.match(prefix_root(b"model", b"adapter"), packed(1, 2), 1) == []
     assert pool.match(prefix_root(b"other", b""), packed(1, 2), 1) == []
+    assert pool.match(prefix_root(b"model", b"", "salt"), packed(1, 2), 1) == []
+
+
+def test_a_salt_that_spells_a_block_does_not_lead_behind_it():
+    pool = BlockPool(8, 2)
+    first = packed(0x61626364, 0x65666768)
+    publish(pool, pool.allocate(2), first + packed(1, 2))
+    publish(pool, pool.allocate(2), first + packed(3, 4))  # a branch: both second blocks are known by their keys
+    assert len(pool.match(ROOT, first + packed(3, 4), 2)) == 2
+    assert pool.match(prefix_root(b"model", b"", first.decode()), packed(3, 4), 1) == []
 
 
 def test_branches_behind_one_prefix():

@@ -165,6 +165,23 @@ def test_what_completions_find_of_one_another_is_not_called_cached():
     assert [llm.generate([5] * 40, asked, use_tqdm=False)[0].num_cached_tokens for _ in range(2)] == [0, 32]
 
 
+def test_a_salt_has_prefixes_of_its_own():
+    llm = LLM(tiny_model(), num_blocks=64, max_num_seqs=2, seed=0)
+    plain = SamplingParams(max_tokens=20, temperature=0, ignore_eos=True)
+    guided = dataclasses.replace(plain, guidance_scale=2.0, negative_prompt=[6] * 40)
+
+    def cached(params, salt):
+        [output] = llm.generate([5] * 40, dataclasses.replace(params, cache_salt=salt), use_tqdm=False)
+        return output.num_cached_tokens, output.outputs[0].token_ids
+
+    for params in (guided, plain):
+        found = [cached(params, salt) for salt in ("a", "a", "b", None, "b", None)]
+        assert [count for count, _ in found] == ([0, 32, 0, 0, 32, 32] if params is guided else [32] * 6)
+        assert len({tuple(tokens) for _, tokens in found}) == 1
+    llm.reset_prefix_cache()
+    assert [cached(plain, salt)[0] for salt in ("a", None)] == [0, 0]
+
+
 def test_stop_strings_cut_the_text_and_end_the_request(llm):
     whole = llm.generate("Hi", dataclasses.replace(GREEDY, max_tokens=40), use_tqdm=False)[0].outputs[0]
     stop = next(c for c in whole.text[5:] if c.isprintable() and c.isascii() and c not in whole.text[:5])

@@ -277,6 +277,7 @@ FIELDS = [
             "include_stop_str_in_output": 1,
             "ignore_eos": None,
             "speculative": 1,
+            "cache_salt": "",
             "prediction": [-1],
             "logits_processors": [5],
             "flat_logprobs": 1,

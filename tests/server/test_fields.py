@@ -73,6 +73,10 @@ BODIES = {
     "/ai/run": {"messages": [user("I say:"), user("Hello world")], "max_tokens": 9},
 }
 SHARED = {
+    "cache_salt": "a",
+    "prompt_logprobs": 1,
+    "return_token_ids": True,
+    "return_tokens_as_token_ids": True,
     "allowed_token_ids": [65],
     "bad_words": ["x"],
     "skip_special_tokens": False,
@@ -142,6 +146,7 @@ PROBES = {
     DETOKENIZE: SHARED | TOKENIZE_PROBES,
     "/ai/run": SHARED | RUN_PROBES,
 }
+BESIDE = {"return_tokens_as_token_ids": {CHAT: {"logprobs": True}, COMPLETION: {"logprobs": 1}}}  # it says how
 MEANINGLESS = ("id", "created", "created_at", "seed", "usage")
 
 
@@ -155,7 +160,8 @@ def outcome(scripted, section: str, **more) -> tuple:
 
 @pytest.mark.parametrize(("section", "name"), cases(USED, *BODIES))
 def test_what_is_used_changes_something(scripted, section, name):
-    assert outcome(scripted, section, **{name: PROBES[section][name]}) != outcome(scripted, section)
+    beside = BESIDE.get(name, {}).get(section, {})
+    assert outcome(scripted, section, **beside, **{name: PROBES[section][name]}) != outcome(scripted, section, **beside)
 
 
 # As its clients write them out; the values of what is not used stand in the tables.

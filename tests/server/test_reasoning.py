@@ -132,3 +132,13 @@ def test_a_call_is_looked_for_behind_the_thought(client):
     deltas = [chunk.choices[0].delta for chunk in chat(client, f"{call}</think>{call}", tools=[tool], stream=True)]
     assert "".join(getattr(delta, "reasoning_content", "") for delta in deltas) == call
     assert sum(len(delta.tool_calls or ()) for delta in deltas) == 1
+
+
+def test_the_ids_of_a_thought_are_told_too(client):
+    whole = chat(client, extra_body={"return_token_ids": True}).choices[0].token_ids
+    parts = chat(client, stream=True, extra_body={"return_token_ids": True})
+    assert (
+        [token for part in parts for token in getattr(part.choices[0], "token_ids", [])]
+        == whole
+        == [*SAID.encode(), whole[-1]]
+    )

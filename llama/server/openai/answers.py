@@ -7,7 +7,7 @@ from contextlib import aclosing
 from typing import Any
 
 import llama
-from llama.api.outputs import Logprob, Piece, Usage
+from llama.api.outputs import Logprob, Piece, RequestOutput, Usage
 from llama.server.openai.schema import StreamOptions
 from llama.server.streaming import DONE
 
@@ -49,13 +49,17 @@ async def chunks(
     head: dict[str, Any],
     options: StreamOptions | None,
     usage: Callable[[], dict[str, Any]],
+    first: dict[str, Any] | None = None,
 ) -> AsyncGenerator[Any]:
-    """The events of a stream: a chunk for each choice, the usage where it is asked for, DONE."""
+    """The events of a stream: a chunk for each choice, the usage where it is asked for, DONE. `first`: what the first
+    chunk has besides."""
     wanted = options is not None and options.include_usage
     always = wanted and options is not None and options.continuous_usage_stats
     async with aclosing(choices):
         async for choice in choices:
-            yield {**head, **({"usage": usage() if always else None} if wanted else {}), "choices": [choice]}
+            told = {"usage": usage() if always else None} if wanted else {}
+            yield {**head, **told, **(first or {}), "choices": [choice]}
+            first = None
     if wanted:
         yield {**head, "choices": [], "usage": usage()}
     yield DONE
@@ -72,6 +76,18 @@ class ToldCalls:
         self._num_begun += sum(delta.name is not None for delta in piece.tool_call_deltas)
         self.num_whole += len(piece.tool_calls)
         return "" if piece.finish_reason is not None and self._num_begun > self.num_whole else piece.text
+
+
+def scores_of(output: RequestOutput, asked: int) -> list[dict[str, Any] | None]:
+    """vLLM's form of a prompt's log-probabilities: each position's own token and the `asked` best ones, -1 for all."""
+    told: list[dict[str, Any] | None] = []
+    for token, entries in zip(output.prompt_token_ids, output.prompt_logprobs or (), strict=True):
+        if entries is None:
+            told.append(None)
+            continue
+        shown = {token: entries[token]} | dict(top_of(entries, len(entries) if asked == -1 else asked))
+        told.append({f"{each}": entry._asdict() | {"logprob": value_of(entry)} for each, entry in shown.items()})
+    return told
 
 
 def value_of(logprob: Logprob) -> float:

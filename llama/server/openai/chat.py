@@ -10,7 +10,7 @@ from starlette.responses import Response
 from llama.api.outputs import CompletionOutput, Logprob, RequestOutput
 from llama.server.bodies import json_response, read_body
 from llama.server.errors import Dialect, bad_input
-from llama.server.openai.answers import ToldCalls, chunks, frame, new_id, now, top_of, usage_of, value_of
+from llama.server.openai.answers import ToldCalls, chunks, frame, new_id, now, scores_of, top_of, usage_of, value_of
 from llama.server.openai.sampling import blamed_as_sent, check_logprobs, sampling_params
 from llama.server.openai.schema import ChatRequest
 from llama.server.service import Answer, Record, Service, Submit
@@ -99,11 +99,17 @@ class _Writer:
         self._id, self._created = new_id("chatcmpl"), now()
 
     def whole(self, answer: Answer, output: RequestOutput) -> dict[str, Any]:
-        return {
+        whole = {
             **frame(self._id, "chat.completion", self._model, self._created),
             "choices": [self._choice(completion) for completion in output.outputs],
             "usage": self._usage(answer),
         }
+        if self._body.prompt_logprobs is not None:
+            whole["prompt_logprobs"] = scores_of(output, self._body.prompt_logprobs)
+        return whole | self._prompt_ids(answer)
+
+    def _prompt_ids(self, answer: Answer) -> dict[str, Any]:
+        return {"prompt_token_ids": answer.prompt_token_ids} if self._body.return_token_ids else {}
 
     def _usage(self, answer: Answer) -> dict[str, Any]:
         return usage_of([answer.usage()], has_prediction=self._body.prediction is not None)
@@ -116,7 +122,7 @@ class _Writer:
         if completion.reasoning_content is not None:
             message["reasoning_content"] = completion.reasoning_content
             message["content"] = completion.text or None
-        return {
+        choice = {
             "index": completion.index,
             "message": message,
             "logprobs": self._logprobs(completion.token_ids, completion.logprobs),
@@ -124,12 +130,15 @@ class _Writer:
             "stop_reason": completion.stop_reason,
             "seed": completion.seed,
         }
+        return choice | ({"token_ids": completion.token_ids} if self._body.return_token_ids else {})
 
     def chunks(self, answer: Answer) -> AsyncGenerator[Any]:
         head = frame(self._id, "chat.completion.chunk", self._model, self._created)
-        return chunks(self._choices(answer), head, self._body.stream_options, lambda: self._usage(answer))
+        options, first = self._body.stream_options, self._prompt_ids(answer)
+        return chunks(self._choices(answer), head, options, lambda: self._usage(answer), first)
 
     async def _choices(self, answer: Answer) -> AsyncGenerator[dict[str, Any]]:
+        """Ids and log-probabilities of a piece are in the last chunk that it becomes."""
         outputs = answer.output.outputs
         told = [ToldCalls() for _ in outputs]
         for completion in outputs:
@@ -149,7 +158,10 @@ class _Writer:
                 choice["finish_reason"] = piece.finish_reason
                 choice["stop_reason"] = piece.stop_reason
                 choice["seed"] = outputs[piece.index].seed
-            if deltas or piece.logprobs or piece.finish_reason is not None:
+            has_ids = self._body.return_token_ids and piece.token_ids
+            if has_ids:
+                choice["token_ids"] = piece.token_ids
+            if deltas or piece.logprobs or has_ids or piece.finish_reason is not None:
                 yield choice
 
     def _logprobs(
@@ -166,7 +178,8 @@ class _Writer:
 
     def _entry(self, token: int, entry: Logprob) -> dict[str, Any]:
         spelled = None if self._tokenizer is None else list(self._tokenizer.token_bytes(token))
-        return {"token": entry.decoded_token or f"token_id:{token}", "logprob": value_of(entry), "bytes": spelled}
+        text = None if self._body.return_tokens_as_token_ids else entry.decoded_token
+        return {"token": text or f"token_id:{token}", "logprob": value_of(entry), "bytes": spelled}
 
 
 def _calls(calls: Sequence[ToolCall], body: ChatRequest) -> list[dict[str, Any]]:

@@ -15,7 +15,7 @@ from llama.api.params import SamplingParams
 from llama.async_llm.async_llm import Stream
 from llama.server.bodies import json_response, read_body
 from llama.server.errors import Dialect, bad_input
-from llama.server.openai.answers import chunks, frame, new_id, now, top_of, usage_of, value_of
+from llama.server.openai.answers import chunks, frame, new_id, now, scores_of, top_of, usage_of, value_of
 from llama.server.openai.sampling import blamed_as_sent, check_logprobs, sampling_params
 from llama.server.openai.schema import CompletionRequest
 from llama.server.service import Answer, Record, Service, Submit
@@ -90,12 +90,14 @@ def _params(body: CompletionRequest, service: Service) -> SamplingParams:
     max_tokens = _MAX_TOKENS if body.max_tokens is None else body.max_tokens
     if max_tokens == 0 and not body.echo:
         raise bad_input("max_tokens=0 needs echo", "max_tokens")
+    asked = [body.prompt_logprobs, body.logprobs if body.echo else None]
+    numbers = [number for number in asked if number is not None]
     return sampling_params(
         body,
         service.defaults,
         max_tokens=max(1, max_tokens),
         logprobs=body.logprobs,
-        prompt_logprobs=body.logprobs if body.echo else None,
+        prompt_logprobs=-1 if -1 in numbers else max(numbers, default=None),
     )
 
 
@@ -132,7 +134,7 @@ async def _choices(answers: list[Answer], body: CompletionRequest, service: Serv
             completion = answers[i].output.outputs[piece.index]
             choice = choices[i, piece.index] = _Choice(i, completion, answers[i], body, service.llm.llm.tokenizer)
         part = choice.part(piece)
-        if part["text"] or part["logprobs"] or part["finish_reason"] is not None:
+        if part["text"] or part["logprobs"] or part.get("token_ids") or part["finish_reason"] is not None:
             yield part
 
 
@@ -166,13 +168,18 @@ class _Choice:
     def part(self, piece: Piece) -> dict[str, Any]:
         text, token_ids = piece.text, piece.token_ids
         entries: Entries | None = piece.logprobs
+        more: dict[str, Any] = {}
         if self._body.max_tokens == 0:
             text, token_ids, entries = "", [], [] if entries is not None else None
-        if self._is_first and self._body.echo:
-            text = self._prompt_text() + text
-            token_ids = self._answer.prompt_token_ids + token_ids
-            if self._body.logprobs is not None:
-                entries = [*(self._answer.output.prompt_logprobs or ()), *(entries or ())]
+        if self._body.return_token_ids:
+            more["token_ids"] = token_ids
+        if self._is_first:
+            more |= self._of_prompt()
+            if self._body.echo:
+                text = self._prompt_text() + text
+                token_ids = self._answer.prompt_token_ids + token_ids
+                if self._body.logprobs is not None:
+                    entries = [*(self._answer.output.prompt_logprobs or ()), *(entries or ())]
         self._is_first = False
         choice: dict[str, Any] = {
             "index": self._index,
@@ -182,7 +189,16 @@ class _Choice:
         }
         if piece.finish_reason is not None:
             choice |= {"stop_reason": piece.stop_reason, "seed": self._completion.seed}
-        return choice
+        return choice | more
+
+    def _of_prompt(self) -> dict[str, Any]:
+        """What is told of the prompt beside the text."""
+        told: dict[str, Any] = {}
+        if self._body.return_token_ids:
+            told["prompt_token_ids"] = self._answer.prompt_token_ids
+        if self._body.prompt_logprobs is not None:
+            told["prompt_logprobs"] = scores_of(self._answer.output, self._body.prompt_logprobs)
+        return told
 
     def _prompt_text(self) -> str:
         """As it came, or what was kept of it."""
@@ -222,7 +238,7 @@ class _Choice:
 
     def _spelled(self, token: int) -> str:
         """A name that no other token shares, also where it is a part of a character."""
-        if self._tokenizer is None:
+        if self._tokenizer is None or self._body.return_tokens_as_token_ids:
             return f"token_id:{token}"
         spelled = self._tokenizer.token_bytes(token)
         try:

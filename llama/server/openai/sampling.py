@@ -28,6 +28,8 @@ _SAME = (
     "allowed_token_ids",
     "skip_special_tokens",
     "truncate_prompt_tokens",
+    "prompt_logprobs",
+    "cache_salt",
 )
 
 
@@ -35,6 +37,8 @@ def sampling_params(body: CommonRequest, defaults: SamplingParams, **wanted: Any
     """`wanted`: fields that the endpoint decides. Raises ApiError that names the parameter."""
     if body.stream_options is not None and not body.stream:
         raise bad_input("stream_options needs stream", "stream_options")
+    if body.prompt_logprobs is not None and body.stream:
+        raise bad_input("prompt_logprobs needs stream=false: a stream has no place for them", "prompt_logprobs")
     given = {name: getattr(body, name) for name in _SAME if getattr(body, name) is not None}
     given |= {"logit_bias": _bias(body), **wanted}
     given |= {"response_format": body.response_format, "structured_outputs": _structured_outputs(body)}

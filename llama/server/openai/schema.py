@@ -134,6 +134,7 @@ class AnsweredRequest(Body):
     repetition_penalty: Number | None = None
     structured_outputs: dict[str, Any] | None = None
     lora: str | None = None
+    cache_salt: str | None = None
     # They change nothing about an answer.
     user: str | None = None
     metadata: dict[str, Any] | None = None
@@ -165,6 +166,9 @@ class CommonRequest(AnsweredRequest):
     allowed_token_ids: list[Integer] | None = Field(None, max_length=MAX_ALLOWED_IDS)
     skip_special_tokens: bool | None = None
     truncate_prompt_tokens: Integer | None = None
+    prompt_logprobs: Integer | None = Field(None, ge=-1)  # at most the engine's max_logprobs; -1 = of all tokens
+    return_token_ids: bool | None = None
+    return_tokens_as_token_ids: bool | None = None  # in log-probabilities
     # What structured_outputs was called before.
     guided_json: dict[str, Any] | str | None = None
     guided_regex: str | None = None
