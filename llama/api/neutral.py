@@ -33,7 +33,6 @@ _BODY: Neutral = {
     "guided_whitespace_pattern": (),
     "kv_transfer_params": ({},),
     "logprobs_mode": ("raw_logprobs",),
-    "priority": (0,),
     "request_id": (),
     "vllm_xargs": ({},),
 }

@@ -121,6 +121,7 @@ class SamplingParams:
     prediction: str | SequenceOf[int] | None = _option(None, "what the answer may be like: a text to draft from")
     speculative: bool = _option(True, "verify drafts of the next tokens, if the engine has a speculative_config")
     cache_salt: str | None = _option(None, "share the prefix cache with requests of the same salt alone")
+    priority: int = _option(0, "lower ones run first, where the engine's scheduling_policy is priority")
 
     def __post_init__(self) -> None:
         put = functools.partial(object.__setattr__, self)
@@ -165,6 +166,7 @@ class SamplingParams:
             put("truncate_prompt_tokens", checked_integer("truncate_prompt_tokens", self.truncate_prompt_tokens, -1))
             if self.truncate_prompt_tokens == 0:
                 raise refusal("truncate_prompt_tokens", "an integer of at least 1, or -1", 0)
+        put("priority", checked_integer("priority", self.priority, -(2**31), 2**31 - 1))
         if self.cache_salt is not None:
             if not isinstance(self.cache_salt, str) or not self.cache_salt:
                 raise refusal("cache_salt", "a text that is not empty, or None", self.cache_salt)

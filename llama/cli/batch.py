@@ -28,7 +28,7 @@ DESCRIPTION = (
 SPEED_ONLY = frozenset(
     "device check_weights max_num_seqs max_num_batched_tokens block_size num_blocks gpu_memory_utilization "
     "cpu_memory_utilization enable_prefix_caching enforce_eager max_loras max_lora_rank max_lora_bytes "
-    "tensor_parallel_size step_timeout".split()
+    "tensor_parallel_size step_timeout scheduling_policy".split()
 )
 _PATHS = {"model": "folder of the checkpoint", "input": "file of requests", "output": "file of answers"}
 

@@ -39,6 +39,9 @@ class EngineConfig:
     max_num_batched_tokens: int | None = _option(
         None, "the most tokens of one step (8192 on CUDA, 2048 on the CPU)", least=1
     )
+    scheduling_policy: Literal["fcfs", "priority"] = _option(
+        "fcfs", "who runs first: fcfs = who came first, priority = whose SamplingParams.priority is lower"
+    )
     block_size: int = _option(16, "tokens of a block of KV cache, a power of two", least=1)
     num_blocks: int | None = _option(None, "blocks of KV cache (what memory allows)", least=1)
     gpu_memory_utilization: float = _option(0.9, "share of the GPU's memory that may be used, above 0 and up to 1")

@@ -152,7 +152,7 @@ class Engine:
         adapter = self.adapters.get(lora)
         check_room(len(prompt_token_ids), None if clip else params.max_tokens, self.config.context_len)
         prompt = checked_ids(prompt_token_ids, self.vocab_size)
-        check_params(params, self.vocab_size)
+        check_params(params, self.vocab_size, self.config)
         params = with_logprobs(params, self.config.max_logprobs, self.vocab_size)
         limit, capacity = self.limit(len(prompt), params.max_tokens), self._capacity
         if params.is_guided:

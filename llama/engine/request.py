@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from llama.api.errors import ContextLengthError, ParameterError
 from llama.api.params import SamplingParams
 from llama.engine.adapters import NO_ADAPTER, Adapter
+from llama.engine.config import EngineConfig
 
 
 class TokenMatcher(Protocol):
@@ -100,8 +101,11 @@ def check_room(prompt_len: int, max_tokens: int | None, context_len: int, *, at_
         )
 
 
-def check_params(params: SamplingParams, vocab_size: int) -> None:
-    """ParameterError for a token id that the vocabulary does not have."""
+def check_params(params: SamplingParams, vocab_size: int, config: EngineConfig) -> None:
+    """ParameterError for a token id that the vocabulary does not have, and for a priority where there are none."""
+    if params.priority and config.scheduling_policy != "priority":
+        told = f"priority must be 0 where scheduling_policy is {config.scheduling_policy}, got {params.priority}"
+        raise ParameterError(told, "priority")
     prediction = () if isinstance(params.prediction, str) else params.prediction or ()
     for name, ids in (
         ("stop_token_ids", params.stop_token_ids),

@@ -158,16 +158,16 @@ class Running:
         return False
 
     def reserve(self, sequence: Sequence, count: int, preempt: Callable[[Sequence], None]) -> int:
-        """Places for `count` more tokens, taken from newer sequences where no block is left -> how many there are."""
+        """Places for `count` more tokens, taken from later sequences where no block is left -> how many there are."""
         row, block_size = sequence.row, self.pool.block_size
         computed = int(self.computed[row])
         missing = -(-(computed + count - int(self.capacity[row])) // block_size)
         while missing > self.pool.num_available:
-            newest = max((*self.prefilling, *self.decoding), key=by_order)
-            if newest.order <= sequence.order or newest.leader is sequence:
+            last = max((*self.prefilling, *self.decoding), key=by_order)
+            if last.order <= sequence.order or last.leader is sequence:
                 missing = self.pool.num_available
                 break
-            preempt(newest)
+            preempt(last)
         self._extend(row, self.pool.allocate(max(0, missing)))
         return min(count, int(self.capacity[row]) - computed)
 

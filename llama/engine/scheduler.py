@@ -1,9 +1,9 @@
 """Scheduler: who runs in the next step, and what becomes of what came out. Bookkeeping over token ids and block ids.
 
 There is no prefill phase and no decode phase: a sequence has known tokens, and a step hands out tokens, up to a budget,
-until all of them are computed; then each step adds one. Decodes go first, then prompts in chunks, first come first
-served. When blocks run out the newest sequence goes back to wait, keeps its tokens and is computed again; the oldest
-can always go on, so that every scheduled step makes progress.
+until all of them are computed; then each step adds one. Decodes go first, then prompts in chunks, in the order of
+priority and arrival. When blocks run out the last sequence in this order goes back to wait, keeps its tokens and is
+computed again; the first can always go on, so that every scheduled step makes progress.
 
 `update` may lag one step behind `schedule`. A sequence that turns out to have ended then costs a row of the step in
 between; its token is dropped, and the block that it wrote to was never published.
@@ -161,7 +161,7 @@ class Scheduler:
         return (rows, sequences) if len(sequences) <= budget else (rows[:budget], sequences[:budget])
 
     def _add_chunks(self, step: StepRecord, budget: int) -> None:
-        """Spend what the decodes left, first come first served."""
+        """Spend what the decodes left."""
         for sequence in sorted(self.running.prefilling, key=by_order):
             if budget > 0 and sequence.row >= 0 and sequence.leader is None:
                 budget -= self._add_chunk(step, sequence, budget)

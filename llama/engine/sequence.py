@@ -65,7 +65,7 @@ class Sequence:
 
     request_id: str
     index: int
-    arrival: int  # requests are served in this order
+    arrival: int  # requests of one priority are served in this order
     params: SamplingParams
     seed: int
     prompt: NDArray[np.int32]  # shared by all completions of the request
@@ -112,8 +112,9 @@ class Sequence:
         negative.output_token_ids, negative.leader, self.negative = self.output_token_ids, self, negative
 
     @property
-    def order(self) -> tuple[int, int]:
-        return (self.arrival, self.index)
+    def order(self) -> tuple[int, int, int]:
+        """Who runs first, and in the reverse order who has to go back to wait."""
+        return (self.params.priority, self.arrival, self.index)
 
     def salt(self, block_size: int) -> Salt:
         """What its changes of activations mean for the prefix cache."""

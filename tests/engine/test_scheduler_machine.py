@@ -57,6 +57,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         stop_token_ids=st.sampled_from([(), (7,)]),
         logprobs=st.sampled_from([None, None, 1]),
         prompt_logprobs=st.sampled_from([None, None, 1]),
+        priority=st.sampled_from([0, 0, -1, 2]),
         seed=st.integers(0, 3),
     )
     def add(self, shared, own, seed, **fields):

@@ -278,6 +278,7 @@ FIELDS = [
             "ignore_eos": None,
             "speculative": 1,
             "cache_salt": "",
+            "priority": 0.5,
             "prediction": [-1],
             "logits_processors": [5],
             "flat_logprobs": 1,

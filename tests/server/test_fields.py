@@ -74,6 +74,7 @@ BODIES = {
 }
 SHARED = {
     "cache_salt": "a",
+    "priority": 1,
     "prompt_logprobs": 1,
     "return_token_ids": True,
     "return_tokens_as_token_ids": True,

@@ -1,4 +1,4 @@
-"""vLLM's fields for ids beside texts, scores of a prompt, and a part of the prefix cache of one's own."""
+"""vLLM's fields for ids beside texts, scores of a prompt, a part of the prefix cache of one's own, priorities."""
 
 import pytest
 
@@ -115,6 +115,7 @@ NO_RESPONSES = [*ROUTES][:2]
         ({"prompt_logprobs": 1, "stream": True}, "prompt_logprobs needs stream=false: a stream has no place for them"),
         ({"return_token_ids": 1}, "Type mismatch of '/return_token_ids', 'boolean' not in 'number','integer'"),
         ({"cache_salt": ""}, "cache_salt must be a text that is not empty, or None, got ''"),
+        ({"priority": -1}, "priority must be 0 where scheduling_policy is fcfs, got -1"),
         ({"cache_salt": 5}, "Type mismatch of '/cache_salt', 'string' not in 'number','integer'"),
     ],
 )

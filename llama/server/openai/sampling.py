@@ -30,6 +30,7 @@ _SAME = (
     "truncate_prompt_tokens",
     "prompt_logprobs",
     "cache_salt",
+    "priority",
 )
 
 

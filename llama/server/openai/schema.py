@@ -135,6 +135,7 @@ class AnsweredRequest(Body):
     structured_outputs: dict[str, Any] | None = None
     lora: str | None = None
     cache_salt: str | None = None
+    priority: Integer | None = None
     # They change nothing about an answer.
     user: str | None = None
     metadata: dict[str, Any] | None = None
