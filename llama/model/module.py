@@ -4,12 +4,17 @@ from collections.abc import Mapping
 from typing import Any
 from weakref import ref
 
+import torch
 from torch import Tensor, is_grad_enabled, nn
 from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakTensorKeyDictionary
+
+from llama.api.errors import ParameterError
+
+_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 class Module(nn.Module):
@@ -108,3 +113,19 @@ def hooks_of(model: nn.Module) -> list[Mapping[int, Any]]:
 def num_hooks_made() -> int:
     """Hooks of any kind since torch was imported: where it has not changed, none has come."""
     return RemovableHandle.next_id
+
+
+def check_place(device: torch.device | str, dtype: torch.dtype) -> None:
+    """ParameterError unless a model of this dtype can be made there."""
+    if dtype not in _DTYPES:
+        raise ParameterError(f"dtype must be torch.float64, float32, float16 or bfloat16, got {dtype!r}", "dtype")
+    check_device(device)
+
+
+def check_device(device: torch.device | str) -> None:
+    """ParameterError unless this machine, and this build of torch, can hold a tensor there."""
+    try:
+        torch.empty(0, device=device)
+    except (AssertionError, RuntimeError, TypeError) as error:
+        why = " ".join(str(error).split())[:200]
+        raise ParameterError(f"device={str(device)!r} cannot be used: {why}", "device") from None

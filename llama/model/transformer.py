@@ -28,7 +28,7 @@ from llama.model.config import ModelConfig
 from llama.model.digest import Digests
 from llama.model.kv_cache import KVCache
 from llama.model.linear import Linear
-from llama.model.module import Module
+from llama.model.module import Module, check_device, check_place
 from llama.model.packing import Packing, TiedHead, prepare, unpack, untied
 from llama.model.parallel import Shard
 from llama.model.research import Research
@@ -193,8 +193,7 @@ class Transformer(Research):
         communicator: Communicator | None = None,
     ) -> None:
         super().__init__()
-        if dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
-            raise ValueError(f"dtype must be torch.float64, float32, float16 or bfloat16, got {dtype!r}")
+        check_place(device, dtype)
         self._config = config
         self.communicator = communicator
         self.shard = Shard(config) if communicator is None else communicator.shard
@@ -237,8 +236,9 @@ class Transformer(Research):
         """Load a Hugging Face folder, strictly; `dtype` "auto" is the checkpoint's, `check_weights` refuses NaN and
         infinities. A quantised folder stays quantised; `quantization` "int8", "int4" or "fp8" rounds the linear layers
         of a dense one while they are read. `config` takes the place of the folder's. Parameters that `attention` or
-        `mlp` have and the folder lacks start at random (norms at 1), and one warning names them. Raises ConfigError or
-        CheckpointError."""
+        `mlp` have and the folder lacks start at random (norms at 1), and one warning names them. Raises ParameterError,
+        ConfigError or CheckpointError."""
+        check_device(device)
         build = partial(cls, attention=attention, mlp=mlp, device="meta", seed=None, communicator=communicator)
         entries = None
         if (attention, mlp) != (Attention, MLP):

@@ -1,8 +1,11 @@
 """The forward pass: counts, the oracle, paged steps of any composition, hooks, and the research entry's edges."""
 
+from functools import partial
+
 import pytest
 import torch
 
+from llama.api.errors import ParameterError
 from llama.model.config import ModelConfig
 from llama.model.transformer import MLP, Attention, Block, RMSNorm, Transformer
 from tests import naive
@@ -171,3 +174,12 @@ def test_what_is_no_model_dtype_or_no_ids_is_refused():
             Transformer(config, dtype=dtype)
     with pytest.raises(ValueError, match="int64 tensor"):
         Transformer(config).logits([[1, 2]])
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "gpu", "cpu:x", []], ids=str)
+def test_a_device_that_is_not_there_is_refused_in_one_line(device, tmp_path):
+    for make in (partial(Transformer, ModelConfig.preset("tiny")), partial(Transformer.from_pretrained, tmp_path)):
+        with pytest.raises(ParameterError, match=r"^device=.* cannot be used: ") as caught:
+            make(device=device)
+        assert caught.value.param == "device"
+        assert "\n" not in str(caught.value)
