@@ -3,19 +3,26 @@
     python tools/lm_eval_model.py MODEL --tasks hellaswag,arc_easy [--limit N] [--dtype float32] [--device cpu]
 
 Log-likelihoods are those of the harness's own `hf` model. Prompts that requests share are computed once. The harness is
-installed beside the project (`pip install lm-eval`; `make test-lm-eval` has it in a venv of its own).
+installed beside the project (`pip install 'llama-engine[lm-eval]'`; `make test-lm-eval` has it in a venv of its own).
 """
 
 import argparse
 import json
+import sys
 from collections.abc import Sequence
 from typing import Any
 
-import lm_eval
-from lm_eval import utils
-from lm_eval.api.model import TemplateLM
-
 from llama import LLM, SamplingParams
+
+try:
+    import lm_eval
+    from lm_eval import utils
+    from lm_eval.api.model import TemplateLM
+except ModuleNotFoundError as error:
+    message = f"lm_eval_model needs {error.name}: pip install 'llama-engine[lm-eval]'"
+    if __name__ == "__main__":
+        sys.exit(message)
+    raise ModuleNotFoundError(message, name=error.name) from None
 
 MAX_NEW_TOKENS = 256  # where a task names none, as the harness's hf model has it
 
