@@ -24,7 +24,7 @@ from llama.engine.request import Request
 from llama.hub import model_folder
 from llama.llm.engines import load_engine, ranks_of
 from llama.llm.interrupts import Held, interrupts_held
-from llama.llm.loading import check_draft, check_model, load_defaults, load_text
+from llama.llm.loading import check_draft, check_model, load_defaults, load_text, tell_useless_ends
 from llama.llm.loras import LoraInfo, LoRARequest, RequestedLoras, describe, read_lora
 from llama.llm.replies import Replies, Reply
 from llama.llm.requests import (
@@ -154,6 +154,7 @@ class LLM(Scoring, Upkeep):
         self.tokenizer, template = load_text(model, tokenizer)
         defaults, eos_token_ids = load_defaults(model)
         model_config, where = check_model(model, device=device, dtype=dtype, load_format=load_format)
+        tell_useless_ends(model, eos_token_ids, model_config.vocab_size)
         config = config.resolved(model_config, where.type)
         eos_token_ids |= frozenset(model_config.eos_token_ids)
         if self.tokenizer is not None:

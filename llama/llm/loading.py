@@ -1,9 +1,10 @@
 """From the arguments of LLM to its parts: model, tokenizer and chat template, engine configuration, defaults."""
 
 import logging
+import re
 import reprlib
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from llama.engine.config import BATCHED_TOKENS
 from llama.hub import tokenizer_folder
 from llama.model.communicator import Communicator
 from llama.model.config import ModelConfig
-from llama.model.generation_config import GenerationConfig
+from llama.model.generation_config import NAMES, GenerationConfig
 from llama.model.transformer import Transformer
 from llama.text.chat import ChatTemplate
 from llama.text.tokenizer import Tokenizer
@@ -193,7 +194,17 @@ def load_defaults(model: Any) -> tuple[SamplingParams, frozenset[int]]:
     try:
         return _defaults(generation.sampling), frozenset(generation.eos_token_ids)
     except ValueError as error:
-        raise ConfigError(f"{Path(model) / 'generation_config.json'}: {error}") from None
+        message = str(error)
+        for theirs, ours in NAMES.items():
+            message = re.sub(rf"\b{ours}\b", theirs, message, count=1)
+        raise ConfigError(f"{Path(model) / 'generation_config.json'}: {message}") from None
+
+
+def tell_useless_ends(model: Any, eos_token_ids: Collection[int], vocab_size: int) -> None:
+    """Of what generation_config.json names: transformers and vLLM take it too, and such a text may have no end."""
+    if beyond := sorted(token for token in eos_token_ids if token >= vocab_size):
+        told = "%s: no text can end at eos_token_id %s: the model's vocab_size is %s"
+        logger.warning(told, Path(model) / "generation_config.json", ", ".join(map(str, beyond)), vocab_size)
 
 
 def _defaults(sampling: Mapping[str, Any]) -> SamplingParams:

@@ -13,7 +13,7 @@ from llama.api.neutral import Neutral, is_neutral
 from llama.files import named, read_json_if_there, token_ids
 
 # Hugging Face's name -> ours.
-_NAMES = {
+NAMES = {
     "temperature": "temperature",
     "top_p": "top_p",
     "top_k": "top_k",
@@ -69,7 +69,7 @@ class GenerationConfig:
         """Read generation_config.json of a folder; empty where there is none. Raises ConfigError."""
         file = Path(path) / "generation_config.json"
         values = read_json_if_there(file, error=ConfigError)
-        sampling = {ours: values[theirs] for theirs, ours in _NAMES.items() if values.get(theirs) is not None}
+        sampling = {ours: values[theirs] for theirs, ours in NAMES.items() if values.get(theirs) is not None}
         if not isinstance(do_sample := values.get("do_sample"), bool | None):
             raise ConfigError(f"{file}: do_sample must be true or false, got {reprlib.repr(do_sample)}")
         if do_sample is False:

@@ -142,9 +142,22 @@ def test_a_checkpoint_may_ask_for_more_than_the_default_of_max_tokens(folder, tm
     assert llm.inputs.defaults == SamplingParams(min_tokens=300, max_tokens=None)
     file.write_text(json.dumps({"min_new_tokens": 300, "max_new_tokens": 20}))
     with pytest.raises(
-        ConfigError, match=r"generation_config.json: min_tokens must be at most max_tokens \(20\), got 300"
+        ConfigError, match=r"generation_config.json: min_new_tokens must be at most max_new_tokens \(20\), got 300"
     ):
         LLM(model, load_format="dummy", num_blocks=8)
+    file.write_text(json.dumps({"stop_strings": [3]}))
+    with pytest.raises(ConfigError, match=r"generation_config.json: stop_strings must hold strings .*, got 3"):
+        LLM(model, load_format="dummy", num_blocks=8)
+
+
+def test_an_end_that_no_text_can_have_is_told(folder, tmp_path, caplog):
+    model = shutil.copytree(folder, tmp_path / "model")
+    size = json.loads((model / "config.json").read_text())["vocab_size"]
+    (model / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, size, 9999]}))
+    LLM(model, load_format="dummy", num_blocks=8)
+    (warning,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    expected = f"generation_config.json: no text can end at eos_token_id {size}, 9999: the model's vocab_size is {size}"
+    assert warning.endswith(expected)
 
 
 def test_n_completions_differ_and_the_first_is_that_of_n_1(llm):
