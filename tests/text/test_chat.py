@@ -265,15 +265,16 @@ def test_the_jinja_file_wins(tmp_path):
     assert template.render(HELLO, [WEATHER_TOOL]) == "TOOLS 1"
 
 
-def test_the_field_as_text_and_as_list(tmp_path):
+def test_the_field_as_text_and_by_name(tmp_path):
     assert (
         read(tmp_path, tokenizer_config={"chat_template": "FIELD {{ bos_token }}", "bos_token": BOS}).render(HELLO)
         == f"FIELD {BOS}"
     )
     named = [{"name": "default", "template": "D"}, {"name": "tool_use", "template": "{{ tools | length }}"}]
-    template = read(tmp_path, tokenizer_config={"chat_template": named})
-    assert template.render(HELLO) == "D"
-    assert template.render(HELLO, [WEATHER_TOOL]) == "1"
+    for field in (named, {each["name"]: each["template"] for each in named}):
+        template = read(tmp_path, tokenizer_config={"chat_template": field})
+        assert template.render(HELLO) == "D"
+        assert template.render(HELLO, [WEATHER_TOOL]) == "1"
 
 
 @pytest.mark.parametrize(
@@ -284,8 +285,11 @@ def test_the_field_as_text_and_as_list(tmp_path):
         ("{{ " + "(" * 5000, "chat_template"),
         ("x" * 300_000, "300000 characters"),
         ([{"name": "tool_use", "template": "x"}], "no template is called 'default'"),
-        ([1], "must be a string or a list"),
-        (3, "must be a string or a list"),
+        ({"tool_use": "x"}, "no template is called 'default'"),
+        ([1], "must be a string, a list of {name, template} or an object of templates by name"),
+        ([{"name": ["default"], "template": "x"}], "must be a string, a list of"),
+        ({"default": 3}, "must be a string, a list of"),
+        (3, "must be a string, a list of"),
     ],
 )
 def test_broken_templates_are_named_at_load(tmp_path, field, message):

@@ -235,9 +235,12 @@ def _read_templates(folder: Path) -> tuple[Path, dict[str, str] | None]:
         return file, None
     if isinstance(found, str):
         return file, {_DEFAULT: found}
+    if isinstance(found, dict):  # as transformers takes it too
+        found = [{"name": name, "template": text} for name, text in found.items()]
     is_list = isinstance(found, list) and all(
         isinstance(t, dict) and isinstance(t.get("name"), str) and isinstance(t.get("template"), str) for t in found
     )
     if not is_list:
-        raise CheckpointError(f"{file}: chat_template must be a string or a list of {{name, template}}")
+        legal = "a string, a list of {name, template} or an object of templates by name"
+        raise CheckpointError(f"{file}: chat_template must be {legal}")
     return file, {t["name"]: t["template"] for t in found}
