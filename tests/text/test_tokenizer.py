@@ -80,6 +80,13 @@ def test_tokens_that_only_the_config_lists_are_added(tmp_path):
         Tokenizer.from_pretrained(path)
 
 
+@pytest.mark.parametrize("listed", [[{"content": "<|im_start|>"}], "<|im_start|>", 3], ids=str)
+def test_added_tokens_without_ids_are_refused(tmp_path, listed):
+    path = write_checkpoint(tmp_path, llama_backend(), tokenizer_config={"added_tokens_decoder": listed})
+    with pytest.raises(CheckpointError, match=r"tokenizer_config\.json: added_tokens_decoder must be an object"):
+        Tokenizer.from_pretrained(path)
+
+
 @pytest.mark.parametrize(
     "listed",
     [

@@ -273,9 +273,9 @@ def _conversion(folder: Path) -> str:
 
 def _add_tokens(backend: tokenizers.Tokenizer, listed: Any) -> None:
     """Tokens that stand only in `added_tokens_decoder`, in the order of their ids."""
-    entries = listed if isinstance(listed, dict) else {}
-    for key in sorted(entries, key=lambda key: (len(key), key)):
-        entry = entries[key]
+    if not isinstance(entries := listed or {}, dict):
+        raise ValueError(f"added_tokens_decoder must be an object of tokens by their ids, got {type(listed).__name__}")
+    for key, entry in sorted(entries.items(), key=lambda item: (len(item[0]), item[0])):
         if not isinstance(entry, dict) or not isinstance(content := entry.get("content"), str) or not content:
             raise ValueError(f"added_tokens_decoder[{key!r}] must be an object with content")
         if backend.token_to_id(content) is not None:
