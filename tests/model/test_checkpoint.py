@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save_file, save_model
 from transformers import AutoModelForCausalLM
 
 from llama import LLM
@@ -98,6 +98,17 @@ def test_a_tied_head_may_be_stored_twice(tmp_path, caplog):
         assert_same_weights(Transformer.from_pretrained(tmp_path / "new"), model)
         (warning,) = caplog.messages
         assert "model.safetensors: lm_head.weight differs from the embedding, which is used" in warning
+
+
+def test_of_a_tied_pair_the_head_alone_may_be_stored(tmp_path):
+    """safetensors.torch.save_model keeps the first name of a shared tensor."""
+    model = tiny_model(dtype=torch.float32, tie_word_embeddings=True)
+    model.save_pretrained(tmp_path / "new")
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "new")
+    save_model(theirs, str(tmp_path / "new/model.safetensors"), metadata={"format": "pt"})
+    names = load_file(tmp_path / "new/model.safetensors").keys()
+    assert "lm_head.weight" in names and "model.embed_tokens.weight" not in names
+    assert_same_weights(Transformer.from_pretrained(tmp_path / "new"), model)
 
 
 def test_saving_is_all_or_nothing(tmp_path, monkeypatch):

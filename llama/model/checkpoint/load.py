@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
+_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 MAX_INDEX_BYTES = 2**26
 _THREADS = 4
 
@@ -58,12 +59,14 @@ class Checkpoint:
         self.config = ModelConfig.from_pretrained(folder) if config is None else config
         self._entries = list(layout(self.config)) if entries is None else entries(self.config)
         self.absent: list[Entry] = []
+        found = find_tensors(folder)
+        if self.config.tie_word_embeddings and _EMBEDDING not in found and _HEAD in found:
+            found[_EMBEDDING] = found.pop(_HEAD)  # one tensor, stored under its other name
         if entries is not None:
-            usual, stored = set(layout(self.config)), find_tensors(folder)
-            self.absent = [entry for entry in self._entries if entry not in usual and entry.name not in stored]
+            usual = set(layout(self.config))
+            self.absent = [entry for entry in self._entries if entry not in usual and entry.name not in found]
             self._entries = [entry for entry in self._entries if entry not in self.absent]
         self._quantization = find_quantization(folder)
-        found = find_tensors(folder)
         self._coded, self._stored = find_coded(self._entries, found, self._quantization)
         self.kv_scales = None if self._quantization is None else read_kv_scales(found, self.config)
         plain = [entry for entry in self._entries if entry.name not in self._coded]
@@ -134,9 +137,9 @@ class Checkpoint:
         entries = self._entries if shard is None else list(layout(shard.local))
         _stream(target, entries, sources)
         self._tell_widened(module, entries)
-        if self.config.tie_word_embeddings and "lm_head.weight" in self._stored:
+        if self.config.tie_word_embeddings and _HEAD in self._stored:
             embedding = module.get_parameter(f"{self._entries[0].module}.weight").detach()
-            _compare_tied_head(embedding, self._stored["lm_head.weight"], target.cut(self._entries[0]))
+            _compare_tied_head(embedding, self._stored[_HEAD], target.cut(self._entries[0]))
         for entry in entries if check_weights else ():
             if not bool(stored_rows(module, entry).isfinite().all()):
                 raise CheckpointError(f"{entry.name} holds NaN or infinite weights")
@@ -196,8 +199,8 @@ def _check(folder: Path, config: ModelConfig, entries: list[Entry], stored: dict
         raise CheckpointError(f"{folder}: missing tensors: {some_of(missing)}")
     # Old checkpoints carry the rotary frequencies, which follow from config.json; a tied head may be stored as a copy.
     extra = [name for name in stored if name not in names and not name.endswith(".rotary_emb.inv_freq")]
-    if config.tie_word_embeddings and "lm_head.weight" in extra:
-        extra.remove("lm_head.weight")
+    if config.tie_word_embeddings and _HEAD in extra:
+        extra.remove(_HEAD)
     if extra:
         raise CheckpointError(f"{folder}: tensors that no part of the model takes: {some_of(extra)}")
     for entry in entries:
