@@ -46,6 +46,12 @@ STOP_TOKENS = ("<|end_of_text|>", "<|eom_id|>", "<|eot_id|>")
 # params.json does not tell the context: 8,192 tokens, and 131,072 with the scaled RoPE.
 CONTEXT, SCALED_CONTEXT = 8192, 131072
 
+# What is read of it, and what says nothing that the tensors do not.
+KNOWN_PARAMS = frozenset(
+    "dim n_layers n_heads n_kv_heads norm_eps rope_theta multiple_of ffn_dim_multiplier use_scaled_rope "
+    "rope_scaling_factor vocab_size head_dim max_seq_len max_batch_size".split()
+)
+
 ROOT_TENSORS = {
     "tok_embeddings.weight": "model.embed_tokens.weight",
     "norm.weight": "model.norm.weight",
@@ -222,8 +228,8 @@ def read_params(folder: Path) -> dict[str, Any]:
         checked_number("params.json: ffn_dim_multiplier", multiplier, 0, 1e3)
     if not isinstance(scaled := params.get("use_scaled_rope"), bool | None):
         raise ValueError(f"params.json: use_scaled_rope must be true or false, got {scaled!r}")
-    for key in ("vision_model", "quantization_args", "lora_args"):
-        if params.get(key):
+    for key in sorted(params.keys() - KNOWN_PARAMS):  # null, false and the like turn a feature off
+        if params[key]:
             raise ValueError(f"params.json has {key}: only plain Llama text models can be converted")
     return params
 

@@ -11,6 +11,7 @@ from convert_meta import main
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, LlamaForCausalLM
 
+from llama import LLM
 from llama.cli import main as command
 from llama.convert.meta import SPECIAL_TOKENS, convert, feed_forward_size, merges_from_ranks, read_ranks
 from tests.convert.corpus import random_characters, texts
@@ -217,6 +218,13 @@ def test_shards_give_metas_logits(tmp_path, ranks, scaled):
     assert (found - expected).abs().max() <= 1e-4 * expected.abs().max()  # float32
 
 
+def test_params_that_say_nothing_of_the_network_are_taken(tmp_path):
+    params = PARAMS | {"max_seq_len": 4096, "max_batch_size": 4, "head_dim": 8, "moe_args": None, "use_qk_norm": False}
+    write_meta(tmp_path / "meta", params, meta_weights(params), 1)
+    main(["--input", str(tmp_path / "meta"), "--output", str(tmp_path / "hf")])
+    assert LLM(tmp_path / "hf", num_blocks=4).model.config.num_hidden_layers == 2
+
+
 def test_the_command_converts_and_tells_the_defaults(tmp_path, capsys):
     write_meta(tmp_path / "meta", PARAMS, meta_weights(PARAMS), 1)
     assert command(["convert", str(tmp_path / "meta"), str(tmp_path / "hf"), "--rope-factor", "32"]) == 0
@@ -364,6 +372,7 @@ EMBEDDINGS = ("tok_embeddings.weight", "output.weight")
         (lambda p, w: w.update({"norm.weight": torch.tensor(1.0)}), r"norm.weight: shards of \(\) do not make up"),
         (lambda p, w: w.pop("tok_embeddings.weight"), "lack tok_embeddings.weight"),
         (lambda p, w: p.update(vision_model={"x": 1}), "vision_model"),
+        (lambda p, w: p.update(rope_scale_factor=32), "params.json has rope_scale_factor: only plain Llama"),
         (lambda p, w: w.pop("layers.1.ffn_norm.weight"), "layers.1.ffn_norm.weight"),
         (lambda p, w: w.update({"layers.0.attention.wq.bias": torch.zeros(8)}), "layers.0.attention.wq.bias"),
         (lambda p, w: p.update(multiple_of=64), "feed_forward"),
