@@ -127,7 +127,8 @@ class RequestTaps:
             raise ParameterError(f'capture: reduce must be None or "mean", got {capture.reduce!r}', "capture")
         if capture.dtype is not None and not getattr(capture.dtype, "is_floating_point", False):
             raise ParameterError(f"capture: dtype must be a float dtype of torch, got {capture.dtype!r}", "capture")
-        if not isinstance(capture.save_to, str | Path | None) and not callable(capture.save_to):
+        is_place = isinstance(capture.save_to, str | Path | None) and capture.save_to != ""
+        if not is_place and not callable(capture.save_to):
             raise ParameterError(f"capture: save_to must be a folder or a function, got {capture.save_to!r}", "capture")
         points = resolve_points(capture.points, config.num_hidden_layers)
         self._wanted = rows_of(capture.positions, self.prompt_len)

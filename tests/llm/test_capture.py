@@ -253,6 +253,7 @@ def test_too_much_memory_is_refused_before_anything_runs(model, monkeypatch):
         ({"capture": Capture("embed", dtype="float32")}, "dtype must be a float dtype of torch, got 'float32'"),
         ({"capture": Capture("embed", dtype=torch.int8)}, "dtype must be a float dtype of torch, got torch.int8"),
         ({"capture": Capture("embed", save_to=3)}, "save_to must be a folder or a function, got 3"),
+        ({"capture": Capture("embed", save_to="")}, "save_to must be a folder or a function, got ''"),
         ({"interventions": [Add("embed", vector(0), scale="2")]}, "scale must be a number, got '2'"),
         ({"capture": "embed"}, "capture must be a Capture"),
         ({"interventions": [Add("embed", vector(0, 47))]}, "Add does not fit embed"),
