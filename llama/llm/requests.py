@@ -9,7 +9,7 @@ from functools import cached_property, partial
 from numbers import Integral
 from typing import Any, TypedDict, TypeGuard, Unpack
 
-from llama.api.errors import ParameterError, blamed_on
+from llama.api.errors import ParameterError, blamed_on, refusal
 from llama.api.params import SamplingParams
 from llama.engine.engine import Engine
 from llama.engine.request import Request, TokenMatcher, check_room
@@ -265,6 +265,8 @@ class Inputs:
 
     def _length_check(self, params: SamplingParams, clip: bool) -> Callable[[str], None]:
         """ContextLengthError for a text that is too long however it is encoded: that may take seconds and gigabytes."""
+        if not isinstance(clip, bool):
+            raise refusal("clip", "True or False", clip)
         most, max_tokens = self.engine.config.context_len, None if clip else params.max_tokens
 
         def check(text: str) -> None:

@@ -48,6 +48,15 @@ def test_what_is_no_request_id(scripted, wrong):
     assert run(text_of(llm.generate("Hi"))) == "Hi"
 
 
+@pytest.mark.parametrize("wrong", [5, "no", None])
+def test_what_is_no_clip(scripted, wrong):
+    llm, _ = scripted()
+    for ask, prompt in ((llm.submit, "Hi"), (llm.submit_chat, [{"role": "user", "content": "Hi"}])):
+        with pytest.raises(ParameterError, match=f"clip must be True or False, got {wrong!r}") as refused:
+            run(ask(prompt, clip=wrong))
+        assert refused.value.param == "clip"
+
+
 def test_ids_that_others_choose_are_never_ours(scripted):
     llm, _ = scripted(endless)
 
