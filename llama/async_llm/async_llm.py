@@ -22,7 +22,7 @@ from typing import Any, TypeVar, Unpack, cast
 
 from torch import Tensor
 
-from llama.api.errors import EngineClosedError, EngineDeadError, QueueFullError
+from llama.api.errors import EngineClosedError, EngineDeadError, QueueFullError, refusal
 from llama.api.outputs import Piece
 from llama.api.params import SamplingParams
 from llama.async_llm.admission import Admission
@@ -68,9 +68,9 @@ class AsyncLLM:
     ) -> None:
         for name, limit in (("max_waiting_requests", max_waiting_requests), ("max_waiting_tokens", max_waiting_tokens)):
             if isinstance(limit, bool) or not isinstance(limit, int) or limit < 0:
-                raise ValueError(f"{name} must be an integer >= 0, got {limit!r}")
+                raise refusal(name, "an integer >= 0", limit)
         if not (_is_number(slow_reader_timeout) and slow_reader_timeout > 0):
-            raise ValueError(f"slow_reader_timeout must be a number of seconds > 0, got {slow_reader_timeout!r}")
+            raise refusal("slow_reader_timeout", "a number of seconds > 0", slow_reader_timeout)
         if isinstance(model, LLM):
             if tokenizer is not None or llm_arguments:
                 raise ValueError(f"an LLM has its arguments already, got {sorted(llm_arguments) or 'a tokenizer'}")
@@ -292,7 +292,7 @@ class AsyncLLM:
         """Refuse new requests from now on and wait until those that were taken have ended; what runs for longer than
         `timeout` seconds is aborted."""
         if timeout is not None and not (_is_number(timeout) and timeout >= 0):
-            raise ValueError(f"timeout must be a number of seconds >= 0 or None, got {timeout!r}")
+            raise refusal("timeout", "a number of seconds >= 0 or None", timeout)
         self._draining = True
         empty = asyncio.wrap_future(self._admission.when_empty())
         try:

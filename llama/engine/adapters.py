@@ -41,13 +41,13 @@ class Adapters:
         self._resident: OrderedDict[Adapter, None] = OrderedDict()  # least recently used first
 
     def check_new(self, name: str, replace: bool = False) -> None:
-        """Raise ValueError if an adapter cannot be loaded under this name. `replace`: one of that name may be there."""
+        """ParameterError if an adapter cannot be loaded under this name. `replace`: one of that name may be there."""
         if not isinstance(name, str) or not _NAME.fullmatch(name):
-            raise ValueError(f"an adapter's name must match {_NAME.pattern}, got {name!r}")
+            raise ParameterError(f"an adapter's name must match {_NAME.pattern}, got {name!r}", "name")
         if name in self.by_name and not replace:
-            raise ValueError(f"an adapter named {name!r} is loaded already: unload it first")
+            raise ParameterError(f"an adapter named {name!r} is loaded already: unload it first", "name")
         if self._max_loras == 0:
-            raise ValueError("max_loras is 0: this engine takes no adapters")
+            raise ParameterError("max_loras is 0: this engine takes no adapters", "max_loras")
 
     @property
     def nbytes(self) -> int:
@@ -55,13 +55,14 @@ class Adapters:
         return sum(adapter.nbytes for adapter in list(self.by_name.values()))
 
     def check_room(self, name: str, nbytes: int) -> None:
-        """Raise ValueError if there is no room for so many bytes under this name: no other one is unloaded for it."""
+        """ParameterError if there is no room for so many bytes under this name: no other one is unloaded for it."""
         known = self.by_name.get(name, NO_ADAPTER)
         others = self.nbytes - known.nbytes
         if self._max_bytes is not None and others + nbytes > self._max_bytes:
-            raise ValueError(
+            raise ParameterError(
                 f"the adapter {name!r} takes {nbytes} bytes and those that are loaded {others}: together more than "
-                f"max_lora_bytes, {self._max_bytes}; unload one first"
+                f"max_lora_bytes, {self._max_bytes}; unload one first",
+                "max_lora_bytes",
             )
 
     def add(self, adapter: Adapter, replace: bool = False) -> None:
@@ -78,7 +79,7 @@ class Adapters:
     def remove(self, name: str) -> None:
         """Requests that use it go on; new ones cannot name it."""
         if name is None:
-            raise ValueError("the base model is no adapter: it cannot be unloaded")
+            raise ParameterError("the base model is no adapter: it cannot be unloaded", "name")
         adapter = self.get(name)
         del self.by_name[name]
         if adapter in self._resident:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from llama.api.errors import CheckpointError, ConfigError
+from llama.api.errors import CheckpointError, ConfigError, ParameterError
 from llama.api.params import SamplingParams
 from llama.engine.config import BATCHED_TOKENS
 from llama.hub import tokenizer_folder
@@ -45,11 +45,15 @@ def resolve_device(device: str | torch.device) -> torch.device:
     except (RuntimeError, TypeError):
         resolved = None
     if resolved is None or resolved.type not in BATCHED_TOKENS:
-        raise ValueError(f'device must be "auto", "cpu" or "cuda", got {str(device)!r}')
+        raise ParameterError(f'device must be "auto", "cpu" or "cuda", got {str(device)!r}', "device")
     if resolved.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device={str(device)!r}, but this machine or this build of torch has no CUDA device")
+        raise ParameterError(
+            f"device={str(device)!r}, but this machine or this build of torch has no CUDA device", "device"
+        )
     if resolved.type == "cuda" and (resolved.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"device={str(device)!r}, but this machine has {torch.cuda.device_count()} CUDA devices")
+        raise ParameterError(
+            f"device={str(device)!r}, but this machine has {torch.cuda.device_count()} CUDA devices", "device"
+        )
     return resolved
 
 
@@ -60,7 +64,7 @@ def resolve_dtype(dtype: str | torch.dtype) -> torch.dtype | None:
     if dtype == "auto":
         return None
     if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise ValueError(f'dtype must be "auto" or one of {", ".join(DTYPES)}, got {str(dtype)!r}')
+        raise ParameterError(f'dtype must be "auto" or one of {", ".join(DTYPES)}, got {str(dtype)!r}', "dtype")
     return DTYPES[dtype]
 
 
@@ -68,9 +72,11 @@ def load_text(model: Any, tokenizer: Any) -> tuple[Tokenizer | None, ChatTemplat
     """The tokenizer asked for, or the one in the model's folder, with the chat template that lies beside it (the
     built-in Llama 3.1 format where there is none)."""
     if not isinstance(model, str | Path | Transformer):
-        raise ValueError(f"model must be a folder or a Transformer, got {type(model).__name__}")
+        raise ParameterError(f"model must be a folder or a Transformer, got {type(model).__name__}", "model")
     if not isinstance(tokenizer, str | Path | Tokenizer | None):
-        raise ValueError(f"tokenizer must be a folder or a llama Tokenizer, got {type(tokenizer).__name__}")
+        raise ParameterError(
+            f"tokenizer must be a folder or a llama Tokenizer, got {type(tokenizer).__name__}", "tokenizer"
+        )
     given = tokenizer if isinstance(tokenizer, Tokenizer) else None
     if isinstance(tokenizer, str):
         tokenizer = tokenizer_folder(tokenizer)
@@ -92,7 +98,9 @@ def check_model(
 ) -> tuple[ModelConfig, torch.device]:
     """What the model is and where it will be, with all that can be refused before weights are read."""
     if load_format not in ("auto", "safetensors", "dummy"):
-        raise ValueError(f'load_format must be "auto", "safetensors" or "dummy", got {load_format!r}')
+        raise ParameterError(
+            f'load_format must be "auto", "safetensors" or "dummy", got {load_format!r}', "load_format"
+        )
     wanted = resolve_dtype(dtype)
     if isinstance(model, Transformer):
         _check_given(model, device, wanted, load_format)
@@ -101,7 +109,7 @@ def check_model(
     where = resolve_device(device)
     _check_triton(where)
     if wanted is torch.float64 and where.type == "cuda":
-        raise ValueError('dtype="float64" needs device="cpu"')
+        raise ParameterError('dtype="float64" needs device="cpu"', "dtype")
     if not Path(model).is_dir():
         raise CheckpointError(f"{model}: there is no such folder")
     return ModelConfig.from_pretrained(model), where
@@ -124,7 +132,7 @@ def check_draft(path: str, vocab_size: int, tokenizer: Tokenizer | None) -> None
 
 def _check_triton(device: torch.device) -> None:
     if device.type == "cuda" and find_spec("triton") is None:
-        raise ValueError(f"{device} needs Triton: pip install 'llama-engine[triton]'")
+        raise ParameterError(f"{device} needs Triton: pip install 'llama-engine[triton]'", "device")
 
 
 def load_model(
@@ -141,7 +149,9 @@ def load_model(
     """Of arguments that `check_model` has accepted, with the device that it found."""
     if isinstance(model, Transformer):
         if check_weights:
-            raise ValueError("check_weights=True needs a folder as model: it looks at weights as they are loaded")
+            raise ParameterError(
+                "check_weights=True needs a folder as model: it looks at weights as they are loaded", "check_weights"
+            )
         if quantization is not None:
             model.quantise(quantization)
         model.prepare(quantization_layout)
@@ -170,13 +180,19 @@ def load_model(
 
 def _check_given(model: Transformer, device: str | torch.device, dtype: torch.dtype | None, load_format: str) -> None:
     if model.device.type not in BATCHED_TOKENS:
-        raise ValueError(f"the Transformer is on {model.device}: it must be on the CPU or a CUDA device")
+        raise ParameterError(f"the Transformer is on {model.device}: it must be on the CPU or a CUDA device", "model")
     if load_format == "dummy":
-        raise ValueError('load_format="dummy" needs a folder as model: a Transformer has its weights')
+        raise ParameterError(
+            'load_format="dummy" needs a folder as model: a Transformer has its weights', "load_format"
+        )
     if dtype not in (None, model.dtype):
-        raise ValueError(f"dtype={dtype} for a Transformer of {model.dtype}: convert it first, or leave dtype out")
+        raise ParameterError(
+            f"dtype={dtype} for a Transformer of {model.dtype}: convert it first, or leave dtype out", "dtype"
+        )
     if str(device) != "auto" and not _same_device(resolve_device(device), model.device):
-        raise ValueError(f"device={str(device)!r} for a Transformer on {model.device}: move it, or leave device out")
+        raise ParameterError(
+            f"device={str(device)!r} for a Transformer on {model.device}: move it, or leave device out", "device"
+        )
 
 
 def _same_device(asked: torch.device, has: torch.device) -> bool:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from llama.api.errors import ParameterError
 from llama.engine.adapters import Adapter
 from llama.engine.engine import Engine
 from llama.hub import adapter_folder
@@ -44,16 +45,17 @@ class RequestedLoras:
         self._known: dict[str, tuple[str, int]] = {}  # name -> the path and the id that asked for it last
 
     def name(self, request: LoRARequest, loaded_from: str | None) -> str:
-        """The adapter's name, once it is loaded. `loaded_from`: what the name stands for now. ValueError for what
-        cannot be loaded, AdapterError for bad files."""
+        """The adapter's name, once it is loaded. `loaded_from`: what the name stands for now. ParameterError for
+        what cannot be loaded, AdapterError for bad files."""
         name, number, path = request.lora_name, request.lora_int_id, str(Path(request.lora_path))
         with self._lock:
             known = self._known.get(name, (loaded_from, number))
             if loaded_from is None or known[1] != number:
                 self._load(name, path, True)
             elif known[0] != path:
-                raise ValueError(
-                    f"an adapter named {name!r} is loaded from {known[0]}, lora_request says {path}: give a new id"
+                raise ParameterError(
+                    f"an adapter named {name!r} is loaded from {known[0]}, lora_request says {path}: give a new id",
+                    "lora_request",
                 )
             self._known[name] = path, number
         return name
@@ -63,7 +65,7 @@ def read_lora(engine: Engine, model: Transformer, name: str, path: str | Path, r
     """Read and check what is to be loaded, and compile what steps with it need; nothing of the engine is changed."""
     engine.adapters.check_new(name, replace)
     if not isinstance(path, str | Path):
-        raise ValueError(f"path must be an adapter's folder, got {type(path).__name__}")
+        raise ParameterError(f"path must be an adapter's folder, got {type(path).__name__}", "path")
     check_size = partial(engine.adapters.check_room, name)
     content = read_adapter(adapter_folder(path), model, max_rank=engine.config.max_lora_rank, check_size=check_size)
     adapter = Adapter(name, content.digest, content, content.nbytes)

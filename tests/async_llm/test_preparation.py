@@ -9,7 +9,7 @@ from concurrent.futures import CancelledError
 import pytest
 
 from llama import LLM, SamplingParams
-from llama.api.errors import EngineClosedError, QueueFullError
+from llama.api.errors import EngineClosedError, ParameterError, QueueFullError
 from llama.async_llm.async_llm import AsyncLLM
 from llama.async_llm.preparation import Preparation, grammar_key, size_of
 from tests.model.models import tiny_model
@@ -169,8 +169,9 @@ def test_sizes_and_keys():
     ],
 )
 def test_arguments_of_the_wrong_type(name, value, message):
-    with pytest.raises(ValueError) as refused:
+    with pytest.raises(ParameterError) as refused:
         AsyncLLM(tiny_model(), **{name: value})
+    assert refused.value.param == name
     assert str(refused.value).startswith(message) and str(refused.value).endswith(f"got {value!r}")
 
 

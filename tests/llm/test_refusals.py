@@ -62,8 +62,9 @@ def test_bad_parameters_are_refused_by_name(llm):
     for name in ({}, [], None):
         with pytest.raises(ValueError):
             llm.unload_lora(name)
-    with pytest.raises(ValueError, match="path must be an adapter's folder, got NoneType"):
+    with pytest.raises(ParameterError, match="path must be an adapter's folder, got NoneType") as caught:
         llm.load_lora("style", None)
+    assert caught.value.param == "path"
     with pytest.raises(ParameterError, match="lora_request must be a LoRARequest, got str") as caught:
         llm.generate("x", GREEDY, lora_request="style")
     assert caught.value.param == "lora_request"
@@ -122,8 +123,9 @@ def test_constructor_refuses_by_name(folder, tmp_path):
         ({"tensor_parallel_size": True}, "tensor_parallel_size must be an integer from 1 to 1024, got True"),
         ({"tokenizer": 5}, "tokenizer must be a folder or a llama Tokenizer, got int"),
     ):
-        with pytest.raises(ValueError, match=words):
+        with pytest.raises(ParameterError, match=words) as caught:
             LLM(folder, **{**small, **arguments})
+        assert caught.value.param in arguments
     ranks = {**small, "tensor_parallel_size": 2}
     draft = {"method": "draft_model", "model": str(folder), "num_speculative_tokens": 2}
     with pytest.raises(ValueError, match=r"tensor_parallel_size=2 takes no draft model: .*ngram"):
@@ -136,24 +138,26 @@ def test_constructor_refuses_by_name(folder, tmp_path):
     LLM(folder, **small, seed=2**64 - 1, enable_lora=True, swap_space=4.0, cpu_offload_gb=0.0, pooler_config=None)
     with pytest.raises(ValueError, match="there is no such folder"):
         LLM(tmp_path / "missing")
-    with pytest.raises(ValueError, match="model must be a folder or a Transformer, got NoneType"):
+    with pytest.raises(ParameterError, match="model must be a folder or a Transformer, got NoneType") as caught:
         LLM(None)
+    assert caught.value.param == "model"
     with pytest.raises(ConfigError, match=r"generation_config\.json: cannot be read: Not a directory"):
         LLM(folder / "config.json", tokenizer=folder)
     model = tiny_model()
     with pytest.raises(MemoryError, match=r"num_blocks=2147483647 blocks of 16 tokens take [0-9]+ bytes"):
         LLM(model, num_blocks=2**31 - 1)
-    with pytest.raises(ValueError, match="check_weights=True needs a folder"):
-        LLM(model, check_weights=True)
-    with pytest.raises(ValueError, match="a Transformer has its weights"):
-        LLM(model, load_format="dummy")
-    with pytest.raises(ValueError, match="device must be"):
-        LLM(model, device="tpu")
-    with pytest.raises(ValueError, match="convert it first"):
-        LLM(model, dtype="float32")
+    for arguments, words in (
+        ({"check_weights": True}, "check_weights=True needs a folder"),
+        ({"load_format": "dummy"}, "a Transformer has its weights"),
+        ({"device": "tpu"}, "device must be"),
+        ({"dtype": "float32"}, "convert it first"),
+    ):
+        with pytest.raises(ParameterError, match=words) as caught:
+            LLM(model, **arguments)
+        assert caught.value.param in arguments
     LLM(model, device="cpu:0", num_blocks=8)
     if not torch.cuda.is_available():
-        with pytest.raises(ValueError, match="no CUDA device"):
+        with pytest.raises(ParameterError, match="no CUDA device"):
             LLM(folder, **small, device="cuda")
 
 

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from llama import LLM, SamplingParams
-from llama.api.errors import AdapterError, WorkerLostError
+from llama.api.errors import AdapterError, ParameterError, WorkerLostError
 from llama.model.lora import read_adapter
 from llama.model.transformer import Transformer
 from tests.lora.adapters import make_adapter
@@ -222,8 +222,17 @@ def test_the_engine_and_its_other_adapters_go_on(base_path, folder, tmp_path):
 @pytest.mark.parametrize("name", ["", ".hidden", "a/b", "../up", "x" * 65, "a b", "ä", None])
 def test_names(base_path, folder, name):
     llm = LLM(Transformer.from_pretrained(base_path), num_blocks=8, max_model_len=64)
-    with pytest.raises(ValueError, match="name must match"):
+    with pytest.raises(ParameterError, match="name must match") as caught:
         llm.load_lora(name, folder)
+    assert caught.value.param == "name"
+
+
+def test_a_name_that_is_loaded_already(base_path, folder):
+    llm = LLM(Transformer.from_pretrained(base_path), num_blocks=8, max_model_len=64)
+    llm.load_lora("good", folder)
+    with pytest.raises(ParameterError, match="an adapter named 'good' is loaded already: unload it first") as caught:
+        llm.load_lora("good", folder)
+    assert caught.value.param == "name"
 
 
 def test_adapters_are_bounded_by_bytes_and_none_is_unloaded_behind_its_users_back(base_path, tmp_path):
@@ -233,8 +242,10 @@ def test_adapters_are_bounded_by_bytes_and_none_is_unloaded_behind_its_users_bac
     size = LLM(base_path, num_blocks=8).load_lora("a", paths[0]).nbytes
     llm = LLM(base_path, num_blocks=8, max_lora_bytes=2 * size - 1)
     llm.load_lora("a", paths[0])
-    with pytest.raises(ValueError, match=f"'b' takes {size} bytes and those that are loaded {size}: .*{2 * size - 1}"):
+    told = f"'b' takes {size} bytes and those that are loaded {size}: .*{2 * size - 1}"
+    with pytest.raises(ParameterError, match=told) as caught:
         llm.load_lora("b", paths[1])
+    assert caught.value.param == "max_lora_bytes"
     assert [info.name for info in llm.list_loras()] == ["a"] and llm.engine.adapters.nbytes == size
     llm.unload_lora("a")
     assert llm.load_lora("b", paths[1]).nbytes == size
