@@ -110,7 +110,7 @@ class ModelConfig:
             head_dim = hidden_size // heads
         kv_heads = values.get("num_key_value_heads")
         rope_theta, rope_scaling = read_rope(values)
-        return cls(
+        config = cls(
             **{key: values[key] for key in _REQUIRED},
             num_key_value_heads=heads if kv_heads is None else kv_heads,
             head_dim=head_dim,
@@ -123,6 +123,8 @@ class ModelConfig:
             eos_token_ids=token_ids("eos_token_id", values.get("eos_token_id"), ConfigError),
             dtype=_dtype_of(values),
         )
+        _refuse_windows(values, config.longest_context)
+        return config
 
     def to_hugging_face(self, dtype: str) -> dict[str, Any]:
         """A config.json that transformers 4 and 5 both read; `dtype` is what the weights are saved in."""
@@ -197,8 +199,21 @@ def _refuse_foreign(values: Mapping[str, Any]) -> None:
             raise ConfigError(f"{key} must be {' or '.join(repr(a) for a in accepted)}, got {value!r}")
 
 
+def _refuse_windows(values: Mapping[str, Any], context: int) -> None:
+    """A layer that sees less than the whole context: transformers keeps no more than the window in its cache."""
+    kinds, window = values.get("layer_types"), values.get("sliding_window")
+    if kinds is not None and (not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds)):
+        raise ConfigError(f'layer_types must hold "full_attention" alone, got {kinds!r}')
+    if window is None or kinds is not None or values.get("use_sliding_window") is False:
+        return
+    if not isinstance(window, int) or window < context:
+        raise ConfigError(f"sliding_window must be null or at least the context, {context}, got {window!r}")
+
+
 _ONLY: dict[str, tuple[Any, ...]] = {
+    "attention_chunk_size": (None,),
     "hidden_act": ("silu", "swish"),
+    "is_causal": (True,),
     "partial_rotary_factor": (1,),
     "rope_interleaved": (False,),
 }

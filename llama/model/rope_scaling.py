@@ -106,6 +106,9 @@ class YarnScaling(_FromContext):
 
 
 _TYPES = {kind.rope_type: kind for kind in (LinearScaling, DynamicScaling, Llama3Scaling, YarnScaling)}
+# What either spelling may hold; as in transformers, a type does not mind what only others read.
+_OF_TYPES = dict.fromkeys(field.name for kind in _TYPES.values() for field in fields(kind))
+_KEYS = ("rope_type", "type", "rope_theta", "partial_rotary_factor", "finetuned", *_OF_TYPES)
 
 
 def read_rope(values: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
@@ -115,6 +118,10 @@ def read_rope(values: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
         if not isinstance(value, Mapping):
             raise ConfigError(f"{key} must be an object, got {value!r}")
     read = [_read(rope, values) for rope in given.values()] or [_read({}, values)]
+    for key, rope in given.items():
+        for name in rope:
+            if name not in _KEYS and rope[name] is not None:
+                raise ConfigError(f"{key} must not hold {name!r}, only {', '.join(_KEYS)}")
     if read[0] != read[-1]:
         raise ConfigError("rope_scaling and rope_parameters are both given and differ")
     return read[0]

@@ -132,6 +132,20 @@ BAD = {
     "rope factor": ({"rope_scaling": {**ROPE, "factor": 0}}, "rope factor must be a number in"),
     "rope order": ({"rope_scaling": {**ROPE, "high_freq_factor": 0.5}}, "high_freq_factor .* must exceed"),
     "two ropes": ({"rope_parameters": {**ROPE, "factor": 32.0}}, "both given and differ"),
+    "rope of each layer": (
+        {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e6}}, "rope_scaling": ...},
+        "rope_parameters must not hold 'full_attention', only rope_type, .*rope_theta",
+    ),
+    "rope key": ({"rope_scaling": {**ROPE, "alpha": 3}}, "rope_scaling must not hold 'alpha', only"),
+    "window": ({"sliding_window": 4096}, "sliding_window must be null or at least the context, 131072, got 4096"),
+    "window type": ({"sliding_window": "4096"}, "sliding_window must be null or .* got '4096'"),
+    "layer types": (
+        {"layer_types": ["full_attention", "sliding_attention"], "sliding_window": 4096},
+        r"layer_types must hold \"full_attention\" alone, got \['full_attention', 'sliding",
+    ),
+    "layer types type": ({"layer_types": 3}, r"layer_types must hold \"full_attention\" alone, got 3"),
+    "chunks": ({"attention_chunk_size": 8192}, "attention_chunk_size must be None, got 8192"),
+    "both ways": ({"is_causal": False}, "is_causal must be True, got False"),
     "tie": ({"tie_word_embeddings": "yes"}, "tie_word_embeddings must be true or false"),
     "eos type": ({"eos_token_id": "</s>"}, "eos_token_id must be a token id or a list"),
     "eos range": ({"eos_token_id": [128256]}, "eos_token_id must be an integer in"),
@@ -216,6 +230,20 @@ def test_a_factor_that_says_nothing_is_taken():
     for factor in (None, 1, 1.0):
         values = LLAMA_3_1_8B | {"rope_scaling": {"rope_type": "default", "type": None, "factor": factor}}
         assert ModelConfig.from_hugging_face(values).rope_scaling is None
+
+
+@pytest.mark.parametrize(
+    "window",
+    [
+        {"sliding_window": 131072},
+        {"sliding_window": 4096, "use_sliding_window": False},
+        {"sliding_window": 4096, "layer_types": ["full_attention"] * 32},
+        {"sliding_window": None, "layer_types": None, "attention_chunk_size": None, "is_causal": True},
+    ],
+    ids=str,
+)
+def test_a_window_that_cuts_nothing_is_taken(window):
+    assert ModelConfig.from_hugging_face(LLAMA_3_1_8B | window) == ModelConfig.preset("llama-3.1-8b")
 
 
 def test_unknown_preset():
