@@ -88,6 +88,11 @@ class FlatLogprobs(Sequence[dict[int, Logprob] | None]):
         """Whether the lists of dicts are equal."""
         return isinstance(other, Sequence) and list(self) == list(other)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A pickle or copy has the texts of its tokens, not the tokenizer."""
+        texts = {token: self._decode(token) for token in set(self.token_ids.tolist())}
+        return FlatLogprobs, (self._parts, texts.get)
+
     def __repr__(self) -> str:
         return f"FlatLogprobs({len(self)} positions, {sum(len(part.token_ids) for part in self._parts)} entries)"
 

@@ -1,6 +1,8 @@
 """Log-probabilities as arrays: they are those of the dicts, and read like them."""
 
 import asyncio
+import copy
+import pickle
 
 import numpy as np
 import pytest
@@ -71,3 +73,11 @@ def test_texts_of_tokens_come_when_they_are_asked_for(llm):
     texts = [entry.decoded_token for each in plain.outputs[0].logprobs for entry in each.values()]
     assert found.decoded_tokens == texts and all(texts)
     assert repr(found) == f"FlatLogprobs(4 positions, {len(texts)} entries)"
+
+
+def test_a_pickle_has_the_texts_and_no_tokenizer(llm):
+    params = SamplingParams(max_tokens=4, temperature=0, logprobs=3, prompt_logprobs=1, flat_logprobs=True)
+    [output] = llm.generate("abc", params, use_tqdm=False)
+    data = pickle.dumps(output)
+    assert len(data) < 10_000
+    assert pickle.loads(data) == output == copy.deepcopy(output)
