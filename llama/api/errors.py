@@ -66,6 +66,9 @@ class ContextLengthError(ParameterError):
         self.num_tokens = num_tokens
         self.max_model_len = max_model_len
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (str(self), self.num_tokens, self.max_model_len, self.param)
+
 
 class QueueFullError(RuntimeError):
     """Too many requests, or too many prompt tokens, wait already. `retry_after` is a guess in seconds."""
@@ -73,6 +76,9 @@ class QueueFullError(RuntimeError):
     def __init__(self, message: str, retry_after: int) -> None:
         super().__init__(message)
         self.retry_after = retry_after
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (str(self), self.retry_after)
 
 
 class WorkerLostError(RuntimeError):

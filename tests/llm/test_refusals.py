@@ -1,6 +1,7 @@
 """LLM, and Transformer.logits: what they refuse, by name and before anything runs."""
 
 import dataclasses
+import pickle
 import shutil
 import subprocess
 import sys
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 import llama
-from llama import LLM, ConfigError, ContextLengthError, ParameterError, SamplingParams
+from llama import LLM, ConfigError, ContextLengthError, ParameterError, QueueFullError, SamplingParams, WorkerLostError
 from llama.llm.loading import resolve_device, resolve_dtype
 from llama.llm.requests import as_prompts
 from llama.text.chat.safe_text import SafeText
@@ -368,3 +369,17 @@ def test_what_a_user_says_last_is_refused_before_it_is_rendered(llm, monkeypatch
     monkeypatch.setattr(SafeText, "hide", None)
     with pytest.raises(ContextLengthError, match="at least"):
         llm.chat([{"role": "user", "content": content}], use_tqdm=False)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ContextLengthError("too long", 9, 8, "prompt"),
+        ParameterError("wrong", "stop"),
+        QueueFullError("full", 3),
+        WorkerLostError(),
+    ],
+)
+def test_an_error_of_a_process_of_a_pool_arrives(error):
+    arrived = pickle.loads(pickle.dumps(error))
+    assert type(arrived) is type(error) and str(arrived) == str(error) and vars(arrived) == vars(error)
