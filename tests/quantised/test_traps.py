@@ -186,7 +186,7 @@ def test_rows_whose_last_word_is_not_full():
     assert torch.equal(dense(tensors, (8, 60), "compressed-tensors"), codes - 8.0)
 
 
-def test_int8_with_zero_points_and_with_groups():
+def test_int8_with_zero_points_and_with_scales_of_all_shapes():
     codes = random_codes(8, 64, bits=8) - 128
     zeros = torch.arange(8)[:, None] - 3
     tensors = {"weight": codes.to(torch.int8), "weight_scale": torch.full((8, 1), 0.25)}
@@ -195,6 +195,10 @@ def test_int8_with_zero_points_and_with_groups():
     scales = torch.arange(1.0, 17).view(8, 2)
     in_groups = dense(tensors | {"weight_scale": scales}, (8, 64), "compressed-tensors")
     assert torch.equal(in_groups, codes * scales.repeat_interleave(32, dim=1))
+    for one in (torch.tensor(0.25), torch.tensor([0.25])):
+        assert torch.equal(dense(tensors | {"weight_scale": one}, (8, 64), "compressed-tensors"), codes * 0.25)
+    in_blocks = dense(tensors | {"weight_scale": scales[:2]}, (8, 64), "compressed-tensors", block=(4, 32))
+    assert torch.equal(in_blocks, codes * scales[:2].repeat_interleave(4, dim=0).repeat_interleave(32, dim=1))
 
 
 def test_the_list_of_dense_modules_may_be_wrong(tmp_path):

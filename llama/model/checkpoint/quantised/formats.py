@@ -136,11 +136,11 @@ def _bytes(tensors: Tensors, shape: Shape, quantization: Quantization) -> CodedW
     groups: int | Tensor = 0
     block_rows, block_columns = quantization.block
     grid = (math.ceil(rows / block_rows), math.ceil(columns / block_columns))
-    if tuple(scales.shape) in ((), (1,), (1, 1)) and codes.dtype != torch.int8:
+    if tuple(scales.shape) in ((), (1,), (1, 1)):
         scales = scales.reshape(1, 1)
     elif tuple(scales.shape) in ((rows,), (rows, 1)):
         scales = scales.reshape(rows, 1)
-    elif tuple(scales.shape) == grid and codes.dtype != torch.int8:
+    elif tuple(scales.shape) == grid:
         scales = scales.repeat_interleave(block_rows, dim=0)[:rows]
         groups = equal_groups(columns, block_columns)
     elif scales.dim() == 2 and scales.shape[0] == rows:
