@@ -6,6 +6,7 @@ import torch
 
 from llama.convert.folder import copy_text_files
 from llama.kernels.types import wide_dtype
+from llama.model.checkpoint.save import new_folder
 from llama.model.lora import read_adapter
 from llama.model.lora.loaded import module_places
 from llama.model.transformer import Transformer
@@ -34,5 +35,6 @@ def merge(base: Path, adapter: Path, output: Path, *, dtype: torch.dtype | str =
             (delta.t(), slice(None)) if name.endswith("embed_tokens") else (delta, slice(*starts[index : index + 2]))
         )
         weight[rows] = (weight[rows].to(wide) + delta).to(weight.dtype)
-    model.save_pretrained(output)
-    copy_text_files(base, output)
+    with new_folder(output) as folder:
+        model.save_pretrained(folder)
+        copy_text_files(base, folder)

@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 
 from llama.convert.folder import copy_text_files
+from llama.model.checkpoint.save import new_folder
 from llama.model.transformer import Transformer
 
 
@@ -14,5 +15,7 @@ def quantise(source: Path, output: Path, scheme: str, *, dtype: torch.dtype | st
     activations too), int4 one per 128 columns (W4A16). Raises ValueError and OSError."""
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise FileExistsError(f"{output}: exists already; write to a new folder")
-    Transformer.from_pretrained(source, dtype=dtype, quantization=scheme).save_pretrained(output)
-    copy_text_files(source, output)
+    model = Transformer.from_pretrained(source, dtype=dtype, quantization=scheme)
+    with new_folder(output) as folder:
+        model.save_pretrained(folder)
+        copy_text_files(source, folder)

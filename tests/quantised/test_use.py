@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from functools import partial
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ import torch
 from llama.api.params import SamplingParams
 from llama.cli import main as command
 from llama.convert.merge import merge
+from llama.convert.quantise import quantise
 from llama.llm.llm import LLM
 from llama.model.linear import Linear
 from llama.model.transformer import Transformer
@@ -96,6 +98,18 @@ def test_made_models_keep_all_chat_templates(folder, tmp_path):
         assert template.render([{"role": "user", "content": "x"}], [tool]).endswith("tool_use")
         assert template.render([{"role": "user", "content": "x"}]).endswith("chat_template")
         template.close()
+
+
+def test_a_model_that_cannot_be_written_whole_is_not_there(folder, tmp_path):
+    base = tmp_path / "base"
+    shutil.copytree(folder, base)
+    (base / "special_tokens_map.json").mkdir()  # cannot be copied
+    make_adapter(tmp_path)
+    before = {path.name for path in tmp_path.iterdir()}
+    for make in (partial(merge, base, tmp_path), partial(quantise, base, scheme="int8")):
+        with pytest.raises(IsADirectoryError):
+            make(output=tmp_path / "made")
+        assert {path.name for path in tmp_path.iterdir()} == before
 
 
 def test_merging_into_a_quantised_base_makes_a_dense_model(folder, tmp_path):
