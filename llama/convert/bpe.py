@@ -89,7 +89,7 @@ def write_tokenizer(
     chat_template: str | None,
 ) -> None:
     """Write the tokenizer's files. `special` maps bos_token, eos_token, pad_token, unk_token to text."""
-    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
     config: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "clean_up_tokenization_spaces": False,

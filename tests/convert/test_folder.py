@@ -2,11 +2,12 @@
 
 import json
 
+import make_tiny
 import pytest
 import torch
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from llama.convert.bpe import byte_alphabet
+from llama.convert.bpe import byte_alphabet, write_tokenizer
 from llama.convert.folder import unpermute_rope, write_generation_config
 from llama.model.config import ModelConfig
 from llama.model.generation_config import GenerationConfig
@@ -42,3 +43,9 @@ def test_generation_defaults_are_read_as_they_were_written(tmp_path):
     write_generation_config(tmp_path, config, None, {"temperature": 0.6, "top_p": 0.9})
     assert GenerationConfig.from_pretrained(tmp_path).sampling == {"temperature": 0.6, "top_p": 0.9}
     assert json.loads((tmp_path / "generation_config.json").read_text())["do_sample"] is True
+
+
+def test_a_full_disk_is_an_error_of_the_system(tmp_path):
+    (tmp_path / "tokenizer.json").symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left"):
+        write_tokenizer(tmp_path, make_tiny.byte_tokenizer(), model_max_length=8, special={}, chat_template=None)
