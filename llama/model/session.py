@@ -90,14 +90,13 @@ class Session:
         """Write tokens, keys and values to one safetensors file. OSError where it cannot be written."""
         token_ids = torch.tensor(self.token_ids, dtype=torch.int64, device="cpu")
         content = {"token_ids": token_ids, "kv": self._used(len(self)).cpu()}
-        told = {"model": self.model.digest(), "config": json.dumps(repr(self.model.config))}
-        write(path, content, told)
+        write(path, content, self._signature())
 
     def load(self, path: str | Path) -> None:
         """Take what `save` wrote in place of what is here. ParameterError where it is another model's, or too long, or
         no such file."""
         with opened(path) as file:
-            if (file.metadata() or {}).get("model") != self.model.digest():
+            if file.metadata() != self._signature():
                 raise ParameterError(f"{path} was computed by another model, or holds no session", "path")
             token_ids = file.get_tensor("token_ids").tolist()
             if len(token_ids) > self.max_tokens:
@@ -105,6 +104,9 @@ class Session:
                 raise ParameterError(what, "path")
             self._used(len(token_ids)).copy_(file.get_tensor("kv"))
         self.token_ids = token_ids
+
+    def _signature(self) -> dict[str, str]:
+        return {"model": self.model.digest(), "config": json.dumps(repr(self.model.config))}
 
     def _used(self, num_tokens: int) -> Tensor:
         """[layers, 2, tokens, kv_heads, head_dim], a view."""

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from llama.api.errors import ParameterError
+from llama.llm.llm import LLM
 from tests.model.models import tiny_model
 
 IDS = torch.randint(0, 97, (40,), generator=torch.Generator().manual_seed(1)).tolist()
@@ -72,6 +73,14 @@ def test_a_file_that_holds_no_session_is_named(model, tmp_path):
     with pytest.raises(FileNotFoundError, match="no/file"):
         session.save(tmp_path / "no" / "file")
     assert session.token_ids == [1, 2]
+
+
+def test_a_prefix_that_an_engine_kept_is_no_session(model, tmp_path):
+    """It may be an adapter's, or in float8."""
+    llm = LLM(model, num_blocks=8, block_size=4, kv_cache_dtype="fp8")
+    assert llm.save_prefix([1, 2, 3, 4, 5], tmp_path / "prefix.safetensors") == 4
+    with pytest.raises(ParameterError, match="was computed by another model, or holds no session"):
+        model.session(8).load(tmp_path / "prefix.safetensors")
 
 
 def test_a_file_of_the_same_model_before_a_weight_was_edited_is_refused(tmp_path):
