@@ -4,6 +4,7 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from hashlib import blake2b
 
 import torch
 
@@ -156,6 +157,14 @@ def kv_dtype(model: Transformer, config: EngineConfig) -> torch.dtype:
         told = f"auto or fp8 for a model in {str(model.dtype)[6:]}, got 'bfloat16'"
         raise ParameterError(f"kv_cache_dtype must be {told}", "kv_cache_dtype")
     return model.dtype
+
+
+def kv_rounding(model: Transformer, config: EngineConfig) -> str:
+    """Tells caches apart that hold other numbers for the same keys and values."""
+    dtype, scales = kv_dtype(model, config), model.kv_scales
+    if dtype != torch.uint8 or scales is None:
+        return str(dtype)
+    return f"{dtype} {blake2b(scales.cpu().numpy().tobytes(), digest_size=16).hexdigest()}"
 
 
 def make_kv_cache(model: Transformer, config: EngineConfig, num_blocks: int) -> KVCache:

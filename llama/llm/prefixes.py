@@ -11,6 +11,7 @@ from llama.api.errors import ParameterError
 from llama.engine.adapters import Adapter
 from llama.engine.blocks import prefix_root
 from llama.engine.engine import Engine
+from llama.engine.memory import kv_rounding
 from llama.engine.runner import Runner
 from llama.model.kept import opened, write
 
@@ -23,7 +24,7 @@ def write_prefix(engine: Engine, token_ids: Sequence[int], adapter: Adapter, pat
     if blocks:
         kept = runner.kv.data[:, :, blocks].flatten(2, 3).cpu()  # [layers, 2, tokens, kv_heads, head_dim]
         content = {"token_ids": torch.from_numpy(tokens[: len(blocks) * size]), "kv": kept}
-        write(path, content, _signature(runner, adapter))
+        write(path, content, _signature(engine, runner, adapter))
     return len(blocks) * size
 
 
@@ -32,7 +33,7 @@ def read_prefix(engine: Engine, adapter: Adapter, path: str | Path) -> int:
     runner, pool = _runner(engine), engine.pool
     engine.notice_changes()  # else the next request would, and forget what is read
     with opened(path) as file:
-        if (file.metadata() or {}) != _signature(runner, adapter):
+        if (file.metadata() or {}) != _signature(engine, runner, adapter):
             what = "a prefix that this model, in this dtype and with this adapter, has computed"
             raise ParameterError(f"{path} does not hold {what}", "path")
         tokens, kept = file.get_tensor("token_ids").numpy(), file.get_tensor("kv")
@@ -65,6 +66,7 @@ def _root(engine: Engine, adapter: Adapter) -> bytes:
     return prefix_root(engine.scheduler.model, adapter.digest)
 
 
-def _signature(runner: Runner, adapter: Adapter) -> dict[str, str]:
-    told = {"model": runner.model.digest(), "adapter": adapter.digest.hex(), "dtype": str(runner.kv.data.dtype)}
+def _signature(engine: Engine, runner: Runner, adapter: Adapter) -> dict[str, str]:
+    cache = kv_rounding(runner.model, engine.config)
+    told = {"model": runner.model.digest(), "adapter": adapter.digest.hex(), "dtype": cache}
     return told if runner.model.fixed is None else told | {"deterministic": str(runner.model.fixed)}

@@ -11,6 +11,7 @@ from llama.api.errors import ParameterError
 from llama.api.outputs import RequestMetrics, RequestOutput
 from llama.engine.budget import free_cpu_bytes
 from llama.engine.engine import Engine
+from llama.engine.memory import kv_rounding
 from llama.engine.request import Request
 from llama.llm.requests import one_per_prompt
 from llama.model.capture import Capture, RequestTaps, is_kept
@@ -113,7 +114,7 @@ def _identity(engine: Engine, weights: str, request: Request, capture: Capture, 
     told = blake2b(root + weights.encode(), digest_size=16)
     told.update(request.prompt_token_ids.tobytes())
     asked = engine.model.dtype, list(taps.sequence.captures), capture.positions, capture.dtype, capture.reduce
-    told.update(repr(asked).encode())
+    told.update(repr((*asked, kv_rounding(engine.model, engine.config))).encode())
     if capture.positions in ("all", "generated"):
         told.update(repr(request.params).encode())
     return told.hexdigest()

@@ -141,6 +141,21 @@ def test_states_of_weights_that_were_edited_since_are_computed_again(tmp_path):
     torch.testing.assert_close(load_file(tmp_path / "a.safetensors"), expected)
 
 
+def test_states_over_a_cache_that_rounds_otherwise_are_computed_again(tmp_path):
+    model = tiny_model()
+    asks, keep = [prompt(30, 7, 1)], Capture("layers.1.resid_post", save_to=tmp_path)
+    seen = []
+    for cache, scale in (("auto", None), ("fp8", None), ("fp8_e4m3", 0.01), ("auto", 0.01)):
+        model.kv_scales = None if scale is None else torch.full((2, 2, model.config.num_key_value_heads), scale)
+        runs = engine(model, kv_cache_dtype=cache)
+        for is_kept in (False, True):
+            [output] = runs.generate(asks, sampled(1), capture=keep, request_ids=["a"], use_tqdm=False)
+            assert bool(output.outputs) != is_kept
+        seen.append(load_file(tmp_path / "a.safetensors")["layers.1.resid_post"])
+    assert torch.equal(seen[0], seen[3])
+    assert not torch.equal(seen[0], seen[1]) and not torch.equal(seen[1], seen[2])
+
+
 def test_a_request_that_is_aborted_or_fails_leaves_no_file(model, tmp_path):
     llm = engine(model)
     read = Capture("norm", positions="all", save_to=tmp_path)

@@ -111,6 +111,18 @@ def test_a_prefix_of_another_model_is_refused(tmp_path, changes):
         engine(tiny_model(), enable_prefix_caching=False).load_prefix(path)
 
 
+def test_a_prefix_in_float8_with_other_scales_is_refused(tmp_path):
+    path, model = tmp_path / "prefix.safetensors", tiny_model()
+    scales = torch.full((model.config.num_hidden_layers, 2, model.config.num_key_value_heads), 0.01)
+    model.kv_scales = scales
+    runs = engine(model, kv_cache_dtype="fp8")
+    assert runs.save_prefix(PROMPT, path) == runs.load_prefix(path) == 32
+    for others in (None, 2 * scales):
+        model.kv_scales = others
+        with pytest.raises(ParameterError, match="does not hold a prefix that this model"):
+            engine(model, kv_cache_dtype="fp8").load_prefix(path)
+
+
 def test_a_file_that_holds_no_prefix_is_named(tmp_path):
     runs = engine(tiny_model())
     (tmp_path / "garbage").write_bytes(b"garbage" * 9)
