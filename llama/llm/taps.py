@@ -6,6 +6,7 @@ from dataclasses import replace
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 from llama.api.errors import ParameterError
 from llama.api.outputs import RequestMetrics, RequestOutput
@@ -16,6 +17,7 @@ from llama.engine.request import Request
 from llama.llm.requests import one_per_prompt
 from llama.model.capture import Capture, RequestTaps, is_kept
 from llama.model.interventions import Apply, Intervention, Project
+from llama.model.module import hooks_of
 from llama.model.taps import Interventions, each
 from llama.model.transformer import Transformer
 
@@ -101,10 +103,10 @@ def _as_now(changed: Sequence[Sequence[Intervention]]) -> list[Sequence[Interven
 
 
 def _digest(model: Transformer, captures: Sequence[Any]) -> str:
-    """Where any of them goes to a folder."""
-    if any(isinstance(getattr(own, "save_to", None), str | Path) for own in captures):
-        return model.digests.of(model, model.local_config)
-    return ""
+    """Where any of them goes to a folder. Forward hooks may do anything: what they see is no other call's."""
+    if not any(isinstance(getattr(own, "save_to", None), str | Path) for own in captures):
+        return ""
+    return uuid4().hex if any(hooks_of(model)) else model.digests.of(model, model.local_config)
 
 
 def _identity(engine: Engine, weights: str, request: Request, capture: Capture, taps: RequestTaps) -> str:

@@ -141,6 +141,27 @@ def test_states_of_weights_that_were_edited_since_are_computed_again(tmp_path):
     torch.testing.assert_close(load_file(tmp_path / "a.safetensors"), expected)
 
 
+@pytest.mark.filterwarnings("ignore:the model of an engine has forward hooks")
+def test_states_under_a_hook_are_neither_found_nor_taken_for_others(tmp_path):
+    model = tiny_model()
+    runs = engine(model)
+    keep = Capture("layers.1.resid_post", save_to=tmp_path)
+
+    def state():
+        [output] = runs.generate([prompt(30, 7, 1)], sampled(1), capture=keep, request_ids=["a"], use_tqdm=False)
+        return len(output.outputs), load_file(tmp_path / "a.safetensors")["layers.1.resid_post"]
+
+    _, plain = state()
+    hook = model.layers[0].mlp.register_forward_hook(lambda module, arguments, output: output + 1)
+    for _ in range(2):
+        count, hooked = state()
+        assert count == 1 and not torch.allclose(hooked, plain)
+    hook.remove()
+    count, again = state()
+    assert count == 1
+    torch.testing.assert_close(again, plain)
+
+
 def test_states_over_a_cache_that_rounds_otherwise_are_computed_again(tmp_path):
     model = tiny_model()
     asks, keep = [prompt(30, 7, 1)], Capture("layers.1.resid_post", save_to=tmp_path)
