@@ -64,22 +64,6 @@ def test_first_come_first_served_within_max_num_seqs():
     driver.drain()
 
 
-def test_a_lower_priority_runs_first_and_leaves_last():
-    driver = Driver(num_blocks=8, max_num_seqs=2)
-    late, usual, urgent = (driver.add([p + 5] * 12, SamplingParams(max_tokens=9, priority=p)) for p in (1, 0, -1))
-    assert [row for row, *_ in told(driver.step())] == [0, 1]
-    scheduler = driver.scheduler
-    assert [sequence.request_id for sequence in scheduler.running.decoding] == [urgent, usual]
-    assert [sequence.request_id for sequence in scheduler.waiting] == [late]
-    another = driver.add([7] * 12, SamplingParams(max_tokens=9, priority=-1))
-    while scheduler.num_preemptions == 0:
-        driver.step()
-    assert [sequence.request_id for sequence in scheduler.running.decoding] == [urgent, another]
-    assert [sequence.request_id for sequence in scheduler.waiting] == [usual, late]
-    driver.drain()
-    assert [name for name, _ in driver.ended] == [urgent, another, usual, late]
-
-
 def test_no_more_sequences_run_than_the_budget_can_serve_in_each_step():
     driver = Driver(num_blocks=32, max_num_seqs=8, max_num_batched_tokens=2)
     for _ in range(4):

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from llama import LLM, SamplingParams, Transformer
-from llama.api.errors import ConfigError, ParameterError
+from llama.api.errors import ConfigError
 from tests import naive
 from tests.fakes import byte_tokenizer
 from tests.llm.helpers import GREEDY
@@ -193,26 +193,6 @@ def test_a_salt_has_prefixes_of_its_own():
         assert len({tuple(tokens) for _, tokens in found}) == 1
     llm.reset_prefix_cache()
     assert [cached(plain, salt)[0] for salt in ("a", None)] == [0, 0]
-
-
-def test_priorities_change_the_order_and_no_token():
-    model, tokens = tiny_model(), {}
-    for policy in ("fcfs", "priority"):
-        llm = LLM(model, num_blocks=64, max_num_seqs=1, seed=0, scheduling_policy=policy)
-        params = [
-            SamplingParams(seed=i, max_tokens=4, ignore_eos=True, priority=i * (policy != "fcfs") % 2) for i in range(4)
-        ]
-        outputs = llm.generate([[5 + i] * 9 for i in range(4)], params, use_tqdm=False)
-        first = sorted(range(4), key=lambda i: outputs[i].metrics.first_token)
-        assert first == ([0, 1, 2, 3] if policy == "fcfs" else [0, 2, 1, 3])
-        tokens[policy] = [output.outputs[0].token_ids for output in outputs]
-    assert tokens["fcfs"] == tokens["priority"]
-
-
-def test_a_priority_is_refused_where_all_are_served_as_they_come(llm):
-    with pytest.raises(ParameterError, match="priority must be 0 where scheduling_policy is fcfs, got -1") as caught:
-        llm.generate("Hi", SamplingParams(priority=-1), use_tqdm=False)
-    assert caught.value.param == "priority"
 
 
 def test_stop_strings_cut_the_text_and_end_the_request(llm):
