@@ -3,10 +3,11 @@ tested from docs/fields.md."""
 
 import json
 import re
+import threading
 
 import pytest
 
-from tests.server.helpers import RUN, begin, events_of, until, user
+from tests.server.helpers import PATIENCE, RUN, begin, events_of, read_all, until, user
 
 BODIES = {"/v1/chat/completions": {"messages": [user("x")]}, "/v1/completions": {"prompt": "x"}}
 
@@ -21,6 +22,23 @@ def test_the_value_that_is_taken_is_told(scripted):
     response, _ = asked(scripted, "/v1/completions", use_beam_search=True)
     message = response.json()["error"]["message"]
     assert message == "'/use_beam_search' is not a parameter of this server, but for false"
+
+
+@pytest.mark.parametrize("path", BODIES)
+def test_no_chunk_comes_before_the_first_token(scripted, path, monkeypatch):
+    """By the first one clients measure the time to it."""
+    computed = threading.Event()
+    monkeypatch.setattr(scripted.engine, "before_step", lambda: computed.wait(PATIENCE))
+    with begin(scripted.server, {**BODIES[path], "stream": True, "n": 2}, path) as connection:
+        head = b""
+        while not head.endswith(b"\r\n\r\n"):
+            head += connection.recv(1)
+        connection.settimeout(0.2)
+        with pytest.raises(TimeoutError):
+            connection.recv(1)
+        connection.settimeout(PATIENCE)
+        computed.set()
+        assert "[DONE]" in read_all(connection)
 
 
 @pytest.mark.parametrize("path", [*BODIES, "/v1/responses", RUN])

@@ -138,12 +138,14 @@ class _Writer:
         return chunks(self._choices(answer), head, options, lambda: self._usage(answer), first)
 
     async def _choices(self, answer: Answer) -> AsyncGenerator[dict[str, Any]]:
-        """Ids and log-probabilities of a piece are in the last chunk that it becomes."""
+        """Ids and log-probabilities of a piece are in the last chunk that it becomes. The roles come with the first
+        token: clients measure the time to it by the first chunk."""
         outputs = answer.output.outputs
         told = [ToldCalls() for _ in outputs]
-        for completion in outputs:
-            yield _delta(completion.index, {"role": "assistant", "content": ""})
+        roles = [_delta(completion.index, {"role": "assistant", "content": ""}) for completion in outputs]
         async for piece in answer.pieces():
+            while roles:
+                yield roles.pop(0)
             if piece.reasoning_content:  # never beside content: some clients read one of them
                 yield _delta(piece.index, {"reasoning_content": piece.reasoning_content})
             text, calls = told[piece.index].text_of(piece), _call_deltas(piece.tool_call_deltas, self._body)
