@@ -21,6 +21,9 @@ from llama.text.tool_calls import ToolCallDelta
 
 Event = dict[str, Any]
 _FAILURES = frozenset({"context_length_exceeded", "rate_limit_exceeded"})
+# What the chat that a body becomes calls its fields, and what the body calls them.
+_PARAMS = {"messages": "input", "response_format": "text"}
+_PLACES = {"response_format.json_schema": "text.format", "response_format": "text.format"}
 
 
 def responses_endpoint(service: Service) -> Callable[[Request], Awaitable[Response]]:
@@ -38,14 +41,29 @@ def responses_endpoint(service: Service) -> Callable[[Request], Awaitable[Respon
 
 
 async def _answer(body: ResponsesRequest, service: Service, record: Record) -> Answer:
-    return await service.answer(await submit_chat(body.chat(), service), record)
+    try:
+        return await service.answer(await submit_chat(body.chat(), service), record)
+    except ApiError as error:
+        raise _as_sent(error) from None
+
+
+def _as_sent(error: ApiError) -> ApiError:
+    """The same, with the names that the body has."""
+    if error.param in ("response_format", "structured_outputs"):
+        for place, sent in _PLACES.items():
+            error.message_openai = error.message_openai.replace(place, sent)
+    error.param = error.param and _PARAMS.get(error.param, error.param)
+    return error
 
 
 async def answer_response(body: ResponsesRequest, service: Service, record: Record) -> dict[str, Any]:
     """The complete answer. Raises ApiError."""
     writer = _Writer(body, service)
     async with await _answer(body, service, record) as answer:
-        told = [event async for event in writer.events(answer)]
+        try:
+            told = [event async for event in writer.events(answer)]
+        except ApiError as error:
+            raise _as_sent(error) from None
     whole: dict[str, Any] = told[-1]["response"]
     return whole
 
@@ -75,7 +93,7 @@ class _Writer:
     def failed(self, error: ApiError) -> Event:
         """The last event of an answer that broke off."""
         code = error.name if error.name in _FAILURES else "server_error"
-        response = self._response("failed") | {"error": {"code": code, "message": error.message_openai}}
+        response = self._response("failed") | {"error": {"code": code, "message": _as_sent(error).message_openai}}
         return self._with_number({"type": "response.failed", "response": response})
 
     async def events(self, answer: Answer) -> AsyncGenerator[Event, None]:
