@@ -66,6 +66,12 @@ class Metrics:
         )
         self.prompt_tokens = self._histogram("llama_request_prompt_tokens", "Tokens of a prompt.", _SIZES)
         self.generation_tokens = self._histogram("llama_request_generation_tokens", "Tokens of an answer.", _SIZES)
+        self._longest = self._histogram(
+            "llama_request_max_num_generation_tokens", "Tokens of the longest completion of a request.", _SIZES
+        )
+        self.max_tokens = self._histogram(
+            "llama_request_params_max_tokens", "The most tokens of an answer, where a request says so.", _SIZES
+        )
         self.completions = self._histogram("llama_request_params_n", "Completions asked for.", (1, 2, 5, 10, 20, 50))
 
     def ended(self, reason: str) -> None:
@@ -73,6 +79,7 @@ class Metrics:
 
     def timed(self, times: RequestMetrics, num_tokens: int) -> None:
         """Of a request that has ended, whose longest completion has `num_tokens`."""
+        self._longest.observe(num_tokens)
         queue, prefill, decode = times.queue_time, times.prefill_time, times.decode_time
         if queue is not None:
             self._queue_time.observe(queue)

@@ -164,6 +164,8 @@ class Answer:
         record.prompt_tokens += self.num_prompt_tokens
         metrics.prompt_tokens.observe(self.num_prompt_tokens)
         metrics.completions.observe(stream.request.params.n)
+        if stream.request.params.max_tokens is not None:
+            metrics.max_tokens.observe(stream.request.params.max_tokens)
 
     async def __aenter__(self) -> "Answer":
         return self

@@ -212,8 +212,11 @@ def test_the_items_of_an_answer_are_taken_back_as_they_came(scripted, client):
         ({"text": {"format": {"type": "xml"}}}, "text", r'^text.format\["type"\] must be one of'),
         ({"text": {"format": {"type": "json_schema", "name": "n"}}}, "text", "^text.format has no schema beside"),
         ({"text": {"format": {"type": "json_schema", "schema": {"not": {}}}}}, "text", "^text.format: nothing"),
-        ({"text": {"format": {"type": "json_object"}}, "structured_outputs": {"regex": "a"}}, "structured_outputs",
-         "^structured_outputs and text.format both"),
+        (
+            {"text": {"format": {"type": "json_object"}}, "structured_outputs": {"regex": "a"}},
+            "structured_outputs",
+            "^structured_outputs and text.format both",
+        ),
         ({"input": "x" * 4096}, "input", "the prompt has"),
         ({"input": [{"role": "user", "content": "x" * 4096}]}, "input", "the prompt has"),
         ({"thing": 1}, "thing", "is not a parameter of this server"),
