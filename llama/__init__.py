@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from llama.model.interventions import Replace as Replace
     from llama.model.interventions import Scale as Scale
     from llama.model.transformer import Transformer as Transformer
+    from llama.text.tokenizer import Tokenizer as Tokenizer
 
 __version__ = "0.1.0"
 
@@ -73,6 +74,7 @@ _HOMES = {
     "SamplingParams": "llama.api.params",
     "Scale": "llama.model.interventions",
     "StructuredOutputsParams": "llama.api.structured",
+    "Tokenizer": "llama.text.tokenizer",
     "Transformer": "llama.model.transformer",
     "attention_pattern": "llama.model.capture",
     "Usage": "llama.api.outputs",
@@ -109,6 +111,7 @@ __all__ = [
     "SamplingParams",
     "Scale",
     "StructuredOutputsParams",
+    "Tokenizer",
     "Transformer",
     "Usage",
     "WorkerLostError",

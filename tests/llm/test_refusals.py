@@ -326,6 +326,11 @@ def test_every_error_is_a_public_name():
     assert defined <= set(llama.__all__) and all(getattr(llama, name) for name in defined)
 
 
+def test_the_classes_that_llm_takes_are_public_names():
+    for kind in (llama.Transformer, Tokenizer, SamplingParams):
+        assert kind.__name__ in llama.__all__ and getattr(llama, kind.__name__) is kind
+
+
 def test_a_folder_whose_tokenizer_has_another_form_is_refused_at_load(folder, tmp_path):
     shutil.copytree(folder, tmp_path / "model")
     (tmp_path / "model" / "tokenizer.json").rename(tmp_path / "model" / "tokenizer.model")
