@@ -202,6 +202,11 @@ def test_preparation_before_a_template_with_tools(tool_template):
         ([{"role": "assistant", "tool_calls": [1]}], r"tool_calls\[0\] must be an object"),
         ([{"role": "assistant", "tool_calls": [{}]}], "must name its function"),
         ([{"role": "assistant", "tool_calls": [{"name": "f", "arguments": 3}]}], "arguments must be an object"),
+        (
+            [{"role": "assistant", "tool_calls": [{"id": [], "name": "f"}]}],
+            r"tool_calls\[0\]\.id must be a string, got",
+        ),
+        ([{"role": "tool", "tool_call_id": {}, "content": "a"}], r"messages\[0\]\.tool_call_id must be a string, got"),
         ([{"role": "user", "content": "a\udfff"}], r"lone surrogate U\+DFFF"),
         ([{"role": "user", "content": "a", "extra": object()}], "must be JSON values"),
     ],

@@ -57,6 +57,7 @@ def _message(message: Any, where: str, control_tokens: Collection[str]) -> dict[
     role = "tool" if role == "function" else role
     kept = {k: v for k, v in message.items() if v is not None and k not in _REWRITTEN} | {"role": role}
     content = _content(message.get("content"), role, where)
+    _check_id(message.get("tool_call_id"), f"{where}.tool_call_id")
     calls = _tool_calls(message, where)
     kept["content"] = content if calls or content is not None else ""
     if role == "assistant":
@@ -117,12 +118,19 @@ def _tool_call(call: Any, where: str) -> dict[str, Any]:
     function = call["function"] if nested else call
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
         raise ParameterError(f"{where} must name its function", "messages")
+    _check_id(call.get("id"), f"{where}.id")
     arguments = function.get("arguments")
     if not isinstance(arguments, Mapping | str | None):
         raise _mistyped(f"{where}: arguments", "an object or its JSON text", arguments, "messages")
     outer = {k: v for k, v in call.items() if nested or k in ("id", "type")}
     inner = dict(function) if nested else {"name": function["name"]}
     return {"type": "function"} | outer | {"function": inner | {"arguments": arguments or {}}}
+
+
+def _check_id(value: Any, where: str) -> None:
+    """Of a call. Numbers pass, as they do in templates."""
+    if not isinstance(value, str | int | None):
+        raise _mistyped(where, "a string", value, "messages")
 
 
 def _tool(tool: Any, where: str) -> dict[str, Any]:
