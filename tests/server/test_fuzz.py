@@ -14,15 +14,27 @@ from hypothesis import strategies as st
 from llama.server.app import create_app
 from llama.server.cloudflare.schema import RunRequest
 from llama.server.config import ServerConfig
+from llama.server.openai.responses_body import ResponsesRequest
 from llama.server.openai.schema import ChatRequest, CompletionRequest
+from llama.server.openai.tokens import DetokenizeRequest, TokenizeRequest
 from llama.server.service import Service
 from tests.server.helpers import NAME, RUN, real_llm
 
-ROUTES = {RUN: RunRequest, "/v1/chat/completions": ChatRequest, "/v1/completions": CompletionRequest}
+ROUTES = {
+    RUN: RunRequest,
+    "/v1/chat/completions": ChatRequest,
+    "/v1/completions": CompletionRequest,
+    "/v1/responses": ResponsesRequest,
+    "/tokenize": TokenizeRequest,
+    "/detokenize": DetokenizeRequest,
+}
 FINE = {
     RUN: {"prompt": "x", "max_tokens": 1},
     "/v1/chat/completions": {"messages": [{"role": "user", "content": "x"}], "max_tokens": 1},
     "/v1/completions": {"prompt": "x", "max_tokens": 1},
+    "/v1/responses": {"input": "x", "max_output_tokens": 1},
+    "/tokenize": {"prompt": "x"},
+    "/detokenize": {"tokens": [65]},
 }
 SCHEMA = {"type": "object", "properties": {"a": {"type": "string", "maxLength": 3}}, "required": ["a"]}
 FUNCTION = {"name": "f", "description": "d", "parameters": SCHEMA}
@@ -59,6 +71,25 @@ RICH = {
         "top_logprobs": 2,
     },
     "/v1/completions": OPENAI | {"prompt": ["x", "y"], "echo": True, "logprobs": 1},
+    "/v1/responses": {
+        "input": [
+            {"role": "user", "content": [{"type": "input_text", "text": "x"}]},
+            {"type": "reasoning", "summary": [], "content": [{"type": "reasoning_text", "text": "x"}]},
+            {"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": "x"}]},
+            {"type": "function_call", "call_id": "c", "name": "f", "arguments": "{}"},
+            {"type": "function_call_output", "call_id": "c", "output": [{"type": "input_text", "text": "x"}]},
+        ],
+        "instructions": "x",
+        "tools": [{"type": "function", **FUNCTION}, {"type": "web_search"}],
+        "tool_choice": {"type": "allowed_tools", "mode": "auto", "tools": [{"type": "function", "name": "f"}]},
+        "text": {"format": {"type": "json_schema", "name": "n", "schema": SCHEMA, "strict": True}},
+        "include": ["message.output_text.logprobs"],
+        "top_logprobs": 2,
+        "max_output_tokens": 1,
+        "stream": True,
+    },
+    "/tokenize": {"messages": DIALOGUE, "tools": [FUNCTION], "return_token_strs": True, "add_generation_prompt": True},
+    "/detokenize": {"tokens": [65, 260]},
 }
 NUMBERS = st.one_of(
     st.integers(-3, 3),
