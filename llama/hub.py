@@ -84,6 +84,8 @@ def _download(name: str, revision: str | None, patterns: tuple[str, ...]) -> Pat
     try:
         options: dict[str, Any] = {"allow_patterns": list(patterns), "ignore_patterns": list(_NEVER)}
         folder = Path(hub.snapshot_download(name, revision=revision, **options))
+    except errors.HFValidationError as error:
+        raise _Failure(f"{name}: there is no such folder, and it is no id of the hub: {_line(error)}") from None
     except errors.GatedRepoError:
         raise _Failure(
             f"{at} it is gated: ask for access on its page, then set HF_TOKEN or run `hf auth login`"

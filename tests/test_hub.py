@@ -175,11 +175,21 @@ def test_a_folder_goes_before_an_id(hub, folders, tmp_path, monkeypatch):
         ("org/private", None, "org/private: there is no such folder, and no such model on"),
         ("org/tiny", "v3", "org/tiny: on .* it has no revision 'v3'"),
         ("org/text", None, "org/text: has no config.json on the hub"),
+        ("org/a--b", None, "org/a--b: there is no such folder, and it is no id of the hub: Cannot have --"),
     ],
 )
 def test_what_is_not_there_is_one_line(hub, name, revision, message):
     with pytest.raises(CheckpointError, match=message) as caught:
         model_folder(name, revision)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_part_in_the_cache_is_no_model_without_a_network(hub, monkeypatch):
+    model_folder("org/tiny", config_only=True)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert model_folder("org/tiny", config_only=True).name == SHA
+    with pytest.raises(CheckpointError, match="org/tiny: .* HF_HUB_OFFLINE is set, and the cache lacks it") as caught:
+        model_folder("org/tiny")
     assert "\n" not in str(caught.value)
 
 
