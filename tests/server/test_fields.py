@@ -17,7 +17,7 @@ from openai.types.chat import chat_completion_stream_options_param
 from openai.types.chat import completion_create_params as chat_create_params
 from openai.types.responses import response_create_params
 
-from llama import LLM, AdapterError, CheckpointError, ConfigError, SamplingParams
+from llama import LLM, AdapterError, CheckpointError, ConfigError, SamplingParams, StructuredOutputsParams
 from llama.engine.config import EngineConfig
 from llama.llm.vllm_names import HARMLESS, METHOD_ARGUMENTS, refuse_foreign
 from llama.model.config import ModelConfig
@@ -237,6 +237,23 @@ def test_sampling_params():
     for name in fields(section, ALONE, REFUSED):
         with pytest.raises(ValueError, match=name):
             SamplingParams(**{name: "x"})
+
+
+def test_structured_outputs():
+    section, json_ = "structured_outputs", {"type": "object"}
+    assert fields(section) == {field.name for field in dataclasses.fields(StructuredOutputsParams)}
+    used = {"json": json_, "regex": "a", "choice": ["a"], "grammar": 'start: "a"', "json_object": True}
+    assert fields(section, USED) == used.keys()
+    for name, value in used.items():
+        assert StructuredOutputsParams(**{name: value}).constraint
+    for name in fields(section, NO_EFFECT):
+        assert StructuredOutputsParams(json=json_, **{name: True}).constraint == {
+            "type": "json_schema",
+            "json_schema": {"schema": json_},
+        }
+    for name in fields(section, REFUSED):
+        with pytest.raises(ValueError, match=f"structured_outputs.{name} is not offered"):
+            StructuredOutputsParams(json=json_, **{name: "x"})
 
 
 def test_arguments_of_llm():
