@@ -1,5 +1,7 @@
 """One request's way back: decoding, stop strings, tool calls, log-probabilities, and what the engine is told."""
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -285,6 +287,19 @@ def test_calls_and_text_of_an_answer_cut_anywhere_are_those_of_the_whole(text):
     length = len(TAGGED.encode(text))
     for cuts in [(), range(1, length + 1), *((at,) for at in range(1, length + 1))]:
         check_told(text, cuts)
+
+
+@pytest.mark.parametrize("text", SAID)
+def test_text_behind_a_call_stays_behind_it_when_pieces_are_merged(text):
+    def order(pieces):
+        parts = [part for piece in pieces for part in (piece.text, *piece.tool_calls) if part != ""]
+        groups = itertools.groupby(parts, key=lambda part: isinstance(part, str))
+        return [part for is_text, group in groups for part in (["".join(group)] if is_text else group)]
+
+    _, pieces = told([*TAGGED.encode(text), EOS_ID], range(1, len(TAGGED.encode(text)) + 1))
+    for cut in range(0, len(pieces), 7):
+        assert order(merged(pieces[:cut]) + merged(pieces[cut:])) == order(pieces)
+    assert len(merged(pieces)) <= 1 + len(order(pieces))
 
 
 @given(st.lists(st.sampled_from([*SAID, " ", "; ", "é", "<function=", TAG]), max_size=4).map("".join), st.data())

@@ -268,12 +268,20 @@ class Replies:
 
 
 def merged(pieces: Iterable[Piece]) -> list[Piece]:
-    """Consecutive pieces of each completion made one, so that a slow reader costs what is left to read and no more.
-    The piece that carries the usage stays last."""
-    by_index: dict[int, list[Piece]] = {}
+    """Consecutive pieces of each completion made one, so that a slow reader costs what is left to read and no more. A
+    piece's text stands before its calls, so that text behind a call begins another one. The piece that carries the
+    usage stays last."""
+    by_index: dict[int, list[list[Piece]]] = {}
+    have_called: set[int] = set()  # in the last run of these
     for piece in pieces:
-        by_index.setdefault(piece.index, []).append(piece)
-    joined = [parts[0] if len(parts) == 1 else _join(parts) for parts in by_index.values()]
+        runs = by_index.setdefault(piece.index, [])
+        if not runs or (piece.text and piece.index in have_called):
+            runs.append([])
+            have_called.discard(piece.index)
+        runs[-1].append(piece)
+        if piece.tool_call_deltas:
+            have_called.add(piece.index)
+    joined = [run[0] if len(run) == 1 else _join(run) for runs in by_index.values() for run in runs]
     return sorted(joined, key=lambda piece: piece.usage is not None)
 
 

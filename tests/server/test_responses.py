@@ -69,6 +69,12 @@ def streamed(client, **body):
         ("empty", {}, []),
         (CALL, {"tools": [WEATHER]}, ["function_call"]),
         (f"{CALL}; {CALL}", {"tools": [WEATHER]}, ["function_call", "function_call"]),
+        (f"{CALL} and {CALL}", {"tools": [WEATHER]}, ["function_call", "message"]),
+        (
+            f"See <tool_call>{CALL}</tool_call> and <tool_call>{CALL}</tool_call>",
+            {"tools": [WEATHER]},
+            ["message", "function_call", "message", "function_call"],
+        ),
         (f"{CALL}; {CALL}", {"tools": [WEATHER], "parallel_tool_calls": False}, ["function_call"]),
         (CALL, {"tools": [{"type": "web_search"}], "include": []}, ["message"]),
         ("Hello", {"max_output_tokens": 1}, ["message"]),
