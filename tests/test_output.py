@@ -302,6 +302,13 @@ def test_text_behind_a_call_stays_behind_it_when_pieces_are_merged(text):
     assert len(merged(pieces)) <= 1 + len(order(pieces))
 
 
+def test_text_behind_a_thought_begins_another_piece_when_pieces_are_merged():
+    thought = [Piece(0, "", [1], reasoning_content="a"), Piece(0, "", [2], reasoning_content="b"), Piece(0, "", [3])]
+    text = [Piece(0, "c", [4]), Piece(0, "", [5]), Piece(0, "d", [6], finish_reason=FinishReason.STOP)]
+    told = [(piece.reasoning_content, piece.text, piece.token_ids) for piece in merged(thought + text)]
+    assert told == [("ab", "", [1, 2, 3]), ("", "cd", [4, 5, 6])]
+
+
 @given(st.lists(st.sampled_from([*SAID, " ", "; ", "é", "<function=", TAG]), max_size=4).map("".join), st.data())
 def test_calls_and_text_of_any_answer_cut_in_any_way_are_those_of_the_whole(text, data):
     length = len(TAGGED.encode(text))

@@ -268,19 +268,19 @@ class Replies:
 
 
 def merged(pieces: Iterable[Piece]) -> list[Piece]:
-    """Consecutive pieces of each completion made one, so that a slow reader costs what is left to read and no more. A
-    piece's text stands before its calls, so that text behind a call begins another one. The piece that carries the
-    usage stays last."""
+    """Consecutive pieces of each completion made one, so that a slow reader costs what is left to read and no more. But
+    text behind a thought or a call begins another one, which keeps order and tokens. The piece that carries the usage
+    stays last."""
     by_index: dict[int, list[list[Piece]]] = {}
-    have_called: set[int] = set()  # in the last run of these
+    before_text: set[int] = set()  # completions whose last run has a thought or a call
     for piece in pieces:
         runs = by_index.setdefault(piece.index, [])
-        if not runs or (piece.text and piece.index in have_called):
+        if not runs or (piece.text and piece.index in before_text):
             runs.append([])
-            have_called.discard(piece.index)
+            before_text.discard(piece.index)
         runs[-1].append(piece)
-        if piece.tool_call_deltas:
-            have_called.add(piece.index)
+        if piece.reasoning_content or piece.tool_call_deltas:
+            before_text.add(piece.index)
     joined = [run[0] if len(run) == 1 else _join(run) for runs in by_index.values() for run in runs]
     return sorted(joined, key=lambda piece: piece.usage is not None)
 
