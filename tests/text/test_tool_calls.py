@@ -83,6 +83,17 @@ def test_golden_cases(case):
         ('{"name": "f", "parameters": {"s": "two\nlines {[(\\" é \\ud83d\\ude00"}}', [
             ToolCall("f", {"s": 'two\nlines {[(" é 😀'})
         ]),
+        # A list in Python's spelling, as Llama 3.2 writes it
+        ("[f(a=1)]", [CALL_F1]),
+        ("[f(a=1), f2()]", [CALL_F1, CALL_F2]),
+        (f" [ f( a = 1 ) ,\nf2() ]\n{PYTHON_TAG}[f2()]", [CALL_F1, CALL_F2, CALL_F2]),
+        ("[f(a='it\\'s ])', b=[1, 'two', {'k': None}], c={\"k\": [True]}, d=(1))]",
+         ["[f(a='it\\'s ])', b=[1, 'two', {'k': None}], c={\"k\": [True]}, d=(1))]"]),
+        ("[f(a='it\\'s ])', b=[1, 'two', {'k': None}, ], c={\"k\": [True]}, d=[], e={})]", [
+            ToolCall("f", {"a": "it's ])", "b": [1, "two", {"k": None}], "c": {"k": [True]}, "d": [], "e": {}})
+        ]),
+        ("[f2()] Done.", [CALL_F2, " Done."]),
+        ("<tool_call>[f2()]</tool_call>", [CALL_F2]),
         # Text before and after calls
         ('Let me see. <function=f>{"a": 1}</function> Done.', ["Let me see. ", CALL_F1, " Done."]),
         (f"I search.{PYTHON_TAG}{F1}", ["I search.", CALL_F1]),
@@ -149,6 +160,16 @@ def test_forms(text, expected):
         "f.call(1)",
         "f.call(a=)",
         "f.call(a=1 b=2)",
+        "[f(a=1), unknown()]",
+        "[f(1)]",
+        "[f(a=1) f2()]",
+        "[f(a=1]",
+        "[f(a={1: 2})]",
+        "[f(a=['x' 'y'])]",
+        "[f]",
+        "[ff()]",
+        "I say [f()]",
+        "[f(a=" + "[" * 100 + "'x'" + "]" * 100 + ")]",
         "unknown.call(a=1)",
         "f",
         "get_weath",

@@ -1,4 +1,4 @@
-"""The written forms of one tool call: JSON, and Meta's `name.call(key="value")`.
+"""The written forms of one tool call: JSON, Meta's `name.call(key="value")`, and a list of `name(key="value")`.
 
 Text arrives in pieces, so scanning for the end of a call keeps its place: each character is looked at once. What can no
 longer become a call raises NotACall at the first character that shows it.
@@ -15,11 +15,14 @@ from typing import Any, NoReturn
 _CLOSERS = {"{": "}", "[": "]", "(": ")"}
 CALL_KEYS = frozenset({"name", "parameters", "arguments", "type", "function", "id"})
 _KEY = re.compile(r"\s*([A-Za-z_]\w*)\s*=\s*")
+_HEAD = re.compile(r"\s*([^\s(]+)\(")
+_SPACE = re.compile(r"\s*")
 _SINGLE_QUOTED = re.compile(r"'((?:[^'\\]|\\.)*)'", re.DOTALL)
 _CONSTANT = re.compile(r"(?:True|False|None|true|false|null)\b")
 _CONSTANTS = {"true": True, "false": False, "none": None, "null": None}
 _LARGEST = sys.float_info.max
 _MAX_DEPTH = 512
+_MAX_PYTHON_DEPTH = 64  # of lists and dicts that are no JSON
 _ESCAPES = {"n": "\n", "t": "\t", "r": "\r"}
 
 
@@ -180,7 +183,24 @@ def load_arguments(text: str) -> dict[str, Any]:
     return arguments
 
 
-def _load_value(text: str, position: int) -> tuple[Any, int]:
+def calls_of_list(text: str, known: Collection[str]) -> list[ToolCall]:
+    """`name(key=value, ...), ...` between the brackets of a list. Raises NotACall unless each is of a known tool."""
+    calls: list[ToolCall] = []
+    position = 0
+    while text[position:].strip():
+        head = _HEAD.match(text, position)
+        end = head and BracketScan(head.end() - 1, "\"'", is_call=False).feed(text)
+        if not head or not end or head[1] not in known:
+            raise NotACall
+        calls.append(ToolCall(head[1], load_arguments(text[head.end() : end - 1])))
+        rest = text[end:].lstrip()
+        if rest and not rest.startswith(","):
+            raise NotACall
+        position = len(text) - len(rest) + 1
+    return calls
+
+
+def _load_value(text: str, position: int, depth: int = 0) -> tuple[Any, int]:
     if match := _SINGLE_QUOTED.match(text, position):
         return re.sub(r"(?s)\\(.)", lambda m: _ESCAPES.get(m[1], m[1]), match[1]), match.end()
     if match := _CONSTANT.match(text, position):
@@ -188,8 +208,38 @@ def _load_value(text: str, position: int) -> tuple[Any, int]:
     try:
         _, end = json.JSONDecoder(strict=False).raw_decode(text, position)
     except (ValueError, RecursionError):
+        if text[position : position + 1] in ("[", "{") and depth < _MAX_PYTHON_DEPTH:
+            return _load_python(text, position, depth + 1)
         raise NotACall from None
     return load_json(text[position:end]), end
+
+
+def _load_python(text: str, position: int, depth: int) -> tuple[Any, int]:
+    """A list or a dict as Python spells it: its strings in single quotes, True, None."""
+    is_dict = text[position] == "{"
+    closer, entries, keys = "}" if is_dict else "]", [], []
+    position = _after_space(text, position + 1)
+    while not text.startswith(closer, position):
+        if is_dict:
+            key, position = _load_value(text, position, depth)
+            position = _after_space(text, position)
+            if not isinstance(key, str) or not text.startswith(":", position):
+                raise NotACall
+            keys.append(key)
+            position = _after_space(text, position + 1)
+        entry, position = _load_value(text, position, depth)
+        entries.append(entry)
+        position = _after_space(text, position)
+        if text.startswith(",", position):
+            position = _after_space(text, position + 1)
+        elif not text.startswith(closer, position):
+            raise NotACall
+    return dict(zip(keys, entries, strict=True)) if is_dict else entries, position + 1
+
+
+def _after_space(text: str, position: int) -> int:
+    match = _SPACE.match(text, position)
+    return match.end() if match else position
 
 
 def _call_of_object(value: Any, known: Collection[str]) -> ToolCall:

@@ -5,9 +5,10 @@
     <function=N>{...}</function>
     <tool_call>{...}</tool_call>         as Hermes, Qwen and most small models of today write it
     N.call(key="value")
+    [N(key="value"), ...]                as Llama 3.2 writes it where it is told to
     any of these, or Python code, after <|python_tag|>
 
-Calls of JSON or `N.call` stand at the beginning or follow another call; `<function=`, `<tool_call>` and
+Calls of JSON, `N.call` or a list stand at the beginning or follow another call; `<function=`, `<tool_call>` and
 `<|python_tag|>` are found anywhere. A closing tag may be missing. It is a call only if N is among the tools sent and
 its arguments do not contradict that tool's schema; all else is text, passed on as soon as it can be nothing else.
 Decisions depend on the characters alone, so the events are the same however the text was cut; but deltas, which tell a
@@ -27,6 +28,7 @@ from llama.text.tool_calls.forms import (
     ToolCall,
     ToolCallDelta,
     calls_of_json,
+    calls_of_list,
     head_of_call,
     load_arguments,
     load_json,
@@ -205,9 +207,8 @@ class ToolCallParser:
             if start >= len(text):
                 return None
         if text[start] in "{[":
-            end = self._end_of_bracket(start, '"', is_call=True)
+            end = self._read_brackets(start)
             if end is not None:
-                self._emit_calls(calls_of_json(text[start:end], self._known))
                 self._closing_tag = closing_tag or self._closing_tag
             return end
         if _may_start(_FUNCTION, text, start):
@@ -223,6 +224,24 @@ class ToolCallParser:
         if end is not None:
             name = self._call_starts[possible[0]]
             self._emit_calls([ToolCall(name, load_arguments(text[opening + 1 : end - 1]))])
+        return end
+
+    def _read_brackets(self, start: int) -> int | None:
+        """Calls as JSON, or as a list in Python's spelling."""
+        text = self._buffer
+        inside = _end_of_space(text, start + 1)
+        if text[start] == "{" or text.startswith("{", inside):
+            end = self._end_of_bracket(start, '"', is_call=True)
+            if end is not None:
+                self._emit_calls(calls_of_json(text[start:end], self._known))
+            return end
+        if inside == len(text):
+            return None
+        if not any(_may_start(f"{name}(", text, inside) for name in self._known):
+            raise NotACall
+        end = self._end_of_bracket(start, "\"'", is_call=False)
+        if end is not None:
+            self._emit_calls(calls_of_list(text[start + 1 : end - 1], self._known))
         return end
 
     def _read_certain(self, told: _Told) -> int | None:
