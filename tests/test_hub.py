@@ -188,7 +188,7 @@ def test_a_part_in_the_cache_is_no_model_without_a_network(hub, monkeypatch):
     model_folder("org/tiny", config_only=True)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert model_folder("org/tiny", config_only=True).name == SHA
-    with pytest.raises(CheckpointError, match="org/tiny: .* HF_HUB_OFFLINE is set, and the cache lacks it") as caught:
+    with pytest.raises(CheckpointError, match=r"org/tiny: .* HF_HUB_OFFLINE is set, and the cache lacks it") as caught:
         model_folder("org/tiny")
     assert "\n" not in str(caught.value)
 
