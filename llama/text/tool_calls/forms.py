@@ -171,32 +171,26 @@ def nearest_float(number: str) -> float:
 def load_arguments(text: str) -> dict[str, Any]:
     """`key=value, ...` between the parentheses of a call. Raises NotACall."""
     arguments: dict[str, Any] = {}
-    position = 0
-    while text[position:].strip():
+    position = _after_space(text, 0)
+    while position < len(text):
         if not (key := _KEY.match(text, position)):
             raise NotACall
         arguments[key[1]], position = _load_value(text, key.end())
-        rest = text[position:].lstrip()
-        if rest and not rest.startswith(","):
-            raise NotACall
-        position = len(text) - len(rest) + 1
+        position = _after_comma(text, position)
     return arguments
 
 
 def calls_of_list(text: str, known: Collection[str]) -> list[ToolCall]:
     """`name(key=value, ...), ...` between the brackets of a list. Raises NotACall unless each is of a known tool."""
     calls: list[ToolCall] = []
-    position = 0
-    while text[position:].strip():
+    position = _after_space(text, 0)
+    while position < len(text):
         head = _HEAD.match(text, position)
         end = head and BracketScan(head.end() - 1, "\"'", is_call=False).feed(text)
         if not head or not end or head[1] not in known:
             raise NotACall
         calls.append(ToolCall(head[1], load_arguments(text[head.end() : end - 1])))
-        rest = text[end:].lstrip()
-        if rest and not rest.startswith(","):
-            raise NotACall
-        position = len(text) - len(rest) + 1
+        position = _after_comma(text, end)
     return calls
 
 
@@ -235,6 +229,16 @@ def _load_python(text: str, position: int, depth: int) -> tuple[Any, int]:
         elif not text.startswith(closer, position):
             raise NotACall
     return dict(zip(keys, entries, strict=True)) if is_dict else entries, position + 1
+
+
+def _after_comma(text: str, position: int) -> int:
+    """Where the next entry begins, or the text ends. Raises NotACall where there is neither comma nor end."""
+    position = _after_space(text, position)
+    if position == len(text):
+        return position
+    if text[position] != ",":
+        raise NotACall
+    return _after_space(text, position + 1)
 
 
 def _after_space(text: str, position: int) -> int:
