@@ -4,7 +4,7 @@ import errno
 import math
 import re
 import socket
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,9 @@ class ServerConfig:
     timeout_keep_alive: float = _option(30.0, "seconds that an idle connection stays open for another request")
     access_log: bool = _option(True, "log a line for each request")
     allow_origin: tuple[str, ...] = ()  # origins whose pages may ask from a browser, * = any
+    default_chat_template_kwargs: Mapping[str, Any] | None = _option(
+        None, 'variables of the chat template where a request does not give them, such as {"thinking": true}'
+    )
     enable_tokenizer_info_endpoint: bool = _option(False, "serve tokenizer_config.json at /tokenizer_info")
     exit_on_engine_death: bool = _option(True, "exit with code 70 once the engine is dead, for whoever restarts it")
 
@@ -71,6 +74,10 @@ class ServerConfig:
         for name in ("exit_on_engine_death", "access_log", "enable_tokenizer_info_endpoint"):
             if not isinstance(getattr(self, name), bool):
                 raise ParameterError(f"{name} must be True or False, got {getattr(self, name)!r}", name)
+        kwargs = self.default_chat_template_kwargs
+        if kwargs is not None and not (isinstance(kwargs, Mapping) and all(isinstance(key, str) for key in kwargs)):
+            told = f"default_chat_template_kwargs must be an object, got {kwargs!r}"
+            raise ParameterError(told, "default_chat_template_kwargs")
         if not all(re.fullmatch(r"\*|https?://[^/\s]+", origin) for origin in self.allow_origin):
             legal = "origins such as https://example.org, or *"
             raise ParameterError(f"allow_origin must be {legal}, got {self.allow_origin!r}", "allow_origin")

@@ -3,9 +3,10 @@
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from typing import Any
 
-from llama.api.errors import EngineClosedError, EngineDeadError, QueueFullError, is_failure
+from llama.api.errors import EngineClosedError, EngineDeadError, ParameterError, QueueFullError, is_failure
 from llama.api.outputs import FinishReason, Piece, RequestOutput, Usage
 from llama.api.params import SamplingParams
 from llama.async_llm.async_llm import AsyncLLM, Stream
@@ -73,11 +74,26 @@ class Service:
             },
         )
         self.adapters = AdapterRegistry(llm, config)
+        if config.default_chat_template_kwargs:
+            self._try_template()
 
     @property
     def defaults(self) -> SamplingParams:
         """The checkpoint's sampling parameters, for what a request leaves out."""
         return self.llm.llm.inputs.defaults
+
+    def template_kwargs(self, given: Mapping[str, Any] | None) -> Mapping[str, Any]:
+        """The variables of the chat template that a request gives, and the server's for the others."""
+        return {**(self.config.default_chat_template_kwargs or {}), **(given or {})}
+
+    def _try_template(self) -> None:
+        """ParameterError if the chat template does not read the server's variables."""
+        try:
+            hello = [{"role": "user", "content": "Hello"}]
+            self.llm.llm.inputs.render(hello, chat_template_kwargs=self.template_kwargs(None))
+        except ParameterError as error:
+            name = "default_chat_template_kwargs"
+            raise ParameterError(f"{name}: {error}", name) from None
 
     @property
     def is_ready(self) -> bool:

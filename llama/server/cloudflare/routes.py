@@ -101,9 +101,10 @@ async def _submit(body: RunRequest, model: str, service: Service) -> Submit:
     lora = await service.adapter(model, body.lora if "lora" in named else None)
     messages, params, llm = _messages(body), _params(body), service.llm
     if not body.raw:
-        choice = body.tool_choice
-        submit = partial(llm.submit_chat, messages, params, body.tools or None, lora, tool_choice=choice, clip=False)
-        return _blamed_as_sent(submit, body)
+        more = {"tool_choice": body.tool_choice, "chat_template_kwargs": service.template_kwargs(None)}
+        return _blamed_as_sent(
+            partial(llm.submit_chat, messages, params, body.tools or None, lora, clip=False, **more), body
+        )
     if body.tools or body.tool_choice not in ("auto", "none"):
         raise bad_input("'/tools' is not supported with raw: there is no template that could show them", "tools")
     prompt = "".join(_text(message["content"]) for message in messages)

@@ -55,7 +55,7 @@ async def submit_chat(body: ChatRequest, service: Service) -> Submit:
         tool_choice=tool_choice,
         add_generation_prompt=body.add_generation_prompt,
         continue_final_message=bool(body.continue_final_message),
-        chat_template_kwargs=body.chat_template_kwargs,
+        chat_template_kwargs=service.template_kwargs(body.chat_template_kwargs),
     )
     return blamed_as_sent(submit, body)
 

@@ -122,6 +122,6 @@ def _encode(service: Service, tokenizer: Tokenizer, body: TokenizeRequest) -> li
         prepare_tools(body.tools),
         add_generation_prompt=body.add_generation_prompt,
         continue_final_message=bool(body.continue_final_message),
-        chat_template_kwargs=body.chat_template_kwargs,
+        chat_template_kwargs=service.template_kwargs(body.chat_template_kwargs),
     )
     return list(ids)
