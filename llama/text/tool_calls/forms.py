@@ -73,10 +73,13 @@ class BracketScan:
     """Finds where the bracket at `opening` closes, across any number of pieces. Quotes hide brackets.
 
     `feed` gets the text seen so far, always with the same beginning. With `is_call` it is that of a JSON call or an
-    array of them: a first key that no call begins with ends the waiting early.
+    array of them: a first key that no call begins with ends the waiting early. With `stops` it goes no further than a
+    "<" in an object's own level: `stopped_at`.
     """
 
-    def __init__(self, opening: int, quotes: str, *, is_call: bool) -> None:
+    def __init__(self, opening: int, quotes: str, *, is_call: bool, stops: bool = False) -> None:
+        self.stopped_at: int | None = None
+        self._stops = stops
         self._position = opening
         self._quotes = quotes
         self._closers: list[str] = []
@@ -94,6 +97,9 @@ class BracketScan:
                 self._read_quoted(text, position, character)
             elif self._first_key_is_due and self._closers and not character.isspace():
                 self._read_beginning(position, character)
+            elif character == "<" and self._stops and self._closers == ["}"]:
+                self._position = self.stopped_at = position
+                return None
             elif character in self._quotes:
                 self._quote, self._quote_start = character, position
             elif character in _CLOSERS:

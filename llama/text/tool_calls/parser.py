@@ -207,7 +207,7 @@ class ToolCallParser:
             if start >= len(text):
                 return None
         if text[start] in "{[":
-            end = self._read_brackets(start)
+            end = self._read_brackets(start, closing_tag)
             if end is not None:
                 self._closing_tag = closing_tag or self._closing_tag
             return end
@@ -226,14 +226,21 @@ class ToolCallParser:
             self._emit_calls([ToolCall(name, load_arguments(text[opening + 1 : end - 1]))])
         return end
 
-    def _read_brackets(self, start: int) -> int | None:
-        """Calls as JSON, or as a list in Python's spelling."""
+    def _read_brackets(self, start: int, closing_tag: str) -> int | None:
+        """Calls as JSON, of which small models leave out the last brace before a closing tag now and then, or as a list
+        in Python's spelling."""
         text = self._buffer
         inside = _end_of_space(text, start + 1)
         if text[start] == "{" or text.startswith("{", inside):
-            end = self._end_of_bracket(start, '"', is_call=True)
+            scan = self._scan = self._scan or BracketScan(start, '"', is_call=True, stops=bool(closing_tag))
+            end, brace = scan.feed(text), ""
+            if end is None and scan.stopped_at is not None:
+                if not _may_start(closing_tag, text, scan.stopped_at):
+                    raise NotACall
+                if text.startswith(closing_tag, scan.stopped_at):
+                    end, brace = scan.stopped_at, "}"
             if end is not None:
-                self._emit_calls(calls_of_json(text[start:end], self._known))
+                self._emit_calls(calls_of_json(text[start:end] + brace, self._known))
             return end
         if inside == len(text):
             return None
