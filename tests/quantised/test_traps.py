@@ -269,12 +269,18 @@ def test_every_tensor_of_another_shape_is_refused_by_name(name, leaf, change, tm
 
 
 @pytest.mark.parametrize(("name", "leaf"), [(name, leaf) for name, leaves in FIRST.items() for leaf in leaves])
-def test_every_tensor_is_needed_but_those_that_a_format_can_do_without(name, leaf, tmp_path):
+def test_every_tensor_is_needed(name, leaf, tmp_path):
+    """g_idx and zero points where config.json tells of them: without them the weights are others."""
     folder = copy(name, tmp_path / "copy", lambda tensors: tensors.pop(f"{Q}.{leaf}"))
-    if leaf in ("weight_g_idx", "g_idx", "weight_zero_point"):
-        assert not same(weights(folder), weights(GOLDEN / name))
-    else:
-        refuse(folder, r"layers.0.self_attn.q_proj")
+    refuse(folder, rf"{Q}: .*{leaf}" if leaf in ("weight_g_idx", "g_idx", "weight_zero_point") else Q)
+
+
+def test_columns_in_order_need_no_g_idx(tmp_path):
+    def remove(tensors):
+        for key in [key for key in tensors if key.endswith(".g_idx")]:
+            del tensors[key]
+
+    assert same(weights(copy("gptq", tmp_path / "copy", remove)), weights(GOLDEN / "gptq"))
 
 
 def test_a_tensor_that_no_format_has_is_refused(tmp_path):

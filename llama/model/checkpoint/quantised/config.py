@@ -33,6 +33,7 @@ class Quantization:
     block: tuple[int, int] = (128, 128)  # rows, columns of one scale, where scales form a grid
     symmetric: bool = False  # GPTQ: every zero point is the middle of the codes
     zeros_less_one: bool = False  # GPTQ's first format stores zero points less one
+    needed: frozenset[str] = frozenset()  # tensors that every module with codes has, beside those of its format
     scheme: str | None = "fp8"  # what linear layers hold in memory: fp8, int8, int4; None = dense weights
     columns: int = -1  # that share a scale, -1 = the whole row
     scale_bytes: int = 4  # with the zero point and the minimum that go with it
@@ -140,7 +141,7 @@ def _compressed_tensors(values: Mapping[str, Any]) -> Quantization:
     if not isinstance(groups, Mapping):
         raise CheckpointError(f"quantization_config: config_groups must be an object, got {groups!r}")
     widths, sizes, shared, block = set(), set(), set(), (128, 128)
-    schemes, targets, has_zeros = set(), set(), False
+    schemes, targets, has_zeros, needed = set(), set(), False, []
     for group in groups.values():
         _only(name, group if isinstance(group, Mapping) else {"format": group}, "format", *accepted)
         weights = group.get("weights")
@@ -161,6 +162,7 @@ def _compressed_tensors(values: Mapping[str, Any]) -> Quantization:
         schemes.add("fp8" if kind == "float" else f"int{width}")
         targets |= _texts(group.get("targets", ["Linear"]))
         has_zeros |= weights.get("symmetric") is False
+        needed.append(_beside_scales(weights))
     return Quantization(
         method=name,
         widths=frozenset(widths),
@@ -170,7 +172,14 @@ def _compressed_tensors(values: Mapping[str, Any]) -> Quantization:
         columns=min(shared - {-1}, default=-1),
         scale_bytes=3 if has_zeros else 2,
         targets=frozenset(targets),
+        needed=frozenset.intersection(*needed) if needed else frozenset(),
     )
+
+
+def _beside_scales(weights: Mapping[str, Any]) -> frozenset[str]:
+    """Without these its codes are another weight."""
+    zeros = ["weight_zero_point"] if weights.get("symmetric") is False else []
+    return frozenset([*zeros, "weight_g_idx"] if weights.get("actorder") in ("group", "dynamic") else zeros)
 
 
 def _texts(value: Any) -> set[str]:
@@ -222,6 +231,7 @@ def _gptq(values: Mapping[str, Any]) -> Quantization:
         group_sizes=frozenset((_integer(values, "group_size"),)),
         symmetric=values["sym"],
         zeros_less_one=values.get("checkpoint_format", values.get("format")) != "gptq_v2",
+        needed=frozenset(("g_idx",) if values.get("desc_act") and values["group_size"] != -1 else ()),
         scheme=f"int{bits}",
         columns=values["group_size"],
         scale_bytes=2 if values["sym"] else 3,

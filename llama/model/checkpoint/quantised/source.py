@@ -96,4 +96,6 @@ def _checked_format(tensors: dict[str, StoredTensor], quantization: Quantization
     if quantization is None or quantization.method not in found.methods:
         said = "names no quantisation" if quantization is None else f"says {quantization.method!r}"
         raise CheckpointError(f"{module}: its tensors are those of {' or '.join(found.methods)}, config.json {said}")
+    if lacking := quantization.needed - tensors.keys():
+        raise CheckpointError(f"{module}: config.json says that it has {' and '.join(sorted(lacking))}, found {told}")
     return found
