@@ -147,6 +147,19 @@ def test_the_order_of_awq_by_hand():
     assert torch.equal(dense(tensors, (32, 64), "awq"), expected)
 
 
+@pytest.mark.parametrize(("method", "shape"), [("gptq", (12, 64)), ("gptq", (16, 60)), ("awq", (12, 64))])
+def test_words_that_a_dimension_does_not_fill(method, shape):
+    rows, columns = shape
+    packed = (columns, rows // 8) if method == "awq" else (columns // 8, rows)
+    tensors = {
+        "qweight": torch.zeros(packed, dtype=torch.int32),
+        "qzeros": torch.zeros(1, rows // 8, dtype=torch.int32),
+        "scales": torch.ones(1, rows),
+    }
+    with pytest.raises(CheckpointError, match=r"\[1\d, 6\d\] does not fill words of 8 codes"):
+        dense(tensors, shape, method)
+
+
 # compressed-tensors and its like
 
 

@@ -87,6 +87,11 @@ def _width(name: str, count: int, words: int) -> int:
     return width
 
 
+def _check_words(shape: Shape, counts: tuple[int, ...], bits: int) -> None:
+    if any(count * bits % 32 for count in counts):
+        raise CheckpointError(f"a weight {list(shape)} does not fill words of {32 // bits} codes")
+
+
 def _matrix(tensors: Tensors, name: str) -> Tensor:
     if tensors[name].dim() != 2:
         raise CheckpointError(f"{name} should have two dimensions, found {list(tensors[name].shape)}")
@@ -162,6 +167,7 @@ def _gptq(tensors: Tensors, shape: Shape, quantization: Quantization) -> CodedWe
     to the whole word, for the subtraction borrowed from the next value."""
     rows, columns = shape
     (width,) = quantization.widths or (4,)
+    _check_words(shape, shape, width)
     words = _shape(tensors, "qweight", (columns * width // 32, rows))
     groups = _matrix(tensors, "scales").shape[0]
     scales = _shape(tensors, "scales", (groups, rows))
@@ -198,6 +204,7 @@ def _signed(word: int) -> int:
 def _awq(tensors: Tensors, shape: Shape, quantization: Quantization) -> CodedWeight:
     """AWQ's gemm layout: codes [K, N / 8] and zero points [G, N / 8], both packed along N in its own order."""
     rows, columns = shape
+    _check_words(shape, shape[:1], 4)
     groups = _matrix(tensors, "scales").shape[0]
     scales = _shape(tensors, "scales", (groups, rows))
     size = _group_size(columns, groups)
