@@ -86,6 +86,24 @@ def test_zero_points_of_the_first_version_that_borrowed_from_their_neighbours(bi
     assert torch.equal(dense(tensors, (rows, columns), "gptq", **facts), expected)
 
 
+def test_zero_points_that_may_have_been_lost_are_told(tmp_path, caplog):
+    """AutoGPTQ wrote a 0, less one, over the next values of its word; gptqmodel borrows from them."""
+
+    def wrap(tensors):
+        tensors[f"{Q}.qzeros"][0, 3] = -1
+
+    def by_another(config):
+        config["meta"]["quantizer"] = ["auto_gptq:0.7.1"]
+
+    Transformer.from_pretrained(copy("gptq_desc_act", tmp_path / "gptqmodel", wrap))
+    Transformer.from_pretrained(copy("gptq_v2", tmp_path / "v2", wrap, by_another))
+    Transformer.from_pretrained(copy("gptq", tmp_path / "symmetric", config=by_another))
+    assert not caplog.records
+    Transformer.from_pretrained(copy("gptq_desc_act", tmp_path / "autogptq", wrap, by_another))
+    [record] = caplog.records
+    assert f"{tmp_path / 'autogptq'}: zero points of 0 in {Q}" in record.getMessage()
+
+
 def test_groups_of_columns_need_not_be_those_of_the_neighbours():
     stored = load_file(GOLDEN / "ct_actorder" / "model.safetensors")
     of_q, of_k, of_v = (stored[f"{LAYER}self_attn.{part}_proj.weight_g_idx"] for part in "qkv")

@@ -137,6 +137,8 @@ class Checkpoint:
         entries = self._entries if shard is None else list(layout(shard.local))
         _stream(target, entries, sources)
         self._tell_widened(module, entries)
+        if shard is None or shard.rank == 0:
+            self._tell_lost_zeros()
         if self.config.tie_word_embeddings and _HEAD in self._stored:
             embedding = module.get_parameter(f"{self._entries[0].module}.weight").detach()
             _compare_tied_head(embedding, self._stored[_HEAD], target.cut(self._entries[0]))
@@ -154,6 +156,12 @@ class Checkpoint:
         if size:
             told = "%s: weights in nf4 or fp4 have no form of their own here; dense they take %s bytes"
             logger.warning(told, self._folder, f"{size:,}")
+
+    def _tell_lost_zeros(self) -> None:
+        module = next((each.module for each in self._coded.values() if each.may_lack_zeros), None)
+        if module is not None:
+            told = "%s: zero points of 0 in %s: AutoGPTQ wrote such over other zero points; gptqmodel does not"
+            logger.warning(told, self._folder, module)
 
 
 def find_tensors(folder: Path) -> dict[str, StoredTensor]:

@@ -33,6 +33,7 @@ class Quantization:
     block: tuple[int, int] = (128, 128)  # rows, columns of one scale, where scales form a grid
     symmetric: bool = False  # GPTQ: every zero point is the middle of the codes
     zeros_less_one: bool = False  # GPTQ's first format stores zero points less one
+    is_by_gptqmodel: bool = False  # others, in that format, lost what lies beside a zero point of 0
     needed: frozenset[str] = frozenset()  # tensors that every module with codes has, beside those of its format
     scheme: str | None = "fp8"  # what linear layers hold in memory: fp8, int8, int4; None = dense weights
     columns: int = -1  # that share a scale, -1 = the whole row
@@ -225,12 +226,14 @@ def _gptq(values: Mapping[str, Any]) -> Quantization:
         raise _refuse(f"gptq with bits {bits}")
     if not isinstance(values.get("sym"), bool):
         raise CheckpointError(f"quantization_config: sym must be true or false, got {values.get('sym')!r}")
+    meta = values.get("meta")
     return Quantization(
         method="gptq",
         widths=frozenset((bits,)),
         group_sizes=frozenset((_integer(values, "group_size"),)),
         symmetric=values["sym"],
         zeros_less_one=values.get("checkpoint_format", values.get("format")) != "gptq_v2",
+        is_by_gptqmodel=isinstance(meta, Mapping) and "gptqmodel" in str(meta.get("quantizer")),
         needed=frozenset(("g_idx",) if values.get("desc_act") and values["group_size"] != -1 else ()),
         scheme=f"int{bits}",
         columns=values["group_size"],

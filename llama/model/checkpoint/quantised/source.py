@@ -7,7 +7,7 @@ from typing import NamedTuple
 from llama.api.errors import CheckpointError
 from llama.model.checkpoint.layout import Entry
 from llama.model.checkpoint.quantised.config import Quantization
-from llama.model.checkpoint.quantised.formats import OF_ACTIVATIONS, OF_ATTENTION, Format, find_format
+from llama.model.checkpoint.quantised.formats import OF_ACTIVATIONS, OF_ATTENTION, Format, find_format, unpack
 from llama.model.checkpoint.shards import DTYPES, StoredTensor, read_codes
 from llama.model.weights.coded import CodedWeight
 
@@ -28,6 +28,15 @@ class CodedSource(NamedTuple):
     @property
     def nbytes(self) -> int:
         return sum(tensor.nbytes for tensor in self.stored.values())
+
+    @property
+    def may_lack_zeros(self) -> bool:
+        """Whether it has zero points of 0, less one, of a writer that may have put such a one over its neighbours."""
+        told = self.quantization
+        if told.method != "gptq" or told.symmetric or not told.zeros_less_one or told.is_by_gptqmodel:
+            return False
+        (width,) = told.widths or (4,)
+        return bool((unpack(read_codes(self.stored["qzeros"]), width) == (1 << width) - 1).any())
 
     def read(self) -> CodedWeight:
         """Raises CheckpointError."""
