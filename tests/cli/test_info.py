@@ -47,6 +47,13 @@ def test_a_quantised_folder_takes_what_it_says(capsys, name):
     assert ("become dense" in out) == (not coded)
 
 
+def test_bitsandbytes_names_its_width_by_either_word(capsys, fp8_70b):
+    for words in ({"load_in_4bit": True}, {"_load_in_4bit": True}, {"_load_in_4bit": False, "_load_in_8bit": True}):
+        change(fp8_70b, **{"quant_method": "bitsandbytes", "load_in_4bit": None, **words})
+        told = "int8 codes" if "_load_in_8bit" in words else "4 bits that become dense"
+        assert f"stored quantised (bitsandbytes, {told})" in run(capsys, "info", fp8_70b)[1]
+
+
 def test_a_quantised_70b_fits(capsys, fp8_70b):
     _, out, _ = run(capsys, "info", fp8_70b, "--memory", "80GiB")
     assert "stored quantised (compressed-tensors, fp8 codes), the rest in bfloat16" in out

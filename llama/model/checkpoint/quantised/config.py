@@ -254,7 +254,8 @@ def _awq(values: Mapping[str, Any]) -> Quantization:
 
 
 def _bitsandbytes(values: Mapping[str, Any]) -> Quantization:
-    return Quantization(method="bitsandbytes", scheme=None if values.get("load_in_4bit") else "int8")
+    has_4_bits = values.get("load_in_4bit") or values.get("_load_in_4bit")
+    return Quantization(method="bitsandbytes", scheme=None if has_4_bits else "int8")
 
 
 def _mlx(values: Mapping[str, Any]) -> Quantization:
