@@ -1,5 +1,6 @@
 """From a model's place and a configuration to its engine: in this process alone, or with other ranks."""
 
+import logging
 import os
 import tempfile
 import weakref
@@ -24,6 +25,10 @@ from llama.llm.ranks import Ranks
 from llama.model.autocast import own_dtype
 from llama.model.checkpoint import Checkpoint
 from llama.model.transformer import Transformer
+
+logger = logging.getLogger(__name__)
+
+_MUCH = 1.1  # times the room of the rank with the least: worth a word
 
 
 @own_dtype
@@ -125,7 +130,11 @@ def connect(ranks: Ranks, told: Mapping[str, Any]) -> Engine:
     if num_blocks is None:
         ranks.send_all({"measure": True})
         own = fitting_blocks(model, config)
-        num_blocks = min(own, *(answer["num_blocks"] for answer in ranks.answers()))
+        rooms = [own, *(answer["num_blocks"] for answer in ranks.answers())]
+        num_blocks, most = min(rooms), max(rooms)
+        if most > _MUCH * num_blocks:
+            which = "rank %d has room for %d KV blocks, others for up to %d: the least decides"
+            logger.warning(which, rooms.index(num_blocks), num_blocks, most)
     ranks.send_all({"num_blocks": num_blocks})
     runner = make_runner(model, config, num_blocks, eos_token_ids)
     ranks.answers()

@@ -15,7 +15,8 @@ from tests.parallel.ranks import engine_on_ranks
 from tests.parallel.test_parallel_engine import CONFIG, EOS, Every
 
 
-def test_the_rank_with_the_least_room_decides(folder, monkeypatch):
+def test_the_rank_with_the_least_room_decides(folder, monkeypatch, caplog):
+    """And is named, if the others have much more."""
     plain = rank.fitting_blocks
 
     def half(*arguments):
@@ -26,6 +27,11 @@ def test_the_rank_with_the_least_room_decides(folder, monkeypatch):
     with engine_on_ranks(folder, replace(CONFIG, num_blocks=None, max_num_seqs=4)) as engine:
         assert engine.pool.num_blocks == 4 * 256 // 4 // 2
         assert engine.pool.num_blocks in engine.runner.own.kv.data.shape
+    assert "rank 1 has room for 128 KV blocks, others for up to 256: the least decides" in caplog.text
+    monkeypatch.setattr(rank, "fitting_blocks", lambda *arguments: plain(*arguments) - 1)
+    caplog.clear()
+    with engine_on_ranks(folder, replace(CONFIG, num_blocks=None, max_num_seqs=4)) as engine:
+        assert engine.pool.num_blocks == 255 and not caplog.text
 
 
 @pytest.mark.parametrize("count", [3000, pytest.param(100_000, marks=pytest.mark.slow)])
