@@ -24,6 +24,7 @@ from typing import Any, TypeVar, cast
 
 from llama.engine.parallel_runner import RankLostError
 from llama.engine.wire import Frames, Message
+from llama.model.communicator import MAY_HELP
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +32,7 @@ T = TypeVar("T")
 
 SILENCE_SECONDS = 15  # without a sign of life
 START_SILENCE_SECONDS = 120  # while libraries are imported and weights read
+MEET_SECONDS = 120  # from when all are there until their first sum
 _TICK_SECONDS = 1.0
 _EXIT_SECONDS = 5.0
 _PROGRAM = Path(__file__).with_name("rank_process.py")
@@ -180,7 +182,7 @@ class Ranks:
         return None if rank is None else f"rank {rank}"
 
     def patient(self, work: Callable[[], T]) -> T:
-        """work(), where it waits for the other ranks: it is left alone once they are lost."""
+        """work(), where the ranks meet: it is left alone once they are lost, or take too long."""
         done: queue.SimpleQueue[tuple[T | None, BaseException | None]] = queue.SimpleQueue()
 
         def run() -> None:
@@ -190,7 +192,8 @@ class Ranks:
                 done.put((None, error))
 
         threading.Thread(target=run, name="llama-meet", daemon=True).start()
-        while True:
+        deadline = time.monotonic() + MEET_SECONDS
+        while time.monotonic() < deadline:
             with contextlib.suppress(queue.Empty):
                 result, error = done.get(timeout=0.05)
                 if error is not None:
@@ -198,6 +201,8 @@ class Ranks:
                 return cast(T, result)
             if self._state.lost is not None:
                 raise RankLostError(self._state.lost)
+        self._state.fail(f"the ranks did not meet within {MEET_SECONDS:g} seconds; {MAY_HELP}")
+        raise RankLostError(str(self._state.lost))
 
     @contextlib.contextmanager
     def in_step(self) -> Iterator[None]:

@@ -16,6 +16,8 @@ from torch import Tensor
 from llama.kernels.types import wide_dtype
 from llama.model.parallel import Shard
 
+MAY_HELP = "between GPUs the environment variable NCCL_P2P_DISABLE=1 may help"
+
 # PyTorch notes every call in a map of the whole process, which some versions (2.11) do not lock: groups of two threads
 # that call at once are a crash.
 _calling = threading.Lock()
@@ -110,4 +112,4 @@ class Communicator:
         found = self.sum(torch.arange(4, dtype=torch.float32, device=device) + self.shard.rank).tolist()
         wanted = [float(i * size + size * (size - 1) // 2) for i in range(4)]
         if found != wanted:
-            raise RuntimeError(f"the ranks' first sum is {found} where it should be {wanted}")
+            raise RuntimeError(f"the ranks' first sum is {found} where it should be {wanted}; {MAY_HELP}")

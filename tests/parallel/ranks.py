@@ -111,6 +111,7 @@ def _serve(stream: socket.socket) -> None:
     try:
         serve(stream, say)
     except Exception as error:
-        say({"error": f"{type(error).__name__}: {error}"})
+        with contextlib.suppress(OSError):
+            say({"error": f"{type(error).__name__}: {error}"})
     finally:
         stream.shutdown(socket.SHUT_RDWR)

@@ -21,7 +21,7 @@ from llama.engine.engine import Engine
 from llama.engine.parallel_runner import RankLostError
 from llama.engine.plan import Guided, Join, Plan
 from llama.engine.wire import Frames, decode_plan, encode_plan, receive
-from llama.llm import rank
+from llama.llm import rank, ranks
 from llama.llm.loras import read_lora
 from llama.llm.replies import Replies
 from llama.llm.requests import Inputs
@@ -259,6 +259,29 @@ def test_a_rank_that_fails_before_the_first_step_is_named(folder, monkeypatch, n
     ):
         pass
     assert time.monotonic() - started < 30
+
+
+def test_ranks_that_do_not_meet_are_given_up_and_what_may_help_is_named(folder, monkeypatch):
+    """On some machines the first sum over GPUs never comes back, on others it is nonsense."""
+    check = rank.Communicator._check
+
+    def never(communicator, device):
+        if threading.current_thread().name == "rank 1":
+            time.sleep(2)
+        check(communicator, device)
+
+    monkeypatch.setattr(ranks, "MEET_SECONDS", 0.5)
+    for name, function, told in (
+        ("_check", never, r"did not meet within 0.5 seconds; .*NCCL_P2P_DISABLE=1"),
+        ("sum", lambda communicator, x: x, r"first sum is .*NCCL_P2P_DISABLE=1"),
+    ):
+        with (
+            monkeypatch.context() as patch,
+            pytest.raises(RuntimeError, match=told),
+        ):
+            patch.setattr(rank.Communicator, name, function)
+            with engine_on_ranks(folder, CONFIG):
+                pass
 
 
 def test_a_step_past_its_deadline_ends_the_engine(folder, monkeypatch):
