@@ -1,9 +1,12 @@
 """The process of a rank: run as a script by `llama.llm.ranks`, which gives it one end of a connection.
 
 It lives as long as the connection and the process at the other end: a thread looks after both once a second, and says
-there that this process lives. Ctrl-C and SIGTERM reach whole groups of processes; what they mean is for rank 0 to say.
+there that this process lives. Where that process's main thread started it, the kernel ends it too. Ctrl-C and SIGTERM
+reach whole groups of processes; what they mean is for rank 0 to say.
 """
 
+import contextlib
+import ctypes
 import json
 import os
 import signal
@@ -15,6 +18,7 @@ import traceback
 from typing import Any, NoReturn
 
 BEAT_SECONDS = 1.0
+_PR_SET_PDEATHSIG = 1
 
 
 def main() -> None:
@@ -22,7 +26,15 @@ def main() -> None:
         signal.signal(number, signal.SIG_IGN)
     stream, parent = socket.socket(fileno=int(sys.argv[1])), int(sys.argv[2])
     sys.path[:] = json.loads(sys.argv[3])  # that of rank 0's process, whatever made it
+    if sys.argv[4] == "main":
+        _end_with_parent()
     live(stream, parent)
+
+
+def _end_with_parent() -> None:
+    """Also while no thread here can run, as in a call that holds the interpreter's lock."""
+    with contextlib.suppress(OSError, AttributeError):  # not Linux
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def live(stream: socket.socket, parent: int) -> NoReturn:

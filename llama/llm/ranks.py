@@ -114,12 +114,14 @@ class Ranks:
     def start(cls, size: int, step_timeout: float) -> "Ranks":
         """Processes for the ranks 1 to size - 1."""
         peers: list[Peer] = []
+        # The kernel would end a process with the thread that started it: others than the main one may end long before.
+        starter = "main" if threading.current_thread() is threading.main_thread() else "another"
         try:
             for rank in range(1, size):
                 ours, theirs = socket.socketpair()
                 with theirs:
                     # -P: the script's folder is no place to import from.
-                    arguments = [str(theirs.fileno()), str(os.getpid()), json.dumps(sys.path)]
+                    arguments = [str(theirs.fileno()), str(os.getpid()), json.dumps(sys.path), starter]
                     process = subprocess.Popen(
                         [sys.executable, "-P", str(_PROGRAM), *arguments],
                         pass_fds=[theirs.fileno()],

@@ -1,6 +1,7 @@
 """A rank that dies or raises, at any point of its life, is named at once; and what each takes of the memory."""
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -22,6 +23,7 @@ from tests.parallel.test_rank_processes import (
     environment,
     is_gone,
     processes_of,
+    started,
     wait_until,
 )
 from tests.parallel.test_rank_processes import folder as folder
@@ -44,10 +46,10 @@ def test_a_rank_that_dies_before_the_first_step_is_named_at_once(folder, monkeyp
     program.write_text(text.replace(at, BROKEN.format(name=name, action=action).strip("\n") + at[8:]))
     monkeypatch.setattr(ranks_module, "_PROGRAM", program)
     before = children_of(os.getpid())
-    started = time.monotonic()
+    began = time.monotonic()
     with pytest.raises(RankLostError, match=r"rank 1 \(process [0-9]+\) ended with exit code 7"):
         LLM(folder, **{name: value for name, value in SMALL.items() if name != "num_blocks"})
-    assert time.monotonic() - started < 60
+    assert time.monotonic() - began < 60
     wait_until(lambda: children_of(os.getpid()) == before, 10)
 
 
@@ -82,11 +84,44 @@ def test_an_exception_in_a_step_ends_the_engine_and_is_named(folder, monkeypatch
         pids = [process.pid for process in processes_of(llm)]
         if whose == 0:
             llm.model.get_submodule(module).forward = lambda *rest: 1 / 0
-        started = time.monotonic()
+        began = time.monotonic()
         with pytest.raises(EngineDeadError, match=f"rank {whose}: ZeroDivisionError"):
             llm.generate(PROMPT, GREEDY, use_tqdm=False)
-        assert time.monotonic() - started < 15
+        assert time.monotonic() - began < 15
         wait_until(lambda pids=pids: all(map(is_gone, pids)), 10)
+
+
+HOLDING = """
+from pathlib import Path
+from llama import LLM, SamplingParams
+from llama.llm import ranks
+ranks._PROGRAM = Path({program!r})
+llm = LLM({folder!r}, num_blocks=16, max_model_len=256, tensor_parallel_size=2)
+print("ready", flush=True)
+llm.generate({{"prompt_token_ids": [1, 2, 3]}}, SamplingParams(max_tokens=8), use_tqdm=False)
+"""
+
+
+@pytest.mark.slow
+def test_a_rank_whose_threads_cannot_run_ends_with_rank_0_too(folder, tmp_path):
+    """In a call that holds the interpreter's lock."""
+    program = tmp_path / "rank_process.py"
+    text = Path(ranks_module._PROGRAM).read_text()
+    at = "    try:\n        from llama.llm.rank import serve"
+    held = FAILING.format(module="lm_head").replace("1 / 0", "__import__('ctypes').PyDLL(None).sleep(60)")
+    held = held.replace(" if next(calls) else forward(*rest)", "")
+    program.write_text(text.replace(at, held.strip("\n") + at[8:]))
+    command = [sys.executable, "-c", HOLDING.format(program=str(program), folder=folder)]
+    with started(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "ready\n"
+        [rank] = children_of(process.pid)
+        time.sleep(2)
+        process.kill()
+        try:
+            wait_until(lambda: is_gone(rank), 5)
+        finally:
+            if not is_gone(rank):
+                os.kill(rank, signal.SIGKILL)
 
 
 LOAD = """
