@@ -1,4 +1,4 @@
-"""A model cut over ranks against the same model in one process: float64, to 1e-9. Every rank holds the same bits."""
+"""A model cut over ranks against the same model in one process: float64, to 1e-12. Every rank holds the same bits."""
 
 import dataclasses
 import shutil
@@ -40,7 +40,7 @@ def assert_equal_on(folder, size, expected, ids=IDS, **options):
 
     found = on_ranks(ModelConfig.from_pretrained(folder), size, work)
     assert all(torch.equal(found[0], other) for other in found[1:])
-    assert (found[0] - expected).abs().max() < 1e-9
+    assert (found[0] - expected).abs().max() < 1e-12
 
 
 @pytest.mark.parametrize("size", [1, 2, MANY])
@@ -137,7 +137,7 @@ def test_random_weights_are_parts_of_those_of_one_process():
     whole = Transformer(config, dtype=torch.float64, seed=5)
     ids = IDS % 97
     found = on_ranks(config, 2, lambda c: logits(Transformer(config, dtype=torch.float64, seed=5, communicator=c), ids))
-    assert (found[1] - logits(whole, ids)).abs().max() < 1e-9
+    assert (found[1] - logits(whole, ids)).abs().max() < 1e-12
 
 
 def test_groups_of_two_threads_are_never_called_at_once():
