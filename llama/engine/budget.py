@@ -12,6 +12,7 @@ from pathlib import Path
 from llama.engine.config import CPU_FRACTION, EngineConfig
 
 CACHES_BYTES = 2**29
+_GROUP = Path("/sys/fs/cgroup")
 
 
 def free_cpu_bytes() -> int:
@@ -21,12 +22,22 @@ def free_cpu_bytes() -> int:
         name, _, rest = line.partition(":")
         values[name] = rest
     free = int(values["MemAvailable"].split()[0]) * 1024
-    group = Path("/sys/fs/cgroup")
     try:
-        limit, used = ((group / name).read_text().strip() for name in ("memory.max", "memory.current"))
+        limit, used = ((_GROUP / name).read_text().strip() for name in ("memory.max", "memory.current"))
     except OSError:
         return free
     return free if limit == "max" else min(free, max(0, int(limit) - int(used)))
+
+
+def threads_of_each(processes: int, threads: int) -> int:
+    """Of processes that compute at once, where one alone would have so many: PyTorch counts the machine's cores, and
+    the control group may let fewer run."""
+    try:
+        quota, period = (_GROUP / "cpu.max").read_text().split()
+        threads = min(threads, int(quota) // int(period))
+    except (OSError, ValueError):  # "max"
+        pass
+    return max(1, threads // processes)
 
 
 def usable_cpu_bytes(free: int) -> int:

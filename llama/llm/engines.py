@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from llama.api.errors import ParameterError
+from llama.engine.budget import threads_of_each
 from llama.engine.config import EngineConfig
 from llama.engine.engine import Engine
 from llama.engine.graph_runner import make_runner
@@ -102,7 +103,7 @@ def _parallel_engine(
             "loading": {**loading, "dtype": str(loading["dtype"]).removeprefix("torch.")},
             "eos_token_ids": sorted(eos_token_ids),
             "store": os.path.join(meeting.name, "store"),
-            "threads": max(1, torch.get_num_threads() // size),
+            "threads": threads_of_each(size, torch.get_num_threads()),
         }
         return connect(ranks, told)
     except (ValueError, MemoryError):

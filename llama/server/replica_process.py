@@ -41,6 +41,7 @@ def open_replica(told: dict[str, Any]) -> tuple[Any, Any]:
     import torch
 
     from llama.async_llm.async_llm import AsyncLLM
+    from llama.engine.budget import threads_of_each
     from llama.engine.config import CPU_FRACTION
     from llama.llm.llm import LLM
     from llama.llm.loading import resolve_device
@@ -52,7 +53,7 @@ def open_replica(told: dict[str, Any]) -> tuple[Any, Any]:
         first = (device.index or 0) + told["number"] * arguments.get("tensor_parallel_size", 1)
         arguments["device"] = f"cuda:{first}"
     else:
-        torch.set_num_threads(max(1, torch.get_num_threads() // count))
+        torch.set_num_threads(threads_of_each(count, torch.get_num_threads()))
         arguments["cpu_memory_utilization"] = arguments.get("cpu_memory_utilization", CPU_FRACTION) / count
     llm = LLM(told["model"], **arguments)
     for name, path in told["loras"].items():

@@ -8,7 +8,7 @@ import pytest
 from llama.api.errors import ContextLengthError, ParameterError
 from llama.api.outputs import FinishReason
 from llama.api.params import SamplingParams
-from llama.engine import memory
+from llama.engine import budget, memory
 from llama.engine.config import CPU_FRACTION
 from llama.engine.engine import Engine
 from tests.engine.fakes import VOCAB, add, config, make, right, run
@@ -174,6 +174,19 @@ def test_blocks_fit_into_free_memory(monkeypatch, caplog):
 
 def test_free_memory_is_read():
     assert 0 < memory.free_cpu_bytes() < 1 << 50
+
+
+@pytest.mark.parametrize(
+    ("told", "threads"),
+    [("max 100000", 16), ("400000 100000", 2), ("250000 100000", 1), ("50000 100000", 1), ("", 16), (None, 16)],
+)
+def test_processes_share_the_threads_that_the_control_group_lets_run(tmp_path, monkeypatch, told, threads):
+    """A container of 4 cores sees all 32 of its machine."""
+    monkeypatch.setattr(budget, "_GROUP", tmp_path)
+    if told is not None:
+        (tmp_path / "cpu.max").write_text(f"{told}\n")
+    assert budget.threads_of_each(2, 32) == threads
+    assert budget.threads_of_each(64, 32) == 1
 
 
 def test_two_engines_do_not_mix():
