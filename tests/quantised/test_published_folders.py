@@ -45,6 +45,32 @@ def test_logits_are_those_of_transformers(name):
     assert (logits - expected["logits"]).abs().max() <= 1e-4
 
 
+@pytest.mark.parametrize("name", ["modelopt", "fbgemm_fp8"])  # a scale for all of a weight, one for each row
+def test_quark_has_the_tensors_of_fp8_and_names_of_its_own(name, tmp_path):
+    def rename(tensors):
+        for key in [key for key in tensors if key.endswith(("k_proj.k_scale", "v_proj.v_scale"))]:
+            tensors[key.rpartition(".")[0] + ".output_scale"] = tensors.pop(key)
+        for key in [key for key in tensors if key.endswith("weight_scale")]:
+            tensors[key] = tensors[key].flatten()
+
+    folder = copy(name, tmp_path / "copy", rename)
+    document = json.loads((folder / "config.json").read_text())
+    weight = {"dtype": "fp8_e4m3", "qscheme": "per_tensor" if name == "modelopt" else "per_channel", "ch_axis": 0}
+    document["quantization_config"] = {
+        "quant_method": "quark",
+        "global_quant_config": {"weight": weight, "input_tensors": {"dtype": "fp8_e4m3"}, "output_tensors": None},
+        "layer_quant_config": {"*k_proj": {"weight": weight, "output_tensors": {"dtype": "fp8_e4m3"}}},
+        "export": {"kv_cache_group": ["*k_proj", "*v_proj"], "weight_format": "real_quantized"},
+        "exclude": ["lm_head"],
+    }
+    (folder / "config.json").write_text(json.dumps(document))
+    ours, theirs = (Transformer.from_pretrained(path, dtype="float32") for path in (folder, GOLDEN / name))
+    ids = torch.arange(9)[None]
+    assert torch.equal(ours.logits(ids), theirs.logits(ids))
+    assert (ours.kv_scales is None) == (theirs.kv_scales is None) == (name != "modelopt")
+    assert ours.kv_scales is None or torch.equal(ours.kv_scales, theirs.kv_scales)
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("name", ["ct_w4a16_asym", "ct_fp8_block", "bnb_nf4_double", "mlx_4bit"])
 def test_other_dtypes_are_rounded_once(name, dtype):

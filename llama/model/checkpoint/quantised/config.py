@@ -17,7 +17,9 @@ from llama.patterns import matches
 # What vLLM calls a method beside its own name.
 _WORDS = {"gptq": ("gptq_marlin",), "awq": ("awq_marlin",), "modelopt": ("modelopt_fp8",)}
 # Lists of modules that were left dense, as one writer or another calls them.
-_LEFT_DENSE = ("ignore", "ignored_layers", "exclude_modules", "modules_to_not_convert", "llm_int8_skip_modules")
+_LEFT_DENSE = tuple(
+    "ignore ignored_layers exclude exclude_modules modules_to_not_convert llm_int8_skip_modules".split()
+)
 _INSTEAD = "take a folder of the same model in FP8 or W4A16 (compressed-tensors), GPTQ or AWQ instead"
 
 
@@ -215,6 +217,19 @@ def _modelopt(values: Mapping[str, Any]) -> Quantization:
     return Quantization(method="modelopt", widths=frozenset((8,)))
 
 
+def _quark(values: Mapping[str, Any]) -> Quantization:
+    """Its options for all modules, and for those of a name or a type; what it does with activations has no effect."""
+    several = [values.get(key) or {} for key in ("layer_quant_config", "layer_type_quant_config")]
+    if not all(isinstance(options, Mapping) for options in several):
+        raise CheckpointError(f"quantization_config: layer_quant_config must be an object, got {several[0]!r}")
+    for options in (values.get("global_quant_config"), *(each for named in several for each in named.values())):
+        weight = options.get("weight") if isinstance(options, Mapping) else options
+        kind = (weight.get("dtype"), weight.get("qscheme")) if isinstance(weight, Mapping) else weight
+        if kind not in (None, ("fp8_e4m3", "per_tensor"), ("fp8_e4m3", "per_channel")):
+            raise _refuse(f"quark with weights of {kind!r}")
+    return Quantization(method="quark", widths=frozenset((8,)))
+
+
 def _gptq(values: Mapping[str, Any]) -> Quantization:
     for key in ("checkpoint_format", "format"):
         _only("gptq", values, key, "gptq", "gptq_v2")
@@ -270,6 +285,7 @@ _METHODS = {
     "fp8": _fp8,
     "fbgemm_fp8": _fbgemm_fp8,
     "modelopt": _modelopt,
+    "quark": _quark,
     "gptq": _gptq,
     "awq": _awq,
     "bitsandbytes": _bitsandbytes,

@@ -282,7 +282,7 @@ FORMATS = (
         _bytes,
     ),
     Format(
-        ("compressed-tensors", "fp8", "fbgemm_fp8", "modelopt"),
+        ("compressed-tensors", "fp8", "fbgemm_fp8", "modelopt", "quark"),
         {"weight": ("F8_E4M3",), "weight_scale": _FLOATS},
         {},
         _bytes,
