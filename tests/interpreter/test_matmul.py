@@ -11,7 +11,7 @@ from llama.kernels.gpu.nibbles import UNPACK_PAIRS
 from llama.kernels.gpu.split_k import splits_of
 from llama.kernels.types import QuantizedWeight
 
-TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3}
+TOLERANCE = {torch.float32: 1e-6, torch.float16: 2**-11}
 
 
 def made(way, rows, columns, size, *, zeros=False, minima=False, seed=0):
