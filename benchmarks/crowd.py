@@ -5,7 +5,8 @@ again with n-gram speculation. The prefix cache is emptied in between. Greedily,
 request; transformers, which has no such seed, runs greedily, alone and in one left-padded batch. The last column says
 by how much the log-probability of a drawn token differs at most, as far as the texts agree.
 
-vLLM runs in an environment of its own, from the repository's root: PYTHON -m benchmarks.crowd --engines vllm
+vLLM runs in an environment of its own, from the repository's root and one dtype a process:
+PYTHON -m benchmarks.crowd --engines vllm --dtypes bfloat16
 """
 
 import argparse
