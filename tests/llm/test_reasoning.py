@@ -70,8 +70,9 @@ def test_pieces_are_the_whole_and_stop_strings_begin_behind_the_thought(tokenize
     assert output.stop_reason == (found[0] if found else None)
     assert "".join(piece.reasoning_content for piece in pieces) == thought
     assert "".join(piece.text for piece in pieces) == content
-    [piece] = merged(pieces)
-    assert (piece.reasoning_content, piece.text) == (thought, content)
+    parts = merged(pieces)  # text behind a thought begins another one, and so does a step that has both
+    assert len(parts) <= 3 and "".join(part.reasoning_content for part in parts) == thought
+    assert "".join(part.text for part in parts) == content
 
 
 def test_tokens_of_thoughts_are_counted_to_the_end_of_the_tag():
