@@ -267,18 +267,18 @@ def test_ranks_that_do_not_meet_are_given_up_and_what_may_help_is_named(folder, 
 
     def never(communicator, device):
         if threading.current_thread().name == "rank 1":
-            time.sleep(2)
+            time.sleep(2)  # longer than the other one waits
         check(communicator, device)
 
-    monkeypatch.setattr(ranks, "MEET_SECONDS", 0.5)
-    for name, function, told in (
-        ("_check", never, r"did not meet within 0.5 seconds; .*NCCL_P2P_DISABLE=1"),
-        ("sum", lambda communicator, x: x, r"first sum is .*NCCL_P2P_DISABLE=1"),
+    for name, function, patience, told in (
+        ("_check", never, 0.5, r"did not meet within 0.5 seconds; .*NCCL_P2P_DISABLE=1"),
+        ("sum", lambda communicator, x: x, ranks.MEET_SECONDS, r"first sum is .*NCCL_P2P_DISABLE=1"),
     ):
         with (
             monkeypatch.context() as patch,
             pytest.raises(RuntimeError, match=told),
         ):
+            patch.setattr(ranks, "MEET_SECONDS", patience)
             patch.setattr(rank.Communicator, name, function)
             with engine_on_ranks(folder, CONFIG):
                 pass

@@ -115,7 +115,7 @@ def test_a_rank_whose_threads_cannot_run_ends_with_rank_0_too(folder, tmp_path):
     with started(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout.readline() == "ready\n"
         [rank] = children_of(process.pid)
-        time.sleep(2)
+        time.sleep(2)  # by then the rank is in that call
         process.kill()
         try:
             wait_until(lambda: is_gone(rank), 5)
