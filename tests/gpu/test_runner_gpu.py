@@ -204,6 +204,18 @@ def test_no_memory_for_a_graph_costs_no_token(monkeypatch, caplog):
     assert "no memory for more than 0 graphs" in caplog.text
 
 
+def test_steps_are_recorded_again_after_a_sleep():
+    made, told = engine(small(), Case(max_num_seqs=4, lag=1)), []
+    for _ in range(4):
+        add(made, crowd(4))
+        told.append(run(made))
+        assert len(made.runner._graphs)
+        made.sleep()
+        assert not len(made.runner._graphs)
+        made.wake_up()
+    assert all(answers == told[0] for answers in told)
+
+
 @pytest.mark.alone
 @pytest.mark.parametrize("is_decode", [False, True])
 def test_the_worst_step_is_measured(is_decode):
