@@ -50,7 +50,13 @@ class FailuresAtOnce:
     def __init__(self, terminal: pytest.TerminalReporter) -> None:
         self._terminal = terminal
 
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        self._tell(report)
+
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        self._tell(report)
+
+    def _tell(self, report: pytest.TestReport | pytest.CollectReport) -> None:
         if report.failed:
             self._terminal.write_line(f"\n{report.nodeid}\n{report.longreprtext}", flush=True)
 

@@ -90,6 +90,16 @@ def test_a_step_that_hangs_or_fails_takes_no_other_with_it(monkeypatch, capsys, 
         assert b"no_such_module" in archive.extractfile("fails.txt").read()
 
 
+def test_a_file_of_tests_that_cannot_be_imported_takes_no_other_with_it(monkeypatch, tmp_path):
+    (tmp_path / "test_broken.py").write_text("import no_such_module\n")
+    (tmp_path / "test_sound.py").write_text("import pytest\n\n@pytest.mark.gpu\ndef test_sound(): pass\n")
+    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = gpu\n    alone\n")
+    monkeypatch.setattr(first_look, "_has", lambda package: False)  # one process
+    command = Step("tests", 60, tests="not alone").command(tmp_path, is_tiny=False)
+    ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert "no_such_module" in ran.stdout and "1 passed" in ran.stdout, ran.stdout
+
+
 def test_an_op_that_raises_or_draws_other_tokens_fails_its_section(look, monkeypatch):
     def broken(*_):
         raise RuntimeError("an illegal memory access")

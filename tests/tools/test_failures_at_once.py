@@ -24,11 +24,12 @@ def test_that_takes_long():
 @pytest.mark.parametrize("processes", [[], ["-n", "1"]], ids=["one process", "xdist"])
 def test_failures_are_told_at_once(processes, tmp_path):
     (tmp_path / "conftest.py").write_text("from tests.conftest import pytest_configure\n")
+    (tmp_path / "test_broken.py").write_text("import no_such_module\n")
     (tmp_path / "test_cut_off.py").write_text(TESTS)
     (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = gpu\n")
     environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST_XDIST")}  # this run's
     child = subprocess.Popen(
-        [sys.executable, "-u", "-m", "pytest", "-m", "gpu and not alone", "-q", *processes],
+        [sys.executable, "-u", *"-m pytest -q --continue-on-collection-errors -m".split(), "gpu and not alone", *processes],
         cwd=tmp_path,
         env=environment | {"PYTHONPATH": str(REPOSITORY)},
         stdout=subprocess.PIPE,
@@ -46,4 +47,5 @@ def test_failures_are_told_at_once(processes, tmp_path):
         os.killpg(child.pid, signal.SIGKILL)
         child.wait()
     assert "test_cut_off.py::test_that_fails\n" in seen and "seen too late" in seen[-1]
+    assert any("No module named 'no_such_module'" in line for line in seen)
     assert not any("FAILURES" in line for line in seen)  # which pytest tells at the end
