@@ -28,8 +28,9 @@ def test_failures_are_told_at_once(processes, tmp_path):
     (tmp_path / "test_cut_off.py").write_text(TESTS)
     (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = gpu\n")
     environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST_XDIST")}  # this run's
+    how = "-q --continue-on-collection-errors -m".split()
     child = subprocess.Popen(
-        [sys.executable, "-u", *"-m pytest -q --continue-on-collection-errors -m".split(), "gpu and not alone", *processes],
+        [sys.executable, "-u", "-m", "pytest", *how, "gpu and not alone", *processes],
         cwd=tmp_path,
         env=environment | {"PYTHONPATH": str(REPOSITORY)},
         stdout=subprocess.PIPE,
