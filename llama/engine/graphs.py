@@ -109,10 +109,13 @@ class Graphs:
         self._drop([key for key in self._graphs if is_stale(key)])
 
     def _drop(self, keys: list[Hashable]) -> None:
-        if keys and torch.cuda.is_initialized():
+        if not keys:
+            return
+        if torch.cuda.is_initialized():
             torch.cuda.synchronize()  # one of them may be running
         for key in keys:
             del self._graphs[key]
+        self._is_full = False
 
     def _try_record(self, key: Hashable, function: Callable[[], T]) -> Graph | None:
         """None if there is no memory for one more graph: those that exist are kept, all else runs as it is."""

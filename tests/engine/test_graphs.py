@@ -202,6 +202,19 @@ def test_without_memory_for_more_graphs_the_rest_runs_as_it_is(caplog):
     assert [record.message for record in caplog.records if "no memory for more than 1 graphs" in record.message]
 
 
+def test_dropped_graphs_make_room_for_others():
+    stand = Stand()
+    stand.memory_for = 1
+    graphs = Graphs(stand)
+    for key in "aabb":
+        graphs.run(key, lambda: None)
+    assert list(graphs._graphs) == ["a"]
+    stand.memory_for = 10
+    graphs.forget(lambda key: key == "a")
+    graphs.run("b", lambda: None)
+    assert list(graphs._graphs) == ["b"]
+
+
 def test_graphs_beyond_their_bytes_are_dropped_the_least_lately_used_first():
     graphs, ran = Graphs(Stand(), max_bytes=2000), []
     for key in "aabbabcccaac":
