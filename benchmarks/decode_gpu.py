@@ -22,12 +22,15 @@ from benchmarks.random_models import random_model
 from llama import ModelConfig, SamplingParams, Transformer
 from llama.engine.config import EngineConfig
 from llama.engine.engine import Engine
+from llama.engine.sequence import TokenOutput
 from llama.model.linear import Linear
 from llama.model.weights.quantised import SCHEMES, Quantised
 
 WARM_STEPS = 8  # kernels compile, graphs are recorded
 PREFILL_ROUNDS = 3
 PEER_CHUNK = 2048
+
+_FAILED = "a step failed: the log says why"
 
 
 def prompt_of(length: int, vocab_size: int) -> list[int]:
@@ -94,26 +97,39 @@ class DeviceClock:
         return [start.elapsed_time(end) / 1e3 for start, end in self.marks]
 
 
+def stepped(engine: Engine) -> list[TokenOutput]:
+    """What a step gave. An engine logs a step that failed and goes on without its requests: here it is an error."""
+    outputs = engine.step()
+    if any(output.finish_reason == "error" for output in outputs):
+        raise RuntimeError(_FAILED)
+    return outputs
+
+
 @contextmanager
 def decoding(engine: Engine, batch: int, context: int, steps: int, params: dict) -> Iterator[int]:
     """Inside, every step of the engine is one decode of `batch` sequences, for `steps` of them. -> their length."""
     length = min(context, engine.config.context_len - steps - WARM_STEPS - 2)
     settings = SamplingParams(max_tokens=steps + WARM_STEPS + 1, ignore_eos=True, seed=0, **params)
-    for i in range(batch):
-        engine.add(engine.request(f"{i}", prompt_of(length + i % 2, engine.runner.vocab_size), settings))
-    while engine.scheduler.waiting or engine.scheduler.running.prefilling:
-        engine.step()
-    for _ in range(WARM_STEPS):
-        engine.step()
-    yield length
-    for i in range(batch):
-        engine.abort(f"{i}")
-    finish(engine)
+    try:
+        for i in range(batch):
+            engine.add(engine.request(f"{i}", prompt_of(length + i % 2, engine.runner.vocab_size), settings))
+        while engine.scheduler.waiting or engine.scheduler.running.prefilling:
+            stepped(engine)
+        for _ in range(WARM_STEPS):
+            stepped(engine)
+        yield length
+        if engine.metrics().num_running != batch:
+            raise RuntimeError(_FAILED)
+    finally:
+        for i in range(batch):
+            engine.abort(f"{i}")
+        while engine.has_unfinished:
+            engine.step()
 
 
 def finish(engine: Engine) -> None:
     while engine.has_unfinished:
-        engine.step()
+        stepped(engine)
 
 
 def decode(engine: Engine, batch: int, context: int, rounds: int, params: dict) -> dict:

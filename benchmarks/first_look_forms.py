@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.common import in_turn, ratio
-from benchmarks.decode_gpu import decoding, finish, prompt_of
+from benchmarks.decode_gpu import decoding, finish, prompt_of, stepped
 from benchmarks.first_look_device import Look, attempt
 from llama.api.params import SamplingParams
 from llama.engine.config import EngineConfig
@@ -110,7 +110,7 @@ def _answers(look: Look, engine: Engine, count: int) -> tuple[list[int], list[fl
     tokens: list[int] = []
     logprobs: list[float] = []
     while engine.has_unfinished:
-        for output in engine.step():
+        for output in stepped(engine):
             if output.request_id == "0":
                 tokens += output.token_ids
                 told = zip(output.token_ids, output.logprobs, strict=True)

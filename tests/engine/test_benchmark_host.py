@@ -1,6 +1,7 @@
 """Benchmarks of the host's time run, and count what a step launches; a device's time begins behind the host's. Those of
 decodes in codes run anywhere, and know what a step reads."""
 
+import itertools
 import json
 from types import SimpleNamespace
 
@@ -10,10 +11,16 @@ import torch
 from benchmarks import decode_gpu, host, quantised_speed
 from benchmarks.decode_gpu import DeviceClock
 from benchmarks.random_models import KINDS, num_bytes, random_weight
+from llama.engine.config import EngineConfig
+from llama.engine.engine import Engine
 from llama.kernels.cpu.matmul import widen
 from llama.model.config import ModelConfig
 from llama.model.packing import linear_shapes
+from llama.model.transformer import Transformer
 from llama.model.weights.quantised import SCHEMES
+from tests.model.models import tiny_config
+
+GREEDY = {"temperature": 0.0}
 
 
 def test_it_counts_the_launches_of_a_step(capsys):
@@ -105,3 +112,33 @@ def test_forms_of_weights_in_turn(capsys):
     for rows in found["results"].values():
         assert list(rows) == ["bfloat16", "int8 fast", "int4 balanced", "fp8"]
         assert all(row["times_bfloat16"] > 0 for name, row in rows.items() if name != "bfloat16")
+
+
+@pytest.fixture
+def engine():
+    model = Transformer(tiny_config(), device="cpu", dtype=torch.float32)
+    return Engine(model, EngineConfig(max_model_len=64, num_blocks=32, max_num_seqs=2))
+
+
+def test_a_measurement_that_fails_leaves_nothing_for_the_next_one(engine):
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="no profiler"), decode_gpu.decoding(engine, 2, 20, 5, GREEDY):
+            raise RuntimeError("no profiler")
+        assert not engine.has_unfinished
+
+
+@pytest.mark.parametrize("from_step", [0, 3, 12])
+def test_steps_that_fail_are_no_measurement(engine, from_step, monkeypatch):
+    """An engine ends the requests of such a step, logs why, and goes on; without requests its steps take no time."""
+    launch, count = engine.runner.launch, itertools.count()
+
+    def breaks(plan):
+        if next(count) >= from_step:
+            raise RuntimeError("an illegal memory access")
+        return launch(plan)
+
+    monkeypatch.setattr(engine.runner, "launch", breaks)
+    with pytest.raises(RuntimeError, match="a step failed"):
+        decode_gpu.decode(engine, 2, 20, 10, GREEDY)
+    with pytest.raises(RuntimeError, match="a step failed"):
+        decode_gpu.prefill(engine, 20)
