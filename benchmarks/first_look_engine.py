@@ -204,8 +204,10 @@ def _engine(look: Look, **options: int) -> Engine:
     return Engine(model, EngineConfig(enable_prefix_caching=False, **options))
 
 
-# Parts of our kernels' names, and which node of a step each is.
+# Parts of our kernels' names, and which node of a step each is. The first one found counts: some are parts of others.
 KERNELS = {
+    **dict.fromkeys(("scan_kernel", "few_groups_kernel", "count_kernel", "choose_kernel"), "sampler"),
+    **dict.fromkeys(("finish_kernel", "logprob_parts_kernel", "logprob_merge_kernel"), "sampler"),
     "_norm_kernel": "norm",
     "_cos_sin_kernel": "cos_sin",
     "_rope_and_store_kernel": "rope",
@@ -214,8 +216,6 @@ KERNELS = {
     "_prefill_kernel": "attention",
     "_merge_chunks_kernel": "merge",
     "_silu_mul_kernel": "silu",
-    **dict.fromkeys(("scan_kernel", "few_groups_kernel", "count_kernel", "choose_kernel"), "sampler"),
-    **dict.fromkeys(("finish_kernel", "logprob_parts_kernel", "logprob_merge_kernel"), "sampler"),
 }
 # What a library computes between two of them.
 PRODUCTS = {

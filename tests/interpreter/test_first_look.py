@@ -54,6 +54,8 @@ def test_every_node_of_a_step_is_told_apart():
     assert told == ["rest", "rest", "cos_sin", *half, *half, "norm", "head", "sampler", "sampler", "rest", "rest"]
     short = first_look_engine.labels("_norm_kernel a _rope_and_store_kernel _decode_kernel b _norm_kernel".split())
     assert short == "norm qkv rope attention o norm".split()
+    drawn = "_norm_kernel a scan_kernel finish_kernel logprob_parts_kernel logprob_merge_kernel b".split()
+    assert first_look_engine.labels(drawn) == "norm head sampler sampler sampler sampler rest".split()
     prompt = "_norm_kernel a _rope_and_store_kernel _prefill_kernel _merge_chunks_kernel b _norm_kernel"
     assert first_look_engine.labels(prompt.split()) == "norm qkv rope attention merge o norm".split()
 
