@@ -6,6 +6,9 @@ gradient go through kernels/differentiable.py.
 Nothing here knows a model, a request or a configuration: tensors, integers and floats only.
 """
 
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
 from torch import Tensor, float32, int64
 
 from llama.kernels import checks, differentiable
@@ -36,6 +39,11 @@ if __name__ != "llama.kernels.ops":
 def on_triton(x: Tensor) -> bool:
     """Whether ops over such tensors go to Triton."""
     return _INTERPRETED or x.is_cuda
+
+
+def on_device(device: torch.device) -> AbstractContextManager[object]:
+    """In here ops take tensors of this device: Triton launches on the current CUDA device, wherever they are."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

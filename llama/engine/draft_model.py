@@ -64,7 +64,8 @@ class DraftModel:
         token_ids = to_device(known, self._model.device, np.int64)
         drawn: list[tuple[list[_Feed], Tensor]] = []
         while feeds:
-            token_ids = self._step(feeds, token_ids, states)
+            with ops.on_device(self._model.device):
+                token_ids = self._step(feeds, token_ids, states)
             drawing = [feed for feed in feeds if feed.draws]
             drawn.append((drawing, token_ids))
             going_on = [i for i, feed in enumerate(drawing) if len(drawn) < counts[feed.place]]

@@ -11,7 +11,6 @@ recording. The model knows of none of this.
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from itertools import product
@@ -28,6 +27,7 @@ from llama.engine.graphs import CudaRecord, Graphs, Record, bucket_of
 from llama.engine.memory import make_kv_cache, run_len, warm_up
 from llama.engine.plan import LAST_SAMPLED, Plan, StepResult
 from llama.engine.runner import DTYPES, Runner, fetch_result
+from llama.kernels import ops
 from llama.kernels.types import Sampled, SamplerRows
 from llama.model.communicator import Call
 from llama.model.kv_cache import KVCache
@@ -147,7 +147,7 @@ class GraphRunner(Runner):
         if any(self._hooks) or not self._forget_moved():
             return
         started = time.monotonic()
-        with torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext():
+        with ops.on_device(self.device):
             self._fill({}, 0)
             self._inputs.send()
             for size in _with_bar(self._buckets(), is_silent=False):

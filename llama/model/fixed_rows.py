@@ -43,6 +43,11 @@ class _Way(NamedTuple):
 def fix_rows(model: Transformer) -> None:
     """Put a prepared model into the mode, for batches that are as its `fixed` says. What changes its weights' forms
     asks for another call. ParameterError where this machine has no such way to multiply."""
+    with ops.on_device(model.device):
+        _fix_rows(model)
+
+
+def _fix_rows(model: Transformer) -> None:
     started, config = time.monotonic(), model.local_config
     on_triton = ops.on_triton(model.embed_tokens.weight)
     shape = config.num_attention_heads, config.num_key_value_heads, config.head_dim

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from llama.api.errors import ParameterError
+from llama.kernels import ops
 from llama.kernels.types import KVLayer, wide_dtype
 from llama.model.adapters import Stacks, StepAdapters
 from llama.model.autocast import own_dtype
@@ -123,7 +124,7 @@ class Research(Module):
         kv = KVCache(config, rows * num_blocks, BLOCK_SIZE, dtype=self.dtype, device=self.device)
         if grad:  # autograd does not follow a write into one of several views
             kv.layers = [KVLayer(torch.zeros_like(k.k), torch.zeros_like(k.v)) for k in kv.layers]
-        with torch.set_grad_enabled(True) if grad else nullcontext():
+        with ops.on_device(self.device), torch.set_grad_enabled(True) if grad else nullcontext():
             # Through __call__, so that hooks on the whole model fire.
             y = self(batch, kv) if logits or "logits" in read else self.hidden(batch, kv)
             y = y.view(rows, length, -1).to(wide) if logits else None
@@ -176,7 +177,8 @@ class Research(Module):
         if not isinstance(resid, Tensor) or resid.shape[-1:] != (size,) or resid.dtype != dtype:
             seen = f"{resid.dtype} {list(resid.shape)}" if isinstance(resid, Tensor) else repr(resid)
             raise ParameterError(f"resid must be a {dtype} tensor [..., {size}], got {seen}", "resid")
-        logits: Tensor = self.lm_head(self.norm(resid.to(self.device).reshape(-1, size))[0])
+        with ops.on_device(self.device):
+            logits: Tensor = self.lm_head(self.norm(resid.to(self.device).reshape(-1, size))[0])
         return logits.view(*resid.shape[:-1], self.config.vocab_size).to(wide_dtype(dtype))
 
     def session(self, max_tokens: int) -> Session:

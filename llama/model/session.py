@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from llama.api.errors import ParameterError, checked_integer
+from llama.kernels import ops
 from llama.kernels.types import wide_dtype
 from llama.model.autocast import own_dtype
 from llama.model.batch import Batch, rectangle
@@ -70,7 +71,8 @@ class Session:
         if stop > self.max_tokens:
             raise ParameterError(f"{stop} tokens are more than the session's max_tokens={self.max_tokens}", "token_ids")
         batch = rectangle(ids, start, self._kv.num_blocks, BLOCK_SIZE)
-        logits = self.model.forward(batch, self._kv)
+        with ops.on_device(self.model.device):
+            logits = self.model.forward(batch, self._kv)
         self.token_ids += ids[0].tolist()
         return logits.to(wide_dtype(logits.dtype))
 
