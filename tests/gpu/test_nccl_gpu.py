@@ -7,14 +7,13 @@ from llama.model.communicator import Call, Communicator
 from llama.model.parallel import Shard
 from llama.model.transformer import Transformer
 from tests.model.models import tiny_config
-from tests.parallel.ranks import SECONDS
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
 
 
 def make(config) -> Communicator:
     store = torch.distributed.HashStore()
-    return Communicator(Shard(config, 0, 1), store, torch.device("cuda", 0), seconds=SECONDS)
+    return Communicator(Shard(config, 0, 1), store, torch.device("cuda", 0), seconds=60.0)
 
 
 def test_one_rank_sums_gathers_and_stands_in():

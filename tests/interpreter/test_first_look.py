@@ -69,6 +69,18 @@ def test_it_needs_nothing_but_torch_and_triton(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"machine.json", "nodes.json"}
 
 
+def test_the_tests_of_a_gpu_need_safetensors_beside():
+    absent = [name for name in ABSENT if name != "safetensors"]
+    options = "-m gpu --collect-only -q -p no:cacheprovider".split()
+    code = f"import sys; sys.modules.update(dict.fromkeys({absent!r})); import pytest; "
+    code += f"sys.exit(pytest.main({options!r}))"
+    environment = os.environ | {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    ran = subprocess.run(
+        [sys.executable, "-c", code], env=environment, cwd=REPOSITORY, capture_output=True, text=True, check=False
+    )
+    assert ran.returncode == 0, ran.stdout[-2000:]
+
+
 def run(monkeypatch, capsys, tmp_path, *steps: Step) -> tuple[int, dict]:
     monkeypatch.setitem(PARTS, "1", steps)
     status = main(["1", "--out", str(tmp_path)])
