@@ -11,6 +11,7 @@ import argparse
 import torch
 
 from benchmarks.common import close, in_turn, ratio, summary
+from benchmarks.decode_gpu import stepped
 from llama import ModelConfig, SamplingParams, Transformer
 from llama.engine.adapters import Adapter
 from llama.engine.config import EngineConfig
@@ -68,11 +69,11 @@ class Decode:
             lora = str(i % len(adapters)) if adapters else None
             self.engine.add(self.engine.request(str(i), prompt, params, lora=lora))
         while self.engine.metrics().num_running < batch or self.engine.metrics().num_waiting:
-            self.engine.step()
+            stepped(self.engine)
 
     def sample(self, steps: int) -> None:
         for _ in range(steps):
-            self.engine.step()
+            stepped(self.engine)
         if torch.cuda.is_available():
             torch.cuda.synchronize()
 
