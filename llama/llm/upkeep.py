@@ -16,6 +16,7 @@ from llama.llm.prefixes import read_prefix, write_prefix
 from llama.llm.replies import Replies
 from llama.llm.requests import Inputs, Prompt
 from llama.llm.weights import update_weights
+from llama.model.kept import checked_target
 from llama.model.transformer import Transformer
 
 
@@ -79,8 +80,10 @@ class Upkeep:
 
     def save_prefix(self, prompt: Prompt, path: str | Path, lora: str | None = None) -> int:
         """Compute a prompt and keep its keys and values in a safetensors file, as far as they fill blocks -> how many
-        tokens those are. 0 where they fill none, or hooks on the model leave none: no file is written then. OSError
-        where it cannot be written."""
+        tokens those are. 0 where they fill none, or hooks on the model leave none: no file is written then.
+        ParameterError where no file can be at that path, before anything is computed; OSError where it cannot be
+        written all the same."""
+        path = checked_target(path)
         [output] = self._run([self.inputs.request(prompt, SamplingParams(max_tokens=1), lora)], use_tqdm=False)
         adapter = self.engine.adapters.get(lora)
         ids = output.prompt_token_ids

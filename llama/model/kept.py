@@ -1,7 +1,7 @@
 """Files of tensors that a later call takes up again: written whole or not at all, looked at before they are read."""
 
-import errno
 import os
+import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,19 +9,35 @@ from typing import Any
 
 from torch import Tensor
 
-from llama.api.errors import ParameterError, blamed_on
+from llama.api.errors import ParameterError, blamed_on, refusal
 from llama.model.checkpoint.shards import read_header
 
 
+def checked_target(path: str | Path) -> Path:
+    """ParameterError where no file can be written, or where a folder or a device lies, which it would replace."""
+    path = _checked_path(path)
+    if not path.parent.is_dir():
+        raise ParameterError(f"{path}: there is no folder {path.parent} for it", "path")
+    try:
+        mode = os.stat(path).st_mode
+    except FileNotFoundError:
+        return path
+    except OSError as error:
+        raise ParameterError(f"{path}: cannot be written: {error.strerror}", "path") from None
+    if stat.S_ISDIR(mode):
+        raise ParameterError(f"{path}: is a folder, and the path must be a file's", "path")
+    if not stat.S_ISREG(mode):
+        raise ParameterError(f"{path}: is there already and is not a regular file", "path")
+    return path
+
+
 def write(path: str | Path, tensors: Mapping[str, Tensor], told: Mapping[str, str]) -> None:
-    """One safetensors file with `told` as its metadata. OSError names the file that cannot be written."""
+    """One safetensors file with `told` as its metadata. ParameterError as `checked_target`; OSError names a file that
+    cannot be written all the same."""
     from safetensors import SafetensorError  # here and below: machines that only run kernels have no safetensors
     from safetensors.torch import save_file
 
-    path = Path(path)
-    number = errno.EISDIR if path.is_dir() else 0 if path.parent.is_dir() else errno.ENOENT
-    if number:
-        raise OSError(number, os.strerror(number), str(path))
+    path = checked_target(path)
     building = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, building, dict(told))
@@ -35,8 +51,9 @@ def write(path: str | Path, tensors: Mapping[str, Tensor], told: Mapping[str, st
 @contextmanager
 def opened(path: str | Path) -> Iterator[Any]:
     """What `write` has written, as safetensors' `safe_open` gives it. ParameterError for any other file."""
+    path = _checked_path(path)
     with blamed_on("path"):
-        read_header(Path(path))
+        read_header(path)
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -44,3 +61,9 @@ def opened(path: str | Path) -> Iterator[Any]:
             yield file
     except SafetensorError as error:
         raise ParameterError(f"{path}: {error}", "path") from None
+
+
+def _checked_path(path: Any) -> Path:
+    if not isinstance(path, str | os.PathLike) or not (text := str(path)) or "\0" in text:
+        raise refusal("path", "a file's path", path)
+    return Path(path)

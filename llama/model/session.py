@@ -89,7 +89,8 @@ class Session:
         return copy
 
     def save(self, path: str | Path) -> None:
-        """Write tokens, keys and values to one safetensors file. OSError where it cannot be written."""
+        """Write tokens, keys and values to one safetensors file. ParameterError where no file can be at that path;
+        OSError where it cannot be written all the same."""
         token_ids = torch.tensor(self.token_ids, dtype=torch.int64, device="cpu")
         content = {"token_ids": token_ids, "kv": self._used(len(self)).cpu()}
         write(path, content, self._signature())

@@ -130,9 +130,14 @@ def test_a_file_that_holds_no_prefix_is_named(tmp_path):
         runs.load_prefix(tmp_path / "garbage")
     with pytest.raises(ParameterError, match="none: there is no such file"):
         runs.load_prefix(str(tmp_path / "none"))
-    with pytest.raises(FileNotFoundError, match="no/file"):
-        runs.save_prefix(PROMPT, tmp_path / "no" / "file")
     runs.engine.check()
+
+
+def test_a_prefix_is_not_computed_for_a_path_where_it_cannot_be_kept(tmp_path):
+    runs = engine(tiny_model())
+    with pytest.raises(ParameterError, match="no/file: there is no folder") as caught:
+        runs.save_prefix(PROMPT, tmp_path / "no" / "file")
+    assert caught.value.param == "path" and runs.engine.metrics().num_prompt_tokens == 0
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])  # float32 weights are packed

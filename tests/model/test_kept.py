@@ -56,10 +56,6 @@ def test_a_file_that_is_not_there_or_lacks_a_tensor_is_refused(tmp_path):
 
 
 def test_what_cannot_be_written_names_the_file_and_leaves_nothing(tmp_path, monkeypatch):
-    with pytest.raises(FileNotFoundError, match="no/such/file"):
-        write(tmp_path / "no" / "such" / "file", TENSORS, {})
-    with pytest.raises(IsADirectoryError, match=str(tmp_path)):
-        write(tmp_path, TENSORS, {})
     write(tmp_path / "file", TENSORS, {"x": "1"})
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", lambda *_: 1 // 0)
@@ -70,3 +66,25 @@ def test_what_cannot_be_written_names_the_file_and_leaves_nothing(tmp_path, monk
         assert file.metadata() == {"x": "1"}
     with pytest.raises(OSError, match="/proc/file cannot be written"):
         write("/proc/file", TENSORS, {})
+
+
+def test_a_path_where_no_file_can_be_is_refused_and_what_lies_there_stays(tmp_path):
+    os.mkfifo(tmp_path / "pipe")  # as /dev/null, which a file would replace for everybody
+    for path, told in (
+        (tmp_path / "no" / "file", f"no/file: there is no folder {tmp_path}/no"),
+        (tmp_path, f"{tmp_path}: is a folder"),
+        (tmp_path / "pipe", "pipe: is there already and is not a regular file"),
+        ("", r"^path must be a file's path, got ''"),
+        (None, "^path must be a file's path, got None"),
+        (5, "^path must be a file's path, got 5"),
+        (b"file", "^path must be a file's path, got b'file'"),
+        ("nul\0", r"^path must be a file's path, got 'nul\\x00'"),
+        (tmp_path / ("x" * 300), "File name too long"),
+    ):
+        with pytest.raises(ParameterError, match=told) as caught:
+            write(path, TENSORS, {})
+        assert caught.value.param == "path"
+    assert (tmp_path / "pipe").is_fifo() and os.listdir(tmp_path) == ["pipe"]
+    for path in (None, 5, b"file", ""):
+        with pytest.raises(ParameterError, match=f"^path must be a file's path, got {path!r}$"), opened(path):
+            pass

@@ -70,7 +70,7 @@ def test_a_file_that_holds_no_session_is_named(model, tmp_path):
         session.load(tmp_path / "empty")
     with pytest.raises(ParameterError, match="none: there is no such file"):
         session.load(tmp_path / "none")
-    with pytest.raises(FileNotFoundError, match="no/file"):
+    with pytest.raises(ParameterError, match="no/file: there is no folder"):
         session.save(tmp_path / "no" / "file")
     assert session.token_ids == [1, 2]
 
