@@ -123,8 +123,9 @@ def _check_paths(source: Path, output: Path) -> None:
         raise ValueError(f"{source}: there is no such file; {told}")
     if source.is_dir():
         raise ValueError(f"{source}: is a folder; {told}")
-    if output.is_dir():
-        raise ValueError(f"{output}: is a folder; the output is a file, which is made where it does not exist")
+    if output.exists() and not output.is_file():  # a table would take a device's place
+        found = "a folder" if output.is_dir() else "not a regular file"
+        raise ValueError(f"{output}: is {found}; the output is a file, which is made where it does not exist")
     if not output.parent.is_dir():
         raise ValueError(f"{output}: there is no folder {output.parent} for this file of answers; make it first")
 

@@ -109,6 +109,8 @@ def test_the_end_of_input_on_a_terminal_ends_the_line(tiny):
         ("batch MODEL none there", "none: there is no such file; the input is a file of requests"),
         ("batch MODEL folder out", "folder: is a folder; the input is a file of requests, one JSON object a line"),
         ("batch MODEL there folder", "folder: is a folder; the output is a file, which is made where it does not"),
+        ("batch MODEL there pipe", "pipe: is not a regular file; the output is a file, which is made where it does"),
+        ("batch MODEL there pipe.parquet", "pipe.parquet: is not a regular file; the output is a file"),
         ("batch MODEL there none/out", "none/out: there is no folder none for this file of answers; make it first"),
         ("generate there hi", "there: is a file; a model is a folder with a config.json"),
         ("chat model.gguf", "model.gguf: is a file; a model is a folder with a config.json; llama convert makes one"),
@@ -120,6 +122,8 @@ def test_a_path_that_is_not_there_is_named_with_what_is_expected(capsys, monkeyp
     Path("folder").mkdir()
     for name in ("there", "model.gguf"):
         Path(name).write_text("x")
+    for name in ("pipe", "pipe.parquet"):
+        os.mkfifo(name)
     code, out, err = run(capsys, *words.replace("MODEL", tiny).split())
     assert (code, out) == (1, "") and one_line(err) and told in err and "Errno" not in err
 
