@@ -125,7 +125,8 @@ class Scoring:
         requests = of_each("texts", _texts("texts", texts), lambda text: self._request(self._ids(text)))
         outputs = self._computed(tapped(self.inputs.engine, requests, capture, None), use_tqdm)
         rows = [value.reshape(-1) for output in outputs for value in output.captured.values()]
-        return torch.stack(rows).float()
+        hidden = self.model.config.hidden_size
+        return torch.stack(rows).float() if rows else torch.empty(0, hidden, dtype=torch.float32, device="cpu")
 
     def beam_search(
         self,
@@ -242,7 +243,4 @@ def _texts(name: str, given: Text | Sequence[Text]) -> list[str | Sequence[int]]
             own, token_ids = unwrapped(text)
         return token_ids if token_ids is not None else own or ""
 
-    listed = as_prompts(given, name)
-    if not listed:
-        raise ParameterError(f"{name} must be a text, token ids, or a list of these, got {given!r}", name)
-    return of_each(name, listed, plain)
+    return of_each(name, as_prompts(given, name), plain)

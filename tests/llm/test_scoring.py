@@ -138,11 +138,20 @@ def test_prompts_have_the_forms_that_generate_takes(scorer):
         ([[1], None], r"^prompts\[1\]: a prompt must be a string, token ids or a dict, got NoneType"),
         ({"prompt_token_ids": 5}, "^prompt_token_ids must be a list of token ids, got int"),
         (None, "^prompts must be a string, token ids, a dict or a list of these, got NoneType"),
-        ([], r"^prompts must be a text, token ids, or a list of these, got \[\]"),
     ):
         with pytest.raises(ParameterError, match=message) as caught:
             scorer.beam_search(wrong, params)
         assert caught.value.param == "prompts"
+
+
+def test_of_no_texts_there_are_no_results(scorer):
+    assert scorer.generate([]) == scorer.beam_search([], BeamSearchParams(beam_width=2, max_tokens=2)) == []
+    assert scorer.score([1, 2], []) == scorer.score([], []) == scorer.score(np.array([]), ()) == []
+    found = scorer.embed([])
+    assert found.shape == (0, 48) and found.dtype == torch.float32 and found.device.type == "cpu"
+    for prompts, continuations in (([], [[1]]), ([[1], [2]], [])):
+        with pytest.raises(ParameterError, match=f"^{len(prompts)} prompts for {len(continuations)} continuations$"):
+            scorer.score(prompts, continuations)
 
 
 def test_misuse_is_one_clear_error(scorer):
