@@ -5,7 +5,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from llama.api.errors import ParameterError
+from llama.api.errors import ParameterError, refusal
 from llama.api.outputs import RequestOutput
 from llama.api.params import SamplingParams
 from llama.engine.engine import Engine
@@ -15,7 +15,7 @@ from llama.llm.interrupts import interrupts_held
 from llama.llm.prefixes import read_prefix, write_prefix
 from llama.llm.replies import Replies
 from llama.llm.requests import Inputs, Prompt
-from llama.llm.weights import update_weights
+from llama.llm.weights import PAIRS, update_weights
 from llama.model.kept import checked_target
 from llama.model.transformer import Transformer
 
@@ -47,6 +47,10 @@ class Upkeep:
         """Put new values into the model's weights, any subset, under their names in a Hugging Face checkpoint -> how
         many. The prefix cache is dropped. Refused while requests run, unless `wait` lets them end first. ParameterError
         names what does not fit; tensors before it are in place by then."""
+        try:
+            named_tensors = iter(named_tensors)
+        except TypeError:
+            raise refusal("named_tensors", PAIRS, named_tensors) from None
 
         def update() -> int:
             if self.engine.has_unfinished:

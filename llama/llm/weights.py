@@ -15,6 +15,7 @@ from llama.model.linear import Linear
 from llama.model.parallel import Cut
 from llama.model.transformer import Transformer
 
+PAIRS = "pairs of a name and a tensor, such as the items() of a dict"
 Ask = Callable[[dict[str, Any]], object]
 
 
@@ -29,7 +30,7 @@ class Update:
 
     def check(self, name: str, tensor: Tensor) -> None:
         """ParameterError where a tensor is not the model's or does not fit."""
-        entry = self._entries.get(name)
+        entry = self._entries.get(name) if isinstance(name, str) else None
         if entry is None:
             known = next(iter(self._entries))
             raise ParameterError(f"the model has no tensor {name!r}; {known!r} is one", "named_tensors")
@@ -80,8 +81,7 @@ def update_weights(model: Transformer, named_tensors: Iterable[tuple[str, Tensor
     try:
         for pair in named_tensors:
             if not isinstance(pair, tuple | list) or len(pair) != 2:
-                told = "named_tensors must be pairs of a name and a tensor, such as the items() of a dict"
-                raise ParameterError(f"{told}: got {reprlib.repr(pair)} for one", "named_tensors")
+                raise ParameterError(f"named_tensors must be {PAIRS}: got {reprlib.repr(pair)} for one", "named_tensors")
             name, tensor = pair
             update.check(name, tensor)
             tensor = tensor.detach()

@@ -81,9 +81,13 @@ def test_what_does_not_fit_is_one_clear_error(name, tensor, message):
 
 def test_what_is_no_pair_of_a_name_and_a_tensor_is_refused():
     runs = engine(tiny_model())
-    for wrong in ({"model.norm.weight": torch.ones(48)}, [3], [("model.norm.weight",)]):
-        with pytest.raises(ParameterError, match=r"^named_tensors must be pairs of a name and a tensor, .* got "):
+    wrongs = (None, 5, len, torch.tensor(1.0), {"model.norm.weight": torch.ones(48)}, [3], [("model.norm.weight",)])
+    for wrong in wrongs:
+        with pytest.raises(ParameterError, match=r"^named_tensors must be pairs of a name and a tensor, .* got ") as e:
             runs.update_weights(wrong)
+        assert e.value.param == "named_tensors"
+    with pytest.raises(ParameterError, match=r"the model has no tensor \[\]"):
+        runs.update_weights([([], torch.ones(48))])
 
 
 def test_a_kept_prefix_is_found_by_another_engine(tmp_path):
