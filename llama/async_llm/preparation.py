@@ -9,11 +9,12 @@ import contextlib
 import json
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, InvalidStateError, ThreadPoolExecutor
 from typing import Any, TypeVar
 
 from llama.api.errors import EngineClosedError, QueueFullError
+from llama.llm.tool_choice import says
 from llama.text.kept import Kept
 
 PATIENCE_SECONDS = 60.0  # for a thread to become free
@@ -123,7 +124,9 @@ def grammar_key(constraint: Any, tools: Any = None, tool_choice: Any = "auto") -
     wanted = []
     if constraint and constraint != {"type": "text"}:
         wanted.append(constraint)
-    if tools and tool_choice != "none" and (wanted or tool_choice != "auto" or _any_strict(tools)):
+    is_free = says(tool_choice, "auto")
+    has_tools = isinstance(tools, Sequence) and bool(tools) and not says(tool_choice, "none")
+    if has_tools and (wanted or not is_free or _any_strict(tools)):
         wanted.append([tools, tool_choice])
     if not wanted:
         return None

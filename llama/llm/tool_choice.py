@@ -28,16 +28,21 @@ class Tools:
         return {tool_name(tool): tool["function"].get("parameters") for tool in self.shown or ()}
 
 
+def says(choice: ToolChoice, word: str) -> bool:
+    """An array in place of a choice would compare itself to the word element by element."""
+    return isinstance(choice, str) and choice == word
+
+
 def choose(tools: Sequence[Mapping[str, Any]] | None, choice: ToolChoice) -> Tools:
     """Raises ParameterError for tools that cannot be meant and for a choice that is none of theirs."""
-    prepared = prepare_tools(tools or None)
-    if choice == "auto":
+    prepared = prepare_tools(tools)
+    if says(choice, "auto"):
         return Tools(prepared)
-    if choice == "none":
+    if says(choice, "none"):
         return Tools(None)
     if prepared is None:
         raise ParameterError("tool_choice needs tools", "tool_choice")
-    if choice == "required":
+    if says(choice, "required"):
         return Tools(prepared, must_call=True)
     function = choice.get("function") if isinstance(choice, Mapping) and choice.get("type") == "function" else None
     name = function.get("name") if isinstance(function, Mapping) else None

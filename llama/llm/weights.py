@@ -81,7 +81,8 @@ def update_weights(model: Transformer, named_tensors: Iterable[tuple[str, Tensor
     try:
         for pair in named_tensors:
             if not isinstance(pair, tuple | list) or len(pair) != 2:
-                raise ParameterError(f"named_tensors must be {PAIRS}: got {reprlib.repr(pair)} for one", "named_tensors")
+                told = f"named_tensors must be {PAIRS}, got {reprlib.repr(pair)} for one"
+                raise ParameterError(told, "named_tensors")
             name, tensor = pair
             update.check(name, tensor)
             tensor = tensor.detach()

@@ -5,7 +5,9 @@ import logging
 import random
 import threading
 
+import numpy as np
 import pytest
+import torch
 
 from llama import LLM, SamplingParams
 from llama.api.errors import EngineClosedError, EngineDeadError, ParameterError
@@ -55,6 +57,17 @@ def test_what_is_no_clip(scripted, wrong):
         with pytest.raises(ParameterError, match=f"clip must be True or False, got {wrong!r}") as refused:
             run(ask(prompt, clip=wrong))
         assert refused.value.param == "clip"
+
+
+def test_arrays_are_no_tools_and_no_choice_of_them(scripted):
+    llm, _ = scripted()
+    talk = [{"role": "user", "content": "Hi"}]
+    for wrong in (torch.zeros(2), np.zeros(2), np.array(0)):
+        with pytest.raises(ParameterError, match=rf"^tools must be a list, got {type(wrong).__name__}$"):
+            run(llm.submit_chat(talk, tools=wrong))
+        with pytest.raises(ParameterError, match=r"^tool_choice must be "):
+            run(llm.submit_chat(talk, tools=[{"name": "f"}], tool_choice=wrong))
+    assert run(text_of(llm.generate("Hi"))) == "Hi" and not llm.num_requests
 
 
 def test_ids_that_others_choose_are_never_ours(scripted):

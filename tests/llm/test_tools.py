@@ -7,9 +7,11 @@ import shutil
 
 import jsonschema
 import make_tiny
+import numpy as np
 import pytest
+import torch
 
-from llama import LLM, AsyncLLM, SamplingParams
+from llama import LLM, AsyncLLM, ParameterError, SamplingParams
 from tests.llm.helpers import GREEDY
 from tests.model.models import tiny_model
 from tests.text.template_shapes import SHAPES
@@ -173,3 +175,18 @@ def test_a_strict_tool_is_held_to_its_schema_where_the_model_is_free_to_call(roo
     request = roomy.inputs.chat_request(TALK, GREEDY, None, tools=[tool])
     assert (request.new_matcher is not None) is strict
     assert roomy.chat(TALK, GREEDY, [tool], use_tqdm=False)[0].outputs[0].token_ids
+
+
+@pytest.mark.parametrize("wrong", [torch.zeros(2), torch.zeros(0), np.zeros(2), np.array(0), b"f", "", 0, False, {}, 5])
+def test_what_is_no_list_of_tools_is_refused(roomy, wrong):
+    for ask, asked in ((roomy.chat, TALK), (roomy.stream, TALK), (roomy.stream, "Hi")):
+        with pytest.raises(ParameterError, match=rf"^tools must be a list, got {type(wrong).__name__}$") as caught:
+            ask(asked, GREEDY, tools=wrong)
+        assert caught.value.param == "tools"
+    assert not roomy.engine.has_unfinished
+
+
+def test_an_array_is_no_choice(roomy):
+    for ask, asked in ((roomy.chat, TALK), (roomy.stream, TALK), (roomy.stream, "Hi")):
+        with pytest.raises(ParameterError, match=r"^tool"):
+            ask(asked, GREEDY, tools=TOOLS, tool_choice=np.array(["auto", "none"]))

@@ -34,7 +34,7 @@ def prepare_tools(tools: Any) -> list[dict[str, Any]] | None:
     """Each tool as {"type": "function", "function": {"name", ...}}; None for none."""
     if tools is None:
         return None
-    if not isinstance(tools, Sequence) or isinstance(tools, str):
+    if not isinstance(tools, Sequence) or isinstance(tools, str | bytes):
         raise _mistyped("tools", "a list", tools, "tools")
     return [_tool(tool, f"tools[{i}]") for i, tool in enumerate(tools)] or None
 
