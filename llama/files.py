@@ -19,6 +19,8 @@ from llama.api.errors import CheckpointError
 
 MAX_BYTES = 2**20  # of a file whose reader names no other limit
 MAX_TOKEN_IDS = 1024
+# Where older folders say how they are quantised: those of ModelOpt, of AutoGPTQ, of AutoAWQ.
+QUANTISATION_FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
 
 _LFS_POINTER = b"version https://git-lfs"
 _HTML = (b"<!doctype", b"<html")

@@ -11,14 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from llama.api.errors import AdapterError, CheckpointError
+from llama.files import QUANTISATION_FILES
 
 logger = logging.getLogger(__name__)
 
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-_CONFIG = ("config.json", "generation_config.json")
+_CONFIG = ("config.json", "generation_config.json", *QUANTISATION_FILES)
 _TEXT = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
          "additional_chat_templates/*.jinja")  # fmt: skip
-_WEIGHTS = ("hf_quant_config.json", "model.safetensors.index.json", "*.safetensors")
+_WEIGHTS = ("model.safetensors.index.json", "*.safetensors")
 _ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 # Meta's own files, twice the size, and what lies in folders.
 _NEVER = ("original/*", "consolidated*", "*/*.safetensors")

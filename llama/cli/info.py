@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from llama.cli.flags import Parser, UsageError, checked, integer
 from llama.engine.budget import blocks_in, free_cpu_bytes, kv_bytes_on_cpu
 from llama.engine.config import EngineConfig
-from llama.files import read_json
+from llama.files import QUANTISATION_FILES, read_json
 from llama.hub import model_folder
 from llama.model.config import ModelConfig
 from llama.model.generation_config import GenerationConfig
@@ -109,7 +109,7 @@ def _stored(path: Path, options: Namespace | None = None) -> "Quantization | Non
     """How the folder is quantised, None = not at all. The scheme that is asked for is refused as LLM does it."""
     file = path / "config.json" if path.is_dir() else path
     is_plain = not {"quantization_config", "quantization"} & read_json(file).keys()
-    if is_plain and not file.with_name("hf_quant_config.json").exists():
+    if is_plain and not any(file.with_name(name).exists() for name in QUANTISATION_FILES):
         return None
     from llama.model.checkpoint.quantised import find_quantization, scheme_for
 

@@ -45,6 +45,39 @@ def test_logits_are_those_of_transformers(name):
     assert (logits - expected["logits"]).abs().max() <= 1e-4
 
 
+def alone(name, target, file, **changes):
+    """A copy whose config.json says nothing: `file` does, with these changes (None = the key is not there)."""
+    folder = copy(name, target)
+    (folder / "quantize_config.json").unlink(missing_ok=True)
+    document = json.loads((folder / "config.json").read_text())
+    told = document.pop("quantization_config") | changes
+    (folder / "config.json").write_text(json.dumps(document))
+    (folder / file).write_text(json.dumps({key: value for key, value in told.items() if value is not None}))
+    return folder
+
+
+# As AutoGPTQ up to 0.7 and the first AutoAWQ left it.
+OLD_GPTQ = dict.fromkeys(("quant_method", "method", "checkpoint_format", "format", "pack_dtype", "meta"))
+OLD_AWQ = {"quant_method": None, "bits": None, "group_size": None, "w_bit": 4, "q_group_size": 128, "version": "GEMM"}
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "changes"),
+    [
+        ("gptq", "quantize_config.json", {}),
+        ("gptq", "quantize_config.json", OLD_GPTQ),
+        ("gptq_desc_act", "quantize_config.json", OLD_GPTQ),
+        ("gptq_8bit", "quantize_config.json", OLD_GPTQ),
+        ("gptq_v2", "quantize_config.json", {}),
+        ("awq", "quant_config.json", OLD_AWQ),
+        ("awq", "quantize_config.json", OLD_AWQ),
+    ],
+)
+def test_older_folders_say_it_in_a_file_of_its_own(name, file, changes, tmp_path):
+    ours, expected = weights(alone(name, tmp_path / "copy", file, **changes)), weights(GOLDEN / name)
+    assert ours.keys() == expected.keys() and all(torch.equal(ours[key], expected[key]) for key in ours)
+
+
 @pytest.mark.parametrize("name", ["modelopt", "fbgemm_fp8"])  # a scale for all of a weight, one for each row
 def test_quark_has_the_tensors_of_fp8_and_names_of_its_own(name, tmp_path):
     def rename(tensors):

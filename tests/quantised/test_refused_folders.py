@@ -67,6 +67,24 @@ def test_modelopt_without_a_word_in_config_json(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("file", "told", "words"),
+    [
+        ("quantize_config.json", {"bits": 3, "group_size": 128, "sym": True, "desc_act": False}, "gptq with bits 3"),
+        ("quant_config.json", {"zero_point": True, "w_bit": 4, "q_group_size": 128, "version": "GEMV"}, "'GEMV'"),
+    ],
+)
+def test_a_file_of_its_own_is_named_where_what_it_says_is_not_read(file, told, words, tmp_path):
+    folder = copy("ct_w8a8", tmp_path / "copy")
+    document = json.loads((folder / "config.json").read_text())
+    del document["quantization_config"]
+    (folder / "config.json").write_text(json.dumps(document))
+    (folder / file).write_text(json.dumps(told))
+    refuse(folder, f"{file}: .*{words}.* is not supported; take a folder of the same model in FP8 or W4A16")
+    (folder / file).write_text(json.dumps({"recipe": "some other program's"}))
+    refuse(folder, "its tensors are those of compressed-tensors, config.json names no quantisation")
+
+
+@pytest.mark.parametrize(
     "broken",
     [
         [],

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from llama.api.errors import CheckpointError, ParameterError
-from llama.files import read_json, read_json_if_there
+from llama.files import QUANTISATION_FILES, read_json, read_json_if_there
 from llama.model.weights.quantised import SCHEMES
 from llama.patterns import matches
 
@@ -80,9 +80,7 @@ def find_quantization(folder: Path) -> Quantization | None:
     if values is None:
         values = config.get("quantization")  # MLX
     if values is None:
-        path = path.with_name("hf_quant_config.json")  # older folders of ModelOpt have nothing else
-        found = read_json_if_there(path).get("quantization")
-        values = {"quant_method": "modelopt", **found} if isinstance(found, Mapping) else found
+        path, values = _told_beside(path)
     if values is None:
         return None
     try:
@@ -97,6 +95,26 @@ def find_quantization(folder: Path) -> Quantization | None:
         return replace(_METHODS[method](values), left_dense=left_dense)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from None
+
+
+def _told_beside(path: Path) -> tuple[Path, Any]:
+    """What the first of QUANTISATION_FILES beside config.json says, and which of them it is."""
+    for name in QUANTISATION_FILES:
+        values = _of_own_file(read_json_if_there(path.with_name(name)))
+        if values is not None:
+            return path.with_name(name), values
+    return path, None
+
+
+def _of_own_file(found: Mapping[str, Any]) -> Any:
+    """What it says, as config.json would; None where it is no file of a quantiser's."""
+    if "quantization" in found:
+        told = found["quantization"]
+        return {"quant_method": "modelopt", **told} if isinstance(told, Mapping) else told
+    # AutoGPTQ and AutoAWQ named no method in theirs at first, and AutoAWQ had keys of its own.
+    method = found.get("quant_method") or ("gptq" if "desc_act" in found else "awq" if "zero_point" in found else None)
+    renamed = {new: found[old] for old, new in (("w_bit", "bits"), ("q_group_size", "group_size")) if old in found}
+    return None if method is None else {**found, **renamed, "quant_method": method}
 
 
 def scheme_for(word: str | None, found: Quantization | None) -> str | None:
