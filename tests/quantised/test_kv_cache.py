@@ -75,6 +75,20 @@ def test_scales_that_are_none(broken, tmp_path):
         Transformer.from_pretrained(folder)
 
 
+def test_layers_without_any_are_told_once(tmp_path, caplog):
+    def drop(tensors):
+        for kind in "kv":
+            del tensors[f"model.layers.1.self_attn.{kind}_scale"]
+
+    folder = copy("ct_kv_tensor", tmp_path / "copy", drop)
+    LLM(folder, num_blocks=8, kv_cache_dtype="fp8")
+    [told] = [record.getMessage() for record in caplog.records]
+    assert told == f"{folder}: only some layers have scales for an fp8 KV cache; those without take 1: layers 1"
+    caplog.clear()
+    Transformer.from_pretrained(GOLDEN / "ct_kv_tensor")
+    assert not caplog.records
+
+
 def test_they_are_saved(tmp_path):
     model = Transformer.from_pretrained(GOLDEN / "ct_kv_heads")
     model.save_pretrained(tmp_path / "saved")

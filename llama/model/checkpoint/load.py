@@ -68,7 +68,8 @@ class Checkpoint:
             self._entries = [entry for entry in self._entries if entry not in self.absent]
         self._quantization = find_quantization(folder)
         self._coded, self._stored = find_coded(self._entries, found, self._quantization)
-        self.kv_scales = None if self._quantization is None else read_kv_scales(found, self.config)
+        scales = (None, []) if self._quantization is None else read_kv_scales(found, self.config)
+        self.kv_scales, self._layers_without_scales = scales
         plain = [entry for entry in self._entries if entry.name not in self._coded]
         _check(folder, self.config, plain, self._stored)
 
@@ -139,6 +140,7 @@ class Checkpoint:
         self._tell_widened(module, entries)
         if shard is None or shard.rank == 0:
             self._tell_lost_zeros()
+            self._tell_lost_scales()
         if self.config.tie_word_embeddings and _HEAD in self._stored:
             embedding = module.get_parameter(f"{self._entries[0].module}.weight").detach()
             _compare_tied_head(embedding, self._stored[_HEAD], target.cut(self._entries[0]))
@@ -162,6 +164,11 @@ class Checkpoint:
         if module is not None:
             told = "%s: zero points of 0 in %s: AutoGPTQ wrote such over other zero points; gptqmodel does not"
             logger.warning(told, self._folder, module)
+
+    def _tell_lost_scales(self) -> None:
+        if self._layers_without_scales:
+            told = "%s: only some layers have scales for an fp8 KV cache; those without take 1: layers %s"
+            logger.warning(told, self._folder, ", ".join(map(str, self._layers_without_scales)))
 
 
 def find_tensors(folder: Path) -> dict[str, StoredTensor]:

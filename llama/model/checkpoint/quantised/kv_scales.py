@@ -16,19 +16,20 @@ _NAMES = (
 )
 
 
-def read_kv_scales(stored: Mapping[str, StoredTensor], config: ModelConfig) -> Tensor | None:
-    """float32 [layers, 2, kv_heads], of K and of V; None where there is none. A layer without any has 1; where K or V
-    alone has one it serves both."""
+def read_kv_scales(stored: Mapping[str, StoredTensor], config: ModelConfig) -> tuple[Tensor | None, list[int]]:
+    """float32 [layers, 2, kv_heads], of K and of V; None where there is none. A layer without any has 1, and its number
+    comes with them; where K or V alone has one it serves both."""
     found = torch.ones(config.num_hidden_layers, 2, config.num_key_value_heads, device="cpu")
-    count = 0
+    lacking = []
     for layer, of_layer in enumerate(found):
         prefix = f"model.layers.{layer}.self_attn."
         parts = [next((stored[prefix + name] for name in names if prefix + name in stored), None) for names in _NAMES]
+        if not any(parts):
+            lacking.append(layer)
         for part, tensor in zip(of_layer, (parts[0] or parts[1], parts[1] or parts[0]), strict=True):
             if tensor is not None:
                 part.copy_(_read(tensor, config.num_key_value_heads))
-                count += 1
-    return found if count else None
+    return (None, []) if len(lacking) == len(found) else (found, lacking)
 
 
 def _read(stored: StoredTensor, kv_heads: int) -> Tensor:
