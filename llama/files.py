@@ -7,6 +7,7 @@ One line says what was found and what to do. Runs without torch.
 import errno
 import json
 import os
+import reprlib
 import stat
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -24,6 +25,20 @@ QUANTISATION_FILES = ("hf_quant_config.json", "quantize_config.json", "quant_con
 
 _LFS_POINTER = b"version https://git-lfs"
 _HTML = (b"<!doctype", b"<html")
+
+
+def check_path(path: str | Path, error: type[ValueError] = CheckpointError) -> None:
+    """Raises `error` for a name that no file can have, such as one that is too long or no text. Whether there is
+    something of that name, others say."""
+    if not isinstance(path, str | os.PathLike):
+        raise error(f"a path must be a text or a Path, got {type(path).__name__}")
+    try:
+        os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    except (OSError, ValueError) as failure:
+        what = failure.strerror if isinstance(failure, OSError) else str(failure)
+        raise error(f"{reprlib.repr(str(path))} names no file or folder: {what}") from None
 
 
 def open_regular(path: Path) -> BufferedReader:
@@ -105,6 +120,8 @@ def _text(path: Path, limit: int, error: type[ValueError]) -> str:
         raise
     except OSError as failure:
         raise error(f"{path}: cannot be read: {failure.strerror}") from None
+    except ValueError as failure:  # of a path that no file can have
+        raise error(f"{str(path)!r}: cannot be read: {failure}") from None
     if max(size, len(data)) > limit:
         raise error(f"{path}: is larger than the {limit} bytes that such a file may have")
     if data.startswith(_LFS_POINTER):

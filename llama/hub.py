@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from llama.api.errors import AdapterError, CheckpointError
-from llama.files import QUANTISATION_FILES
+from llama.files import QUANTISATION_FILES, check_path
 
 logger = logging.getLogger(__name__)
 
@@ -29,6 +29,7 @@ _HASHED_AT_ONCE = 1 << 22
 def model_folder(model: str | Path, revision: str | None = None, *, config_only: bool = False) -> Path:
     """The folder itself, or the one in the hub's cache that holds what `model` names; with `config_only` a config.json
     itself may be named. CheckpointError, in one line."""
+    check_path(model)
     patterns = _CONFIG if config_only else (*_CONFIG, *_TEXT, *_WEIGHTS)
     if not config_only and Path(model).is_file():
         hint = "; llama convert makes one of a GGUF file" if Path(model).suffix.lower() == ".gguf" else ""
@@ -53,6 +54,7 @@ def is_hub_id(model: str | Path) -> bool:
 def _folder(
     name: str | Path, revision: str | None, patterns: tuple[str, ...], needed: str, error: type[ValueError]
 ) -> Path:
+    check_path(name, error)
     if not is_hub_id(name):
         if revision is not None:
             raise error(

@@ -23,7 +23,8 @@ TREES = {path.relative_to(REPOSITORY).as_posix(): ast.parse(path.read_text(encod
 IMPORT_ORDER = {
     "llama": """
         api
-        files hub patterns
+        files patterns
+        hub
         kernels
         text model
         engine

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from llama.api.errors import ConfigError
-from llama.files import named, read_json, token_ids
+from llama.files import check_path, named, read_json, token_ids
 from llama.model.rope_scaling import (
     LinearScaling,
     Llama3Scaling,
@@ -84,6 +84,7 @@ class ModelConfig:
     @classmethod
     def from_pretrained(cls, path: str | Path) -> "ModelConfig":
         """Read `config.json` of a Hugging Face folder (or the file itself). Raises ConfigError."""
+        check_path(path, ConfigError)
         path = Path(path)
         if path.is_dir():
             path = path / "config.json"

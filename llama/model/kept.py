@@ -1,7 +1,6 @@
 """Files of tensors that a later call takes up again: written whole or not at all, looked at before they are read."""
 
 import os
-import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from llama.api.errors import ParameterError, blamed_on, refusal
+from llama.files import check_path
 from llama.model.checkpoint.shards import read_header
 
 
@@ -18,15 +18,9 @@ def checked_target(path: str | Path) -> Path:
     path = _checked_path(path)
     if not path.parent.is_dir():
         raise ParameterError(f"{path}: there is no folder {path.parent} for it", "path")
-    try:
-        mode = os.stat(path).st_mode
-    except FileNotFoundError:
-        return path
-    except OSError as error:
-        raise ParameterError(f"{path}: cannot be written: {error.strerror}", "path") from None
-    if stat.S_ISDIR(mode):
+    if path.is_dir():
         raise ParameterError(f"{path}: is a folder, and the path must be a file's", "path")
-    if not stat.S_ISREG(mode):
+    if path.exists() and not path.is_file():
         raise ParameterError(f"{path}: is there already and is not a regular file", "path")
     return path
 
@@ -66,4 +60,6 @@ def opened(path: str | Path) -> Iterator[Any]:
 def _checked_path(path: Any) -> Path:
     if not isinstance(path, str | os.PathLike) or not (text := str(path)) or "\0" in text:
         raise refusal("path", "a file's path", path)
+    with blamed_on("path"):
+        check_path(Path(path))
     return Path(path)

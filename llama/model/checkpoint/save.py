@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from llama.api.errors import ParameterError
+from llama.files import check_path
 from llama.model.checkpoint.layout import Entry, entries_of, layout
 from llama.model.checkpoint.quantised.write import (
     Coded,
@@ -66,6 +68,7 @@ def save_pretrained(
 @contextmanager
 def new_folder(path: str | Path) -> Iterator[Path]:
     """A temporary sibling of `path` to fill, renamed to it at the end; removed if anything fails."""
+    check_path(path, ParameterError)
     folder = Path(path).absolute()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"{folder}: exists already; save to a new folder")
