@@ -39,6 +39,11 @@ def checked_integer(name: str, value: Any, low: int, high: int | None = None, *,
     return number
 
 
+def is_one_of(value: Any, words: Sequence[str | None]) -> bool:
+    """Whether it is one of these; an array would compare itself to them element by element."""
+    return isinstance(value, str | None) and value in words
+
+
 class ConfigError(ValueError):
     """A configuration that is malformed, absurd, or not a Llama's."""
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, fields, replace
 from numbers import Real
 from typing import Any, Literal, TypeVar
 
-from llama.api.errors import ParameterError, checked_integer, refusal
+from llama.api.errors import ParameterError, checked_integer, is_one_of, refusal
 from llama.api.neutral import SAMPLING, is_neutral
 from llama.api.structured import StructuredOutputsParams
 
@@ -174,7 +174,7 @@ class SamplingParams:
         for name in ("logprobs", "prompt_logprobs"):
             wanted = getattr(self, name)
             put(name, None if wanted is None else checked_integer(name, wanted, -1, MAX_TOKENS))
-        if self.logprobs_mode not in ("raw", "processed"):
+        if not is_one_of(self.logprobs_mode, ("raw", "processed")):
             raise refusal("logprobs_mode", '"raw" or "processed"', self.logprobs_mode)
         put("response_format", _response_format(self.response_format))
         if self.structured_outputs is not None:
@@ -309,7 +309,7 @@ def _response_format(value: Any) -> dict[str, Any] | None:
     if not isinstance(value, Mapping):
         raise refusal("response_format", 'a mapping with a "type"', value)
     kind = value.get("type")
-    if kind == "text" and len(value) == 1:
+    if is_one_of(kind, ("text",)) and len(value) == 1:
         return None
     if not isinstance(kind, str) or kind not in _FORMATS:
         raise refusal("response_format", 'one of "text", "json_object", "json_schema", "regex"', kind, '["type"]')
@@ -320,6 +320,9 @@ def _response_format(value: Any) -> dict[str, Any] | None:
         raise ParameterError(f"response_format of type {kind} has no key {unknown!r}", "response_format")
     if content is not None:
         key, holds, what = content
-        if not isinstance(value.get(key), holds) or (holds is str and not value[key]):
-            raise refusal("response_format", what, value.get(key), f'["{key}"]')
+        given = value.get(key)
+        is_empty = holds is str and is_one_of(given, ("",))
+        if is_empty or not isinstance(given, holds):
+            why = ", and an empty one allows no text" if is_empty else ""
+            raise refusal("response_format", what + why, given, f'["{key}"]')
     return dict(value)

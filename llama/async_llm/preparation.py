@@ -13,8 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, InvalidStateError, ThreadPoolExecutor
 from typing import Any, TypeVar
 
-from llama.api.errors import EngineClosedError, QueueFullError
-from llama.llm.tool_choice import says
+from llama.api.errors import EngineClosedError, QueueFullError, is_one_of
 from llama.text.kept import Kept
 
 PATIENCE_SECONDS = 60.0  # for a thread to become free
@@ -124,8 +123,8 @@ def grammar_key(constraint: Any, tools: Any = None, tool_choice: Any = "auto") -
     wanted = []
     if constraint and constraint != {"type": "text"}:
         wanted.append(constraint)
-    is_free = says(tool_choice, "auto")
-    has_tools = isinstance(tools, Sequence) and bool(tools) and not says(tool_choice, "none")
+    is_free = is_one_of(tool_choice, ("auto",))
+    has_tools = isinstance(tools, Sequence) and bool(tools) and not is_one_of(tool_choice, ("none",))
     if has_tools and (wanted or not is_free or _any_strict(tools)):
         wanted.append([tools, tool_choice])
     if not wanted:

@@ -6,6 +6,7 @@ keep it to their end. As an engine, this is used by one thread at a time; `get` 
 """
 
 import re
+import reprlib
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -43,7 +44,7 @@ class Adapters:
     def check_new(self, name: str, replace: bool = False) -> None:
         """ParameterError if an adapter cannot be loaded under this name. `replace`: one of that name may be there."""
         if not isinstance(name, str) or not _NAME.fullmatch(name):
-            raise ParameterError(f"an adapter's name must match {_NAME.pattern}, got {name!r}", "name")
+            raise ParameterError(f"an adapter's name must match {_NAME.pattern}, got {reprlib.repr(name)}", "name")
         if name in self.by_name and not replace:
             raise ParameterError(f"an adapter named {name!r} is loaded already: unload it first", "name")
         if self._max_loras == 0:
@@ -91,7 +92,7 @@ class Adapters:
             return NO_ADAPTER
         if not isinstance(name, str) or name not in self.by_name:
             known = ", ".join(sorted(self.by_name)) or "none"
-            raise ParameterError(f"no adapter named {name!r} is loaded (loaded: {known})", "lora")
+            raise ParameterError(f"no adapter named {reprlib.repr(name)} is loaded (loaded: {known})", "lora")
         return self.by_name[name]
 
     def acquire(self, adapter: Adapter) -> bool:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, get_args, get_origin
 
-from llama.api.errors import refusal
+from llama.api.errors import is_one_of, refusal
 from llama.api.params import MAX_LOGPROBS
 from llama.engine.speculative_config import BATCH_SIZES, SpeculativeConfig
 from llama.model.config import ModelConfig
@@ -82,7 +82,7 @@ class EngineConfig:
             most = option.metadata["most"]
             if least is not None and value is not None and not (_is_integer(value) and least <= value <= most):
                 raise refusal(name, f"an integer from {least} to {most}", value)
-            if get_origin(option.type) is Literal and value not in get_args(option.type):
+            if get_origin(option.type) is Literal and not is_one_of(value, get_args(option.type)):
                 raise refusal(name, f"one of {', '.join(get_args(option.type))}", value)
             if isinstance(option.default, bool) and not isinstance(value, bool):
                 raise refusal(name, "True or False", value)
@@ -92,7 +92,7 @@ class EngineConfig:
             share = getattr(self, name)
             if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share <= 1:
                 raise refusal(name, "in (0, 1]", share)
-        if self.seed == -1:  # as others write None
+        if _is_integer(self.seed) and self.seed == -1:  # as others write None
             object.__setattr__(self, "seed", None)
         if self.seed is not None and (not _is_integer(self.seed) or not 0 <= self.seed < 1 << 64):
             raise refusal("seed", "an integer from 0 to 2**64 - 1, or None", self.seed)

@@ -3,6 +3,7 @@
 Every step asks the engine for the logits of all live beams; what their tokens have in common is in the prefix cache.
 """
 
+import reprlib
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from numbers import Real
@@ -34,8 +35,9 @@ class BeamSearchParams:
         penalty = self.length_penalty
         if isinstance(penalty, bool) or not isinstance(penalty, Real) or not abs(penalty) <= MOST_PENALTY:
             raise refusal("length_penalty", f"a number from -{MOST_PENALTY} to {MOST_PENALTY}", penalty)
-        if isinstance(self.temperature, bool) or self.temperature != 0:
-            told = f"beam search samples nothing: temperature must be 0, got {self.temperature!r}"
+        is_number = isinstance(self.temperature, Real) and not isinstance(self.temperature, bool)
+        if not is_number or self.temperature != 0:
+            told = f"beam search samples nothing: temperature must be 0, got {reprlib.repr(self.temperature)}"
             raise ParameterError(told, "temperature")
 
 

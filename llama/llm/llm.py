@@ -16,7 +16,7 @@ from typing import Any, TypeVar, Unpack, cast
 
 import torch
 
-from llama.api.errors import ParameterError, of_each
+from llama.api.errors import ParameterError, is_one_of, of_each
 from llama.api.outputs import Piece, RequestOutput
 from llama.api.params import SamplingParams
 from llama.engine.config import EngineConfig
@@ -39,7 +39,7 @@ from llama.llm.requests import (
 )
 from llama.llm.scoring import Scoring
 from llama.llm.taps import kept_output, tapped
-from llama.llm.tool_choice import ToolChoice, says
+from llama.llm.tool_choice import ToolChoice
 from llama.llm.upkeep import Upkeep
 from llama.llm.vllm_names import METHOD_ARGUMENTS, refuse_foreign, without_foreign
 from llama.model.capture import Capture
@@ -269,7 +269,7 @@ class LLM(Scoring, Upkeep):
         if is_conversation(prompt_or_messages):
             ask = partial(self.inputs.chat_request, tools=tools, tool_choice=tool_choice, **rendering)
             request = ask(prompt_or_messages, sampling_params, lora)
-        elif prepare_tools(tools) or not says(tool_choice, "auto"):
+        elif prepare_tools(tools) or not is_one_of(tool_choice, ("auto",)):
             raise ParameterError("tools and tool_choice need a conversation: give a list of messages", "tools")
         elif rendering:
             name = next(iter(rendering))

@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 
-from llama.api.errors import CheckpointError, ConfigError, ParameterError
+from llama.api.errors import CheckpointError, ConfigError, ParameterError, is_one_of
 from llama.api.params import SamplingParams
 from llama.engine.config import BATCHED_TOKENS
+from llama.files import check_path
 from llama.hub import tokenizer_folder
 from llama.model.communicator import Communicator
 from llama.model.config import ModelConfig
@@ -42,7 +43,7 @@ def resolve_device(device: str | torch.device) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         resolved = torch.device(device)
-    except (RuntimeError, TypeError):
+    except (RuntimeError, TypeError, ValueError):
         resolved = None
     if resolved is None or resolved.type not in BATCHED_TOKENS:
         raise ParameterError(f'device must be "auto", "cpu" or "cuda", got {str(device)!r}', "device")
@@ -61,7 +62,7 @@ def resolve_dtype(dtype: str | torch.dtype) -> torch.dtype | None:
     """None for "auto"."""
     if isinstance(dtype, torch.dtype) and dtype in DTYPES.values():
         return dtype
-    if dtype == "auto":
+    if is_one_of(dtype, ("auto",)):
         return None
     if not isinstance(dtype, str) or dtype not in DTYPES:
         raise ParameterError(f'dtype must be "auto" or one of {", ".join(DTYPES)}, got {str(dtype)!r}', "dtype")
@@ -78,8 +79,12 @@ def load_text(model: Any, tokenizer: Any) -> tuple[Tokenizer | None, ChatTemplat
             f"tokenizer must be a folder or a llama Tokenizer, got {type(tokenizer).__name__}", "tokenizer"
         )
     given = tokenizer if isinstance(tokenizer, Tokenizer) else None
+    if isinstance(model, str | Path):
+        check_path(model)
     if isinstance(tokenizer, str):
         tokenizer = tokenizer_folder(tokenizer)
+    elif isinstance(tokenizer, Path):
+        check_path(tokenizer)
     folder = model if tokenizer is None or isinstance(tokenizer, Tokenizer) else tokenizer
     if isinstance(folder, Transformer):
         return given, None if given is None else ChatTemplate(given)
@@ -97,7 +102,7 @@ def check_model(
     model: str | Path | Transformer, *, device: str | torch.device, dtype: str | torch.dtype, load_format: str
 ) -> tuple[ModelConfig, torch.device]:
     """What the model is and where it will be, with all that can be refused before weights are read."""
-    if load_format not in ("auto", "safetensors", "dummy"):
+    if not is_one_of(load_format, ("auto", "safetensors", "dummy")):
         raise ParameterError(
             f'load_format must be "auto", "safetensors" or "dummy", got {load_format!r}', "load_format"
         )

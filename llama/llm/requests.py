@@ -9,7 +9,7 @@ from functools import cached_property, partial
 from numbers import Integral
 from typing import Any, TypedDict, TypeGuard, Unpack
 
-from llama.api.errors import ParameterError, blamed_on, refusal
+from llama.api.errors import ParameterError, blamed_on, is_one_of, refusal
 from llama.api.params import SamplingParams
 from llama.engine.engine import Engine
 from llama.engine.request import Request, TokenMatcher, check_room
@@ -125,7 +125,7 @@ class Inputs:
         reasoning_parser: str | None = None,
     ) -> None:
         """`reasoning_parser`: see LLM."""
-        if reasoning_parser not in REASONING_PARSERS:
+        if not is_one_of(reasoning_parser, REASONING_PARSERS):
             legal = '"deepseek_r1", "none" or None'
             raise ParameterError(f"reasoning_parser must be {legal}, got {reasoning_parser!r}", "reasoning_parser")
         self.engine = engine
@@ -210,12 +210,12 @@ class Inputs:
         template = self._template(rendering)
         continues = rendering.get("continue_final_message", False)
         ends_with_header = rendering.get("add_generation_prompt")
-        kwargs = rendering.get("chat_template_kwargs") or {}
+        kwargs = {} if (given := rendering.get("chat_template_kwargs")) is None else given
         for name, value in (("continue_final_message", continues), ("add_generation_prompt", ends_with_header)):
             if not isinstance(value, bool | None):
-                raise ParameterError(f"{name} must be True or False, got {value!r}", name)
+                raise refusal(name, "True or False", value)
         if not isinstance(kwargs, Mapping) or not all(isinstance(name, str) for name in kwargs):
-            raise ParameterError(f"chat_template_kwargs must be a dict, got {kwargs!r}", "chat_template_kwargs")
+            raise refusal("chat_template_kwargs", "a dict", kwargs)
         if ends_with_header is None:
             ends_with_header = not continues
         own = {"messages", "tools", "add_generation_prompt", "continue_final_message", "check", "self"}

@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from llama.api.errors import ParameterError, blamed_on, checked_integer, of_each, refusal
+from llama.api.errors import ParameterError, blamed_on, checked_integer, is_one_of, of_each, refusal
 from llama.api.outputs import FinishReason, RequestOutput
 from llama.api.params import SamplingParams
 from llama.engine.request import Request
@@ -114,8 +114,8 @@ class Scoring:
     ) -> Tensor:
         """-> [texts, hidden] float32: the mean over a text's tokens, or the last one, of the states after the final
         norm, or of what layer `layer` leaves in the residual stream (-1 = the last layer)."""
-        if pooling not in ("mean", "last"):
-            raise ParameterError(f'pooling must be "mean" or "last", got {pooling!r}', "pooling")
+        if not is_one_of(pooling, ("mean", "last")):
+            raise refusal("pooling", '"mean" or "last"', pooling)
         if layer is not None:
             num_layers = self.model.config.num_hidden_layers
             layer = checked_integer("layer", layer, -num_layers, num_layers - 1)

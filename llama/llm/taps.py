@@ -34,7 +34,7 @@ def tapped(
     where all that is to be captured may not fit into memory."""
     captures = one_per_prompt("capture", capture, len(requests))
     changed = _as_now(each(interventions, len(requests)))
-    if not any(captures) and not any(changed):
+    if all(own is None for own in captures) and not any(changed):
         return list(requests)
     if engine.model is None:
         raise ParameterError("capture and interventions need a model", "capture")

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from llama.api.errors import ParameterError
+from llama.api.errors import ParameterError, is_one_of
 from llama.files import some_of
 from llama.text.chat.prepare import prepare_tools, tool_name
 
@@ -28,21 +28,16 @@ class Tools:
         return {tool_name(tool): tool["function"].get("parameters") for tool in self.shown or ()}
 
 
-def says(choice: ToolChoice, word: str) -> bool:
-    """An array in place of a choice would compare itself to the word element by element."""
-    return isinstance(choice, str) and choice == word
-
-
 def choose(tools: Sequence[Mapping[str, Any]] | None, choice: ToolChoice) -> Tools:
     """Raises ParameterError for tools that cannot be meant and for a choice that is none of theirs."""
     prepared = prepare_tools(tools)
-    if says(choice, "auto"):
+    if is_one_of(choice, ("auto",)):
         return Tools(prepared)
-    if says(choice, "none"):
+    if is_one_of(choice, ("none",)):
         return Tools(None)
     if prepared is None:
         raise ParameterError("tool_choice needs tools", "tool_choice")
-    if says(choice, "required"):
+    if is_one_of(choice, ("required",)):
         return Tools(prepared, must_call=True)
     function = choice.get("function") if isinstance(choice, Mapping) and choice.get("type") == "function" else None
     name = function.get("name") if isinstance(function, Mapping) else None

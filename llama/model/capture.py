@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from llama.api.errors import ParameterError
+from llama.api.errors import ParameterError, is_one_of
 from llama.model.config import ModelConfig
 from llama.model.interventions import ENDLESS, Intervention, Positions, Rows, rows_of
 from llama.model.kept import write
@@ -123,7 +123,7 @@ class RequestTaps:
         self.is_kept = False  # by an earlier run: it need not be computed
 
     def _captures(self, capture: Capture, config: ModelConfig) -> dict[str, Rows]:
-        if capture.reduce not in (None, "mean"):
+        if not is_one_of(capture.reduce, (None, "mean")):
             raise ParameterError(f'capture: reduce must be None or "mean", got {capture.reduce!r}', "capture")
         if capture.dtype is not None and not getattr(capture.dtype, "is_floating_point", False):
             raise ParameterError(f"capture: dtype must be a float dtype of torch, got {capture.dtype!r}", "capture")

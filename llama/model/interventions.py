@@ -4,6 +4,7 @@ Each is frozen and compared by its `digest`, which tells the prefix cache what w
 one sequence are applied in the order given; what is captured at a point is read after them.
 """
 
+import reprlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
@@ -222,9 +223,13 @@ def checked(given: Intervention, shape: tuple[int, ...], positions: Rows, like: 
     if given.tensor:
         changes[given.tensor] = _brought(where, given.tensor, getattr(given, given.tensor), like)
     _check_number(given, wide_dtype(like.dtype))
+    name, number = given.number
+    if isinstance(number, int) and name:
+        changes[name] = float(number)  # PyTorch takes no larger integers than 64 bits have
     for name, legal in (("norm_match", (True, False)), ("mode", ("remove", "keep"))):
-        if (value := getattr(given, name, legal[0])) not in legal:
-            told = f"{given.name}: {name} must be {legal[0]!r} or {legal[1]!r}, got {value!r}"
+        value = getattr(given, name, legal[0])
+        if not isinstance(value, type(legal[0])) or value not in legal:
+            told = f"{given.name}: {name} must be {legal[0]!r} or {legal[1]!r}, got {reprlib.repr(value)}"
             raise ParameterError(told, "interventions")
     if not given.shaped(shape, positions):
         got = list(getattr(given, given.tensor).shape) if given.tensor else repr(given)
@@ -232,7 +237,7 @@ def checked(given: Intervention, shape: tuple[int, ...], positions: Rows, like: 
         raise ParameterError(f"{what}: got {got}", "interventions")
     own = replace(given, **changes)
     if isinstance(own, Add) and not bool(own.delta().isfinite().all()):
-        raise ParameterError(f"{where}: {own.scale!r} times the vector is too large for {like.dtype}", "interventions")
+        raise ParameterError(f"{where}: {number!r} times the vector is too large for {like.dtype}", "interventions")
     return own
 
 

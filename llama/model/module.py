@@ -126,6 +126,6 @@ def check_device(device: torch.device | str) -> None:
     """ParameterError unless this machine, and this build of torch, can hold a tensor there."""
     try:
         torch.empty(0, device=device)
-    except (AssertionError, RuntimeError, TypeError) as error:
+    except (AssertionError, RuntimeError, TypeError, ValueError) as error:
         why = " ".join(str(error).split())[:200]
         raise ParameterError(f"device={str(device)!r} cannot be used: {why}", "device") from None

@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from llama.api.errors import ParameterError
+from llama.api.errors import ParameterError, is_one_of
 from llama.model.config import ModelConfig
 from llama.model.linear import Linear
 from llama.model.module import version_of
@@ -44,10 +44,10 @@ def library_for(shape: tuple[int, int], dtype: torch.dtype, packing: Packing = "
 
 def prepare(linears: Sequence[Linear], layout: str, packing: Packing) -> None:
     """See `Transformer.prepare`."""
-    if layout not in LAYOUTS:
+    if not is_one_of(layout, tuple(LAYOUTS)):
         told = f"must be one of {', '.join(LAYOUTS)}, got {layout!r}"
         raise ParameterError(f"quantization_layout {told}", "quantization_layout")
-    if packing not in PACKINGS:
+    if not is_one_of(packing, PACKINGS):
         raise ParameterError(f"packing must be one of {', '.join(PACKINGS)}, got {packing!r}", "packing")
     chosen = [linear for linear in linears if not linear.is_prepared and _is_packed(linear, packing)]
 

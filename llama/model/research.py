@@ -103,7 +103,8 @@ class Research(Module):
             raise ParameterError("grad=True has no effect inside torch.inference_mode: leave it first", "grad")
         if length > (most := config.longest_context):
             raise ParameterError(f"token_ids has {length} tokens a row, the model's context is {most}", "token_ids")
-        read = resolve_points(points, config.num_hidden_layers) if points else ()
+        is_none = points is None or (isinstance(points, str | Sequence) and not points)
+        read = () if is_none else resolve_points(points, config.num_hidden_layers)
         per_row = [bind(i, {}, config, length, like=self.norm.weight) for i in each(interventions, rows)]
         edited = {point for taps in per_row for point in taps.edits}
         adapters = self._adapters(stacks, adapter_indices, rows, length)

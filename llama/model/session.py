@@ -124,7 +124,7 @@ class ActivationCache(Mapping[str, Tensor]):
         self._num_layers = num_layers
 
     def __getitem__(self, point: str) -> Tensor:
-        if point not in self._values:
+        if not isinstance(point, str) or point not in self._values:
             found = resolve_points(point, self._num_layers)
             if len(found) > 1:
                 raise ParameterError(f"{point!r} names {len(found)} points, [] gives the value of one", "points")

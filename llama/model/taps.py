@@ -8,10 +8,11 @@ one `StepTaps`, in which equal kinds of change at a point are one op. A forward 
 import logging
 import math
 import re
+import reprlib
 from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -52,11 +53,22 @@ def resolve_points(points: str | Iterable[str], num_layers: int) -> tuple[str, .
     layer too. ParameterError lists what there is for a name that is none.
     """
     found: set[str] = set()
-    for given in points if isinstance(points, Iterable) and not isinstance(points, str) else [points]:
+    listed: list[Any] | None = [points] if isinstance(points, str) else _listed(points)
+    if listed is None:
+        listed = [points]
+    for given in listed:
         found |= _resolve(given, num_layers)
     if not found:
         raise ParameterError("points must name at least one point", "points")
     return tuple(name for name in all_points(num_layers) if name in found)
+
+
+def _listed(values: Any) -> list[Any] | None:
+    """None where they cannot be: an array without dimensions, too, passes for an Iterable."""
+    try:
+        return list(values)
+    except TypeError:
+        return None
 
 
 def all_points(num_layers: int) -> list[str]:
@@ -69,7 +81,7 @@ def _resolve(given: str, num_layers: int) -> set[str]:
         f"embed, norm, logits, or layers.I.NAME with I in [0, {num_layers - 1}] and NAME of {', '.join(LAYER_POINTS)}"
     )
     if not isinstance(given, str):
-        raise ParameterError(f"a point must be a string, got {given!r}", "points")
+        raise ParameterError(f"a point must be a string, got {reprlib.repr(given)}", "points")
     if given in ("embed", "norm", "logits"):
         return {given}
     if given == "hook_embed":
@@ -77,7 +89,7 @@ def _resolve(given: str, num_layers: int) -> set[str]:
     match = _LAYER.fullmatch(given)
     name = match and ALIASES.get(match["name"], match["name"])
     if match is None or name not in ("*", *LAYER_POINTS):
-        raise ParameterError(f"no point is called {given!r}: there are {legal}", "points")
+        raise ParameterError(f"no point is called {reprlib.repr(given)}: there are {legal}", "points")
     wanted, every = match["layers"], range(num_layers)
     if wanted == "*":
         layers = every
@@ -149,7 +161,8 @@ def bind(
     interventions = tuple(interventions)
     for given in interventions:
         if not isinstance(given, Intervention):
-            raise ParameterError(f"an intervention must be Add, Replace, ..., got {given!r}", "interventions")
+            told = f"an intervention must be Add, Replace, ..., got {reprlib.repr(given)}"
+            raise ParameterError(told, "interventions")
         for point in resolve_points(given.point, config.num_hidden_layers):
             positions = rows_of(given.positions, prompt_len)
             if isinstance(positions, tuple) and len(set(positions)) < len(positions):
@@ -163,14 +176,14 @@ def bind(
 def each(interventions: Interventions, count: int) -> list[Sequence[Intervention]]:
     """One list for all, or one (or None) for each of `count` sequences, as one list for each."""
     what = f"one list, or {count} lists or None, one for each sequence"
-    if isinstance(interventions, Tensor) or not isinstance(interventions, Iterable | None):
-        raise ParameterError(f"interventions must be {what}, got {interventions!r}", "interventions")
-    given = [] if interventions is None else list(interventions)
+    given = [] if interventions is None else _listed(interventions)
+    if given is None or isinstance(interventions, Tensor | str):
+        raise ParameterError(f"interventions must be {what}, got {reprlib.repr(interventions)}", "interventions")
     if all(isinstance(one, Intervention) for one in given):
-        return [given] * count  # type: ignore[list-item]
+        return [given] * count
     if len(given) != count or not all(one is None or isinstance(one, list | tuple) for one in given):
-        raise ParameterError(f"interventions must be {what}, got {given!r}", "interventions")
-    return [one or () for one in given]  # type: ignore[misc]
+        raise ParameterError(f"interventions must be {what}, got {reprlib.repr(given)}", "interventions")
+    return [one or () for one in given]
 
 
 class Span(NamedTuple):

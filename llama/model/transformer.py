@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llama.api.errors import ParameterError
+from llama.api.errors import ParameterError, checked_integer
 from llama.kernels import ops
 from llama.kernels.cpu.pieces import Pieces
 from llama.kernels.types import CosSin, KVLayer, Runs
@@ -356,7 +356,7 @@ class Transformer(Research):
 
     def _fill_randomly(self, seed: int, names: Collection[str] | None = None) -> None:
         """All parameters, or those of these names; a rank's are parts of the same numbers."""
-        generator = torch.Generator(self.device).manual_seed(seed)
+        generator = torch.Generator(self.device).manual_seed(checked_integer("seed", seed, -(2**63), 2**64 - 1))
         for name, parameter in self.named_parameters():
             if names is not None and name not in names:
                 continue

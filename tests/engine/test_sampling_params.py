@@ -156,7 +156,10 @@ def test_illegal(name, value):
         ),
         ({"response_format": {"type": []}}, 'response_format["type"] must be one of'),
         ({"response_format": {"type": "regex"}}, 'response_format["regex"] must be a regular expression, got None'),
-        ({"response_format": {"type": "regex", "regex": ""}}, 'response_format["regex"] must be a regular expression'),
+        (
+            {"response_format": {"type": "regex", "regex": ""}},
+            "response_format[\"regex\"] must be a regular expression, and an empty one allows no text, got ''",
+        ),
         (
             {"response_format": {"type": "json_schema", "json_schema": "{}"}},
             "response_format[\"json_schema\"] must be a JSON schema, got '{}'",

@@ -10,8 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from llama.api.errors import CheckpointError, ParameterError
-from llama.files import read_json, some_of
+from llama.api.errors import CheckpointError, ParameterError, is_one_of, refusal
+from llama.files import check_path, read_json, some_of
 from llama.model.checkpoint.layout import Entry, layout
 from llama.model.checkpoint.quantised import CodedSource, find_coded, find_quantization, scheme_for
 from llama.model.checkpoint.quantised.kv_scales import read_kv_scales
@@ -52,6 +52,7 @@ class Checkpoint:
     ) -> None:
         """`config` in place of the folder's. `entries`: of a network with parts of its own; those of them that the
         folder lacks are told by `absent`."""
+        check_path(path)
         folder = Path(path)
         if not folder.is_dir():
             raise CheckpointError(f"{folder}: there is no such folder")
@@ -78,11 +79,11 @@ class Checkpoint:
         has one dtype, and norms are never quantised."""
         if isinstance(dtype, torch.dtype):
             dtype = str(dtype).removeprefix("torch.")
-        if dtype == "auto":
+        if is_one_of(dtype, ("auto",)):
             stored = self._stored["model.norm.weight"].dtype
             return getattr(torch, self.config.dtype) if self.config.dtype else stored
-        if dtype not in DTYPES:
-            raise ValueError(f"dtype must be one of auto, {', '.join(DTYPES)}, got {dtype!r}")
+        if not isinstance(dtype, str) or dtype not in DTYPES:
+            raise refusal("dtype", f"one of auto, {', '.join(DTYPES)}", dtype)
         return getattr(torch, dtype)
 
     def check_ranks(self, size: int, quantization: str | None = None) -> None:

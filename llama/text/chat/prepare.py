@@ -6,10 +6,11 @@ cannot be meant is refused by its place. What a template wants of the result is 
 """
 
 import re
+import reprlib
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from llama.api.errors import ParameterError
+from llama.api.errors import ParameterError, is_one_of
 
 TOOL_ROLES = frozenset({"tool", "ipython"})
 _ROLE = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,63}")
@@ -51,7 +52,7 @@ def _message(message: Any, where: str, control_tokens: Collection[str]) -> dict[
     role = message.get("role")
     if not isinstance(role, str) or not _ROLE.fullmatch(role):
         legal = "a name such as user, system or assistant"
-        raise ParameterError(f"{where}.role must be {legal}, got {role!r}", "messages")
+        raise ParameterError(f"{where}.role must be {legal}, got {reprlib.repr(role)}", "messages")
     if role not in _ROLES and any(role in token for token in control_tokens):
         raise ParameterError(f"{where}.role must not be part of a control token, got {role!r}", "messages")
     role = "tool" if role == "function" else role
@@ -138,8 +139,8 @@ def _tool(tool: Any, where: str) -> dict[str, Any]:
         raise _mistyped(where, "an object", tool, "tools")
     nested = "function" in tool
     function = tool["function"] if nested else {k: v for k, v in tool.items() if k != "type"}
-    if tool.get("type", "function") != "function":
-        raise ParameterError(f"{where}.type must be 'function', got {tool['type']!r}", "tools")
+    if not is_one_of(kind := tool.get("type", "function"), ("function",)):
+        raise ParameterError(f"{where}.type must be 'function', got {reprlib.repr(kind)}", "tools")
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str) or not function["name"]:
         raise ParameterError(f"{where} must name its function", "tools")
     if not isinstance(function.get("parameters"), Mapping | None):

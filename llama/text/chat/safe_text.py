@@ -44,6 +44,8 @@ class SafeText:
             return {self.hide(k, field): self.hide(v, field, shown) for k, v in value.items()}
         if isinstance(value, list | tuple):
             return [self.hide(v, field, shown) for v in value]
+        if not isinstance(value, int | float | None):
+            raise ParameterError(f"{field} must be JSON values, got {type(value).__name__}", field)
         return value
 
     def mark_end(self, message: dict[str, Any]) -> None:

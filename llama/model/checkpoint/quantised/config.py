@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from llama.api.errors import CheckpointError, ParameterError
+from llama.api.errors import CheckpointError, ParameterError, is_one_of
 from llama.files import QUANTISATION_FILES, read_json, read_json_if_there
 from llama.model.weights.quantised import SCHEMES
 from llama.patterns import matches
@@ -122,12 +122,12 @@ def scheme_for(word: str | None, found: Quantization | None) -> str | None:
 
     A quantised folder takes the words that vLLM has for its own method, and they change nothing.
     """
-    if found is not None and word not in (None, found.method, *_WORDS.get(found.method, ())):
+    if found is not None and not is_one_of(word, (None, found.method, *_WORDS.get(found.method, ()))):
         raise ParameterError(
             f"quantization must be None or {found.method!r} for a folder that is quantised already, got {word!r}",
             "quantization",
         )
-    if found is None and word not in (None, *SCHEMES):
+    if found is None and not is_one_of(word, (None, *SCHEMES)):
         told = ", ".join(SCHEMES)
         raise ParameterError(f"quantization must be one of {told} for a dense checkpoint, got {word!r}", "quantization")
     return word if found is None else None
