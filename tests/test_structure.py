@@ -23,7 +23,7 @@ TREES = {path.relative_to(REPOSITORY).as_posix(): ast.parse(path.read_text(encod
 IMPORT_ORDER = {
     "llama": """
         api
-        files patterns
+        child_process files patterns
         hub
         kernels
         text model
@@ -82,6 +82,7 @@ DOCUMENTS = [
 WITHOUT_TORCH = (
     "llama/__init__.py",
     "llama/api/",
+    "llama/child_process.py",
     "llama/files.py",
     "llama/hub.py",
     "llama/patterns.py",

@@ -5,8 +5,6 @@ there that this process lives. Where that process's main thread started it, the 
 reach whole groups of processes; what they mean is for rank 0 to say.
 """
 
-import contextlib
-import ctypes
 import json
 import os
 import signal
@@ -18,23 +16,18 @@ import traceback
 from typing import Any, NoReturn
 
 BEAT_SECONDS = 1.0
-_PR_SET_PDEATHSIG = 1
 
 
 def main() -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
-    stream, parent = socket.socket(fileno=int(sys.argv[1])), int(sys.argv[2])
-    sys.path[:] = json.loads(sys.argv[3])  # that of rank 0's process, whatever made it
-    if sys.argv[4] == "main":
-        _end_with_parent()
+    stream = socket.socket(fileno=int(sys.argv[1]))
+    sys.path[:] = json.loads(sys.argv[2])  # that of rank 0's process, whatever made it
+    from llama.child_process import end_with_parent
+
+    parent = int(sys.argv[3])
+    end_with_parent(parent, sys.argv[4])
     live(stream, parent)
-
-
-def _end_with_parent() -> None:
-    """Also while no thread here can run, as in a call that holds the interpreter's lock."""
-    with contextlib.suppress(OSError, AttributeError):  # not Linux
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def live(stream: socket.socket, parent: int) -> NoReturn:

@@ -5,15 +5,12 @@ step, a thread here ends all of them: then no rank waits for another, and the en
 """
 
 import contextlib
-import json
 import logging
-import os
 import queue
 import selectors
 import signal
 import socket
 import subprocess
-import sys
 import threading
 import time
 import weakref
@@ -22,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
+from llama import child_process
 from llama.engine.parallel_runner import RankLostError
 from llama.engine.wire import Frames, Message
 from llama.model.communicator import MAY_HELP
@@ -114,21 +112,11 @@ class Ranks:
     def start(cls, size: int, step_timeout: float) -> "Ranks":
         """Processes for the ranks 1 to size - 1."""
         peers: list[Peer] = []
-        # The kernel would end a process with the thread that started it: others than the main one may end long before.
-        starter = "main" if threading.current_thread() is threading.main_thread() else "another"
         try:
             for rank in range(1, size):
                 ours, theirs = socket.socketpair()
                 with theirs:
-                    # -P: the script's folder is no place to import from.
-                    arguments = [str(theirs.fileno()), str(os.getpid()), json.dumps(sys.path), starter]
-                    process = subprocess.Popen(
-                        [sys.executable, "-P", str(_PROGRAM), *arguments],
-                        pass_fds=[theirs.fileno()],
-                        stdin=subprocess.DEVNULL,
-                        stdout=subprocess.DEVNULL,
-                        process_group=0,  # Ctrl-C is for rank 0 to understand
-                    )
+                    process = child_process.start(_PROGRAM, [theirs.fileno()])
                 peers.append(Peer(rank, ours, process))
         except BaseException:
             _State(peers, step_timeout).kill()

@@ -1,5 +1,5 @@
 """The process of a replica: run as a script by `llama.server.replicas`, which gives it a connection and a socket to
-serve on. It ends with the connection."""
+serve on. It ends with the connection, and with the process at its other end."""
 
 import json
 import os
@@ -13,9 +13,11 @@ from typing import Any
 def main() -> None:
     control = socket.socket(fileno=int(sys.argv[1]))
     sys.path[:] = json.loads(sys.argv[3])  # that of the process that started this one
+    from llama.child_process import end_with_parent
     from llama.engine.wire import Message, receive
     from llama.server.config import Listener
 
+    end_with_parent(int(sys.argv[4]), sys.argv[5])
     taken = Listener(fileno=int(sys.argv[2]))
 
     told = receive(control)

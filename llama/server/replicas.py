@@ -6,17 +6,16 @@ JSON messages. A replica lives as long as the connection to the process that sta
 
 import asyncio
 import contextlib
-import json
 import selectors
 import signal
 import socket
 import subprocess
-import sys
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from llama import child_process
 from llama.engine.wire import Message, receive
 from llama.server.config import BACKLOG, ServerConfig
 from llama.server.upstream import Upstream
@@ -149,16 +148,7 @@ def _start(number: int) -> Replica:
     with theirs, socket.socket(socket.AF_UNIX) as listener:
         listener.bind("")  # the system gives it a name that no other has
         listener.listen(BACKLOG)
-        descriptors = [theirs.fileno(), listener.fileno()]
-        arguments = [*map(str, descriptors), json.dumps(sys.path)]
-        process = subprocess.Popen(
-            # -P: the script's folder is no place to import from.
-            [sys.executable, "-P", str(_PROGRAM), *arguments],
-            pass_fds=descriptors,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            process_group=0,  # Ctrl-C is for the process that started it to understand
-        )
+        process = child_process.start(_PROGRAM, [theirs.fileno(), listener.fileno()])
         return Replica(number, process, ours, listener.getsockname())
 
 

@@ -317,14 +317,16 @@ def running(url: str) -> float:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("state", ["loading", "serving"])
+@pytest.mark.parametrize("state", ["loading", "serving", "stopped"])
 def test_no_replica_outlives_the_front(model, state):
     with llama("serve", model, "--port", "0", "--num-blocks", "50", "--replicas", "2", "-tp", "2") as process:
         wait_until(lambda: len(replicas_of(process.pid)) == 2, 60)
-        if state == "serving":
+        if state != "loading":
             next(line for line in iter(process.stderr.readline, "") if "serving" in line)
         pids = replicas_of(process.pid)
         pids += [rank for pid in pids for rank in children_of(pid)]
+        if state == "stopped":
+            os.kill(pids[0], signal.SIGSTOP)
         process.kill()
         wait_until(lambda: all(map(is_gone, pids)), 15)
 
