@@ -32,6 +32,7 @@ from llama.server.app import create_app
 from llama.server.config import ServerConfig
 from llama.server.run import read_vocabulary
 from llama.server.service import Service
+from llama.server.stopping import stop_signals
 
 logger = logging.getLogger(__name__)
 
@@ -163,9 +164,9 @@ def build_app(arguments: Arguments) -> serve.Application:
 
 
 def run(arguments: Arguments, host: str, port: int) -> None:
-    """Deploy on the cluster that Ray is connected with, and serve until SIGTERM or SIGINT, which drain."""
+    """Deploy on the cluster that Ray is connected with, and serve until SIGTERM, SIGINT or SIGHUP, which drain."""
     stop = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in stop_signals():
         signal.signal(number, lambda *_: stop.set())
     http = {"host": host, "port": port, "keep_alive_timeout_s": int(arguments.server.timeout_keep_alive)}
     serve.start(proxy_location="EveryNode", http_options=http)

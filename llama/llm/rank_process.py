@@ -1,8 +1,8 @@
 """The process of a rank: run as a script by `llama.llm.ranks`, which gives it one end of a connection.
 
 It lives as long as the connection and the process at the other end: a thread looks after both once a second, and says
-there that this process lives. Where that process's main thread started it, the kernel ends it too. Ctrl-C and SIGTERM
-reach whole groups of processes; what they mean is for rank 0 to say.
+there that this process lives. Where that process's main thread started it, the kernel ends it too. Ctrl-C, SIGTERM
+and SIGHUP reach whole groups of processes; what they mean is for rank 0 to say.
 """
 
 import json
@@ -19,7 +19,7 @@ BEAT_SECONDS = 1.0
 
 
 def main() -> None:
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     stream = socket.socket(fileno=int(sys.argv[1]))
     sys.path[:] = json.loads(sys.argv[2])  # that of rank 0's process, whatever made it

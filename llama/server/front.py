@@ -10,7 +10,7 @@ import json
 import logging
 import os
 import socket
-from types import FrameType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import h11
@@ -189,15 +189,11 @@ class FrontServer(StoppableServer):
         super().__init__(settings(Front(replicas), config))
 
     async def serve(self, sockets: list[socket.socket] | None = None) -> None:
-        self._loop = asyncio.get_running_loop()
         watch = asyncio.create_task(self._watch())
         try:
             await super().serve(sockets)
         finally:
             watch.cancel()
-
-    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        self._loop.call_soon_threadsafe(self.stop)
 
     def stop(self) -> None:
         """Have the replicas finish what they have; a second call ends everything at once."""
@@ -221,7 +217,7 @@ class FrontServer(StoppableServer):
                     if not self._is_stopping:
                         logger.critical("%s: its requests failed", ending)
             if self._is_stopping:
-                now = self._loop.time()
+                now = asyncio.get_running_loop().time()
                 until = until or now + self._seconds
                 if now > until:
                     logger.error("stopping without the replicas that do not end")

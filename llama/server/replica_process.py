@@ -35,7 +35,7 @@ def main() -> None:
         control.sendall(Message({"error": said or type(error).__name__}, {}).encoded())
         os._exit(1)
     control.sendall(Message({"ready": True}, {}).encoded())
-    sys.exit(serve(llm, config, taken, log))
+    sys.exit(serve(llm, config, taken, log, is_replica=True))
 
 
 def open_replica(told: dict[str, Any]) -> tuple[Any, Any]:

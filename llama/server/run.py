@@ -1,8 +1,8 @@
 """Running a server: signals, draining, and watching over steps and connections.
 
-The first SIGTERM or SIGINT makes /ready answer 503 and new requests be refused; what runs may end within the shutdown
-timeout, the rest ends with an error; then the port closes. A second signal ends the process at once. A step of the
-engine that hangs does not keep it.
+The first SIGTERM, SIGINT or SIGHUP makes /ready answer 503 and new requests be refused; what runs may end within the
+shutdown timeout, the rest ends with an error; then the port closes. A second signal ends the process at once. A step
+of the engine that hangs does not keep it.
 """
 
 import asyncio
@@ -14,7 +14,6 @@ import socket
 import threading
 import time
 from collections.abc import Iterable
-from types import FrameType
 from typing import Any
 
 from llama.api.params import SamplingParams
@@ -36,9 +35,9 @@ _STALL_INTERVAL = 5.0  # seconds, where the timeouts allow it
 class Server(StoppableServer):
     """uvicorn's server, stopped by draining the engine."""
 
-    def __init__(self, service: Service) -> None:
+    def __init__(self, service: Service, *, is_replica: bool = False) -> None:
         self._service = service
-        self._loop: asyncio.AbstractEventLoop | None = None
+        self._is_replica = is_replica
         self._draining: asyncio.Task[None] | None = None
         self._hangs = False
         self.exit_code = 0
@@ -46,7 +45,6 @@ class Server(StoppableServer):
         super().__init__(settings(create_app(service), service.config))
 
     async def serve(self, sockets: list[socket.socket] | None = None) -> None:
-        self._loop = asyncio.get_running_loop()
         watchdog = asyncio.create_task(self._watch())
         uvicorn_log = logging.getLogger("uvicorn.error")
         uvicorn_log.addFilter(self._service.invalid_requests)
@@ -61,14 +59,11 @@ class Server(StoppableServer):
             if not (self.force_exit or self._hangs):
                 await self._service.llm.close()
 
-    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        assert self._loop is not None
-        self._loop.call_soon_threadsafe(self.stop)
-
     def stop(self) -> None:
-        """Begin to stop; a second call ends everything at once."""
         if self._draining is not None:
-            self.force_exit = self.should_exit = True
+            # Of a replica's two calls, one is its front's, and one may be that of whoever stops all processes.
+            if not self._is_replica:
+                self.force_exit = self.should_exit = True
             return
         self._draining = asyncio.ensure_future(self._drain())
 
@@ -146,11 +141,11 @@ async def _close_stalled(connections: set[Any], config: ServerConfig) -> None:
         stalled.close(list(connections), asyncio.get_running_loop().time())
 
 
-def serve(llm: AsyncLLM, config: ServerConfig, taken: socket.socket, log: LogQueue) -> int:
+def serve(llm: AsyncLLM, config: ServerConfig, taken: socket.socket, log: LogQueue, *, is_replica: bool = False) -> int:
     """Serve until told to stop -> the exit code: 70 if the engine died. A dead engine's process ends in any case."""
     allow_many_connections()
     read_vocabulary(llm)
-    server = Server(Service(llm, config, log))
+    server = Server(Service(llm, config, log), is_replica=is_replica)
     threading.Thread(target=_end_if_dead, args=(server, log), name="llama-end", daemon=True).start()
     asyncio.run(server.serve([taken]))
     log.stop(_LOG_SECONDS)

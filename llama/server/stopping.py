@@ -1,10 +1,13 @@
 """What servers have in common, whatever is behind them: uvicorn's settings, signals, room for connections. No torch."""
 
+import asyncio
 import contextlib
 import resource
 import signal
+import socket
 import threading
 from collections.abc import Iterator
+from types import FrameType
 from typing import Any
 
 import uvicorn
@@ -32,14 +35,37 @@ def settings(app: Any, config: ServerConfig) -> uvicorn.Config:
     )
 
 
+def stop_signals() -> list[signal.Signals]:
+    """Those by which a server is told to stop. A closed terminal sends SIGHUP; under nohup that is ignored and stays
+    so."""
+    is_ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    return [signal.SIGINT, signal.SIGTERM, *([] if is_ignored else [signal.SIGHUP])]
+
+
 class StoppableServer(uvicorn.Server):
+    _loop: asyncio.AbstractEventLoop | None = None
+
+    async def serve(self, sockets: list[socket.socket] | None = None) -> None:
+        self._loop = asyncio.get_running_loop()
+        await super().serve(sockets)
+
+    def stop(self) -> None:
+        """Begin to stop; a second call ends everything at once."""
+        raise NotImplementedError
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        assert self._loop is not None
+        # Shells send it behind the kernel's own, and systemd behind SIGTERM: no second call is meant.
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        self._loop.call_soon_threadsafe(self.stop)
+
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         """As uvicorn's, but no signal is raised again after a clean stop: that is not a failure."""
         if threading.current_thread() is not threading.main_thread():  # only there may signals be listened to
             yield
             return
-        before = {number: signal.signal(number, self.handle_exit) for number in (signal.SIGINT, signal.SIGTERM)}
+        before = {number: signal.signal(number, self.handle_exit) for number in stop_signals()}
         try:
             yield
         finally:

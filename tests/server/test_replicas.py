@@ -304,9 +304,15 @@ def test_replicas_as_processes(model, tmp_path):
         health = httpx.get(f"{url}/health").json()
         assert health["status"] == "degraded" and "SIGKILL" in health["replicas"][0]["status"]
         ended.clear()
-        ask("tuned", 3)
-        assert ended == [True]
-        process.terminate()
+        threads = [threading.Thread(target=ask, args=(name,)) for name in ("model", "tuned") * 8]
+        for thread in threads:
+            thread.start()
+        wait_until(lambda: running(url) == 16, 60)
+        for pid in (pids[1], process.pid):  # systemd stops each process of a service
+            os.kill(pid, signal.SIGTERM)
+        for thread in threads:
+            thread.join(60)
+        assert ended == [True] * 16
         assert process.wait(60) == 0
         wait_until(lambda: all(map(is_gone, pids)), 10)
 

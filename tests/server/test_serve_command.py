@@ -126,7 +126,9 @@ def test_numbers_that_are_legal():
     assert llm_options(defaults) == given(defaults, ServerConfig) == {}
 
 
-def test_serving_and_stopping(checkpoint, tmp_path):
+@pytest.mark.parametrize("sent", [[signal.SIGTERM], [signal.SIGHUP] * 2], ids=["asked", "terminal closed"])
+def test_serving_and_stopping(checkpoint, tmp_path, sent):
+    """Where a terminal closes, the kernel sends SIGHUP and many shells do it once more."""
     keys = tmp_path / "keys"
     keys.write_text("one-key\nanother-key\n")
     arguments = ("--port", "0", "--num-blocks", "64", "--max-model-len", "512", "--api-key-file", str(keys))
@@ -146,7 +148,10 @@ def test_serving_and_stopping(checkpoint, tmp_path):
             ) as streamed:
                 pieces = streamed.iter_text()
                 text = next(pieces)
-                process.send_signal(signal.SIGTERM)
+                for number in sent:
+                    process.send_signal(number)
+                    while client.get("/ready", headers={"Connection": "close"}).status_code != 503:
+                        pass
                 text += "".join(pieces)
             assert text.endswith("data: [DONE]\n\n")
         assert process.wait(PATIENCE) == 0
