@@ -2,26 +2,29 @@
 
 import asyncio
 import contextlib
+import re
 import resource
 import signal
 import socket
 import threading
 from collections.abc import Iterator
 from types import FrameType
-from typing import Any
+from urllib.parse import unquote
 
 import uvicorn
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from llama.server.config import BACKLOG, ServerConfig
 
 MAX_HEADER_BYTES = 64 * 1024
 FLUSH_SECONDS = 5  # for answers that are complete to reach their clients
 _MAX_FILES = 65_536
+_SCHEME_AND_HOST = re.compile(rb"https?://[^/]*", re.IGNORECASE)
 
 
-def settings(app: Any, config: ServerConfig) -> uvicorn.Config:
+def settings(app: ASGIApp, config: ServerConfig) -> uvicorn.Config:
     return uvicorn.Config(
-        app,
+        by_path(app),
         http="h11",  # it bounds the headers; httptools does not
         ws="none",
         lifespan="off",
@@ -33,6 +36,18 @@ def settings(app: Any, config: ServerConfig) -> uvicorn.Config:
         timeout_graceful_shutdown=FLUSH_SECONDS,
         backlog=BACKLOG,
     )
+
+
+def by_path(app: ASGIApp) -> ASGIApp:
+    """`app`, asked for the path where a proxy sends the whole URL as target (RFC 9112, 3.2.2)."""
+
+    async def ask(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and (head := _SCHEME_AND_HOST.match(scope["raw_path"])):
+            path = scope["raw_path"][head.end() :] or b"/"
+            scope = {**scope, "raw_path": path, "path": unquote(path.decode("ascii"))}
+        await app(scope, receive, send)
+
+    return ask
 
 
 def stop_signals() -> list[signal.Signals]:

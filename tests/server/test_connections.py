@@ -134,6 +134,14 @@ def test_limits_are_numbers_above_0(name, value):
         ServerConfig(model_names=(NAME,), **{name: value})
 
 
+def test_a_target_with_its_scheme_and_host_is_the_path_in_it(scripted):
+    """As proxies send it (RFC 9112, 3.2.2)."""
+    for target in ("http://x/v1/models?a=b", "HTTP://x:80/v1/models", f"https://x/v1%2Fmodels/{NAME}", "http://x"):
+        with connect(scripted.server) as connection:
+            connection.sendall(f"GET {target} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n".encode())
+            assert read_all(connection).startswith("HTTP/1.1 200"), target
+
+
 def test_no_page_of_another_origin_is_let_in():
     llm, _ = scripted_llm()
     with running(llm) as server:

@@ -104,6 +104,8 @@ def test_answers_are_the_replicas_own(front):
     )
     assert client.get("/v1/models?x=1").json()["data"][0]["id"] == NAME
     assert client.get("/nowhere").status_code == 404
+    for target, status in ((b"http://x/health", 200), (b"http://x/v1/models?x=1", 200), (b"http://x/nowhere", 404)):
+        assert client.get("/", extensions={"target": target}).status_code == status
     assert client.post(RUN, content=b"{").status_code == 400
     assert client.post(RUN, json=body, headers={"authorization": "Bearer no"}).status_code == 401
     assert client.head("/health").status_code == 200 and client.head("/v1/models").content == b""
