@@ -151,4 +151,9 @@ def _answer_by_replicas(
     arguments = {"max_loras": len(loras), **arguments}
     in_flight = 2 * options.replicas * checked(EngineConfig, given(options, EngineConfig)).max_num_seqs
     with Replicas.start(options.replicas, model, arguments, config, loras=loras, limits=limits) as replicas:
-        asyncio.run(job.run(ReplicasAnswerer(replicas, arguments.get("seed")), in_flight))
+
+        async def answer_all() -> None:
+            async with replicas.watched(config.step_deadline):
+                await job.run(ReplicasAnswerer(replicas, arguments.get("seed")), in_flight)
+
+        asyncio.run(answer_all())

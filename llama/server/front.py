@@ -57,11 +57,11 @@ class Front:
             await _tell(scope, receive, send, began)
 
     async def _health(self, scope: Scope) -> Response:
-        """200 while any replica is there."""
-        endings = [replica.ending for replica in self._replicas.all]
-        rows = [{"replica": i, "status": ending or "ok"} for i, ending in enumerate(endings)]
-        status = "dead" if all(endings) else "degraded" if any(endings) else "ok"
-        return _json({"status": status, "replicas": rows}, 503 if all(endings) else 200)
+        """200 while any replica is there and answers."""
+        troubles = [replica.trouble for replica in self._replicas.all]
+        rows = [{"replica": i, "status": trouble or "ok"} for i, trouble in enumerate(troubles)]
+        status = "dead" if all(troubles) else "degraded" if any(troubles) else "ok"
+        return _json({"status": status, "replicas": rows}, 503 if all(troubles) else 200)
 
     async def _ready(self, scope: Scope) -> Response:
         """200 while any replica takes requests."""
@@ -184,6 +184,7 @@ class FrontServer(StoppableServer):
     def __init__(self, replicas: Replicas, config: ServerConfig) -> None:
         self._replicas = replicas
         self._is_stopping = False
+        self._patience = config.step_deadline
         self._seconds = config.shutdown_timeout + config.step_deadline
         self.exit_code = 0
         super().__init__(settings(Front(replicas), config))
@@ -191,7 +192,8 @@ class FrontServer(StoppableServer):
     async def serve(self, sockets: list[socket.socket] | None = None) -> None:
         watch = asyncio.create_task(self._watch())
         try:
-            await super().serve(sockets)
+            async with self._replicas.watched(self._patience):
+                await super().serve(sockets)
         finally:
             watch.cancel()
 

@@ -12,6 +12,7 @@ from types import FrameType
 from urllib.parse import unquote
 
 import uvicorn
+from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from llama.server.config import BACKLOG, ServerConfig
@@ -24,7 +25,7 @@ _SCHEME_AND_HOST = re.compile(rb"https?://[^/]*", re.IGNORECASE)
 
 def settings(app: ASGIApp, config: ServerConfig) -> uvicorn.Config:
     return uvicorn.Config(
-        by_path(app),
+        by_target(app),
         http="h11",  # it bounds the headers; httptools does not
         ws="none",
         lifespan="off",
@@ -38,10 +39,14 @@ def settings(app: ASGIApp, config: ServerConfig) -> uvicorn.Config:
     )
 
 
-def by_path(app: ASGIApp) -> ASGIApp:
-    """`app`, asked for the path where a proxy sends the whole URL as target (RFC 9112, 3.2.2)."""
+def by_target(app: ASGIApp) -> ASGIApp:
+    """`app`, asked for the path where a proxy sends the whole URL as target (RFC 9112, 3.2.2), and not asked where the
+    server itself is meant (OPTIONS *, RFC 9110, 9.3.7)."""
 
     async def ask(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["method"] == "OPTIONS" and scope["raw_path"] == b"*":
+            await Response(status_code=204)(scope, receive, send)
+            return
         if scope["type"] == "http" and (head := _SCHEME_AND_HOST.match(scope["raw_path"])):
             path = scope["raw_path"][head.end() :] or b"/"
             scope = {**scope, "raw_path": path, "path": unquote(path.decode("ascii"))}

@@ -1,6 +1,7 @@
 """One HTTP request to a replica, over a connection of its own."""
 
 import asyncio
+import contextlib
 import socket
 from collections.abc import AsyncIterator, Iterable
 from types import TracebackType
@@ -48,6 +49,11 @@ class Upstream:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._socket.close()
+
+    def give_up(self) -> None:
+        """End the connection from this side: whoever waits for an answer hears that it broke off."""
+        with contextlib.suppress(OSError):  # it has ended by itself
+            self._socket.shutdown(socket.SHUT_RDWR)
 
     async def begin(self, method: str, target: bytes, headers: Headers) -> None:
         kept = carried(headers)

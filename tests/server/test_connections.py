@@ -142,6 +142,13 @@ def test_a_target_with_its_scheme_and_host_is_the_path_in_it(scripted):
             assert read_all(connection).startswith("HTTP/1.1 200"), target
 
 
+def test_the_server_itself_may_be_asked(scripted, caplog):
+    with connect(scripted.server) as connection, caplog.at_level("INFO", "llama.access"):
+        connection.sendall(b"OPTIONS * HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+        assert read_all(connection).startswith("HTTP/1.1 204")
+    assert caplog.text == ""
+
+
 def test_no_page_of_another_origin_is_let_in():
     llm, _ = scripted_llm()
     with running(llm) as server:

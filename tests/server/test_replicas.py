@@ -75,7 +75,7 @@ def front():
     served = [Served(0), Served(1)]
     replicas = Replicas()
     replicas.all = [each.replica for each in served]
-    server = FrontServer(replicas, ServerConfig(model_names=(NAME,)))
+    server = FrontServer(replicas, ServerConfig(model_names=(NAME,), step_deadline=2.0))
     taken = take_port("127.0.0.1", 0)
     thread = threading.Thread(target=lambda: asyncio.run(server.serve([taken])))
     thread.start()
@@ -218,6 +218,39 @@ def test_a_replica_that_hangs_keeps_no_other_s_answer(front):
         ready = front.client.get("/ready", timeout=10)
         assert (ready.status_code, ready.json()["replicas"]) == (200, [{"replica": 1, "status": 200}])
         assert 'replica="1"' in front.client.get("/metrics", timeout=10).text
+
+
+def test_a_replica_that_hangs_gets_no_requests_until_it_answers(front, monkeypatch, caplog):
+    """Those that it has fail, once it has said nothing for as long as a step may take."""
+    monkeypatch.setattr("llama.server.replicas._SILENCE_SECONDS", 0.3)
+    monkeypatch.setattr("llama.server.replicas._PROBE_SECONDS", 0.05)
+    hanging = front.replicas.all[0]
+    address = hanging.address
+    body = {"messages": [user("hello")]}
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind("")
+        listener.listen()
+        hanging.address = listener.getsockname()
+        stuck = front.client.post("/v1/chat/completions", json=body)
+        assert stuck.status_code == 503 and stuck.json()["error"]["code"] == "unavailable"
+        assert hanging.is_silent and hanging.num_requests == 0
+        assert front.client.get("/health").json() == {
+            "status": "degraded",
+            "replicas": [
+                {"replica": 0, "status": "replica 0 (process 7) does not answer"},
+                {"replica": 1, "status": "ok"},
+            ],
+        }
+        assert [front.client.post(RUN, json=body).status_code for _ in range(3)] == [200] * 3
+        front.replicas.all[1].process.code = -9
+        assert front.client.post(RUN, json=body).status_code == 503
+        hanging.address = address
+    until(lambda: not hanging.is_silent)
+    assert front.client.post(RUN, json=body).status_code == 200
+    assert front.client.get("/health").json()["replicas"][0] == {"replica": 0, "status": "ok"}
+    front.replicas.all[1].process.code = None
+    assert "replica 0 (process 7) does not answer: its requests failed" in caplog.text
+    assert "replica 0 (process 7) answers again" in caplog.text
 
 
 def test_a_replica_that_fails_at_once_hurries_no_other(front, monkeypatch):
