@@ -111,7 +111,7 @@ MOST_LINES = {"file": 400, "function": 60}
 MOST_POSITIONAL = 6
 FORBIDDEN_EVERYWHERE = {"transformers", "peft", "pickle", "marshal", "tests", "tools", "benchmarks"}
 NEVER_CALLED = {"eval", "exec", "compile", "__import__", "torch.load", "yaml.load", "os.system", "os.popen"}
-ENVIRONMENT = {"TRITON_INTERPRET", "RANK", "WORLD_SIZE"}
+ENVIRONMENT = {"TRITON_INTERPRET", "RANK", "WORLD_SIZE", "OMP_NUM_THREADS", "MKL_NUM_THREADS"}
 
 
 def module_name(path: str) -> str:

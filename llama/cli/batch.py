@@ -13,6 +13,7 @@ from llama.cli.common import (
     add_replicas_flag,
     check_adapters,
     check_ray,
+    keep_to_cores,
     llm_options,
 )
 from llama.cli.flags import Once, Parser, UsageError, checked, flag, given, named_adapter
@@ -113,6 +114,8 @@ def _answer(job: Any, model: str, options: Namespace, arguments: dict[str, Any],
         reduce: Any = "mean" if options.capture_mean else None
         positions = options.capture_positions or "last"
         capture = Capture(options.capture, positions, reduce=reduce, save_to=options.capture_to)
+
+    keep_to_cores()
 
     async def answer_all() -> None:
         llm = open_llm(model, dict(options.lora), **arguments)

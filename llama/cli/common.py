@@ -1,5 +1,6 @@
 """What the commands that load a model share: their flags, loading, and the line with the rates."""
 
+import os
 import re
 import sys
 import time
@@ -14,6 +15,7 @@ from llama.api.errors import ParameterError
 from llama.api.outputs import Piece, Usage
 from llama.api.params import SamplingParams, over_defaults
 from llama.cli.flags import Once, Parser, UsageError, add_fields, checked, given, integer, named_adapter
+from llama.engine.budget import threads_of_each
 from llama.engine.config import EngineConfig
 from llama.server.config import ServerConfig
 
@@ -118,6 +120,18 @@ def llm_options(options: Namespace, **defaults: Any) -> dict[str, Any]:
     return engine | loading
 
 
+def keep_to_cores() -> None:
+    """Compute with no more threads than the control group lets run at once: PyTorch counts the machine's cores. A
+    number that the user gave PyTorch stays."""
+    if os.environ.get("OMP_NUM_THREADS") or os.environ.get("MKL_NUM_THREADS"):
+        return
+    import torch
+
+    threads = torch.get_num_threads()
+    if (most := threads_of_each(1, threads)) < threads:
+        torch.set_num_threads(most)
+
+
 def load(options: Namespace, values: dict[str, Any]) -> Any:
     """-> LLM for one request of these `sampling_values` at a time. It is imported here because torch comes with it."""
     max_num_seqs = values.get("n", 1) * (2 if "guidance_scale" in values else 1)  # guidance computes two prompts
@@ -125,6 +139,7 @@ def load(options: Namespace, values: dict[str, Any]) -> Any:
     arguments = llm_options(options, max_num_seqs=max_num_seqs, max_loras=max_loras, max_lora_rank=MAX_LORA_RANK)
     from llama.llm.llm import LLM
 
+    keep_to_cores()
     llm = LLM(options.model, **arguments)
     if options.lora:
         llm.load_lora(*options.lora)

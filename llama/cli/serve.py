@@ -13,6 +13,7 @@ from llama.cli.common import (
     add_replicas_flag,
     check_adapters,
     check_ray,
+    keep_to_cores,
     llm_options,
 )
 from llama.cli.flags import Parser, UsageError, add_fields, checked, flag, given, integer, named_adapter
@@ -90,6 +91,7 @@ def run(options: Namespace) -> int:
     from llama.async_llm.async_llm import AsyncLLM
     from llama.llm.llm import LLM
 
+    keep_to_cores()
     llm = LLM(options.model, **arguments)
     for name, path in options.lora:
         llm.load_lora(name, path)
