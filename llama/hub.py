@@ -62,6 +62,8 @@ def _folder(
             )
         if not str(name):  # as a path it would be the working directory
             raise error(f"'' names nothing; a folder with {needed} is needed, or an id of the hub")
+        if isinstance(name, str) and _ID.fullmatch(name):
+            logger.info("%s: the folder of that name here, not the hub's", name)
         return Path(name)
     try:
         folder = _download(str(name), revision, patterns)

@@ -156,11 +156,14 @@ def test_an_adapter_by_its_id(hub):
         adapter_folder("org/text")
 
 
-def test_a_folder_goes_before_an_id(hub, folders, tmp_path, monkeypatch):
+def test_a_folder_goes_before_an_id_and_is_told(hub, folders, tmp_path, monkeypatch, caplog):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "org").mkdir()
     (tmp_path / "org" / "tiny").symlink_to(folders.tiny)
-    assert not is_hub_id("org/tiny") and model_folder("org/tiny") == Path("org/tiny") and not hub.asked
+    with caplog.at_level("INFO", "llama"):
+        assert not is_hub_id("org/tiny") and model_folder("org/tiny") == Path("org/tiny") and not hub.asked
+        model_folder(tmp_path / "org/tiny")
+    assert caplog.messages == ["org/tiny: the folder of that name here, not the hub's"]
     with pytest.raises(CheckpointError, match="is for an id of the hub"):
         model_folder("org/tiny", "v2")
     for name in ("/org/tiny", "./x", "a/b/c", "tiny", "../a", Path("other/tiny")):
