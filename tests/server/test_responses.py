@@ -271,3 +271,28 @@ def test_log_probabilities_of_each_token(tiny_client):
     told = [entry for event in events if event.type == "response.output_text.delta" for entry in event.logprobs]
     assert [e.logprob for e in entries] == [e.logprob for e in told] and len(entries) == 4
     assert all(len(e.top_logprobs) == 2 and e.logprob == e.top_logprobs[0].logprob for e in entries)
+
+
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [
+        ('{"a": 1} is JSON', '{"a": 1} is JSON<|eot_id|>'),
+        ("<tool_call>x", "<tool_call>x<|eot_id|>"),
+        ("Hi {", "Hi {<|eot_id|>"),
+        ("Hi <|python_tag|>" + CALL, "Hi "),
+        ('Hi\n<function=get_weather>{"city": "Rome"}</function>', "Hi\n"),
+        (CALL, ""),
+    ],
+)
+def test_log_probabilities_are_those_of_the_text(scripted, said, told):
+    """Whatever was held back because it might have become a call, and however the pieces were merged."""
+    asked = [user("I say:"), user(said)]
+    body = {"input": asked, "tools": [WEATHER], "include": ["message.output_text.logprobs"]}
+    whole = post(scripted, **body).json()
+    text = post(scripted, **body, stream=True).text
+    events = [json.loads(line[6:]) for line in text.splitlines() if line.startswith("data: ")]
+    deltas = [entry for event in events for entry in event.get("logprobs", []) if event["type"].endswith("text.delta")]
+    for output in (whole["output"], events[-1]["response"]["output"]):
+        parts = [part for item in output if item["type"] == "message" for part in item["content"]]
+        assert "".join(entry["token"] for part in parts for entry in part["logprobs"]) == told
+    assert "".join(entry["token"] for entry in deltas) == told

@@ -4,6 +4,7 @@ what the last event of the same stream carries."""
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing
+from itertools import accumulate
 from typing import Any
 
 from starlette.requests import Request
@@ -80,6 +81,7 @@ class _Writer:
         self._output: list[dict[str, Any]] = []  # items that have begun, the last one perhaps still open
         self._is_open = False
         self._num_events = self._num_calls = 0
+        self._held: list[Event] = []  # log-probabilities of tokens that may yet become text or a call
 
     async def numbered(self, events: AsyncGenerator[Event, None]) -> AsyncGenerator[Event, None]:
         async with aclosing(events):
@@ -106,8 +108,9 @@ class _Writer:
                 for event in self._thought(piece.reasoning_content):
                     yield event
             text = told.text_of(piece)
+            logprobs = self._of_text(piece)
             if self._open_type == "message" or (text if not self._num_calls else text.strip()):
-                for event in self._text(piece):
+                for event in self._text(piece.text, logprobs):
                     yield event
             for delta in piece.tool_call_deltas:
                 for event in self._call(delta):
@@ -138,7 +141,6 @@ class _Writer:
         return self._output[-1]["type"] if self._is_open else None
 
     def _thought(self, text: str) -> list[Event]:
-        """Log-probabilities of thoughts are not told here."""
         events = []
         if not self._is_open:
             part = {"type": "reasoning_text", "text": ""}
@@ -148,7 +150,23 @@ class _Writer:
         self._output[-1]["content"][0]["text"] += text
         return [*events, {"type": "response.reasoning_text.delta", **self._place(), "delta": text}]
 
-    def _text(self, piece: Piece) -> list[Event]:
+    def _of_text(self, piece: Piece) -> list[Event]:
+        """The log-probabilities that a piece's text is told with, those of tokens that were held back before it too.
+        Those of thoughts and calls are not told."""
+        if self._open_type == "reasoning" and not piece.text:
+            self._held = []
+            return []
+        self._held += self._logprobs(piece.token_ids, piece.logprobs)
+        if not (piece.text or piece.tool_call_deltas or piece.finish_reason):
+            return []
+        held, self._held = self._held, []
+        if piece.tool_call_deltas:  # the text stands in front of them
+            ends = accumulate(len(entry["bytes"]) for entry in held)
+            size = len(piece.text.encode())
+            held = held[: sum(end < size for end in ends) + 1] if size else []
+        return held
+
+    def _text(self, text: str, logprobs: list[Event]) -> list[Event]:
         events = self._close() if self._open_type == "reasoning" else []
         if not self._is_open:
             part: dict[str, Any] = {"type": "output_text", "text": "", "annotations": [], "logprobs": []}
@@ -156,13 +174,12 @@ class _Writer:
             events.append(self._open(item | {"content": [part]}))
             events.append({"type": "response.content_part.added", **self._place(), "part": dict(part, logprobs=[])})
         part = self._output[-1]["content"][0]
-        part["text"] += piece.text
-        logprobs = self._logprobs(piece.token_ids, piece.logprobs)
+        part["text"] += text
         part["logprobs"].extend(logprobs)
         told = [_without_bytes(entry) for entry in logprobs]
-        if not piece.text and not logprobs:
+        if not text and not logprobs:
             return events
-        delta = {"type": "response.output_text.delta", **self._place(), "delta": piece.text, "logprobs": told}
+        delta = {"type": "response.output_text.delta", **self._place(), "delta": text, "logprobs": told}
         return [*events, delta]
 
     def _place(self) -> dict[str, Any]:
