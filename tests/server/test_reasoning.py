@@ -142,3 +142,23 @@ def test_the_ids_of_a_thought_are_told_too(client):
         == whole
         == [*SAID.encode(), whole[-1]]
     )
+
+
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [
+        ("t\n</think>\n\nHi {", "Hi {<|eot_id|>"),
+        ("</think>h", "h<|eot_id|>"),
+        ('t</think>Hi <function=f>{"a": 1}</function> t', "Hi  t<|eot_id|>"),
+        ("never", ""),
+    ],
+)
+def test_log_probabilities_of_responses_are_those_of_the_content(thinking, said, told):
+    """However the pieces were merged."""
+    tool = {"type": "function", "name": "f", "parameters": {"type": "object", "properties": {"a": {"type": "integer"}}}}
+    body = {"model": NAME, "input": [user("I say:"), user(said)], "tools": [tool]}
+    body["include"] = ["message.output_text.logprobs"]
+    for _ in range(4):
+        output = thinking.client.post("/v1/responses", json=body).json()["output"]
+        parts = [part for item in output if item["type"] == "message" for part in item["content"]]
+        assert "".join(entry["token"] for part in parts for entry in part["logprobs"]) == told

@@ -282,6 +282,7 @@ def test_log_probabilities_of_each_token(tiny_client):
         ("Hi <|python_tag|>" + CALL, "Hi "),
         ('Hi\n<function=get_weather>{"city": "Rome"}</function>', "Hi\n"),
         (CALL, ""),
+        (CALL + " and {x", " and {x<|eot_id|>"),
     ],
 )
 def test_log_probabilities_are_those_of_the_text(scripted, said, told):

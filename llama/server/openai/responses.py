@@ -18,6 +18,7 @@ from llama.server.openai.chat import submit_chat
 from llama.server.openai.responses_body import ResponsesRequest
 from llama.server.service import Answer, Record, Service
 from llama.server.streaming import EventStream, unless_gone
+from llama.text.reasoning import CLOSE
 from llama.text.tool_calls import ToolCallDelta
 
 Event = dict[str, Any]
@@ -151,20 +152,31 @@ class _Writer:
         return [*events, {"type": "response.reasoning_text.delta", **self._place(), "delta": text}]
 
     def _of_text(self, piece: Piece) -> list[Event]:
-        """The log-probabilities that a piece's text is told with, those of tokens that were held back before it too.
-        Those of thoughts and calls are not told."""
-        if self._open_type == "reasoning" and not piece.text:
-            self._held = []
-            return []
+        """The log-probabilities that a piece's text is told with: of the tokens in which it stands, and behind the last
+        text of those that end the answer. Those of thoughts and calls are not told."""
         self._held += self._logprobs(piece.token_ids, piece.logprobs)
-        if not (piece.text or piece.tool_call_deltas or piece.finish_reason):
+        is_last = piece.finish_reason is not None and not piece.tool_call_deltas
+        is_thought = self._open_type == "reasoning" and not piece.text
+        if is_thought or not (piece.text or piece.tool_call_deltas or is_last):
             return []
-        held, self._held = self._held, []
-        if piece.tool_call_deltas:  # the text stands in front of them
-            ends = accumulate(len(entry["bytes"]) for entry in held)
-            size = len(piece.text.encode())
-            held = held[: sum(end < size for end in ends) + 1] if size else []
-        return held
+        held, text = self._held, piece.text.encode()
+        spelled = [bytes(entry["bytes"]) for entry in held]
+        begin = self._begin_of(text, b"".join(spelled))
+        ends = [*accumulate(map(len, spelled))]
+        first = sum(end <= begin for end in ends)
+        behind = len(held) if begin < 0 else sum(end < begin + len(text) for end in ends) + bool(text)
+        self._held = held[behind:]
+        return held[first : len(held) if is_last else behind]
+
+    def _begin_of(self, text: bytes, held: bytes) -> int:
+        """Where a text stands in what was held back: in front, behind the end of a thought, or behind calls. -1: it is
+        spelled otherwise."""
+        if self._open_type == "message":
+            return held.find(text)
+        if self._num_calls:
+            return held.rfind(text)
+        behind = held.find(CLOSE.encode()) + len(CLOSE) if CLOSE.encode() in held else 0
+        return max(held.find(text), held.find(text, behind))
 
     def _text(self, text: str, logprobs: list[Event]) -> list[Event]:
         events = self._close() if self._open_type == "reasoning" else []
