@@ -204,6 +204,8 @@ def called(parameters) -> dict:
             "max_tokens",
             "max_tokens=1 and max_completion_tokens=2 contradict each other",
         ),
+        ({"max_tokens": 0}, "max_tokens", "'/max_tokens' must be >= 1"),
+        ({"max_tokens": -1}, "max_tokens", "'/max_tokens' must be >= 1"),
         ({"tool_choice": "required"}, "tool_choice", "tool_choice needs tools"),
         ({"tool_choice": {}}, "tool_choice", None),
         ({"tool_choice": ""}, "tool_choice", None),

@@ -183,6 +183,7 @@ class ChatRequest(CommonRequest):
     neutral = CHAT
 
     messages: list[dict[str, Any]] = Field(min_length=1, max_length=MAX_MESSAGES)
+    max_tokens: Integer | None = Field(None, ge=1)
     max_completion_tokens: Integer | None = Field(None, ge=1)
     logprobs: bool | None = None
     top_logprobs: Integer | None = Field(None, ge=0)  # at most the engine's max_logprobs
