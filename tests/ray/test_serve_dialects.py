@@ -6,8 +6,8 @@ from types import SimpleNamespace
 import pytest
 
 from tests.ray.clusters import served
+from tests.server.conftest import client  # noqa: F401
 from tests.server.test_chat import (  # noqa: F401
-    client,
     test_nulls_count_as_absent,
     test_other_errors,
 )

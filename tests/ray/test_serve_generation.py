@@ -3,12 +3,12 @@
 import pytest
 
 from tests.ray.clusters import served
+from tests.server.conftest import tiny_client  # noqa: F401
 from tests.server.test_chat import (  # noqa: F401
     test_a_seed_comes_back_and_repeats,
     test_a_seeded_neighbour_is_not_touched_by_a_grammar,
     test_json_schema,
     test_logprobs,
-    tiny_client,
 )
 from tests.server.test_chat_tools import test_calls_that_must_be_made  # noqa: F401
 from tests.server.test_cloudflare import test_a_call_that_is_asked_for_is_made, test_json_mode  # noqa: F401
