@@ -1,16 +1,19 @@
 """The tokenizer: BOS once, forged control tokens stay text, ids are checked, broken files are named."""
 
 import json
+import re
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pytest
 import tokenizers
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from llama.api.errors import CheckpointError
+from llama.api.errors import CheckpointError, ParameterError
 from llama.text.tokenizer import IncrementalDecoder, Tokenizer
 from tests.text.helpers import BOS, EOT, LLAMA_SPECIAL, llama_backend, sentencepiece_backend, write_checkpoint
 
@@ -177,6 +180,24 @@ def test_lone_surrogates_and_other_types_are_refused(llama_tokenizer, method):
 def test_ids_are_checked(llama_tokenizer, bad):
     with pytest.raises(ValueError, match=r"\[0, 408\)"):
         llama_tokenizer.decode([1, bad])
+
+
+def test_ids_may_be_an_array_or_one_of_them(llama_tokenizer):
+    ids = llama_tokenizer.encode("Hello world", add_special_tokens=False)
+    text = llama_tokenizer.decode(ids)
+    assert text == "Hello world"
+    for given_ids in (np.array(ids), torch.tensor(ids), list(np.array(ids)), iter(ids)):
+        assert llama_tokenizer.decode(given_ids) == text
+    first = llama_tokenizer.decode(ids[:1])
+    assert llama_tokenizer.decode(ids[0]) == llama_tokenizer.decode(torch.tensor(ids[0])) == first
+
+
+@pytest.mark.parametrize("ids", [None, True, 1.5, "ab", [None], [-1], [1 << 40], np.array([0.5]), torch.ones(1, 1)])
+def test_what_is_no_id_is_refused(llama_tokenizer, ids):
+    legal = f"token ids must be integers in [0, {llama_tokenizer.vocab_size})"
+    with pytest.raises(ParameterError, match=re.escape(legal)):
+        llama_tokenizer.decode(ids)
+    assert llama_tokenizer.token_text(-1) == llama_tokenizer.token_text(1 << 40) == ""
 
 
 def test_decode_equals_the_backend(llama_path, llama_tokenizer):

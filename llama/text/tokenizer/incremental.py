@@ -5,12 +5,26 @@ A character whose UTF-8 bytes are spread over several tokens appears with its la
 """
 
 import codecs
+import reprlib
 from collections.abc import Collection, Iterable, Sequence
-from typing import Protocol
+from numbers import Integral
+from typing import Any, Protocol
 
+from llama.api.errors import ParameterError
 from llama.text.tokenizer.pieces import PieceDecoder
 
 _LONGEST_PARTIAL = 3  # bytes of a UTF-8 character that is still incomplete
+
+
+def listed_ids(ids: Any, vocab_size: int) -> list[int]:
+    """A list, an array or a tensor of ids, or one id, as a list. ParameterError for one that is not in
+    [0, vocab_size)."""
+    given = ids.tolist() if hasattr(ids, "tolist") else ids
+    listed = list(given) if isinstance(given, Iterable) else [given]
+    for token_id in listed:
+        if isinstance(token_id, bool) or not isinstance(token_id, Integral) or not 0 <= int(token_id) < vocab_size:
+            raise ParameterError(f"token ids must be integers in [0, {vocab_size}), got {reprlib.repr(token_id)}")
+    return [int(token_id) for token_id in listed]
 
 
 class _Vocabulary(Protocol):

@@ -19,11 +19,12 @@ from llama.api.errors import CheckpointError, ParameterError, is_failure, panics
 from llama.files import named, read_json_if_there, read_text, token_ids
 from llama.text import heap
 from llama.text.tokenizer.bounds import TokenBound, check_expansion, state_of, token_bound
-from llama.text.tokenizer.incremental import IncrementalDecoder
+from llama.text.tokenizer.incremental import IncrementalDecoder, listed_ids
 from llama.text.tokenizer.pieces import PieceDecoder, piece_decoder
 
 MAX_TOKENIZER_BYTES = 2**28
 MAX_TOKENIZER_CONFIG_BYTES = 2**24  # it may list every added token, and hold chat templates
+_MOST_IDS = 2**32  # that the library can be asked for
 _PROBE = "a"
 _MARKUP = re.compile(r"[<\[{|｜].*\w.*[>\]}|｜]")  # <|im_start|>, [INST], </think>
 # `encode` holds the interpreter's lock: seconds for megabytes. The batch form releases it, and wakes other threads.
@@ -105,7 +106,7 @@ class Tokenizer:
     @staticmethod
     def _encode(instance: tokenizers.Tokenizer, text: str) -> list[int]:
         if not isinstance(text, str):
-            raise ValueError(f"text must be a string, got {type(text).__name__}")
+            raise ParameterError(f"text must be a string, got {type(text).__name__}")
         check_unicode(text)
         with panics_caught("the tokenizer"):
             if len(text) <= _SHORT_TEXT:
@@ -121,14 +122,15 @@ class Tokenizer:
 
     # Ids to text
 
-    def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
-        """The text of these ids. Raises ValueError for an id that the tokenizer does not have."""
+    def decode(self, ids: Any, skip_special_tokens: bool = True) -> str:
+        """The text of these ids: a list, an array or a tensor of them, or one. Raises ParameterError for an id that the
+        tokenizer does not have."""
         decoder = IncrementalDecoder(self, skip_special_tokens=skip_special_tokens)
-        return decoder.push(self.check_ids(ids)) + decoder.flush()
+        return decoder.push(listed_ids(ids, self.vocab_size)) + decoder.flush()
 
     def id_to_token(self, token_id: int) -> str | None:
         """The vocabulary's own spelling ("Ġhello"), None for an id that it does not have."""
-        return self._parsing.id_to_token(token_id)
+        return self._parsing.id_to_token(token_id) if 0 <= token_id < _MOST_IDS else None
 
     def token_to_id(self, token: str) -> int | None:
         return self._parsing.token_to_id(token)
@@ -175,14 +177,6 @@ class Tokenizer:
                 f"the tokenizer has ids up to {self.vocab_size - 1}, the model's vocab_size is {vocab_size}: "
                 "tokenizer.json and config.json do not belong together"
             )
-
-    def check_ids(self, ids: Iterable[int]) -> list[int]:
-        """The ids as a list. Raises ValueError for what is not an integer in [0, vocab_size)."""
-        ids = list(ids)
-        for token_id in ids:
-            if isinstance(token_id, bool) or not isinstance(token_id, int) or not 0 <= token_id < self.vocab_size:
-                raise ValueError(f"token ids must be integers in [0, {self.vocab_size}), got {token_id!r}")
-        return ids
 
     def with_control_tokens(self, tokens: Iterable[str]) -> Self:
         """The same tokenizer, for which these added tokens are control tokens too."""
