@@ -30,8 +30,6 @@ WARM_STEPS = 8  # kernels compile, graphs are recorded
 PREFILL_ROUNDS = 3
 PEER_CHUNK = 2048
 
-_FAILED = "a step failed: the log says why"
-
 
 def prompt_of(length: int, vocab_size: int) -> list[int]:
     return torch.randint(0, vocab_size, (length,), generator=torch.Generator().manual_seed(length)).tolist()
@@ -101,7 +99,7 @@ def stepped(engine: Engine) -> list[TokenOutput]:
     """What a step gave. An engine logs a step that failed and goes on without its requests: here it is an error."""
     outputs = engine.step()
     if any(output.finish_reason == "error" for output in outputs):
-        raise RuntimeError(_FAILED)
+        raise RuntimeError("a step failed: the log says why")
     return outputs
 
 
@@ -109,7 +107,9 @@ def stepped(engine: Engine) -> list[TokenOutput]:
 def decoding(engine: Engine, batch: int, context: int, steps: int, params: dict) -> Iterator[int]:
     """Inside, every step of the engine is one decode of `batch` sequences, for `steps` of them. -> their length."""
     length = min(context, engine.config.context_len - steps - WARM_STEPS - 2)
-    settings = SamplingParams(max_tokens=steps + WARM_STEPS + 1, ignore_eos=True, seed=0, **params)
+    # All the room there is: the first sequences decode while the others' prompts are computed.
+    room = engine.config.context_len - length - 1
+    settings = SamplingParams(max_tokens=room, ignore_eos=True, seed=0, **params)
     try:
         for i in range(batch):
             engine.add(engine.request(f"{i}", prompt_of(length + i % 2, engine.runner.vocab_size), settings))
@@ -119,7 +119,8 @@ def decoding(engine: Engine, batch: int, context: int, steps: int, params: dict)
             stepped(engine)
         yield length
         if engine.metrics().num_running != batch:
-            raise RuntimeError(_FAILED)
+            raise RuntimeError(f"{engine.metrics().num_running} of {batch} sequences are left: a step failed, which "
+                               f"the log tells, or they are at their end of {room} tokens")  # fmt: skip
     finally:
         for i in range(batch):
             engine.abort(f"{i}")

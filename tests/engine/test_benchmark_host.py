@@ -127,6 +127,15 @@ def test_a_measurement_that_fails_leaves_nothing_for_the_next_one(engine):
         assert not engine.has_unfinished
 
 
+def test_prompts_of_many_steps_leave_all_that_is_asked_for():
+    """The first sequences decode while the others' prompts are computed."""
+    model = Transformer(tiny_config(), device="cpu", dtype=torch.float32)
+    config = EngineConfig(max_model_len=64, num_blocks=32, max_num_seqs=6, max_num_batched_tokens=16)
+    with decode_gpu.decoding(engine := Engine(model, config), 6, 20, 5, GREEDY):
+        for _ in range(5):
+            assert len(engine.step()) == 6
+
+
 @pytest.mark.parametrize("from_step", [0, 3, 12])
 def test_steps_that_fail_are_no_measurement(engine, from_step, monkeypatch):
     """An engine ends the requests of such a step, logs why, and goes on; without requests its steps take no time."""
