@@ -150,8 +150,10 @@ def run_part(name: str, out: Path, archive: Path, is_tiny: bool) -> dict[str, di
             continue
         print(f"== part {name}: {step.name} ({PART_SECONDS - left:.0f} s)", flush=True)
         steps[step.name] = run_step(step, out, is_tiny, PART_SECONDS if is_tiny else min(step.seconds, left))
-        with tarfile.open(archive, "w:gz") as file:
+        unfinished = archive.with_suffix(".unfinished")
+        with tarfile.open(unfinished, "w:gz") as file:
             file.add(out, "")
+        unfinished.replace(archive)
         if step.tests and steps[step.name]["status"] == 1:
             print("After an illegal access all later failures mean nothing: rerun the first failed test alone, with "
                   "CUDA_LAUNCH_BLOCKING=1.")  # fmt: skip
@@ -167,15 +169,20 @@ def run_sections(names: list[str], out: Path, is_tiny: bool) -> bool:
     look = first_look_device.Look(is_tiny=is_tiny)
     known = first_look_device.SECTIONS | first_look_engine.SECTIONS | first_look_forms.SECTIONS
     succeeded = True
-    for name in names:
+    for i, name in enumerate(names):
         started = time.monotonic()
         try:
-            result = known[name](look)
+            told = json.dumps(known[name](look))
         except Exception as error:
             traceback.print_exc()
-            result, succeeded = f"FAILED {type(error).__name__}: {error}", False
-        print(f"== {name}: {time.monotonic() - started:.1f} s\n{json.dumps(result)[:4000]}", flush=True)
-        (out / f"{name}.json").write_text(json.dumps(result))
+            told, succeeded = json.dumps(f"FAILED {type(error).__name__}: {error}"), False
+        print(f"== {name}: {time.monotonic() - started:.1f} s\n{told[:4000]}", flush=True)
+        (out / f"{name}.json").write_text(told)
+        if look.has_lost_device():
+            if others := names[i + 1 :]:
+                print(f"== {name} lost the device: {', '.join(others)} in a process of their own", flush=True)
+                subprocess.run(Step("", 0, tuple(others)).command(out.resolve(), is_tiny), cwd=REPOSITORY, check=False)
+            return False
     return succeeded
 
 

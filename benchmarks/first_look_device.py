@@ -42,6 +42,15 @@ class Look:
         self.limits = ceilings(self.timer, self.dtype, tiny=is_tiny)
         self.weights = TINY_WEIGHTS if is_tiny else WEIGHTS
 
+    def has_lost_device(self) -> bool:
+        """After an illegal access, say: then all later calls of this process fail."""
+        try:
+            self.timer.wait()
+        except RuntimeError as error:
+            print(error, flush=True)
+            return True
+        return False
+
     def microseconds(self, calls: list[Call]) -> float:
         """Of one call; `calls` do the same over inputs of their own, which together exceed the cache."""
         seconds, _ = self.timer.measure({"ours": calls})

@@ -114,6 +114,41 @@ def test_a_file_of_tests_that_cannot_be_imported_takes_no_other_with_it(monkeypa
     assert "no_such_module" in ran.stdout and "1 passed" in ran.stdout, ran.stdout
 
 
+def test_what_no_json_can_hold_fails_its_section_alone(monkeypatch, tmp_path):
+    monkeypatch.setitem(first_look_device.SECTIONS, "machine", lambda look: {"device": look.device})
+    monkeypatch.setitem(first_look_device.SECTIONS, "nodes", lambda look: {"is": "told"})
+    assert main(["machine", "nodes", "--tiny", "--out", str(tmp_path)]) == 1
+    assert "FAILED TypeError" in json.loads((tmp_path / "machine.json").read_text())
+    assert json.loads((tmp_path / "nodes.json").read_text()) == {"is": "told"}
+
+
+def test_sections_behind_one_that_loses_the_device_have_a_process_of_their_own(monkeypatch, tmp_path):
+    """After an illegal access all later calls of a process fail."""
+
+    def lose(look):
+        def wait():
+            raise RuntimeError("an illegal memory access")
+
+        look.timer.wait = wait
+        return {"is": "lost"}
+
+    monkeypatch.setitem(first_look_device.SECTIONS, "machine", lose)
+    monkeypatch.setitem(first_look_device.SECTIONS, "nodes", lambda look: {"is": "here"})
+    assert main(["machine", "nodes", "--tiny", "--out", str(tmp_path)]) == 1
+    assert json.loads((tmp_path / "machine.json").read_text()) == {"is": "lost"}
+    assert "torch, elementwise" in json.loads((tmp_path / "nodes.json").read_text())
+
+
+def test_an_archive_that_is_cut_off_leaves_the_one_before(monkeypatch, tmp_path):
+    archive = tmp_path / "part-1.tar.gz"
+    archive.write_bytes(b"of the steps before")
+    monkeypatch.setattr(tarfile.TarFile, "add", lambda *_: 1 / 0)
+    monkeypatch.setitem(PARTS, "1", (Step("ok", 60, module=("timeit", "-n", "1", "-r", "1", "pass")),))
+    with pytest.raises(ZeroDivisionError):
+        main(["1", "--out", str(tmp_path)])
+    assert archive.read_bytes() == b"of the steps before"
+
+
 def test_an_op_that_raises_or_draws_other_tokens_fails_its_section(look, monkeypatch):
     def broken(*_):
         raise RuntimeError("an illegal memory access")
