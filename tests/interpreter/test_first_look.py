@@ -149,6 +149,47 @@ def test_an_archive_that_is_cut_off_leaves_the_one_before(monkeypatch, tmp_path)
     assert archive.read_bytes() == b"of the steps before"
 
 
+LOST = """
+import pytest, torch
+from tests.gpu.conftest import memory_is_given_back
+
+lost = []
+
+@pytest.fixture(autouse=True)
+def device(monkeypatch):
+    def synchronize():
+        if lost:
+            raise torch.AcceleratorError("an illegal memory access")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+
+def test_first(memory_is_given_back):
+    lost.append(True)
+    assert False, "told"
+
+@pytest.mark.parametrize("i", range(6))
+def test_other(i, memory_is_given_back):
+    assert not lost
+"""
+
+
+@pytest.mark.parametrize("processes", ["1", "0"])
+def test_a_test_that_loses_the_device_fails_no_other(processes, tmp_path):
+    """In processes of xdist's all others run; in one none does."""
+    (tmp_path / "test_lost.py").write_text(LOST)
+    options = ["-p", "no:cacheprovider", "-c", os.devnull, "--rootdir", str(tmp_path), "-n", processes]
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
+    environment.pop("PYTEST_XDIST_WORKER", None)  # this test's own
+    command = [sys.executable, "-m", "pytest", *options, str(tmp_path)]
+    ran = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert "AssertionError: told" in ran.stdout
+    assert ran.returncode == 1
+    passed = "6 passed" in ran.stdout if processes == "1" else "lost its device" in ran.stdout
+    assert passed and "test_other" not in ran.stdout.split("short test summary")[-1], ran.stdout
+
+
 def test_an_op_that_raises_or_draws_other_tokens_fails_its_section(look, monkeypatch):
     def broken(*_):
         raise RuntimeError("an illegal memory access")
