@@ -20,6 +20,7 @@ from llama.api.params import SamplingParams
 from llama.engine.config import EngineConfig
 from llama.model.fixed_rows import fix_rows
 from llama.model.interventions import Apply
+from llama.model.linear import Linear
 from llama.model.transformer import Transformer
 from tests import drafters
 from tests.deterministic_runs import ASKS, Seen, differences, run
@@ -165,6 +166,17 @@ def test_what_cannot_be_deterministic_is_refused():
     change = Apply("layers.0.resid_post", lambda x: x * 2)
     with pytest.raises(ParameterError, match=r"^interventions: deterministic=True has no Apply at layers.0.resid_post"):
         llm.generate([1, 2, 3], interventions=[change], use_tqdm=False)
+
+
+def test_pieces_are_those_of_the_models_own_dtype():
+    """An update of the weights looks for them again, in whatever autocast it is called."""
+    found = []
+    for is_on in (False, True):
+        made = tiny_model(dtype=torch.float32)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=is_on):
+            fix_rows(made)
+        found.append([made.fixed, *(module.pieces for module in made.modules() if isinstance(module, Linear))])
+    assert found[0] == found[1]
 
 
 def test_a_model_that_is_cast_or_moved_leaves_the_mode():

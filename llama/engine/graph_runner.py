@@ -29,6 +29,7 @@ from llama.engine.plan import LAST_SAMPLED, Plan, StepResult
 from llama.engine.runner import DTYPES, Runner, fetch_result
 from llama.kernels import ops
 from llama.kernels.types import Sampled, SamplerRows
+from llama.model.autocast import own_dtype
 from llama.model.communicator import Call
 from llama.model.kv_cache import KVCache
 from llama.model.lora import AdapterWeights
@@ -112,6 +113,7 @@ class GraphRunner(Runner):
         self._graphs.forget(lambda key: True)
         self._records_samplers = True
 
+    @own_dtype
     @torch.inference_mode()
     def prepare(self) -> None:
         """Record the decodes of all sizes without adapters, drawn greedily, from all tokens or from filtered ones, over
@@ -141,6 +143,7 @@ class GraphRunner(Runner):
         told = len(self._graphs), time.monotonic() - started, self.graph_bytes / 2**20, count
         logger.info("%d graphs recorded in %.1f s, %.0f MiB: decodes of up to %d tokens", *told)
 
+    @own_dtype
     @torch.inference_mode()
     def record(self, adapter: AdapterWeights) -> None:
         self.adapters.reserve(adapter)

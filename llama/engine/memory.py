@@ -15,6 +15,7 @@ from llama.engine.config import EngineConfig
 from llama.engine.graphs import GRAPH_BYTES
 from llama.kernels import ops
 from llama.kernels.types import LOGPROBS_PROCESSED, MOST_RUN_ROWS, Runs, SamplerRows, SamplerState, wide_dtype
+from llama.model.autocast import own_dtype
 from llama.model.batch import Batch
 from llama.model.fixed_rows import fix_rows
 from llama.model.fused import fuse
@@ -77,6 +78,7 @@ def _first_alone(batch: Batch, num_blocks: int) -> Batch:
     )
 
 
+@own_dtype
 @torch.inference_mode()
 def worst_step(model: Transformer, config: EngineConfig, *, is_decode: bool) -> None:
     """A step as large as any: one prompt of the whole budget, or as many decodes as tokens can be drawn, and each of

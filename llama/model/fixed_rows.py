@@ -21,6 +21,7 @@ from llama.kernels.cpu.fixed_attention import find_pieces
 from llama.kernels.cpu.pieces import Pieces, Product, cancelling, find
 from llama.kernels.exact_pieces import LEAST, MOST, ExactPieces, find_exact
 from llama.kernels.types import KVLayer, Ragged, Runs
+from llama.model.autocast import own_dtype
 from llama.model.linear import Linear
 from llama.model.transformer import Transformer
 from llama.model.weights.form import WeightForm
@@ -40,6 +41,7 @@ class _Way(NamedTuple):
     multiply: Callable[[Tensor, Tensor], Tensor] = F.linear
 
 
+@own_dtype
 def fix_rows(model: Transformer) -> None:
     """Put a prepared model into the mode, for batches that are as its `fixed` says. What changes its weights' forms
     asks for another call. ParameterError where this machine has no such way to multiply."""

@@ -11,6 +11,7 @@ from llama.engine import graph_runner
 from llama.engine.config import EngineConfig
 from llama.engine.engine import Engine
 from llama.engine.graphs import Graphs
+from llama.engine.memory import worst_step
 from llama.llm.loras import read_lora
 from tests.engine.fakes import add
 from tests.engine.test_graphs import Stand, assert_as_the_oracle, graph_engine, keys, run, save_adapters
@@ -113,6 +114,19 @@ def test_nothing_is_recorded_while_there_are_hooks(tmp_path):
     for lora in (None, "small"):
         add(engine, "a", [1, 2, 3], SamplingParams(max_tokens=5, temperature=0, ignore_eos=True), lora=lora)
         run(engine)
+    assert {key[2] for key in keys(engine) if key[0] == "model"} == {True, False}
+
+
+def test_what_runs_before_a_step_knows_no_autocast_of_the_callers(tmp_path):
+    """Half of a layer would be in another dtype, in graphs for ever."""
+    made, folder = tiny_model(dtype=torch.float32), save_adapters(tmp_path)
+    engine = graph_engine(Case(lag=1), Stand(), model_=made, max_loras=1)
+    adapter = read_lora(engine, made, "small", folder / "small")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        engine.runner.prepare()
+        engine.add_adapter(adapter)
+        for is_decode in (False, True):
+            worst_step(made, engine.config, is_decode=is_decode)
     assert {key[2] for key in keys(engine) if key[0] == "model"} == {True, False}
 
 
