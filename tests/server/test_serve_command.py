@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import httpx
@@ -29,9 +30,23 @@ def checkpoint(tmp_path_factory):
 
 
 def llama(*arguments: str) -> subprocess.Popen:
+    """Told of a closed terminal as in one, whatever runs the tests: under nohup that is ignored."""
     command = [sys.executable, "-c", "import sys; from llama.cli import main; sys.exit(main())", *arguments]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, cwd=REPOSITORY, stderr=subprocess.PIPE, text=True, env=environment)
+    return subprocess.Popen(
+        command,
+        cwd=REPOSITORY,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),
+    )
+
+
+def wait_until_refusing(client: httpx.Client) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while client.get("/ready", headers={"Connection": "close"}).status_code != 503:
+        assert time.monotonic() < deadline, "it does not stop"
 
 
 def test_a_taken_port_fails_before_the_weights_load():
@@ -150,8 +165,7 @@ def test_serving_and_stopping(checkpoint, tmp_path, sent):
                 text = next(pieces)
                 for number in sent:
                     process.send_signal(number)
-                    while client.get("/ready", headers={"Connection": "close"}).status_code != 503:
-                        pass
+                    wait_until_refusing(client)
                 text += "".join(pieces)
             assert text.endswith("data: [DONE]\n\n")
         assert process.wait(PATIENCE) == 0
@@ -172,8 +186,7 @@ def test_a_second_signal_ends_at_once(checkpoint):
                 pieces = streamed.iter_text()
                 next(pieces)
                 process.send_signal(signal.SIGTERM)
-                while client.get("/ready").status_code != 503:
-                    pass
+                wait_until_refusing(client)
                 process.send_signal(signal.SIGTERM)
                 with pytest.raises(httpx.RemoteProtocolError):
                     assert "[DONE]" not in "".join(pieces)
