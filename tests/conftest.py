@@ -1,5 +1,6 @@
 """What all tests share: few threads, no network, and the fixtures of real files that `make demo-model` fetches."""
 
+import gc
 import importlib.util
 import os
 import sys
@@ -66,6 +67,11 @@ def pytest_configure(config: pytest.Config) -> None:
     terminal = config.pluginmanager.get_plugin("terminalreporter")  # a process of xdist's has none
     if config.option.markexpr.split(" ")[0] == "gpu" and terminal is not None:
         config.pluginmanager.register(FailuresAtOnce(terminal))
+
+
+def pytest_collection_finish() -> None:
+    """What was imported is there to the end: the collector need not look at it in each of a run's collections."""
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -1,11 +1,10 @@
-"""The rules of the tree: who may import whom, what runs without torch, what is never called, how long things may be,
-and that what the documents say of it is true."""
+"""The rules of the tree: who may import whom, what runs without torch, what is never called, how long things may be."""
 
 import ast
+import functools
 import importlib.metadata
 import inspect
 import pkgutil
-import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -16,7 +15,7 @@ from torch.utils._device import _device_constructors
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SOURCES = sorted(path for package in ("llama", "kernels") for path in (REPOSITORY / package).rglob("*.py"))
-TREES = {path.relative_to(REPOSITORY).as_posix(): ast.parse(path.read_text(encoding="utf-8")) for path in SOURCES}
+PATHS = [path.relative_to(REPOSITORY).as_posix() for path in SOURCES]
 
 # The import order of a package's parts, lowest first: each may import what stands on the lines above it. Parts that
 # share a line do not import each other.
@@ -67,17 +66,6 @@ IMPORT_ORDER = {
         scheduler
         engine""",
 }
-FOLDERS = ("llama", "kernels", "tests", "tools", "benchmarks", "docs")
-DOCUMENTS = [
-    "README.md",
-    "CONTRIBUTING.md",
-    "tests/README.md",
-    "docs/architecture.md",
-    "docs/http.md",
-    "docs/deterministic.md",
-    "docs/speculation.md",
-    "docs/research.md",
-]
 # Modules under these run with torch absent. A folder stands for all that is in it.
 WITHOUT_TORCH = (
     "llama/__init__.py",
@@ -119,13 +107,18 @@ def module_name(path: str) -> str:
     return f"llama.{name}" if name.startswith("kernels") else name
 
 
-MODULES = {module_name(path): path for path in TREES}
+MODULES = {module_name(path): path for path in PATHS}
+
+
+@functools.lru_cache(maxsize=1)  # all of them would be millions of objects, at which the collector looks in every test
+def tree_of(path: str) -> ast.Module:
+    return ast.parse((REPOSITORY / path).read_text(encoding="utf-8"))
 
 
 def imports(path: str) -> set[str]:
     """Modules that a file imports, anywhere in it and for its types too; `from a import b` counts as a and as a.b."""
     found = set()
-    for node in ast.walk(TREES[path]):
+    for node in ast.walk(tree_of(path)):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -146,7 +139,7 @@ def import_graph() -> dict[str, set[str]]:
     """
     graph: dict[str, set[str]] = {module: set() for module in MODULES if module != "llama"}
     for module, edges in graph.items():
-        for node in ast.walk(TREES[MODULES[module]]):
+        for node in ast.walk(tree_of(MODULES[module])):
             if isinstance(node, ast.Import):
                 targets = {alias.name for alias in node.names}
             elif isinstance(node, ast.ImportFrom):
@@ -183,12 +176,12 @@ def circles(graph: dict[str, set[str]]) -> list[set[str]]:
 
 
 def calls(path: str) -> Iterator[tuple[int, str, ast.Call]]:
-    for node in ast.walk(TREES[path]):
+    for node in ast.walk(tree_of(path)):
         if isinstance(node, ast.Call):
             yield node.lineno, ast.unparse(node.func), node
 
 
-@pytest.mark.parametrize("path", TREES)
+@pytest.mark.parametrize("path", PATHS)
 def test_no_foreign_imports(path):
     roots = {name.split(".")[0] for name in imports(path)}
     assert not roots & FORBIDDEN_EVERYWHERE
@@ -215,10 +208,10 @@ def test_every_module_has_its_place_in_the_import_order(package):
 
 
 def test_imports_point_downwards():
-    upwards = set()
+    upwards, graph = set(), import_graph()
     for package, lines in IMPORT_ORDER.items():
         floors = {part: i for i, line in enumerate(lines.strip().splitlines()) for part in line.split()}
-        for module, targets in import_graph().items():
+        for module, targets in graph.items():
             for target in targets:
                 if module.startswith(f"{package}.") and target.startswith(f"{package}."):
                     part, other = (name.removeprefix(f"{package}.").split(".")[0] for name in (module, target))
@@ -227,7 +220,7 @@ def test_imports_point_downwards():
     assert upwards == set()
 
 
-@pytest.mark.parametrize("path", TREES)
+@pytest.mark.parametrize("path", PATHS)
 def test_nothing_runs_what_it_reads(path):
     for line, called, call in calls(path):
         where = f"{path}:{line}: {called}"
@@ -238,7 +231,7 @@ def test_nothing_runs_what_it_reads(path):
         assert not any(keyword.arg in ("shell", "trust_remote_code") for keyword in call.keywords), where
 
 
-@pytest.mark.parametrize("path", TREES)
+@pytest.mark.parametrize("path", PATHS)
 def test_what_makes_a_tensor_says_where(path):
     """Else torch.set_default_device, which is for the caller's own code, would say it."""
     makers = {f"torch.{function.__name__}" for function in _device_constructors()}
@@ -247,11 +240,11 @@ def test_what_makes_a_tensor_says_where(path):
         assert called not in makers or told & {"device", None}, f"{path}:{line}: {ast.unparse(call)}"
 
 
-@pytest.mark.parametrize("path", TREES)
+@pytest.mark.parametrize("path", PATHS)
 def test_no_environment_variable_decides(path):
     """Each mention of the environment reads one of the names allowed: os.environ.get(NAME), os.environ[NAME]."""
     mentions, uses = [], []
-    for node in ast.walk(TREES[path]):
+    for node in ast.walk(tree_of(path)):
         if isinstance(node, ast.Attribute) and ast.unparse(node) in ("os.environ", "os.getenv"):
             mentions.append(node.lineno)
         elif isinstance(node, ast.Subscript) and ast.unparse(node.value) == "os.environ":
@@ -265,8 +258,8 @@ def test_no_environment_variable_decides(path):
 
 def functions(path: str) -> Iterator[tuple[str, ast.FunctionDef | ast.AsyncFunctionDef, bool]]:
     """-> where, the function, and whether it is a method. Kernels are left out: a device dictates their shape."""
-    methods = {function for node in ast.walk(TREES[path]) if isinstance(node, ast.ClassDef) for function in node.body}
-    for node in ast.walk(TREES[path]):
+    methods = {function for node in ast.walk(tree_of(path)) if isinstance(node, ast.ClassDef) for function in node.body}
+    for node in ast.walk(tree_of(path)):
         if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             continue
         if not any(ast.unparse(decorator).startswith("triton.jit") for decorator in node.decorator_list):
@@ -281,50 +274,19 @@ def test_files_stay_small():
 
 def test_functions_stay_small():
     lengths = {
-        where: function.end_lineno - function.lineno + 1 for path in TREES for where, function, _ in functions(path)
+        where: function.end_lineno - function.lineno + 1 for path in PATHS for where, function, _ in functions(path)
     }
     assert {where: length for where, length in lengths.items() if length > MOST_LINES["function"]} == {}
 
 
 def test_few_parameters_go_by_position():
     wide = set()
-    for path in TREES:
+    for path in PATHS:
         for where, function, is_method in functions(path):
             names = [argument.arg for argument in (*function.args.posonlyargs, *function.args.args)]
             if len(names) - (is_method and names[:1] in (["self"], ["cls"])) > MOST_POSITIONAL:
                 wide.add(where)
     assert wide == set()
-
-
-@pytest.mark.parametrize("document", DOCUMENTS)
-def test_paths_in_documents_exist(document):
-    """What looks like a path of ours is one, from the repository's root; a document names whole paths."""
-    text = (REPOSITORY / document).read_text(encoding="utf-8")
-    named = set(re.findall(rf"(?<![\w./-])(?:{'|'.join(FOLDERS)})/[\w./-]*\w", text))
-    linked = {str((REPOSITORY / document).parent / link) for link in re.findall(r"\]\((?!https?:)([^)#]+)\)", text)}
-    assert [path for path in sorted(named | linked) if not (REPOSITORY / path).exists()] == []
-
-
-def test_readme_counts_the_lines_that_it_names():
-    """To within a twentieth: those of the core path, whose files it lists, and those of the whole."""
-    readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
-    section = readme.split("## Reading the code")[1].split("\n## ")[0]
-    core, files, everything = re.search(
-        r"is ([\d,]+) lines in (\d+) files.*?the ([\d,]+) lines", section, re.S
-    ).groups()
-    listed = re.findall(r"^    (\S+\.py) ", section, re.MULTILINE)
-    lengths = {name: len((REPOSITORY / name).read_text(encoding="utf-8").splitlines()) for name in TREES}
-    assert len(listed) == int(files)
-    for told, lines in ((core, sum(lengths[name] for name in listed)), (everything, sum(lengths.values()))):
-        assert abs(int(told.replace(",", "")) - lines) <= lines / 20, lines
-
-
-@pytest.mark.parametrize(("top", "document"), [("llama", "docs/architecture.md"), ("tests", "tests/README.md")])
-def test_every_folder_has_its_line(top, document):
-    folders = {path.parent.name for path in (REPOSITORY / top).glob("*/*.py")}
-    text = (REPOSITORY / document).read_text(encoding="utf-8")
-    table = set(re.findall(rf"^\| `{top}/(\w+)` \|", text, re.MULTILINE))
-    assert folders - {"kernels"} <= table
 
 
 def run_python(code: str) -> None:
@@ -335,7 +297,7 @@ def run_python(code: str) -> None:
 
 
 def test_runs_without_torch():
-    modules = [module_name(path) for path in TREES if path.startswith(WITHOUT_TORCH)]
+    modules = [module_name(path) for path in PATHS if path.startswith(WITHOUT_TORCH)]
     assert len(modules) >= len(WITHOUT_TORCH)
     run_python(
         "import importlib, sys\n"
@@ -351,19 +313,14 @@ def test_importing_llama_is_light():
 def test_a_process_that_generates_is_light():
     """A model of one's own and token ids need neither files of a checkpoint nor text, no thread and no process."""
     run_python(
-        "import multiprocessing, sys, threading\n"
+        "import multiprocessing, sys, threading, torch\n"
+        "before = 'triton' in sys.modules\n"
         "from llama import LLM, ModelConfig, SamplingParams, Transformer\n"
         "llm = LLM(Transformer(ModelConfig.preset('tiny')), num_blocks=4)\n"
         "llm.generate([[1, 2]], SamplingParams(max_tokens=2), use_tqdm=False)\n"
         "heavy = {'transformers', 'jinja2', 'llguidance', 'safetensors', 'pydantic', 'starlette', 'llama.server'}\n"
         "assert not {*heavy, 'llama.async_llm', 'llama.batch'} & sys.modules.keys(), heavy & sys.modules.keys()\n"
-        "assert threading.active_count() == 1 and not multiprocessing.active_children()"
-    )
-
-
-def test_importing_kernels_leaves_triton_alone():
-    run_python(
-        "import sys, torch; before = 'triton' in sys.modules; import llama.kernels.ops; "
+        "assert threading.active_count() == 1 and not multiprocessing.active_children()\n"
         "assert ('triton' in sys.modules) == before"
     )
 

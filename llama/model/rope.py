@@ -72,5 +72,8 @@ def attention_factor(config: ModelConfig) -> float:
 
 def frequencies(config: ModelConfig, device: torch.device | str | None = None) -> Tensor:
     """[head_dim] float32: the inverse frequencies negated, then as they are. See `ops.cos_sin`."""
+    if device is not None and torch.device(device).type == "meta":
+        # Arithmetic on meta tensors imports all of torch's compiler, which takes seconds.
+        return torch.empty(config.head_dim, dtype=torch.float32, device=device)
     inverse = inverse_frequencies(config, device)
     return torch.cat((-inverse, inverse))

@@ -270,7 +270,9 @@ class Target(NamedTuple):
         for entry in (*weights, *(entry for entry in entries if entry.leaf != "weight")):
             parameter = owner.get_parameter(entry.leaf)
             if parameter.is_meta:
-                parameter = nn.Parameter(torch.empty_like(parameter, device=self.device), requires_grad=False)
+                # Not empty_like: of a meta tensor it imports all of torch's compiler, which takes seconds.
+                empty = torch.empty(parameter.shape, dtype=parameter.dtype, device=self.device)
+                parameter = nn.Parameter(empty, requires_grad=False)
                 setattr(owner, entry.leaf, parameter)
             source, cut = sources[entry.name], self.cut(entry)
             count = cut.shape(source.shape)[0]
