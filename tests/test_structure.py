@@ -110,9 +110,17 @@ def module_name(path: str) -> str:
 MODULES = {module_name(path): path for path in PATHS}
 
 
-@functools.lru_cache(maxsize=1)  # all of them would be millions of objects, at which the collector looks in every test
+@functools.cache
 def tree_of(path: str) -> ast.Module:
     return ast.parse((REPOSITORY / path).read_text(encoding="utf-8"))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def trees_are_dropped() -> Iterator[None]:
+    """They are millions of objects, at which the collector would look in every other test."""
+    yield
+    tree_of.cache_clear()
+    all_calls.cache_clear()
 
 
 def imports(path: str) -> set[str]:
@@ -175,19 +183,20 @@ def circles(graph: dict[str, set[str]]) -> list[set[str]]:
     return found
 
 
-def calls(path: str) -> Iterator[tuple[int, str, ast.Call]]:
-    for node in ast.walk(tree_of(path)):
-        if isinstance(node, ast.Call):
-            yield node.lineno, ast.unparse(node.func), node
+@functools.cache
+def all_calls() -> list[tuple[str, int, str, ast.Call]]:
+    calls = [(path, node) for path in PATHS for node in ast.walk(tree_of(path)) if isinstance(node, ast.Call)]
+    return [(path, call.lineno, ast.unparse(call.func), call) for path, call in calls]
 
 
-@pytest.mark.parametrize("path", PATHS)
-def test_no_foreign_imports(path):
-    roots = {name.split(".")[0] for name in imports(path)}
-    assert not roots & FORBIDDEN_EVERYWHERE
-    if path.startswith("kernels/"):
-        assert roots <= set(sys.stdlib_module_names) | {"torch", "triton", "llama"}
-        assert all(name.startswith("llama.kernels") for name in imports(path) if is_within(name, "llama"))
+def test_no_foreign_imports():
+    for path in PATHS:
+        found = imports(path)
+        roots = {name.split(".")[0] for name in found}
+        assert not roots & FORBIDDEN_EVERYWHERE, path
+        if path.startswith("kernels/"):
+            assert roots <= set(sys.stdlib_module_names) | {"torch", "triton", "llama"}, path
+            assert all(name.startswith("llama.kernels") for name in found if is_within(name, "llama")), path
 
 
 def test_circles_are_found():
@@ -220,9 +229,8 @@ def test_imports_point_downwards():
     assert upwards == set()
 
 
-@pytest.mark.parametrize("path", PATHS)
-def test_nothing_runs_what_it_reads(path):
-    for line, called, call in calls(path):
+def test_nothing_runs_what_it_reads():
+    for path, line, called, call in all_calls():
         where = f"{path}:{line}: {called}"
         if (path, called) == ("llama/convert/meta.py", "torch.load"):  # Meta's files are pickles, read once as tensors
             assert "weights_only=True" in ast.unparse(call), where
@@ -231,29 +239,28 @@ def test_nothing_runs_what_it_reads(path):
         assert not any(keyword.arg in ("shell", "trust_remote_code") for keyword in call.keywords), where
 
 
-@pytest.mark.parametrize("path", PATHS)
-def test_what_makes_a_tensor_says_where(path):
+def test_what_makes_a_tensor_says_where():
     """Else torch.set_default_device, which is for the caller's own code, would say it."""
     makers = {f"torch.{function.__name__}" for function in _device_constructors()}
-    for line, called, call in calls(path):
+    for path, line, called, call in all_calls():
         told = {keyword.arg for keyword in call.keywords}  # None for **options
         assert called not in makers or told & {"device", None}, f"{path}:{line}: {ast.unparse(call)}"
 
 
-@pytest.mark.parametrize("path", PATHS)
-def test_no_environment_variable_decides(path):
+def test_no_environment_variable_decides():
     """Each mention of the environment reads one of the names allowed: os.environ.get(NAME), os.environ[NAME]."""
-    mentions, uses = [], []
-    for node in ast.walk(tree_of(path)):
-        if isinstance(node, ast.Attribute) and ast.unparse(node) in ("os.environ", "os.getenv"):
-            mentions.append(node.lineno)
-        elif isinstance(node, ast.Subscript) and ast.unparse(node.value) == "os.environ":
-            uses.append(node.slice)
-        elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("os.environ.get", "os.getenv"):
-            uses.append(node.args[0])
-    names = {use.value for use in uses if isinstance(use, ast.Constant)}
-    assert len(mentions) == len(uses), f"{path}: lines {mentions}"
-    assert names <= ENVIRONMENT
+    for path in PATHS:
+        mentions, uses = [], []
+        for node in ast.walk(tree_of(path)):
+            if isinstance(node, ast.Attribute) and ast.unparse(node) in ("os.environ", "os.getenv"):
+                mentions.append(node.lineno)
+            elif isinstance(node, ast.Subscript) and ast.unparse(node.value) == "os.environ":
+                uses.append(node.slice)
+            elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("os.environ.get", "os.getenv"):
+                uses.append(node.args[0])
+        names = {use.value for use in uses if isinstance(use, ast.Constant)}
+        assert len(mentions) == len(uses), f"{path}: lines {mentions}"
+        assert names <= ENVIRONMENT, path
 
 
 def functions(path: str) -> Iterator[tuple[str, ast.FunctionDef | ast.AsyncFunctionDef, bool]]:
