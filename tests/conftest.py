@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.failures_at_once import pytest_configure  # noqa: F401 (a hook)
 from tests.settled import forget_settled
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -43,30 +44,6 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     """Asked for the GPU's tests, look nowhere else: their machine need not have what other tests import."""
     is_elsewhere = collection_path.relative_to(Path(__file__).parent).parts[:1] not in ((), ("gpu",))
     return True if is_elsewhere and config.option.markexpr.split(" ")[0] == "gpu" else None
-
-
-class FailuresAtOnce:
-    """Tells a failure when it happens: a run on a GPU may be cut off by its time limit."""
-
-    def __init__(self, terminal: pytest.TerminalReporter) -> None:
-        self._terminal = terminal
-
-    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
-        self._tell(report)
-
-    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        self._tell(report)
-
-    def _tell(self, report: pytest.TestReport | pytest.CollectReport) -> None:
-        if report.failed:
-            self._terminal.write_line(f"\n{report.nodeid}\n{report.longreprtext}", flush=True)
-
-
-@pytest.hookimpl(trylast=True)  # the reporter is made by one of these
-def pytest_configure(config: pytest.Config) -> None:
-    terminal = config.pluginmanager.get_plugin("terminalreporter")  # a process of xdist's has none
-    if config.option.markexpr.split(" ")[0] == "gpu" and terminal is not None:
-        config.pluginmanager.register(FailuresAtOnce(terminal))
 
 
 def pytest_collection_finish() -> None:

@@ -8,6 +8,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
+
 from tests.test_structure import REPOSITORY, module_name
 from tests.tiny_checkpoint import make_adapter, make_model
 
@@ -17,8 +19,15 @@ MODULES = {module_name(path.relative_to(REPOSITORY).as_posix().removeprefix("too
 PACKAGES = {name.rpartition(".")[0] for name in MODULES}
 
 
+@functools.cache
 def tree_of(path: Path) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf-8"))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def trees_are_dropped() -> Iterator[None]:
+    yield
+    tree_of.cache_clear()
 
 
 def names_of(tree: ast.Module) -> Iterator[str]:

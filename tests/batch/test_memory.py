@@ -26,6 +26,7 @@ def growth(folder, num_bytes: int, extra: int) -> tuple[int, int]:
     return told["peak"] - told["before"], num_lines
 
 
+@pytest.mark.slow
 def test_flat_over_many_short_lines(tmp_path):
     grown, num_lines = growth(tmp_path, 1_000_000, 0)
     assert num_lines > 5_000 and grown < 20_000_000

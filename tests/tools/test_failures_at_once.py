@@ -21,9 +21,9 @@ def test_that_takes_long():
 """
 
 
-@pytest.mark.parametrize("processes", [[], ["-n", "1"]], ids=["one process", "xdist"])
+@pytest.mark.parametrize("processes", [[], ["-p", "xdist", "-n", "1"]], ids=["one process", "xdist"])
 def test_failures_are_told_at_once(processes, tmp_path):
-    (tmp_path / "conftest.py").write_text("from tests.conftest import pytest_configure\n")
+    (tmp_path / "conftest.py").write_text("from tests.failures_at_once import pytest_configure\n")
     (tmp_path / "test_broken.py").write_text("import no_such_module\n")
     (tmp_path / "test_cut_off.py").write_text(TESTS)
     (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = gpu\n")
@@ -32,7 +32,7 @@ def test_failures_are_told_at_once(processes, tmp_path):
     child = subprocess.Popen(
         [sys.executable, "-u", "-m", "pytest", *how, "gpu and not alone", *processes],
         cwd=tmp_path,
-        env=environment | {"PYTHONPATH": str(REPOSITORY)},
+        env=environment | {"PYTHONPATH": str(REPOSITORY), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"},  # they take seconds
         stdout=subprocess.PIPE,
         text=True,
         start_new_session=True,
