@@ -193,6 +193,7 @@ class Run:
                 add(self.engine, f"ask {number}", list(asked.prompt), asked.params)
             self.disturb()
             for output in self.engine.step():
+                assert output.finish_reason != FinishReason.ERROR, output
                 self.outputs.setdefault((output.request_id, output.index), []).append(output)
             self.engine.check()
         return [(a, i, self.outputs[f"ask {number}", i]) for number, a in enumerate(asks) for i in range(a.params.n)]

@@ -5,6 +5,7 @@ from typing import TypeVar
 
 import torch
 
+from llama.api.outputs import FinishReason
 from llama.engine.engine import Engine
 from llama.engine.graph_runner import GraphRunner
 from llama.engine.graphs import Record
@@ -70,11 +71,13 @@ def poison(made: Engine) -> None:
 
 
 def run(made: Engine, before_step: Callable[[], None] = lambda: None) -> dict[tuple[str, int], tuple[list, list]]:
-    """-> tokens and log-probabilities of every completion."""
+    """-> tokens and log-probabilities of every completion. A step that fails ends its requests with an error: two runs
+    that do so would agree."""
     told: dict[tuple[str, int], tuple[list, list]] = {}
     while made.has_unfinished:
         before_step()
         for output in made.step():
+            assert output.finish_reason != FinishReason.ERROR, output
             tokens, logprobs = told.setdefault((output.request_id, output.index), ([], []))
             tokens += output.token_ids
             logprobs += output.logprobs or []
