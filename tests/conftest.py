@@ -2,8 +2,10 @@
 
 import gc
 import importlib.util
+import logging
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -54,6 +56,16 @@ def pytest_collection_finish() -> None:
 @pytest.fixture(autouse=True)
 def nothing_is_settled() -> None:
     forget_settled()
+
+
+@pytest.fixture(autouse=True)
+def levels_of_logs_stay() -> Iterator[None]:
+    """`llama serve` sets them for a process of its own, also where a test calls it in this one."""
+    loggers = [logging.getLogger(name) for name in ("llama", "llama.access")]
+    levels = [logger.level for logger in loggers]
+    yield
+    for logger, level in zip(loggers, levels, strict=True):
+        logger.setLevel(level)
 
 
 def _fetched(relative: str) -> Path:
