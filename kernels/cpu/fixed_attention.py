@@ -13,8 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llama.kernels.cpu.e4m3 import from_e4m3
-from llama.kernels.cpu.layout import Layout
+from llama.kernels.cpu.layout import Keys, Layout, keys_of
 from llama.kernels.cpu.pieces import Pieces, find
 from llama.kernels.types import KVLayer, Ragged, wide_dtype
 
@@ -32,33 +31,49 @@ class Tile(NamedTuple):
 
 
 class Group(NamedTuple):
-    """Sequences whose keys are gathered together, in whole blocks."""
+    """Sequences that have equally many keys."""
 
-    blocks: Tensor  # of one sequence after the other, as many of each; those past a context are its last one again
-    missing: Tensor | None  # int64, places among the slots of these blocks that are past a context
-    sequences: int
-    keys: int  # of each
+    places: Keys  # of a single one; or the blocks of one sequence after the other, as many of each
+    keys: int
+    wide: Tensor  # [2, sequences, slots, kv_heads, head_dim]: K and V, in memory that all groups and layers share
+    behind: list[Tensor]  # parts of `wide` that lie past a context
     tiles: list[Tile]
 
     @classmethod
-    def of(cls, ragged: Ragged, seqs: list[int], lens: list[int], tiles: list[Tile]) -> "Group":
-        """Of sequences with these contexts, which have equally many keys."""
-        keys, size = num_keys(lens[0]), ragged.block_size
-        visible = torch.tensor(lens, device="cpu").clamp_(min=1)[:, None]
-        columns = torch.minimum(torch.arange(-(-keys // size), device="cpu"), (visible - 1) // size)
-        blocks = ragged.block_tables[torch.tensor(seqs, device="cpu")].gather(1, columns)
-        is_missing = torch.arange(blocks.shape[1] * size, device="cpu") >= visible
-        is_missing[:, keys:] = False
-        missing = is_missing.flatten().nonzero().squeeze(1)
-        return cls(blocks.flatten(), missing if len(missing) else None, len(seqs), keys, tiles)
+    def of(cls, ragged: Ragged, lens: dict[int, int], keys: int, tiles: list[Tile], wide: Tensor) -> "Group":
+        """lens: the context of each sequence."""
+        size = ragged.block_size
+        behind = [wide[:, i, length:] for i, length in enumerate(lens.values()) if length < wide.shape[2]]
+        if len(lens) == 1:
+            [(s, length)] = lens.items()
+            places = keys_of(ragged.block_tables[s], length, size)
+            if isinstance(places, slice):
+                return cls(places, keys, wide, behind, tiles)
+        # Those past a context are its last block again.
+        lasts = (torch.tensor(list(lens.values()), device="cpu")[:, None] - 1) // size
+        columns = torch.arange(wide.shape[2] // size, device="cpu").minimum(lasts)
+        blocks = ragged.block_tables[torch.tensor(list(lens), device="cpu")].gather(1, columns)
+        return cls(blocks.flatten(), keys, wide, behind, tiles)
 
-    def gather(self, cache: Tensor, layout: Layout, name: str, wide: torch.dtype) -> Tensor:
-        """[sequences, kv_heads, keys, head_dim], 0 past a context: a NaN would outlive the mask."""
-        blocks = layout.gather(cache, self.blocks, name)
-        if self.missing is not None:
-            blocks.flatten(0, 1).index_fill_(0, self.missing, 0)
-        x = from_e4m3(blocks, wide) if blocks.dtype == torch.uint8 else blocks.to(wide)
-        return x.view(self.sequences, -1, *x.shape[2:])[:, : self.keys].transpose(1, 2)
+    def fill(self, kv_layer: KVLayer, layout: Layout) -> list[Tensor]:
+        """K and V of a layer, [sequences, kv_heads, keys, head_dim]. Past a context they are 0: a NaN would outlive
+        the mask."""
+        for wide, cache, slots in zip(self.wide, (kv_layer.k, kv_layer.v), kv_layer.slots, strict=True):
+            if isinstance(self.places, slice):
+                found = slots[self.places]
+                wide[0, : len(found)].copy_(_floats(found))
+            elif cache.dtype == wide.dtype:
+                torch.index_select(cache, 0, self.places, out=wide.view(-1, *cache.shape[1:]))
+            else:
+                found = layout.gather(cache, self.places, "keys")
+                wide.view(found.shape).copy_(_floats(found))
+        for part in self.behind:
+            part.zero_()
+        return [wide[:, : self.keys].transpose(1, 2) for wide in self.wide]
+
+
+def _floats(values: Tensor) -> Tensor:
+    return values.view(torch.float8_e4m3fn) if values.dtype == torch.uint8 else values
 
 
 def num_keys(context_len: int) -> int:
@@ -85,61 +100,72 @@ def find_pieces(heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype) ->
 
 def attention(q: Tensor, kv_layer: KVLayer, ragged: Ragged, pieces: Pieces, scale: float) -> Tensor:
     """`paged_attention`; with scales, q and the result are scaled by the caller."""
-    kv_heads = kv_layer.k.shape[2]
-    group_size = q.shape[1] // kv_heads
-    layout, wide = ragged.cpu_layout, wide_dtype(q.dtype)
-    groups = layout.groups.get(group_size)
+    layout, kind = ragged.cpu_layout, (q.shape[1:], kv_layer.k.shape[2:], q.dtype)
+    groups = layout.groups.get(kind)
     if groups is None:
-        groups = layout.groups[group_size] = _groups(ragged, pieces, group_size, wide)
+        groups = layout.groups[kind] = _groups(ragged, pieces, *kind)
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     for group in groups:
-        k = group.gather(kv_layer.k, layout, "k", wide)
-        v = group.gather(kv_layer.v, layout, "v", wide)
+        k, v = group.fill(kv_layer, layout)
         for tile in group.tiles:
-            out[tile.tokens] = _attend(q[tile.tokens], k, v, tile, pieces, scale)
+            mixed = _attend(q[tile.tokens], k, v, tile, pieces, scale)
+            if isinstance(tile.tokens, slice):
+                out[tile.tokens].view(mixed.shape).copy_(mixed)
+            else:
+                out[tile.tokens] = mixed.reshape(-1, *q.shape[1:]).to(q.dtype)
     return out
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, tile: Tile, pieces: Pieces, scale: float) -> Tensor:
-    """q [sequences * queries, heads, head_dim]: the queries of a KV head's group become rows of one product."""
-    tokens, heads, head_dim = q.shape
-    sequences, kv_heads = k.shape[:2]
-    group_size = heads // kv_heads
+    """q [sequences * queries, heads, head_dim] -> [sequences, queries, kv_heads, heads / kv_heads, head_dim], wide: the
+    queries of a KV head's group become rows of one product."""
+    sequences, kv_heads, _, head_dim = k.shape
+    group_size = q.shape[1] // kv_heads
     rows = tile.queries * group_size
-    x = q.new_zeros(sequences, kv_heads, pieces.filled(rows), head_dim, dtype=k.dtype)
-    in_rows = q.view(sequences, tile.queries, kv_heads, group_size, head_dim).transpose(1, 2)
-    x[:, :, :rows].unflatten(2, (tile.queries, group_size)).copy_(in_rows)
+    x = q.view(sequences, tile.queries, kv_heads, group_size, head_dim).transpose(1, 2).to(k.dtype)
+    x = x.reshape(sequences, kv_heads, rows, head_dim)
+    if missing := pieces.filled(rows) - rows:
+        x = F.pad(x, (0, 0, 0, missing))
     k, v = k[:, :, : tile.keys], v[:, :, : tile.keys]
     mixed = F.scaled_dot_product_attention(x, k, v, attn_mask=tile.mask, scale=scale)[:, :, :rows]
-    mixed = mixed.unflatten(2, (tile.queries, group_size)).transpose(1, 2)
-    return mixed.reshape(tokens, heads, head_dim).to(q.dtype)
+    return mixed.unflatten(2, (tile.queries, group_size)).transpose(1, 2)
 
 
-def _groups(ragged: Ragged, pieces: Pieces, group_size: int, wide: torch.dtype) -> list[Group]:
-    starts, lens = ragged.query_starts.tolist(), ragged.context_lens.tolist()
-    decodes: dict[int, list[int]] = defaultdict(list)
-    prefills = []
-    for s, context_len in enumerate(lens):
+def _groups(ragged: Ragged, pieces: Pieces, heads: torch.Size, kv_heads: torch.Size, dtype: torch.dtype) -> list[Group]:
+    """Of such queries [heads, head_dim] and keys [kv_heads, head_dim]."""
+    starts, wide = ragged.query_starts.tolist(), wide_dtype(dtype)
+    decodes: dict[int, dict[int, int]] = defaultdict(dict)
+    parts: list[tuple[int, dict[int, int], list[Tile]]] = []  # keys, context of each sequence, tiles
+    for s, context_len in enumerate(ragged.context_lens.tolist()):
+        first = context_len - (starts[s + 1] - starts[s])
         if starts[s + 1] - starts[s] == 1:
-            decodes[num_keys(context_len)].append(s)
+            decodes[num_keys(context_len)][s] = max(1, context_len)
         elif starts[s + 1] > starts[s]:
-            prefills.append(s)
+            tiles = _tiles(starts[s], first, context_len, pieces, heads[0] // kv_heads[0], wide)
+            parts.append((num_keys(context_len), {s: context_len}, tiles))
+    parts += [(keys, lens, [_decodes(starts, lens, keys, wide)]) for keys, lens in decodes.items()]
+    most = max((len(lens) * _slots(keys, ragged) for keys, lens, _ in parts), default=0)
+    memory = torch.empty(2 * most * kv_heads.numel(), dtype=wide, device="cpu")
     groups = []
-    for keys, members in decodes.items():
-        seqs = torch.tensor(members, device="cpu")
-        mask = torch.zeros(len(members), 1, 1, keys, dtype=wide, device="cpu")
-        visible = ragged.context_lens[seqs].to(torch.int64)[:, None, None, None]
-        mask.masked_fill_(torch.arange(keys, device="cpu") >= visible.clamp(min=1), -math.inf)
-        first, last = starts[members[0]], starts[members[-1]]
-        in_a_run = last - first + 1 == len(members)
-        tokens = slice(first, last + 1) if in_a_run else ragged.query_starts[seqs].to(torch.int64)
-        tile = Tile(tokens, 1, keys, mask)
-        groups.append(Group.of(ragged, members, [lens[s] for s in members], [tile]))
-    for s in prefills:
-        first = lens[s] - (starts[s + 1] - starts[s])
-        tiles = _tiles(starts[s], first, lens[s], pieces, group_size, wide)
-        groups.append(Group.of(ragged, [s], [lens[s]], tiles))
+    for keys, lens, tiles in parts:
+        shape = 2, len(lens), _slots(keys, ragged), *kv_heads
+        groups.append(Group.of(ragged, lens, keys, tiles, memory[: math.prod(shape)].view(shape)))
     return groups
+
+
+def _slots(keys: int, ragged: Ragged) -> int:
+    """Of the whole blocks that they are in."""
+    return -(-keys // ragged.block_size) * ragged.block_size
+
+
+def _decodes(starts: list[int], lens: dict[int, int], keys: int, wide: torch.dtype) -> Tile:
+    """Of sequences with one query each."""
+    mask = torch.zeros(len(lens), 1, 1, keys, dtype=wide, device="cpu")
+    visible = torch.tensor(list(lens.values()), device="cpu")[:, None, None, None]
+    mask.masked_fill_(torch.arange(keys, device="cpu") >= visible, -math.inf)
+    tokens = [starts[s] for s in lens]
+    in_a_run = tokens == list(range(tokens[0], tokens[0] + len(tokens)))
+    return Tile(slice(tokens[0], tokens[-1] + 1) if in_a_run else torch.tensor(tokens, device="cpu"), 1, keys, mask)
 
 
 def _tiles(first_token: int, first: int, stop: int, pieces: Pieces, group_size: int, wide: torch.dtype) -> list[Tile]:

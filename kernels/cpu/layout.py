@@ -75,7 +75,7 @@ class Decodes:
         num_blocks = -(-longest // block_size)
         width = num_blocks * block_size
         if lens == [longest]:
-            keys = _keys(block_tables[0], longest, block_size)
+            keys = keys_of(block_tables[0], longest, block_size)
             return cls(first, first + 1, keys, longest, width, None, block_tables, lens)
         places: list[int] = []
         for i, length in enumerate(lens):
@@ -112,7 +112,7 @@ class Layout:
     order: Tensor | None = None  # [decodes] int64, by length; None where they stay as they come
     places: Tensor | None = None  # its inverse
     buffers: dict[str, Tensor] = field(default_factory=dict)  # working memory that the layers share
-    groups: dict[int, Any] = field(default_factory=dict)  # of fixed_attention.py, by heads per KV head
+    groups: dict[Any, Any] = field(default_factory=dict)  # of fixed_attention.py, by kind of queries and keys
     masks: dict[tuple[int, int, int], Tensor] = field(default_factory=dict)  # see causal_mask
 
     @classmethod
@@ -133,7 +133,7 @@ class Layout:
             return cls(block_tables, [], block_size, [], stores_all)
         starts, lens = query_starts.tolist(), context_lens.tolist()
         prefills = [
-            (starts[s], starts[s + 1], _keys(block_tables[s], lens[s], block_size), lens[s])
+            (starts[s], starts[s + 1], keys_of(block_tables[s], lens[s], block_size), lens[s])
             for s in range(num_decodes, len(lens))
             if starts[s + 1] > starts[s]
         ]
@@ -187,7 +187,7 @@ def _bounds(lens: list[int], most_padded: int) -> list[int]:
     return [0, *reversed(bounds)]
 
 
-def _keys(block_table: Tensor, context_len: int, block_size: int) -> Keys:
+def keys_of(block_table: Tensor, context_len: int, block_size: int) -> Keys:
     blocks = block_table[: -(-context_len // block_size)]
     numbers = blocks.tolist()
     first = numbers[0]

@@ -32,10 +32,11 @@ def test_num_keys_by_hand():
 class Cache:
     """Sequences in blocks of their own; what lies in no sequence is NaN."""
 
-    def __init__(self, dtype: torch.dtype, lens: tuple[int, ...]) -> None:
+    def __init__(self, dtype: torch.dtype, lens: tuple[int, ...], *, in_a_row: bool = False) -> None:
         generator = torch.Generator().manual_seed(0)
         self.lens, self.most = lens, -(-max(lens) // BLOCK)
         blocks = torch.randperm(len(lens) * self.most, generator=generator).to(torch.int32)
+        blocks = blocks.sort().values if in_a_row else blocks
         self.tables = blocks.view(len(lens), -1)
         shape = len(blocks), BLOCK, KV_HEADS, DIM
         self.kv = KVLayer(*(torch.full(shape, torch.nan, dtype=dtype) for _ in range(2)))
@@ -75,6 +76,19 @@ def test_attention_has_the_same_bits_decoded_chunked_and_in_a_crowd(dtype):
     parts += [(5, 60, 131), (4, 100, 200), (5, 300, 699), (3, 0, 65), (5, 500, 577)]
     for (s, start, end), rows in zip(parts, cache.attend(parts), strict=True):
         assert torch.equal(rows, whole[s][start:end]), (s, start, end)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_where_keys_lie_changes_no_bit(dtype):
+    """In blocks that are neighbours, up to the cache's last slot, and in any others; alone and in a crowd."""
+    lens = 700, 320, 200, 192, 5, 704
+    in_a_row, scattered = (Cache(dtype, lens, in_a_row=where) for where in (True, False))
+    parts = [(s, n - 1, n) for s, n in enumerate(lens)] + [(1, 100, 319), (5, 640, 704)]
+    crowd = scattered.attend(parts)
+    for part, rows in zip(parts, crowd, strict=True):
+        assert torch.equal(in_a_row.attend([part])[0], rows), part
+        assert torch.equal(scattered.attend([part])[0], rows), part
+    assert all(torch.equal(a, b) for a, b in zip(in_a_row.attend(parts), crowd, strict=True))
 
 
 def test_pieces_are_filled_and_cut():
