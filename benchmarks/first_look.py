@@ -113,6 +113,7 @@ PARTS = {
         _in_codes("llama-3.1-8b", "int4", 131_072, 45),
         *(_in_codes("llama-3.1-8b", scheme, 32_768, 25) for scheme in ("int8", "fp8")),
         *(_in_codes("llama-3.1-70b", scheme, 16_384, 55) for scheme in ("fp8", "int4")),
+        Step("prompts", 15, ("prompts",)),
     ),
 }
 

@@ -1,4 +1,4 @@
-"""Quantised weights, deterministic and fused steps for the first time on a device: sections of first_look.py."""
+"""Quantised weights, and deterministic, fused and recorded steps, on a device: sections of first_look.py."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -133,16 +133,22 @@ def _costs(look: Look, fixed: Engine, plain: Engine) -> dict[str, float]:
         with decoding(fixed, *asked), decoding(plain, *asked):
             ours, theirs = in_turn(partial(step, fixed), partial(step, plain), rounds)
         found[f"decode of {batch}"] = round(1 / ratio(theirs, ours), 3)
-    one = SamplingParams(max_tokens=1, temperature=0)
-    for length in look.setting.pick([2048], [20]):
+    return found | _costs_of_prompts(look, fixed, plain, look.setting.pick([2048], [20]))
 
-        def prompt(engine: Engine, length: int = length) -> None:
-            engine.add(engine.request("prompt", prompt_of(length, engine.runner.vocab_size), one))
-            finish(engine)
-            look.timer.wait()
 
-        ours, theirs = in_turn(partial(prompt, fixed), partial(prompt, plain), 1 if look.is_tiny else 5)
-        found[f"prompt of {length}"] = round(1 / ratio(theirs, ours), 3)
+def _costs_of_prompts(look: Look, ours: Engine, plain: Engine, lengths: list[int]) -> dict[str, float]:
+    """The same of a prompt's first token."""
+    one, found = SamplingParams(max_tokens=1, temperature=0), {}
+
+    def prompt(engine: Engine, length: int) -> None:
+        engine.add(engine.request("prompt", prompt_of(length, engine.runner.vocab_size), one))
+        finish(engine)
+        look.timer.wait()
+
+    for length in lengths:
+        calls = (partial(prompt, engine, length) for engine in (ours, plain))
+        mine, theirs = in_turn(*calls, 1 if look.is_tiny else 5)
+        found[f"prompt of {length}"] = round(1 / ratio(theirs, mine), 3)
     return found
 
 
@@ -187,4 +193,20 @@ def fused(look: Look) -> dict:
     return found
 
 
-SECTIONS = {section.__name__: section for section in (forms, deterministic, fused)}
+def prompts(look: Look) -> dict:
+    """record_prompts=True: how many tokens of an answer are those without, and the seconds of a short prompt over
+    those."""
+    found: dict[str, Any] = {}
+    options = {} if look.is_tiny else {"record_prompts": True}  # which wants CUDA
+    for scheme in look.setting.pick([None, "int4"], [None]):
+        model = _model(look, scheme)
+        ours, plain = _engine(look, model, **options), _engine(look, model)
+        tokens, expected = (_answers(look, engine, 2)[0] for engine in (ours, plain))
+        same = sum(a == b for a, b in zip(tokens, expected, strict=True))
+        costs = _costs_of_prompts(look, ours, plain, look.setting.pick([30, 100, 250], [5]))
+        found[scheme or "dense"] = {"tokens alike": [same, len(expected)], "seconds": costs}
+        print(scheme or "dense", found[scheme or "dense"], flush=True)
+    return found
+
+
+SECTIONS = {section.__name__: section for section in (forms, deterministic, fused, prompts)}

@@ -1,4 +1,5 @@
-"""What a step that is not recorded costs the host: a Runner launches decodes of a model on the meta device.
+"""What a step that is not recorded costs the host: a Runner launches decodes of a model on the meta device, and a
+prompt beside some, which is recorded as well (`record_prompts`; a replay does nothing here).
 
 There no op computes and no launch reaches a driver, so what is timed is Python: the plan's numbers, the checks, the
 search for each kernel's compiled form. Where PyTorch knows a meta tensor by Python alone (linear, empty_like), which a
@@ -14,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import cache
-from typing import Any
+from typing import Any, TypeVar
 from unittest import mock
 
 import numpy as np
@@ -24,8 +25,10 @@ from torch import Tensor
 
 from benchmarks.common import close, summary
 from llama import SamplingParams
+from llama.engine import graph_runner
 from llama.engine import runner as runners
 from llama.engine.config import EngineConfig
+from llama.engine.graph_runner import GraphRunner
 from llama.engine.memory import make_kv_cache
 from llama.engine.plan import LAST_SAMPLED, NO_COPIES, NO_UPDATES, Ints, Plan
 from llama.engine.runner import Runner
@@ -38,6 +41,7 @@ from llama.model.transformer import Transformer
 
 _real_empty_like = torch.empty_like
 MULTIPROCESSORS = 132  # an H200's
+T = TypeVar("T")
 
 
 class Launches:
@@ -105,6 +109,7 @@ def without_a_device() -> Iterator[Launches]:
         mock.patch.object(F, "linear", _linear),
         mock.patch.object(torch, "empty_like", _empty_like),
         mock.patch.object(runners, "fetch_result", lambda *arguments: lambda: None),
+        mock.patch.object(graph_runner, "fetch_result", lambda *arguments: lambda: None),
     ):
         for module in (activation, decode, matmul, norm, prefill, rope):  # what is settled here is for here alone
             patches.enter_context(mock.patch.object(module, "_KINDS", Kinds()))
@@ -131,11 +136,59 @@ def decodes(batch: int, context: int) -> Plan:
     )
 
 
+class _Replays:
+    """Stands in for graphs."""
+
+    def __call__(self, function: Callable[[], T]) -> Callable[[], T]:
+        result = function()
+        return lambda: result
+
+    def used_bytes(self) -> int:
+        return 0
+
+
+def prompt_beside(decoding: Plan, tokens: int) -> Plan:
+    """The same step with a prompt of so many tokens, which ends in it."""
+    count = len(decoding.rows)
+
+    def longer(array: Ints, value: int) -> Ints:
+        return np.append(array, np.int32(value))
+
+    return decoding._replace(
+        rows=longer(decoding.rows, count),
+        query_lens=longer(decoding.query_lens, tokens),
+        context_lens=longer(decoding.context_lens, tokens),
+        token_ids=np.append(decoding.token_ids, np.ones(tokens, np.int32)),
+        sample_rows=longer(decoding.sample_rows, count),
+        sample_sources=longer(decoding.sample_sources, count + tokens - 1),
+        sample_positions=longer(decoding.sample_positions, tokens),
+    )
+
+
+def time_prompts(model: Transformer, config: EngineConfig, decoding: Plan, tokens: int, steps: int) -> dict[str, Any]:
+    """One runner that launches such steps and one that replays them, in turn."""
+    plan, kv = prompt_beside(decoding, tokens), make_kv_cache(model, config, 2)
+    recording = GraphRunner(model, kv, replace(config, record_prompts=True), record=_Replays())
+    runners: dict[str, Runner] = {"launched": Runner(model, kv, config), "replayed": recording}
+    times: dict[str, list[float]] = {name: [] for name in runners}
+    for runner in runners.values():
+        for row in range(config.max_num_seqs):
+            runner.sampler.set_row(row, SamplingParams(temperature=0), row, np.zeros(1, np.int32), [])
+    for step in range(steps + 3):
+        for name, runner in runners.items():
+            start = time.thread_time()
+            runner.launch(plan)
+            if step >= 3:  # the third of a kind is replayed
+                times[name].append(1000 * (time.thread_time() - start))
+    return {name: summary(found) for name, found in times.items()}
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--context", type=int, default=1024)
+    parser.add_argument("--prompt", type=int, default=64, help="tokens of the prompt beside 8 decodes")
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--fused", action="store_true", help="with fused_decode, whose products are our kernels too")
     parser.add_argument("--quantization", help="int8, int4 or fp8")
@@ -147,7 +200,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     model = Transformer(shape, device="meta", dtype=torch.bfloat16)
     if given.quantization is not None:
         model.quantise(given.quantization)
-    most = {"max_num_seqs": max(given.batches), "max_num_batched_tokens": 2048}
+    most = {"max_num_seqs": max(9, *given.batches), "max_num_batched_tokens": 2048}
     config = EngineConfig(max_model_len=2 * given.context, fused_decode=given.fused, **most)
     kinds = {"greedy": SamplingParams(temperature=0), "filtered": SamplingParams(temperature=0.8, top_p=0.9, top_k=50)}
     results: dict[str, dict[str, float | int]] = {}
@@ -174,6 +227,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 print(f"{kind} {batch:3}: {found['median']:.2f} ms of the host a step, {per_step} launches", flush=True)
                 if given.profile:
                     pstats.Stats(profile).sort_stats("tottime").print_stats(25)
+        if not given.fused:
+            found = time_prompts(model, config, decodes(8, given.context), given.prompt, given.steps)
+            results[f"prompt of {given.prompt} beside 8"] = found  # type: ignore[assignment]
+            told = ", ".join(f"{times['median']:.2f} ms of the host {name}" for name, times in found.items())
+            print(f"prompt of {given.prompt} tokens beside 8 decodes: {told}", flush=True)
     close("host", results=results, layers=given.layers, context=given.context)
 
 

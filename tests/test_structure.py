@@ -56,7 +56,7 @@ IMPORT_ORDER = {
         plan
         wire sampler
         memory verification logit_changes
-        runner
+        runner mixed_steps
         graph_runner tap_messages
         parallel_runner
         running

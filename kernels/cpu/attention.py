@@ -51,8 +51,8 @@ def _attention(q: Tensor, kv_layer: KVLayer, ragged: Ragged, scale: float) -> Te
         k = _in_order(kv_layer.k, keys, context_len, layout, "k")
         v = _in_order(kv_layer.v, keys, context_len, layout, "v")
         parts.append(_causal(q[start:end], _widened(k, q), _widened(v, q), scale, layout))
-    if ragged.run_len > 1:  # a recorded step: behind the last run there may be padding
-        parts.append(torch.zeros_like(q[sum(map(len, parts)) :]))
+    if (count := sum(map(len, parts))) < len(q):  # a recorded step: behind the last sequence there may be padding
+        parts.append(torch.zeros_like(q[count:]))
     if len(parts) == 1:
         return parts[0]
     return torch.cat(parts) if parts else torch.empty_like(q, memory_format=torch.contiguous_format)

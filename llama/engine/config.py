@@ -53,6 +53,7 @@ class EngineConfig:
     )
     enable_prefix_caching: bool = _option(True, "keep K and V of prompts for later ones that begin alike")
     enforce_eager: bool = _option(False, "run without CUDA graphs")
+    record_prompts: bool = _option(False, "CUDA graphs for steps with few tokens of prompts too, not for decodes alone")
     deterministic: bool = _option(False, "the same bits for a request alone and in any batch (docs/deterministic.md)")
     fused_decode: bool = _option(
         False, "norms, SwiGLU and residuals within the matrix products of steps of up to 64 tokens (CUDA)"
@@ -117,6 +118,8 @@ class EngineConfig:
             raise refusal("tensor_parallel_size", "1 or 2 with deterministic", self.tensor_parallel_size)
         if self.fused_decode and (self.deterministic or self.tensor_parallel_size > 1):
             raise refusal("fused_decode", "False with deterministic or several ranks", True)
+        if self.record_prompts and (self.deterministic or self.enforce_eager or self.speculative_config is not None):
+            raise refusal("record_prompts", "False with deterministic, enforce_eager or speculative_config", True)
         budget = self.max_num_batched_tokens or BATCHED_TOKENS[device]
         speculative = self.speculative_config
         if speculative is not None:

@@ -1,4 +1,5 @@
-"""GraphRunner: a Runner whose decodes run as recorded graphs, over tensors that never move.
+"""GraphRunner: a Runner whose decodes run as recorded graphs, over tensors that never move; with `record_prompts` steps
+with few tokens of prompts too (`mixed_steps`).
 
 A step of n sequences runs in a graph of the next larger bucket. The rows behind n are padding: they belong to the row
 that no sequence has, have no context, store nothing and are drawn greedily. Model and sampler have graphs of their own,
@@ -20,11 +21,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from llama.api.errors import refusal
 from llama.api.params import MAX_LOGPROBS
 from llama.engine.config import EngineConfig
 from llama.engine.device import Mirror
 from llama.engine.graphs import CudaRecord, Graphs, Record, bucket_of
 from llama.engine.memory import make_kv_cache, run_len, warm_up
+from llama.engine.mixed_steps import MixedInputs, Shape, shapes_of
 from llama.engine.plan import LAST_SAMPLED, Plan, StepResult
 from llama.engine.runner import DTYPES, Runner, fetch_result
 from llama.kernels import ops
@@ -43,6 +46,8 @@ def make_runner(model: Transformer, config: EngineConfig, num_blocks: int, eos_t
     """With a KV cache of so many blocks, and with graphs on CUDA unless `enforce_eager`."""
     kv = make_kv_cache(model, config, num_blocks)
     is_cuda = model.device.type == "cuda"
+    if config.record_prompts and not is_cuda:
+        raise refusal("record_prompts", f"False on {model.device.type}", True)
     make: type[Runner] = GraphRunner if is_cuda and not config.enforce_eager else Runner
     runner = make(model, kv, config, eos_token_ids=eos_token_ids)
     if is_cuda and config.num_blocks is not None:  # without it steps have been measured
@@ -91,6 +96,9 @@ class GraphRunner(Runner):
             fields["run_starts"] = ((count + 1,), np.int32)
         self._inputs = Mirror(fields, self.device)
         self._logits = torch.empty(count, self.vocab_size, dtype=model.dtype, device=self.device)
+        self._shapes = shapes_of(config) if config.record_prompts else []
+        if self._shapes:
+            self._mixed = MixedInputs(self._shapes, self.padding_row, self.device)
         if record is None:
             with torch.cuda.device(self.device):
                 self.prepare()
@@ -132,6 +140,7 @@ class GraphRunner(Runner):
         filtered = {**plain, "any_filter": True}
         longest = {**filtered, "num_logprobs": min(MAX_LOGPROBS, self.vocab_size), "any_processed": True}
         most_rows = self._bucket(self.padding_row)  # of the sampler's: it draws behind drafts without a graph
+        self._record_mixed(has_adapters=False)  # dropped first where there is no memory for all
         for size in _with_bar(self._buckets(), is_silent=self.model.shard.rank > 0):
             flags = [longest] * (size == most_rows) + [filtered, plain, greedy] * (size <= most_rows)
             for _ in range(2):  # a key's second run records it
@@ -153,6 +162,7 @@ class GraphRunner(Runner):
         with ops.on_device(self.device):
             self._fill({}, 0)
             self._inputs.send()
+            self._record_mixed(has_adapters=True)
             for size in _with_bar(self._buckets(), is_silent=False):
                 for _, has_runs in product(range(2), self._kinds_of_runs):
                     self._run_model(size, has_adapters=True, has_runs=has_runs)
@@ -163,8 +173,14 @@ class GraphRunner(Runner):
         has_moved = self._generation != self.adapters.generation
         if has_moved:
             self._generation = self.adapters.generation
-            self._graphs.forget(lambda key: key[0] == "model" and key[2])
+            self._graphs.forget(lambda key: key[0] in ("model", "mixed") and key[2])
         return has_moved
+
+    def _record_mixed(self, has_adapters: bool) -> None:
+        for shape in reversed(self._shapes):
+            self._mixed.fill(shape)
+            for _ in range(2):
+                self._run_mixed(shape, has_adapters)
 
     @property
     def _kinds_of_runs(self) -> list[bool]:
@@ -177,6 +193,8 @@ class GraphRunner(Runner):
         return sorted({self._bucket(count + 1) for count in range(len(self._logits))}, reverse=True)
 
     def calls(self, plan: Plan) -> list[Call] | None:
+        if (shape := self._shape_of(plan)) is not None:
+            return [*self._calls_of_model(shape.num_tokens), Call(shape.samples, "gather")]
         if not self._is_plain(plan):
             return super().calls(plan)
         bucket = self._bucket(plan.num_tokens)
@@ -186,20 +204,32 @@ class GraphRunner(Runner):
         return min(bucket_of(num_tokens), len(self._logits))
 
     def _is_plain(self, plan: Plan) -> bool:
-        """Whether graphs can run it."""
+        """Whether graphs of decodes can run it."""
         samples_all = plan.only_decodes or (
             plan.drafts is not None and np.array_equal(plan.sample_sources, np.arange(plan.num_tokens))
         )
-        is_plain = samples_all and plan.prompt_sources is None and not len(plan.copies)
-        # A recording would keep hooks, or their absence.
-        return is_plain and not (plan.taps or plan.processed or plan.guided or any(self._hooks))
+        return samples_all and self._has_fixed_steps(plan)
+
+    def _has_fixed_steps(self, plan: Plan) -> bool:
+        """A recording would keep hooks, or their absence."""
+        is_usual = plan.prompt_sources is None and not len(plan.copies)
+        return is_usual and not (plan.taps or plan.processed or plan.guided or any(self._hooks))
+
+    def _shape_of(self, plan: Plan) -> Shape | None:
+        """Of a step with prompts that a graph can run."""
+        if plan.only_decodes or not self._has_fixed_steps(plan):
+            return None
+        return next((shape for shape in self._shapes if shape.holds(plan)), None)
 
     def _compute(self, plan: Plan) -> Callable[[], StepResult]:
-        if not self._is_plain(plan):
+        shape = self._shape_of(plan)
+        if shape is None and not self._is_plain(plan):
             return super()._compute(plan)
         has_adapters = plan.adapter_indices is not None and bool(plan.adapter_indices.any())
         if has_adapters:
             self._forget_moved()
+        if shape is not None:
+            return self._compute_mixed(plan, shape, has_adapters)
         count, numbers, runs = plan.num_tokens, self._numbers(plan), self._runs(plan)
         if runs is not None:
             self._fill_runs(runs)
@@ -222,6 +252,22 @@ class GraphRunner(Runner):
         else:
             draws = self._run_sampler(bucket, flags)
         return fetch_result(*draws, count)
+
+    def _compute_mixed(self, plan: Plan, shape: Shape, has_adapters: bool) -> Callable[[], StepResult]:
+        self._mixed.fill(shape, plan, self._numbers(plan))
+        self._run_mixed(shape, has_adapters)
+        count = len(plan.sample_rows)
+        if not count:
+            return lambda: StepResult(np.zeros(0, np.int64), np.zeros(0, np.bool_))
+        flags = None
+        if plan.masks is None:
+            self._fill({"row_ids": plan.sample_rows}, count)
+            flags = self.sampler.write(plan.sample_rows, plan.sample_positions, self._inputs.host)
+        if flags is not None:
+            self._inputs.send()
+            return fetch_result(*self._run_sampler(self._bucket(count), flags), count)
+        rows = self.sampler.rows(plan.sample_rows, plan.sample_positions, plan.masks)
+        return fetch_result(*self._draw(self._logits[:count], rows, self._row_ids(plan.sample_rows)), count)
 
     def _fill(self, numbers: Mapping[str, Any], count: int) -> None:
         """Put the numbers of `count` tokens to their places, and padding behind them."""
@@ -252,6 +298,11 @@ class GraphRunner(Runner):
         self._graphs.run(key, partial(self._model_step, *key[1:]))
         self._count_calls(len(self._calls_of_model(bucket)) + 1)
 
+    def _run_mixed(self, shape: Shape, has_adapters: bool) -> None:
+        key = ("mixed", shape, has_adapters)
+        self._graphs.run(key, partial(self._mixed_step, *key[1:]))
+        self._count_calls(len(self._calls_of_model(shape.num_tokens)) + 1)
+
     def _count_calls(self, count: int) -> None:
         """What ranks have said in this step: nobody counts it in a graph."""
         if self.model.communicator is not None:
@@ -278,6 +329,16 @@ class GraphRunner(Runner):
         if given is not None:
             batch = replace(batch, token_ids=torch.where(given >= 0, given, batch.token_ids))
         self.model.lm_head.into(self._logits[:bucket], self.model.hidden(batch, self.kv), batch.adapters)
+
+    def _mixed_step(self, shape: Shape, has_adapters: bool) -> None:
+        self._count_calls(0)
+        tensors = self._mixed.tensors(shape)
+        if not has_adapters:
+            del tensors["adapter_indices"]
+        sources = tensors.pop("sources")
+        batch = self._batch(tensors, shape.decodes)
+        hidden = self.model.hidden(batch, self.kv)
+        self._logits[: shape.samples].copy_(self.model.head(hidden, batch, sources))
 
     def _sampler_step(self, bucket: int, flags: Mapping[str, Any]) -> tuple[Tensor | None, Sampled]:
         tensors: dict[str, Any] = {name: self._inputs.device[name][:bucket] for name in self.sampler.fields}

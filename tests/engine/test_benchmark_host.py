@@ -27,7 +27,9 @@ def test_it_counts_the_launches_of_a_step(capsys):
     host.main(["--layers", "2", "--batches", "1", "3", "--steps", "2"])
     *lines, last = capsys.readouterr().out.splitlines()
     results = json.loads(last)["results"]
-    assert len(lines) == len(results) == 4
+    assert len(lines) == len(results) == 5
+    prompt = results.pop("prompt of 64 beside 8")
+    assert prompt["replayed"]["median"] < prompt["launched"]["median"]
     # Two norms, rope, attention, its merge and the activation in each layer; cosines and sines before them, one norm
     # behind, and the sampler.
     assert {results[f"greedy {batch}"]["launches"] for batch in (1, 3)} == {1 + 2 * 6 + 1 + 2}

@@ -23,6 +23,7 @@ from llama.engine.config import EngineConfig
 from llama.engine.draft_model import DraftModel, _Feed
 from llama.engine.graph_runner import GraphRunner
 from llama.engine.memory import make_kv_cache, warm_up, worst_step
+from llama.engine.mixed_steps import Shape
 from llama.engine.plan import LAST_SAMPLED, NO_COPIES, NO_UPDATES, Plan
 from llama.engine.runner import Runner
 from llama.engine.sampler import SamplerTable
@@ -92,6 +93,17 @@ def test_with_drafts_a_sequence_may_read_what_another_stores(launched, speculati
     with torch.inference_mode():
         made._model_step(4, has_adapters=False, has_runs=False)
     assert [batch.is_disjoint for batch in seen] == [speculative is None]
+
+
+@pytest.mark.parametrize("shape", [Shape(0, 32, 4), Shape(4, 256, 8)], ids=str)
+def test_a_step_with_prompts(launched, shape, monkeypatch):
+    monkeypatch.setattr(prefill, "multiprocessor_count", lambda device: 132)
+    made = graphed(tiny_config(), torch.bfloat16, record_prompts=True, max_num_batched_tokens=512)
+    with torch.inference_mode(), OnDeviceAlone():
+        made._mixed_step(shape, has_adapters=True)
+    layers = 2
+    assert launched.count("_prefill_kernel") == layers
+    assert launched.count("_decode_kernel") == layers * (shape.decodes > 0)
 
 
 @pytest.mark.parametrize("has_runs", [True, False])

@@ -68,6 +68,8 @@ def poison(made: Engine) -> None:
     if isinstance(made.runner, GraphRunner):
         made.runner._logits.fill_(float("nan"))
         made.runner._inputs._data.random_(0, 256)
+        if made.runner._shapes:
+            made.runner._mixed._mirror._data.random_(0, 256)
 
 
 def run(made: Engine, before_step: Callable[[], None] = lambda: None) -> dict[tuple[str, int], tuple[list, list]]:

@@ -82,8 +82,33 @@ def test_lag_changes_no_token(kind):
     assert told[0] == told[1]
 
 
+@pytest.mark.parametrize("scheme", [None, "int4"])
+def test_graphs_of_prompts_are_the_same_launches_to_the_last_bit(scheme):
+    """Prompts that come while others decode, some of them in chunks."""
+    model, told = small(), []
+    if scheme is not None:
+        model.quantise(scheme)
+    for record in (None, Unrecorded()):
+        made = engine(model, Case(max_num_seqs=24, budget=200, lag=0), record=record, record_prompts=True)
+        made.runner.kv.data.fill_(float("nan"))
+        waiting = crowd(20, max_tokens=20)
+        waiting.insert(8, ([5] * 230, SamplingParams(max_tokens=9, temperature=0)))
+
+        def join(made=made, waiting=waiting) -> None:
+            for _ in range(min(2, len(waiting))):
+                fakes.add(made, f"later {len(waiting)}", *waiting.pop())
+            poison(made)
+
+        add(made, crowd(1))
+        told.append(run(made, join))
+        mixed = {key[1] for key in made.runner._graphs._ready if key[0] == "mixed"}
+        assert {shape.decodes for shape in mixed} == {0, 4, 16}
+    assert told[0] == told[1]
+
+
 CASES = {
     "lag 1": {"lag": 1},
+    "lag 1, prompts recorded": {"lag": 1, "record_prompts": True},
     "lag 1, all rows padded": {"lag": 1, "bucket": 1000},
     "lag 1, preempted": {"lag": 1, "preempt": True, "num_tokens": 128},
     "lag 1, poisoned cache, neighbours aborted": {"lag": 1, "poison": True, "strangers": True, "bucket": 1000},
@@ -97,9 +122,9 @@ def test_tokens_are_those_of_float64_without_a_cache(changes, monkeypatch):
     changes = dict(changes)
     if bucket := changes.pop("bucket", None):
         monkeypatch.setattr(graph_runner, "bucket_of", lambda count: bucket)
-    eager = changes.pop("enforce_eager", False)
-    case = Case(**changes)
-    made = engine(tiny(), case, enforce_eager=eager)
+    options = {name: changes.pop(name, False) for name in ("enforce_eager", "record_prompts")}
+    eager, case = options["enforce_eager"], Case(**changes)
+    made = engine(tiny(), case, **options)
     assert isinstance(made.runner, GraphRunner) != eager
     if case.poison:
         made.runner.kv.data.fill_(float("nan"))

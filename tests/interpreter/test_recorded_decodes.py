@@ -1,4 +1,4 @@
-"""Recorded decodes with every op in Triton's interpreter: the kernels see padding rows, and inputs that are views."""
+"""Recorded steps with every op in Triton's interpreter: the kernels see padding, and inputs that are views."""
 
 from dataclasses import replace
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from llama import SamplingParams
-from llama.engine import graph_runner
+from llama.engine import graph_runner, mixed_steps
 from tests import drafters
 from tests.drafters import Drafter
 from tests.engine.fakes import add
@@ -36,6 +36,31 @@ def test_padding_and_views_change_nothing(monkeypatch):
         told.append(run(engine))
     assert told[0] == told[1]
     assert stand.num_replays > 2
+
+
+def test_prompts_beside_decodes_change_nothing(monkeypatch):
+    """A prompt alone, one behind a cached prefix beside a decode, and one beside two."""
+    monkeypatch.setattr(mixed_steps, "DECODES", (0, 2))
+    monkeypatch.setattr(mixed_steps, "TOKENS", (8,))
+    monkeypatch.setattr(graph_runner, "bucket_of", lambda count: 1000)
+    prompts = [1, 5, 7, 8, 9, 2, 4, 3], [1, 5, 7, 8, 9, 6], [3, 4]
+    model, told, taken = tiny_model(dtype=torch.float32), [], []
+    for stand in (Stand(), None):
+        options = {"record_prompts": True} if stand else {}
+        engine = graph_engine(Case(lag=1, max_num_seqs=4, num_tokens=64), stand, model, **options)
+        engine.runner.kv.data.fill_(float("nan"))
+        if stand:
+            step = engine.runner._run_mixed
+            monkeypatch.setattr(engine.runner, "_run_mixed", lambda *way, step=step: taken.append(way[0]) or step(*way))
+        outputs = []
+        for (name, params), prompt in zip(ASKS.items(), prompts, strict=True):
+            add(engine, name, prompt, params)
+            outputs += engine.step()
+        while engine.has_unfinished:
+            outputs += engine.step()
+        told.append({name: [t for o in outputs if o.request_id == name for t in o.token_ids] for name in ASKS})
+    assert told[0] == told[1] and [len(tokens) for tokens in told[0].values()] == [3, 4, 4]
+    assert [shape.decodes for shape in taken] == [0, 2, 2]
 
 
 def half_right(future: list[int], count: int) -> list[int]:

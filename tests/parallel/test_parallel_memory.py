@@ -1,6 +1,7 @@
 """A step that a rank has no memory for is made again on all of them, and gives what it would have given."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -53,10 +54,11 @@ def test_a_step_without_memory_is_made_again_on_all_ranks(folder, runners, caplo
     assert tried[0] == 16 and len(tried) in (2, 3)
 
 
+@pytest.mark.parametrize("record_prompts", [False, True])
 @pytest.mark.parametrize(("whose", "calls"), [(0, (4,)), (1, (5, 9)), (1, (4, 5))])
-def test_decodes_without_memory_are_made_again_with_graphs_too(folder, monkeypatch, whose, calls):
+def test_steps_without_memory_are_made_again_with_graphs_too(folder, monkeypatch, whose, calls, record_prompts):
     """The first time that a step of this size runs, as it is recorded, as it is replayed."""
-    made = []
+    made, config = [], replace(CONFIG, record_prompts=record_prompts)
 
     def graphs(model, config, num_blocks, eos_token_ids):
         kv = make_kv_cache(model, config, num_blocks)
@@ -65,9 +67,11 @@ def test_decodes_without_memory_are_made_again_with_graphs_too(folder, monkeypat
 
     monkeypatch.setattr(rank, "make_runner", graphs)
     monkeypatch.setattr(engines, "make_runner", graphs)
-    with engine_on_ranks(folder, CONFIG) as engine:
+    with engine_on_ranks(folder, config) as engine:
         starve_ranks(made, "layer", (whose,), calls)
         assert_same(answers(engine), answers(Engine(model(), IN_ONE)))
+        kinds = {key[0] for runner in made for key in runner._graphs._ready}
+        assert ("mixed" in kinds) == record_prompts
         assert all(runner._graphs._record.num_replays for runner in made)
 
 
