@@ -24,9 +24,10 @@ def look():
     return first_look_device.Look(is_tiny=True)
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in ("deterministic", "fused"))) for name in SECTIONS]
-)
+LONG = ("deterministic", "fused", "prompts")
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in LONG)) for name in SECTIONS])
 def test_a_section_runs(name, look):
     found = json.loads(json.dumps(SECTIONS[name](look)))
     assert found
@@ -122,6 +123,7 @@ def test_what_no_json_can_hold_fails_its_section_alone(monkeypatch, tmp_path):
     assert json.loads((tmp_path / "nodes.json").read_text()) == {"is": "told"}
 
 
+@pytest.mark.slow
 def test_sections_behind_one_that_loses_the_device_have_a_process_of_their_own(monkeypatch, tmp_path):
     """After an illegal access all later calls of a process fail."""
 
@@ -175,6 +177,7 @@ def test_other(i, memory_is_given_back):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("processes", ["1", "0"])
 def test_a_test_that_loses_the_device_fails_no_other(processes, tmp_path):
     """In processes of xdist's all others run; in one none does."""
