@@ -124,10 +124,11 @@ class GraphRunner(Runner):
     @own_dtype
     @torch.inference_mode()
     def prepare(self) -> None:
-        """Record the decodes of all sizes without adapters, drawn greedily, from all tokens or from filtered ones, over
-        padding alone. The largest step comes first: the others find room in the memory that it leaves behind; in rising
-        order each would take more, and never give it back. All ranks do the same, however much memory each has. Nothing
-        is recorded while there are hooks: graphs would keep what these do."""
+        """Record the decodes of all sizes without adapters, drawn greedily, from all tokens or from filtered ones, and
+        with `record_prompts` steps of all shapes, over padding alone. The largest step comes first: the others find
+        room in the memory that it leaves behind; in rising order each would take more, and never give it back. All
+        ranks do the same, however much memory each has. Nothing is recorded while there are hooks: graphs would keep
+        what these do."""
         if any(self._hooks):
             return
         started, count = time.monotonic(), len(self._logits)

@@ -1,8 +1,8 @@
 """Steps of decodes and a few short prompts in a few fixed shapes, so that they can be recorded as graphs.
 
-A shape has places for so many decodes, for so many tokens of prompts behind them, and for PROMPTS prompts. Decodes that
-are missing are padding: tokens of the row that no sequence has, without a context, which store nothing. So are tokens
-that are missing behind the prompts; prompts that are missing have no tokens.
+A shape has places for so many decodes, for so many tokens of prompts behind them, and for PROMPTS prompts. In places
+for decodes that stay empty there is padding: tokens of the row that no sequence has, without a context, which store
+nothing. Empty places for tokens lie behind the prompts and belong to no sequence; those for prompts have no tokens.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,8 +16,8 @@ from llama.engine.config import EngineConfig
 from llama.engine.device import Mirror
 from llama.engine.plan import Plan
 
-# The host takes some milliseconds for a step that is not recorded, which is what a GPU takes for some hundred tokens
-# at least: with more, or with more decodes, recording would hide nothing.
+# The host takes some milliseconds for a step that is not recorded, as a GPU does for a few hundred tokens: with more of
+# them there is nothing to hide.
 DECODES = (0, 4, 16)
 TOKENS = (32, 64, 128, 256)
 PROMPTS = 4

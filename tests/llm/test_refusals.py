@@ -107,6 +107,7 @@ def test_constructor_refuses_by_name(folder, tmp_path):
         ({"enable_prefix_caching": "no"}, "enable_prefix_caching must be True or False, got 'no'"),
         ({"enforce_eager": 1}, "enforce_eager must be True or False, got 1"),
         ({"fused_decode": True}, "fused_decode must be False on cpu, got True"),
+        ({"record_prompts": True}, "record_prompts must be False on cpu, got True"),
         (
             {"fused_decode": True, "deterministic": True},
             "fused_decode must be False with deterministic or several ranks",
