@@ -13,7 +13,7 @@ from llama.kernels.types import QuantizedWeight
 GROUP_SIZES = (128, 64, 32)
 _PACKED_ROWS = 256  # a multiple of the rows that lie together in any processor's order
 _AT_ONCE = 1 << 18  # weights that are rounded, for the caches of a CPU's cores
-_AT_ONCE_ON_CUDA = 1 << 22  # there each piece is a hundred launches
+_AT_ONCE_ELSEWHERE = 1 << 22  # each piece is a hundred launches
 _CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
 
 
@@ -26,7 +26,7 @@ def quantise(weight: Tensor) -> QuantizedWeight:
     places, dtype = (columns, torch.int8) if block is None else (columns // 4, torch.int16)
     codes = torch.empty(rows, places, dtype=dtype, device=weight.device)
     scales = torch.empty(rows, groups, dtype=weight.dtype, device=weight.device)
-    step = max(1, (_AT_ONCE_ON_CUDA if weight.is_cuda else _AT_ONCE) // columns)
+    step = max(1, (_AT_ONCE if weight.device.type == "cpu" else _AT_ONCE_ELSEWHERE) // columns)
     for start in range(0, rows, step):
         part = slice(start, start + step)
         w = weight[part].float().unflatten(1, (groups, size))
