@@ -233,23 +233,26 @@ def test_an_engine_whose_graphs_find_no_room_answers_all_the_same(monkeypatch):
     assert len(engine.runner._graphs) == 1 and engine.graph_bytes == 1000 and stand.num_recorded > 10
 
 
+class OneToken:
+    """A grammar."""
+
+    def fill_mask(self, row):
+        row[:] = 0
+        row[1] = 1 << 5  # token 37
+
+    def advance(self, token):
+        assert token == 37
+
+    def fork(self):
+        return self
+
+
 def test_what_has_no_fixed_place_is_drawn_without_a_graph():
     """Biases, bans of stop ids and grammars: the model's graph still runs, the sampler's does not."""
     engine = graph_engine(Case(lag=1), Stand())
     asked = ask(4, 9, temperature=1.0, logit_bias={3: 5.0}, ignore_eos=True)
     assert_as_the_oracle(engine, Case(lag=1), [asked])
     assert keys(engine) == {("model", 1, False, False)}
-
-    class OneToken:
-        def fill_mask(self, row):
-            row[:] = 0
-            row[1] = 1 << 5  # token 37
-
-        def advance(self, token):
-            assert token == 37
-
-        def fork(self):
-            return self
 
     params = SamplingParams(max_tokens=5, temperature=0, ignore_eos=True, response_format={"type": "json_object"})
     add(engine, "grammar", [1, 2, 3], params, new_matcher=OneToken)

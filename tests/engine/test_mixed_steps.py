@@ -14,7 +14,7 @@ from llama.engine.mixed_steps import MixedInputs, Shape, shapes_of
 from llama.engine.plan import LAST_SAMPLED, NO_COPIES, NO_UPDATES, Plan
 from llama.llm.loras import read_lora
 from tests.engine.fakes import add
-from tests.engine.test_graphs import Stand, assert_as_the_oracle, graph_engine, keys, run, save_adapters
+from tests.engine.test_graphs import OneToken, Stand, assert_as_the_oracle, graph_engine, keys, run, save_adapters
 from tests.test_equivalence import ASKS, Case, ask, model
 
 CASES = {
@@ -170,17 +170,6 @@ def test_biases_and_grammars_are_drawn_behind_a_graph(small_shapes):
     for _ in range(3):
         assert_as_the_oracle(engine, Case(lag=1), [ask(4, 9, temperature=1.0, logit_bias={3: 5.0}, ignore_eos=True)])
     assert shapes(engine) and not [key for key in keys(engine) if key[0] == "sampler"]
-
-    class OneToken:
-        def fill_mask(self, row):
-            row[:] = 0
-            row[1] = 1 << 5  # token 37
-
-        def advance(self, token):
-            assert token == 37
-
-        def fork(self):
-            return self
 
     params = SamplingParams(max_tokens=5, temperature=0, ignore_eos=True, response_format={"type": "json_object"})
     add(engine, "grammar", [1, 2, 3], params, new_matcher=OneToken)
