@@ -165,22 +165,26 @@ def prompt_beside(decoding: Plan, tokens: int) -> Plan:
     )
 
 
-def time_prompts(model: Transformer, config: EngineConfig, decoding: Plan, tokens: int, steps: int) -> dict[str, Any]:
+def time_prompts(
+    model: Transformer, config: EngineConfig, decoding: Plan, tokens: int, steps: int, launches: Launches
+) -> dict[str, Any]:
     """One runner that launches such steps and one that replays them, in turn."""
     plan, kv = prompt_beside(decoding, tokens), make_kv_cache(model, config, 2)
     recording = GraphRunner(model, kv, replace(config, record_prompts=True), record=_Replays())
     runners: dict[str, Runner] = {"launched": Runner(model, kv, config), "replayed": recording}
     times: dict[str, list[float]] = {name: [] for name in runners}
+    counts = dict.fromkeys(runners, 0)
     for runner in runners.values():
         for row in range(config.max_num_seqs):
             runner.sampler.set_row(row, SamplingParams(temperature=0), row, np.zeros(1, np.int32), [])
     for step in range(steps + 3):
         for name, runner in runners.items():
-            start = time.thread_time()
+            launches.count, start = 0, time.thread_time()
             runner.launch(plan)
             if step >= 3:  # the third of a kind is replayed
                 times[name].append(1000 * (time.thread_time() - start))
-    return {name: summary(found) for name, found in times.items()}
+                counts[name] += launches.count
+    return {name: {"launches": counts[name] // steps, **summary(found)} for name, found in times.items()}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -228,7 +232,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 if given.profile:
                     pstats.Stats(profile).sort_stats("tottime").print_stats(25)
         if not given.fused:
-            found = time_prompts(model, config, decodes(8, given.context), given.prompt, given.steps)
+            found = time_prompts(model, config, decodes(8, given.context), given.prompt, given.steps, launches)
             results[f"prompt of {given.prompt} beside 8"] = found  # type: ignore[assignment]
             told = ", ".join(f"{times['median']:.2f} ms of the host {name}" for name, times in found.items())
             print(f"prompt of {given.prompt} tokens beside 8 decodes: {told}", flush=True)
