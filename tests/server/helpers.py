@@ -55,6 +55,7 @@ def llama_byte_tokenizer() -> Tokenizer:
 
 
 TOKENIZER = llama_byte_tokenizer()
+FOREVER = [ord("a")] * 1_000_000
 _USER = TOKENIZER.encode("<|start_header_id|>user<|end_header_id|>\n\n")
 
 
@@ -67,7 +68,7 @@ def say_what_the_user_says(prompt: Sequence[int], index: int) -> list[int]:
         said = said[: said.index(EOT)]
     text = bytes(token for token in said if token < 256).decode()
     if text == "forever":
-        return [ord("a")] * 1_000_000
+        return FOREVER
     if text == "fail":
         return [*b"half", FAILS]
     if text == "empty":
@@ -89,6 +90,11 @@ class ServedEngine(ScriptedEngine):
             SimpleNamespace(prompt=prompt, params=request.params, lora=lora, text=TOKENIZER.decode(prompt, False))
         )
         return super().add(request)
+
+    def step(self):
+        if any(len(state.said) == len(FOREVER) for state in self.running.values()):
+            time.sleep(0.001)  # or max_tokens comes before those who watch have seen it run
+        return super().step()
 
     def _next(self, key, state):
         if state.said[state.at] == FAILS:
