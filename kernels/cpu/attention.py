@@ -1,9 +1,8 @@
 """Attention over the paged cache in plain PyTorch.
 
-No copy of K or V per query head: grouped heads share them through a dimension of stride 0 (prefill) or lie beside one
-another as the queries of one head (decode). Keys come in whole blocks, for a copy of many short pieces costs more than
-the bytes; what lies past a sequence's context is cut off or made 0, so that it cannot leak. Large steps in float32 copy
-nothing.
+No copy of K or V per query head: grouped heads share them (prefill) or lie beside one another as the queries of one
+head (decode). Keys come in whole blocks, for a copy of many short pieces costs more than the bytes; what lies past a
+sequence's context is cut off or made 0, so that it cannot leak. Large steps in float32 copy nothing.
 """
 
 import math
@@ -141,18 +140,18 @@ def _causal(q: Tensor, k: Tensor, v: Tensor, scale: float, layout: Layout) -> Te
     queries, heads, head_dim = q.shape
     context, kv_heads = k.shape[:2]
     group = heads // kv_heads
-    q = q.view(queries, kv_heads, group, head_dim).permute(1, 2, 0, 3)  # KV heads take the place of a batch
     if queries * group <= FEW_ROWS:  # drafts: as in a decode, a group's queries are those of its KV head
         mask = layout.causal_mask(queries, context, q.dtype, group)
-        rows = q.reshape(1, kv_heads, group * queries, head_dim)
+        rows = q.view(queries, kv_heads, group, head_dim).permute(1, 2, 0, 3)
+        rows = rows.reshape(1, kv_heads, group * queries, head_dim)
         k, v = k.transpose(0, 1)[None], v.transpose(0, 1)[None]
         mixed = F.scaled_dot_product_attention(rows, k, v, attn_mask=mask, scale=scale)
         mixed = mixed.view(kv_heads, group, queries, head_dim).permute(2, 0, 1, 3)
         return mixed.reshape(queries, heads, head_dim).contiguous()
-    k, v = (x.transpose(0, 1)[:, None].expand(-1, group, -1, -1) for x in (k, v))
+    q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))  # a batch of one: its result lies token by token
     if queries == context:
-        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
-        return mixed.permute(2, 0, 1, 3).reshape(queries, heads, head_dim)
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
+        return mixed[0].transpose(0, 1).contiguous()
     out = torch.empty(queries, heads, head_dim, dtype=q.dtype, device=q.device)
     step = max(16, MASK_ENTRIES // context)
     for start in range(0, queries, step):
@@ -160,7 +159,7 @@ def _causal(q: Tensor, k: Tensor, v: Tensor, scale: float, layout: Layout) -> Te
         visible = context - queries + end
         mask = layout.causal_mask(end - start, visible, q.dtype)
         mixed = F.scaled_dot_product_attention(
-            q[:, :, start:end], k[:, :, :visible], v[:, :, :visible], attn_mask=mask, scale=scale
+            q[:, :, start:end], k[:, :, :visible], v[:, :, :visible], attn_mask=mask, scale=scale, enable_gqa=True
         )
-        out[start:end] = mixed.permute(2, 0, 1, 3).reshape(end - start, heads, head_dim)
+        out[start:end] = mixed[0].transpose(0, 1)
     return out

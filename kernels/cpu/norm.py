@@ -7,13 +7,26 @@ from torch import Tensor
 
 from llama.kernels.types import wide_dtype
 
+# Numbers that are normed together: what is written in between stays in a cache, and in memory that is used again.
+_PIECE = 1 << 19
+
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    rows = max(1, _PIECE // x.shape[-1])
+    if x.shape[0] <= rows:
+        return _normed(x, eps).mul_(weight)
+    out = torch.empty_like(x)
+    for piece, target in zip(x.split(rows), out.split(rows), strict=True):
+        target.copy_(_normed(piece, eps)).mul_(weight)
+    return out
+
+
+def _normed(x: Tensor, eps: float) -> Tensor:
     dtype = wide_dtype(x.dtype)
-    norms = torch.linalg.vector_norm(x, 2, -1, True, dtype=dtype)  # [tokens, 1]
+    wide = x if x.dtype == dtype else x.to(dtype)
+    norms = torch.linalg.vector_norm(wide, 2, -1, True)  # [tokens, 1]
     scales = torch.addcmul(_eps(eps, dtype, x.device), norms, norms, value=1 / x.shape[-1]).rsqrt_()
-    normed = torch.mul(x, scales)
-    return (normed if normed.dtype == x.dtype else normed.to(x.dtype)).mul_(weight)
+    return wide * scales if wide is x else wide.mul_(scales).to(x.dtype)
 
 
 @cache

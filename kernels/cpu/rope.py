@@ -4,7 +4,9 @@ import torch
 from torch import Tensor
 
 from llama.kernels.cpu.e4m3 import to_e4m3
-from llama.kernels.types import CosSin, KVLayer, Ragged
+from llama.kernels.types import CosSin, KVLayer, Ragged, wide_dtype
+
+_PIECE = 1 << 19  # numbers that are rotated together, as in norm.py
 
 
 def cos_sin(positions: Tensor, frequencies: Tensor, factor: float = 1.0) -> CosSin:
@@ -14,11 +16,7 @@ def cos_sin(positions: Tensor, frequencies: Tensor, factor: float = 1.0) -> CosS
 
 
 def rope_and_store(q: Tensor, k: Tensor, v: Tensor, cos_sin: CosSin, kv_layer: KVLayer, ragged: Ragged) -> Tensor:
-    x = _side_by_side(q, k)
-    cos, sin = cos_sin
-    rotated = (x * cos).addcmul_(x.roll(x.shape[2] // 2, -1), sin)  # float32, or float64 as x
-    if rotated.dtype != q.dtype:
-        rotated = rotated.to(q.dtype)
+    rotated = _rotated(_side_by_side(q, k), *cos_sin)
     q, k = rotated.split_with_sizes((q.shape[1], k.shape[1]), dim=1)
     slots = ragged.slots
     if not ragged.cpu_layout.stores_all:
@@ -30,6 +28,26 @@ def rope_and_store(q: Tensor, k: Tensor, v: Tensor, cos_sin: CosSin, kv_layer: K
     cached_k.index_copy_(0, slots, k)
     cached_v.index_copy_(0, slots, v)
     return q
+
+
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    tokens = max(1, _PIECE // (x.shape[1] * x.shape[2]))
+    if x.shape[0] <= tokens:
+        return _rotated_piece(x, cos, sin)
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    for start in range(0, x.shape[0], tokens):
+        piece = slice(start, start + tokens)
+        out[piece] = _rotated_piece(x[piece], cos[piece], sin[piece])
+    return out
+
+
+def _rotated_piece(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Computed in float32, or in float64 as x."""
+    wide = x if x.dtype == wide_dtype(x.dtype) else x.to(torch.float32)
+    turned = wide.roll(x.shape[2] // 2, -1)
+    if wide is x:
+        return (x * cos).addcmul_(turned, sin)
+    return wide.mul_(cos).addcmul_(turned, sin).to(x.dtype)
 
 
 def _side_by_side(q: Tensor, k: Tensor) -> Tensor:

@@ -7,13 +7,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from llama.kernels import ops
 from llama.kernels.cpu.pieces import Pieces
 from llama.kernels.exact_pieces import ExactPieces
 from llama.kernels.types import QuantizedWeight
 from llama.model.adapters import StepAdapters
 from llama.model.module import Module
 from llama.model.weights.form import WeightForm
-from llama.model.weights.packed import pack
+from llama.model.weights.packed import OneDNNGated, pack
 from llama.model.weights.quantised import CodedForm, Joined, Quantised, quantise
 
 
@@ -36,12 +37,15 @@ class Linear(Module):
         out_features: int,
         *,
         bias: bool = False,
+        is_gated: bool = False,
         device: torch.device | str,
         dtype: torch.dtype,
     ) -> None:
+        """`is_gated`: the first half of W's rows is SwiGLU's gate, the second what the gate multiplies."""
         super().__init__()
         self.in_features = in_features
         self.out_features = out_features
+        self.is_gated = is_gated
         weight = torch.empty(out_features, in_features, device=device, dtype=dtype)
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.bias = None
@@ -66,10 +70,20 @@ class Linear(Module):
             y = adapters.add(self, x, y)
         return y if self.finish is None else self.finish(y)
 
+    def gated(self, x: Tensor, adapters: StepAdapters | None = None) -> Tensor:
+        """silu(gate) * up of what `forward` gives: [tokens, out_features / 2]."""
+        if isinstance(self.form, OneDNNGated) and adapters is None and self._is_bare and not self.is_hooked:
+            return self.form.gated(x)
+        return ops.silu_mul(self(x, adapters))
+
+    @property
+    def _is_bare(self) -> bool:
+        """Whether nothing stands beside W."""
+        return self.bias is None and self.finish is None and self.pieces is None
+
     def into(self, out: Tensor, x: Tensor, adapters: StepAdapters | None = None) -> None:
         """`forward`, its result in `out`: at once where W is a plain tensor and nothing comes behind the product."""
-        is_plain = self.form is None and self.pieces is None and self.bias is None and self.finish is None
-        if is_plain and adapters is None:
+        if self.form is None and self._is_bare and adapters is None:
             torch.mm(x, self.weight.t(), out=out)
         else:
             out.copy_(self(x, adapters))
@@ -80,7 +94,7 @@ class Linear(Module):
     @property
     def bare(self) -> Tensor | QuantizedWeight | None:
         """W, where y is x W^T with it as it lies, and nothing else; None where there is more to it."""
-        if self.bias is not None or self.finish is not None or self.pieces is not None:
+        if not self._is_bare:
             return None
         if self.form is None:
             return self.weight
@@ -90,7 +104,7 @@ class Linear(Module):
         """Take the form that is fastest on this machine, if there is a faster one; `layout` is for a quantised W."""
         if self.coded is not None:
             self.coded.prepare(layout)
-        elif self.form is None and (form := pack(self.weight)) is not None:
+        elif self.form is None and (form := pack(self.weight, is_gated=self.is_gated)) is not None:
             self.take(form)
 
     @property

@@ -28,8 +28,19 @@ class Module(nn.Module):
         if isinstance(value, nn.Module):
             self.__dict__[name] = value
 
+    @property
+    def is_hooked(self) -> bool:
+        """Whether a call has to go through nn.Module's."""
+        return bool(
+            self._forward_hooks
+            or self._forward_pre_hooks
+            or _global_forward_hooks
+            or _global_forward_pre_hooks
+            or is_grad_enabled()
+        )
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if (
+        if (  # `is_hooked`, without a call
             self._forward_hooks
             or self._forward_pre_hooks
             or _global_forward_hooks

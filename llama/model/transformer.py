@@ -110,11 +110,11 @@ class MLP(Module):
     def __init__(self, config: ModelConfig, *, device: torch.device | str, dtype: torch.dtype) -> None:
         super().__init__()
         hidden, size, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
-        self.gate_up_proj = Linear(hidden, 2 * size, bias=bias, device=device, dtype=dtype)
+        self.gate_up_proj = Linear(hidden, 2 * size, bias=bias, is_gated=True, device=device, dtype=dtype)
         self.down_proj = Linear(size, hidden, bias=bias, device=device, dtype=dtype)
 
     def forward(self, x: Tensor, batch: Batch) -> Tensor:
-        act = ops.silu_mul(self.gate_up_proj(x, batch.adapters))
+        act = self.gate_up_proj.gated(x, batch.adapters)
         if batch.taps is not None:
             act = batch.taps.at(self, "mlp_act", act)
         return self.down_proj(act, batch.adapters)

@@ -1,17 +1,21 @@
 """Packed weights: the same products within the dtype's rounding, the same weight back bit for bit, moves and saves."""
 
+import pickle
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from llama import LLM, SamplingParams
+from llama.kernels.cpu.pieces import Pieces
+from llama.kernels.ops import silu_mul
 from llama.model.linear import Linear
 from llama.model.transformer import Transformer
 from llama.model.weights import float16, packed
 from llama.model.weights.float16 import Float16Matrix
-from llama.model.weights.packed import Float16Weight, OneDNNWeight, pack
+from llama.model.weights.packed import Float16Weight, OneDNNGated, OneDNNWeight, library_of, pack
 from tests.model.models import hugging_face_weights, tiny_model
 
 TOLERANCES = {torch.float32: 1e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
@@ -69,6 +73,46 @@ def test_strips_of_rows_change_no_bit(monkeypatch):
         assert torch.equal(parts(x[:tokens], scales), matrix(x[:tokens], scales))
 
 
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@pytest.mark.parametrize("tokens", [0, 1, 3, 17, 40])
+def test_gate_and_up_in_their_products(dtype, tokens):
+    if library_of(dtype) != "onednn":
+        pytest.skip("oneDNN computes with this dtype on other processors")
+    w, x = weight(48, 300, dtype, scale=0.2), weight(tokens, 300, dtype, scale=1.0)
+    form = OneDNNGated(w)
+    assert torch.equal(form.dense(), w) and form.nbytes == w.nbytes
+    product = x.double() @ w.double().T
+    gate, up = product.chunk(2, dim=1)
+    expected, bound = torch.nn.functional.silu(gate) * up, TOLERANCES[dtype] * 8
+    torch.testing.assert_close(form(x).double(), product, atol=bound, rtol=bound)
+    act = form.gated(x)
+    assert act.dtype == dtype and act.shape == (tokens, 24)
+    torch.testing.assert_close(act.double(), expected, atol=bound, rtol=bound)
+
+
+def test_gate_and_up_are_joined_for_whom_the_product_concerns():
+    """Adapters, hooks and fixed pieces of rows have the whole product, and silu after it."""
+    linear = Linear(64, 96, is_gated=True, device="cpu", dtype=torch.float32)
+    w, x = weight(96, 64, torch.float32, scale=0.2), weight(3, 64, torch.float32, scale=1.0)
+    linear.take(OneDNNGated(w))
+    seen = []
+    with torch.inference_mode():
+        at_once = linear.gated(x)
+        handle = linear.register_forward_hook(lambda module, args, out: seen.append(out))
+        torch.testing.assert_close(linear.gated(x), at_once)
+        handle.remove()
+        linear.pieces = Pieces(4, 32)
+        torch.testing.assert_close(linear.gated(x), at_once)
+        linear.pieces = None
+        doubled = SimpleNamespace(add=lambda linear, x, y: y + y)
+        product = linear(x, doubled)
+        assert torch.equal(linear.gated(x, doubled), silu_mul(product))
+    [product_seen] = seen
+    torch.testing.assert_close(product_seen, x @ w.T)
+    [same] = pickle.loads(pickle.dumps([linear.form]))
+    assert torch.equal(same.dense(), w)
+
+
 @pytest.mark.parametrize("value", [7e4, -7e4, float("inf"), float("nan")])
 def test_what_float16_cannot_hold_stays_plain(value):
     w = weight(8, 8, torch.bfloat16)
@@ -97,7 +141,7 @@ def test_a_prepared_model_is_the_same_model(dtype, tied, tmp_path):
     prepared.prepare(packing="always")
     prepared.prepare(packing="always")
     linears = [module for module in prepared.modules() if isinstance(module, Linear)]
-    assert all(isinstance(linear.form, OneDNNWeight | Float16Weight) for linear in linears)
+    assert all(isinstance(linear.form, OneDNNWeight | OneDNNGated | Float16Weight) for linear in linears)
     assert all(linear.weight is None for linear in linears)
 
     ids = torch.arange(30)[None]

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from llama.kernels import ops
+from llama.kernels.cpu import norm, rope
 from llama.kernels.types import KVLayer
 from tests.paged_attention import only_slots, rotation
 
@@ -115,6 +116,21 @@ def test_padding_is_not_stored(dtype, slots):
     assert_near(out, rotated(q, cos_sin))
     stored = (~kv_layer.v.flatten(0, 1).isnan().all(-1).all(-1)).nonzero().flatten().tolist()
     assert stored == sorted(slot for slot in slots if slot >= 0)
+
+
+@DTYPES
+def test_many_rows_in_pieces(dtype, monkeypatch):
+    """Bit for bit what they are at once."""
+    x, weight = randn(70, 172, dtype=dtype), randn(172, dtype=dtype, seed=1)
+    heads, (cos, sin) = randn(70, 5, 16, dtype=dtype), rotation(torch.rand(70, 8))
+    normed, rotated = norm.rms_norm(x, weight, 1e-5), rope._rotated(heads, cos, sin)
+    assert normed.data_ptr() != x.data_ptr() and normed.dtype == rotated.dtype == dtype
+    for numbers in (1, 172 * 3, 172 * 69):
+        for module in (norm, rope):
+            monkeypatch.setattr(module, "_PIECE", numbers)
+        assert torch.equal(norm.rms_norm(x, weight, 1e-5), normed)
+        assert torch.equal(rope._rotated(heads, cos, sin), rotated)
+    assert torch.equal(x, randn(70, 172, dtype=dtype)) and torch.equal(heads, randn(70, 5, 16, dtype=dtype))
 
 
 @DTYPES

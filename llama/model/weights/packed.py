@@ -22,11 +22,12 @@ _LARGEST = torch.finfo(torch.float16).max
 _SMALL_BITS = torch.tensor(2.0**-17, dtype=torch.bfloat16, device="cpu").view(torch.int16).item()
 
 
-def pack(weight: Tensor) -> WeightForm | None:
-    """Weight [out, in] as the library for its dtype wants it, or None where there is none: it stays a plain tensor."""
+def pack(weight: Tensor, *, is_gated: bool = False) -> WeightForm | None:
+    """Weight [out, in] as the library for its dtype wants it, or None where there is none: it stays a plain tensor.
+    `is_gated`: its first half of rows is SwiGLU's gate, the second what the gate multiplies."""
     library = library_of(weight.dtype) if weight.device.type == "cpu" else None
     if library == "onednn":
-        return OneDNNWeight(weight)
+        return OneDNNGated(weight) if is_gated and weight.dtype.itemsize == 2 else OneDNNWeight(weight)
     return None if library is None else Float16Weight.of(weight)
 
 
@@ -78,6 +79,39 @@ class OneDNNWeight:
     @property
     def nbytes(self) -> int:
         return self.weight.numel() * self.dtype.itemsize
+
+
+class OneDNNGated:
+    """Gate and up of SwiGLU: silu and the product of both are computed on sums that lie in registers still."""
+
+    def __init__(self, weight: Tensor) -> None:
+        self.dtype = weight.dtype
+        self.gate, self.up = (OneDNNWeight(half.contiguous()) for half in weight.detach().chunk(2))
+        self._linear = torch.ops.mkldnn._linear_pointwise.default
+        self._times = torch.ops.mkldnn._linear_pointwise.binary
+
+    def __reduce__(self) -> tuple[type["OneDNNGated"], tuple[Tensor]]:
+        return OneDNNGated, (self.dense(),)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return torch.cat((self.gate(x), self.up(x)), dim=1)
+
+    def gated(self, x: Tensor) -> Tensor:
+        """silu(gate) * up: [tokens, out_features / 2]. Rounded twice where `silu_mul` rounds four times."""
+        rows = x.shape[0]
+        padded = rows if rows <= 16 else _kernel_rows(rows)
+        if padded != rows:
+            x = F.pad(x, (0, 0, 0, padded - rows))
+        gate = self._linear(x, self.gate.weight, None, "swish", [], "")
+        act = self._times(x, gate, self.up.weight, None, "mul")
+        return act if padded == rows else act[:rows]
+
+    def dense(self) -> Tensor:
+        return torch.cat((self.gate.dense(), self.up.dense()))
+
+    @property
+    def nbytes(self) -> int:
+        return self.gate.nbytes + self.up.nbytes
 
 
 class Float16Weight:
