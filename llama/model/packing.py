@@ -27,10 +27,16 @@ logger = logging.getLogger(__name__)
 Packing = Literal["auto", "always", "never"]
 PACKINGS: tuple[Packing, ...] = ("auto", "always", "never")
 
-# Numbers in a weight from which it is worth packing, by library and bytes of the dtype. Those of oneDNN with 4 bytes
-# and of FBGEMM are measured on AVX2, where 16-bit numbers without FBGEMM are slower at any size from 8 tokens on;
-# oneDNN with 2 bytes needs a processor that computes with them (AVX-512, AMX).
-FEWEST_NUMBERS: dict[tuple[Library, int], int] = {("onednn", 4): 1 << 18, ("onednn", 2): 1 << 17, ("fbgemm", 2): 0}
+# Numbers in a weight from which it is worth packing. oneDNN's float32 and FBGEMM's are measured on AVX2, where 16-bit
+# numbers without FBGEMM are slower at any size from 8 tokens on; oneDNN's 16-bit ones on a processor with AMX, which
+# multiplies bfloat16 in tiles and float16 as float32.
+FEWEST_NUMBERS: dict[tuple[Library, torch.dtype], int] = {
+    ("onednn", torch.float32): 1 << 18,
+    ("onednn", torch.bfloat16): 1 << 14,
+    ("onednn", torch.float16): 1 << 17,
+    ("fbgemm", torch.bfloat16): 0,
+    ("fbgemm", torch.float16): 0,
+}
 WORTH_MOVING = 1 << 26  # bytes of packed weights
 
 
@@ -39,7 +45,7 @@ def library_for(shape: tuple[int, int], dtype: torch.dtype, packing: Packing = "
     library = None if packing == "never" else library_of(dtype)
     if library is None or packing == "always":
         return library
-    return library if shape[0] * shape[1] >= FEWEST_NUMBERS[library, dtype.itemsize] else None
+    return library if shape[0] * shape[1] >= FEWEST_NUMBERS[library, dtype] else None
 
 
 def prepare(linears: Sequence[Linear], layout: str, packing: Packing) -> None:
