@@ -138,7 +138,8 @@ def silu_mul(gate_up: Tensor) -> Tensor:
 def quantized_matmul(x: Tensor, weight: QuantizedWeight) -> Tensor:
     """x W^T with W as `QuantizedWeight` defines it: x [tokens, K] -> [tokens, N] in x.dtype.
 
-    Sums in at least float32. On CUDA, for up to 64 tokens, a row depends neither on the other rows nor on their number.
+    Sums in at least float32; for more than 32 tokens in bfloat16, a CPU with AMX rounds W to bfloat16. On CUDA, for up
+    to 64 tokens, a row depends neither on the other rows nor on their number.
     """
     if x.dim() != 2 or x.shape[1] != weight.shape[1] or x.device != weight.codes.device:
         raise checks.refuse("quantized_matmul", x=x, codes=weight.codes)

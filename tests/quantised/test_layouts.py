@@ -1,21 +1,28 @@
 """What `prepare` keeps beside codes on a CPU: the same weights and products in each layout, at its price in bytes."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from llama.api.errors import ParameterError
 from llama.cli import main as command
+from llama.kernels.cpu import matmul
+from llama.kernels.cpu.matmul import multiplies_in_tiles, quantized_matmul
 from llama.kernels.cpu.pieces import Pieces
 from llama.llm.llm import LLM
 from llama.model.fixed_rows import fix_rows
 from llama.model.transformer import Transformer
+from llama.model.weights import int8
 from llama.model.weights.int4 import FewTokensInt4
+from llama.model.weights.packed import library_of
 from llama.model.weights.quantised import LAYOUTS, SCHEMES, Quantised, quantise
 from tests.model.models import tiny_config, tiny_model
 from tests.quantised.folders import GOLDEN
 from tests.tiny_checkpoint import make_model
 
 RELATIVE = {torch.float32: 1e-6, torch.float16: 2**-11, torch.bfloat16: 2**-8}
+WIDE = "bfloat16 codes" if library_of(torch.bfloat16) == "onednn" else "float16 codes"
 BY_CODES = pytest.mark.skipif(
     torch.backends.quantized.engine not in ("x86", "fbgemm"), reason="FBGEMM multiplies float16 weights on x86 alone"
 )
@@ -64,6 +71,7 @@ def test_one_row_fills_a_piece_of_several(scheme, layout):
 @pytest.fixture(params=[False, True], ids=["no VNNI", "VNNI"])
 def has_vnni(request, monkeypatch):
     monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: request.param)
+    monkeypatch.setattr(int8, "multiplies_in_tiles", lambda: False)
     return request.param
 
 
@@ -90,11 +98,11 @@ def test_which_form_multiplies(has_vnni):
     """In the fast layout the form for many tokens does, but where codes win; in the balanced one few have theirs."""
     fast, balanced = large("fast"), large("balanced")
     x, most = torch.randn(40, 512).bfloat16(), 16 if has_vnni else 8
-    assert fast.copy is None and fast._weight is None  # int8 codes in float16 serve many tokens, and are the codes
-    assert torch.equal(fast(x), fast._float16(x)) and torch.equal(fast(x[:most]), balanced.few_tokens(x[:most]))
-    assert torch.equal(fast(x[: most + 1]), fast._float16(x[: most + 1]))
+    assert fast.copy is None and fast._weight is None  # int8 codes in 16 bits serve many tokens, and are the codes
+    assert torch.equal(fast(x), fast._wide(x)) and torch.equal(fast(x[:most]), balanced.few_tokens(x[:most]))
+    assert torch.equal(fast(x[: most + 1]), fast._wide(x[: most + 1]))
     assert torch.equal(balanced(x), balanced.few_tokens(x))
-    assert fast.told == f"fbgemm for up to {most} tokens, float16 codes for more"
+    assert fast.told == f"fbgemm for up to {most} tokens, {WIDE} for more"
     fast.serve_few()
     assert torch.equal(fast(x), balanced(x))
     int4 = prepared("int4", "fast")
@@ -112,11 +120,52 @@ def test_small_weights_of_int8_have_integer_products_with_vnni_alone(has_vnni):
     for layout in ("balanced", "fast"):
         small = prepared("int8", layout)
         assert (small.few_tokens is not None) == has_vnni
-        assert has_vnni or small.told == "float16 codes"
+        assert has_vnni or small.told == WIDE
     assert prepared("int8", "balanced", torch.float32).told == "int8 codes"
     form = quantise(weight(torch.bfloat16), "int8")
     form.prepare("fast", rows=2**24 // 512)
-    assert form.told == "fbgemm for up to 16 tokens, float16 codes for more"
+    assert form.told == f"fbgemm for up to 16 tokens, {WIDE} for more"
+
+
+@pytest.mark.skipif(not multiplies_in_tiles(), reason="needs a processor with AMX")
+def test_large_weights_of_int8_in_tiles():
+    """Integers whatever the number of tokens: the formula of the module, bit for bit."""
+    form, w = quantise(weight(torch.bfloat16), "int8"), quantise(weight(torch.bfloat16), "int8").weight
+    form.prepare("balanced", rows=2**24 // 512)
+    assert form.told == "onednn for any number of tokens" and form.nbytes == pytest.approx(64 * 512 * 2, rel=0.02)
+    x = torch.randn(300, 512, generator=torch.Generator().manual_seed(1)).bfloat16()
+    scales = x.float().abs().amax(1, keepdim=True) / 63
+    first = (x.float() / scales).round()
+    second = ((x.float() / scales - first) * 126).round()
+    a, b = (part.long() @ w.codes.long().T for part in (first, second))
+    expected = (a.float() * 126 + b.float()) * scales * (w.scales[0].float() / 126)
+    y = form(x)
+    assert torch.equal(y, expected.bfloat16())
+    for start, stop in ((0, 1), (127, 129), (299, 300), (100, 260)):
+        assert torch.equal(form(x[start:stop]), y[start:stop])
+    fast = quantise(weight(torch.bfloat16), "int8")
+    fast.prepare("fast", rows=2**24 // 512)
+    assert fast.told == "onednn for up to 16 tokens, bfloat16 codes for more"
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_many_tokens_in_bfloat16_where_that_is_fast(scheme, monkeypatch):
+    """Codes become the bfloat16 weight that a dense copy would be; few tokens and other dtypes have float32."""
+    codes = quantise(weight(torch.bfloat16), scheme)
+    x = torch.randn(40, 512, generator=torch.Generator().manual_seed(1)).bfloat16()
+    found = {}
+    for has_tiles in (False, True):
+        monkeypatch.setattr(matmul, "multiplies_in_tiles", lambda has_tiles=has_tiles: has_tiles)
+        found[has_tiles] = [quantized_matmul(given, codes.weight) for given in (x, x[:32], x.half(), x.float())]
+    many, *others = found[True]
+    assert torch.equal(many, torch.nn.functional.linear(x, codes.dense()))
+    if scheme != "fp8":
+        zeros = torch.randint(-8, 8, codes.weight.scales.shape).to(torch.int8)
+        for changed in (replace(codes.weight, zeros=zeros), replace(codes.weight, scales=codes.weight.scales.float())):
+            whole = Quantised(changed, torch.bfloat16).dense()
+            assert torch.equal(quantized_matmul(x, changed), torch.nn.functional.linear(x, whole))
+    assert all(map(torch.equal, others, found[False][1:]))
+    torch.testing.assert_close(many, found[False][0], atol=2e-2, rtol=2e-2)
 
 
 @BY_CODES
@@ -131,7 +180,7 @@ def test_fixed_rows_take_one_form_in_every_layout(scheme):
     assert torch.equal(linear(x)[:1], linear(x[:1]))
 
 
-def test_all_values_of_int8_come_back_from_float16():
+def test_all_values_of_int8_come_back_from_16_bits():
     form = Quantised(quantise(torch.ones(16, 16).bfloat16(), "int8").weight, torch.bfloat16)
     codes = torch.arange(-128, 128).to(torch.int8).view(16, 16)
     form.weight.codes.copy_(codes)
@@ -140,7 +189,7 @@ def test_all_values_of_int8_come_back_from_float16():
 
 
 @BY_CODES
-def test_all_values_of_e4m3_come_back_from_float16():
+def test_all_values_of_e4m3_come_back_from_16_bits():
     codes = torch.arange(256, dtype=torch.uint8)
     codes[(codes & 0x7F) == 0x7F] = 0  # NaN
     form = Quantised(quantise(torch.ones(16, 16).bfloat16(), "fp8").weight, torch.bfloat16)

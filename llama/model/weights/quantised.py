@@ -4,12 +4,13 @@
 on a CPU `prepare` makes further forms of a weight, by the layout that is asked for:
 
     compact    none: a product widens the codes strip by strip
-    balanced   one for few tokens in models of 16 bits (int8, int4). Codes that have none lie in float16 instead, which
-               holds them: fp8, and int8 of a small weight on a processor without VNNI
+    balanced   one for few tokens in models of 16 bits (int8, int4). Codes that have none lie in 16-bit floats instead,
+               which hold them: fp8, and int8 of a small weight on a processor without VNNI
     fast       and one for many tokens, as fast as the dense model: int8 codes with a scale per row lie
-               in float16 too, others have a dense copy beside them
+               in 16-bit floats too, others have a dense copy beside them
 """
 
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
@@ -22,7 +23,7 @@ from llama.kernels import ops
 from llama.kernels.cpu.matmul import codes_of, nibble_block, pack_nibbles, widen
 from llama.kernels.types import QuantizedWeight
 from llama.model.parallel import Cut
-from llama.model.weights import float16_codes, fp8, int4, int8
+from llama.model.weights import fp8, int4, int8, wide_codes
 from llama.model.weights.coded import CodedWeight
 from llama.model.weights.form import WeightForm
 from llama.model.weights.packed import pack
@@ -55,7 +56,7 @@ class Quantised:
         self.few_tokens: FewTokens | None = None
         self._most_few = 0
         self.copy: WeightForm | None = None  # dense, columns in the order of x
-        self._float16: float16_codes.Float16Codes | None = None  # in place of the weight
+        self._wide: wide_codes.WideCodes | None = None  # in place of the weight
         self.is_prepared = False
         self._layout = "balanced"
 
@@ -67,8 +68,8 @@ class Quantised:
     @property
     def weight(self) -> QuantizedWeight:
         if self._weight is None:
-            assert self._float16 is not None
-            return self._float16.weight()
+            assert self._wide is not None
+            return self._wide.weight()
         return self._weight
 
     @property
@@ -84,7 +85,7 @@ class Quantised:
             x = x.index_select(1, self.order)
         if self.few_tokens is not None and is_few:
             return self.few_tokens(x)
-        return ops.quantized_matmul(x, self.weight) if self._float16 is None else self._float16(x)
+        return ops.quantized_matmul(x, self.weight) if self._wide is None else self._wide(x)
 
     def dense(self) -> Tensor:
         weight = self.weight
@@ -100,7 +101,7 @@ class Quantised:
     @property
     def nbytes(self) -> int:
         own = 0 if self._weight is None else sum(tensor.nbytes for tensor in self._weight.tensors)
-        beside = (self.few_tokens, self.copy, self._float16, self.order)
+        beside = (self.few_tokens, self.copy, self._wide, self.order)
         return own + sum(form.nbytes for form in beside if form is not None)
 
     def prepare(self, layout: str = "balanced", rows: int | None = None) -> None:
@@ -114,8 +115,8 @@ class Quantised:
         numbers = (rows or weight.shape[0]) * weight.shape[1]
         self.few_tokens = int8.few_tokens(weight, self.dtype, numbers) or int4.few_tokens(weight, self.dtype)
         few, has_eight_bits = self.few_tokens, weight.codes.dtype != torch.int16
-        if (layout == "fast" or (few is None and has_eight_bits)) and float16_codes.fits(weight, self.dtype):
-            self._weight, self._float16 = None, float16_codes.Float16Codes(weight)
+        if (layout == "fast" or (few is None and has_eight_bits)) and wide_codes.fits(weight, self.dtype):
+            self._weight, self._wide = None, wide_codes.WideCodes(weight, self.dtype)
         elif layout == "fast":
             dense = self.dense()
             self.copy = pack(dense) or Dense(dense)
@@ -131,9 +132,11 @@ class Quantised:
     @property
     def told(self) -> str:
         """Its forms, for a user."""
-        many = "float16 codes" if self._weight is None else _NAMES[self._weight.codes.dtype]
+        many = _NAMES[self.weight.codes.dtype] if self._wide is None else self._wide.told
         many = many if self.copy is None else "a dense copy"
         few = self.few_tokens
+        if few is not None and self._most_few == sys.maxsize:
+            return f"{few.library} for any number of tokens"
         return many if few is None else f"{few.library} for up to {self._most_few} tokens, {many} for more"
 
     def to(self, device: torch.device, dtype: torch.dtype) -> "Quantised":
