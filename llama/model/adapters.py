@@ -84,6 +84,10 @@ class StepAdapters(NamedTuple):
         """Those of the tokens `rows` alone."""
         return self.of(self.stacks, self.tokens.indices.index_select(0, rows), self.tokens.fixed)
 
+    def concern(self, module: nn.Module) -> bool:
+        """Whether any adapter adds to the module's output."""
+        return module in self.stacks
+
     def add(self, module: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         """y with what the adapters of `module` add to it; see `LoraStack.add`."""
         stack = self.stacks.get(module)

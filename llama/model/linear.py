@@ -72,7 +72,8 @@ class Linear(Module):
 
     def gated(self, x: Tensor, adapters: StepAdapters | None = None) -> Tensor:
         """silu(gate) * up of what `forward` gives: [tokens, out_features / 2]."""
-        if isinstance(self.form, OneDNNGated) and adapters is None and self._is_bare and not self.is_hooked:
+        is_apart = self._is_bare and not self.is_hooked and (adapters is None or not adapters.concern(self))
+        if is_apart and isinstance(self.form, OneDNNGated):
             return self.form.gated(x)
         return ops.silu_mul(self(x, adapters))
 

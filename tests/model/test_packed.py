@@ -104,9 +104,10 @@ def test_gate_and_up_are_joined_for_whom_the_product_concerns():
         linear.pieces = Pieces(4, 32)
         torch.testing.assert_close(linear.gated(x), at_once)
         linear.pieces = None
-        doubled = SimpleNamespace(add=lambda linear, x, y: y + y)
-        product = linear(x, doubled)
-        assert torch.equal(linear.gated(x, doubled), silu_mul(product))
+        doubled = SimpleNamespace(concern=lambda module: module is linear, add=lambda module, x, y: y + y)
+        assert torch.equal(linear.gated(x, doubled), silu_mul(linear(x, doubled)))
+        of_others = SimpleNamespace(concern=lambda module: False, add=None)
+        assert torch.equal(linear.gated(x, of_others), at_once)
     [product_seen] = seen
     torch.testing.assert_close(product_seen, x @ w.T)
     [same] = pickle.loads(pickle.dumps([linear.form]))
