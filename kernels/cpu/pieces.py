@@ -16,6 +16,7 @@ Product = Callable[[Tensor], Tensor]  # [rows, columns] -> [rows, ...], each row
 _MOST = (128, 64, 32)
 _MULTIPLES = (1, 3, 4, 6, 8, 12, 16, 32, 64)
 _TRIED = (1, 2, 3, 4, 5, 7, 9, 13, 21, 32)  # multiples of the multiple
+_LITTLE = 8  # rows that a single one may be filled up to before smaller pieces are better
 _FEW = 16  # up to here each number is tried: what fills up would be a large share
 
 
@@ -73,13 +74,24 @@ def cancelling(
 def find(product: Product, x: Tensor, most: int | None = None) -> Pieces | None:
     """The largest pieces, of at most `most` rows, that give a row of product(x) the same bits; None if there are none.
 
-    x [128, columns]; results must be told apart by their bits (see `cancelling`).
+    Smaller ones are taken where they need less filling up for a decode: it makes one row after the other, for longer
+    than a prompt takes. x [128, columns]; results must be told apart by their bits (see `cancelling`).
     """
+    largest = None
     for size in [size for size in _MOST if most is None or size <= most]:
-        for multiple in _MULTIPLES:
-            most = size - size % multiple
-            if most > 0 and (few := _agreeing(product, x[:most], multiple)) is not None:
-                return Pieces(multiple, most, few)
+        pieces = _largest(product, x, size)
+        if pieces is not None and pieces.least <= _LITTLE:
+            return pieces
+        largest = largest or pieces
+    return largest
+
+
+def _largest(product: Product, x: Tensor, size: int) -> Pieces | None:
+    """With the least multiple."""
+    for multiple in _MULTIPLES:
+        most = size - size % multiple
+        if most > 0 and (few := _agreeing(product, x[:most], multiple)) is not None:
+            return Pieces(multiple, most, few)
     return None
 
 

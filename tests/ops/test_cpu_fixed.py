@@ -64,6 +64,18 @@ class Cache:
         return list(paged_attention(q, self.kv, ragged, DIM**-0.5).split(counts))
 
 
+def test_find_prefers_pieces_that_one_row_fills_little():
+    """oneDNN with AMX: 1 to 32 rows have the same bits, and multiples of 64 have others."""
+
+    def product(x, few=32):
+        kind = 0 if len(x) <= few else 1 if len(x) % 64 == 0 else 1 + len(x)
+        return x + kind
+
+    x = torch.arange(128.0)[:, None]
+    assert find(product, x) == Pieces(1, 32)
+    assert find(partial(product, few=0), x) == Pieces(64, 128), "nothing smaller"
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 def test_attention_has_the_same_bits_decoded_chunked_and_in_a_crowd(dtype):
     cache = Cache(dtype, (1, 5, 64, 65, 200, 700))
@@ -114,7 +126,7 @@ def test_find_tells_classes_apart():
     assert find(lambda x: x + (x.shape[0] > 64), x) == Pieces(1, 64)
     wrong = {1, 2, 7, 14, *(rows for rows in range(17, 129) if rows % 6 in (1, 2))}
     assert find(lambda x: x + (x.shape[0] in wrong), x) == Pieces(3, 126, (4, 5, 8, 10, 11, 13, 16))
-    assert find(lambda x: x + (x.shape[0] < 40) + 2 * (x.shape[0] > 64), x) == Pieces(64, 64)
+    assert find(lambda x: x + (x.shape[0] < 40) + 2 * (x.shape[0] > 64), x) == Pieces(1, 32)
     assert find(lambda x: x + torch.arange(len(x))[:, None], x) is None
 
 
