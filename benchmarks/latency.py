@@ -21,6 +21,7 @@ from benchmarks.common import close, in_turn, ratio, read_bandwidth, summary, ti
 from llama import LLM, SamplingParams, Transformer
 from llama.kernels import ops
 from llama.model.linear import Linear
+from llama.model.weights.packed import OneDNNGated
 
 STEPS = 5  # of decoding in a row
 OPS = ("add_rms_norm", "paged_attention", "rms_norm", "rope_and_store", "sample", "silu_mul")
@@ -126,13 +127,14 @@ def watched(model: Transformer, seconds: dict[str, float]) -> Iterator[None]:
         for name, function in originals.items():
             setattr(ops, name, wrap(name, function))
         for name, module in linears.items():
-            module.forward = wrap(name.rsplit(".", 1)[-1], module.forward)
+            entry = "gated" if isinstance(module.form, OneDNNGated) else "forward"
+            setattr(module, entry, wrap(name.rsplit(".", 1)[-1], getattr(module, entry)))
         yield
     finally:
         for name, function in originals.items():
             setattr(ops, name, function)
         for module in linears.values():
-            del module.forward
+            delattr(module, "gated" if isinstance(module.form, OneDNNGated) else "forward")
 
 
 def profile(llm: LLM, theirs: torch.nn.Module, batch: int, context: int, steps: int) -> dict[str, float]:

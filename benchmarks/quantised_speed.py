@@ -6,12 +6,12 @@
 Every round goes through all forms. A ratio is the median over rounds of bfloat16's time / the form's, both from the
 same round: above 1 the form is faster. Few layers of a preset want a vocabulary as much smaller, so that the head,
 which stays dense, weighs as much as in the whole model. Beside a step stands what its linear layers alone take, one
-after the other: the rest is attention, norms, the sampler and the engine.
+after the other, gate and up with silu: the rest is attention, norms, the sampler and the engine.
 """
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -75,10 +75,13 @@ def decode(engines: dict[str, Engine], batch: int, rounds: int) -> dict[str, lis
 def linears(engines: dict[str, Engine], rows: int, drawn: int, rounds: int) -> dict[str, list[float]]:
     """Seconds of all linear layers of a model for so many rows, of which the head has those that are `drawn`."""
 
-    def inputs(model: Transformer) -> list[tuple[Linear, torch.Tensor]]:
+    def inputs(model: Transformer) -> list[tuple[Callable[[torch.Tensor], torch.Tensor], torch.Tensor]]:
         layers = [module for module in model.modules() if isinstance(module, Linear)]
         counts = [drawn if layer is model.lm_head else rows for layer in layers]
-        return [(layer, x[layer.in_features][:count]) for layer, count in zip(layers, counts, strict=True)]
+        return [
+            (layer.gated if layer.is_gated else layer, x[layer.in_features][:count])
+            for layer, count in zip(layers, counts, strict=True)
+        ]
 
     sizes = {module.in_features for module in engines[DENSE].runner.model.modules() if isinstance(module, Linear)}
     x = {size: torch.randn(rows, size).to(torch.bfloat16) for size in sizes}
@@ -86,7 +89,7 @@ def linears(engines: dict[str, Engine], rows: int, drawn: int, rounds: int) -> d
     seconds: dict[str, list[float]] = {name: [] for name in engines}
     for _ in range(rounds + 1):
         for name, each in pairs.items():
-            seconds[name].append(timed(lambda each=each: [layer(values) for layer, values in each]))
+            seconds[name].append(timed(lambda each=each: [multiply(values) for multiply, values in each]))
     return {name: values[1:] for name, values in seconds.items()}
 
 
