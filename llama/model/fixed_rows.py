@@ -110,7 +110,8 @@ def _taking(linear: Linear, source: Tensor) -> Product:
     if isinstance(form, Quantised):
         return form.taking(source)
     taken = linear.dense_weight()[:, source]
-    return partial(F.linear, weight=taken) if form is None else pack(taken) or partial(F.linear, weight=taken)
+    packed = None if form is None else pack(taken, is_gated=linear.is_gated)
+    return packed or partial(F.linear, weight=taken)
 
 
 def _dtype(linear: Linear) -> torch.dtype:

@@ -11,6 +11,7 @@ import torch
 from llama import LLM, SamplingParams
 from llama.kernels.cpu.pieces import Pieces
 from llama.kernels.ops import silu_mul
+from llama.model.fixed_rows import _taking
 from llama.model.linear import Linear
 from llama.model.transformer import Transformer
 from llama.model.weights import float16, packed
@@ -112,6 +113,16 @@ def test_gate_and_up_are_joined_for_whom_the_product_concerns():
     torch.testing.assert_close(product_seen, x @ w.T)
     [same] = pickle.loads(pickle.dumps([linear.form]))
     assert torch.equal(same.dense(), w)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+def test_rows_are_tried_in_the_form_that_serves(dtype):
+    model = tiny_model(dtype=dtype)
+    model.prepare(packing="always")
+    for linear in (module for module in model.modules() if isinstance(module, Linear)):
+        tried = _taking(linear, torch.arange(linear.in_features).flip(0))
+        assert type(tried) is type(linear.form), linear.extra_repr()
+        assert torch.equal(tried.dense(), linear.dense_weight().flip(1))
 
 
 @pytest.mark.parametrize("value", [7e4, -7e4, float("inf"), float("nan")])
