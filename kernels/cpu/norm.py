@@ -16,8 +16,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     if x.shape[0] <= rows:
         return _normed(x, eps).mul_(weight)
     out = torch.empty_like(x)
-    for piece, target in zip(x.split(rows), out.split(rows), strict=True):
-        target.copy_(_normed(piece, eps)).mul_(weight)
+    for start in range(0, x.shape[0], rows):
+        piece = slice(start, start + rows)
+        out[piece].copy_(_normed(x[piece], eps)).mul_(weight)
     return out
 
 

@@ -131,6 +131,9 @@ def test_many_rows_in_pieces(dtype, monkeypatch):
         assert torch.equal(norm.rms_norm(x, weight, 1e-5), normed)
         assert torch.equal(rope._rotated(heads, cos, sin), rotated)
     assert torch.equal(x, randn(70, 172, dtype=dtype)) and torch.equal(heads, randn(70, 5, 16, dtype=dtype))
+    weight.requires_grad_()  # as where norms alone are trained
+    ops.rms_norm(x, weight, 1e-5).sum().backward()
+    assert weight.grad is not None and bool(weight.grad.isfinite().all())
 
 
 @DTYPES
