@@ -210,6 +210,8 @@ def test_the_items_of_an_answer_are_taken_back_as_they_came(scripted, client):
         ),
         ({"input": [{"role": "tool", "content": "x"}]}, "input", r"input\[0\]\.role must be one of"),
         ({"input": [{"type": "function_call", "name": "f"}]}, "input", r"input\[0\] must have a name and a call_id"),
+        ({"input": [{"type": "reasoning", "content": True}]}, "input", r"input\[0\].content must be a list of parts"),
+        ({"input": [{"type": "reasoning", "summary": "x"}]}, "input", r"input\[0\].summary must be a list of parts"),
         ({"input": []}, "input", "at least one item"),
         ({"tool_choice": {"type": "file_search"}}, "tool_choice", "of type 'file_search' is not supported"),
         ({"tool_choice": "required"}, "tool_choice", "tool_choice needs tools"),

@@ -165,7 +165,10 @@ def _add(messages: list[dict[str, Any]], item: Mapping[str, Any], where: str) ->
         turn = _turn(messages, "content")
         turn["content"] = text if turn["content"] is None else f"{turn['content']}\n{text}"
     elif kind == "reasoning":
-        parts = item.get("content") or item.get("summary") or []
+        held = "content" if item.get("content") else "summary"
+        parts = item.get(held) or []
+        if not isinstance(parts, list):
+            raise bad_input(f"{where}.{held} must be a list of parts, got {parts!r}"[:200], "input")
         thought = "".join(str(part.get("text", "")) for part in parts if isinstance(part, Mapping))
         if thought:
             _turn(messages, "reasoning_content")["reasoning_content"] = thought
