@@ -95,9 +95,9 @@ class _State:
         """What ended first: a rank that hears of nothing but a closed connection is not it."""
         deadline = time.monotonic() + 0.5
         while time.monotonic() < deadline:
-            for peer in self.peers:
-                if peer is not of and (ending := peer.ending()) is not None:
-                    return ending
+            endings = [ending for peer in self.peers if peer is not of and (ending := peer.ending()) is not None]
+            if endings:  # ranks whose connection to it has closed may have ended too by now
+                return next((ending for ending in endings if "was ended by" in ending), endings[0])
             time.sleep(0.02)
         return said
 
