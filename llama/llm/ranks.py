@@ -47,6 +47,12 @@ class Peer:
     answers: "queue.SimpleQueue[dict[str, Any] | None]" = field(default_factory=queue.SimpleQueue)
     silent_ticks: int = 0
 
+    @property
+    def is_signalled(self) -> bool:
+        """Whether a signal has ended its process."""
+        code = None if self.process is None else self.process.poll()
+        return code is not None and code < 0
+
     def ending(self) -> str | None:
         """How its process ended; None while it has not."""
         code = None if self.process is None else self.process.poll()
@@ -95,9 +101,10 @@ class _State:
         """What ended first: a rank that hears of nothing but a closed connection is not it."""
         deadline = time.monotonic() + 0.5
         while time.monotonic() < deadline:
-            endings = [ending for peer in self.peers if peer is not of and (ending := peer.ending()) is not None]
-            if endings:  # ranks whose connection to it has closed may have ended too by now
-                return next((ending for ending in endings if "was ended by" in ending), endings[0])
+            # Ranks whose connection to one that a signal ended has closed may have ended too by now.
+            others = sorted((peer for peer in self.peers if peer is not of), key=lambda peer: not peer.is_signalled)
+            if (ending := next(filter(None, (peer.ending() for peer in others)), None)) is not None:
+                return ending
             time.sleep(0.02)
         return said
 

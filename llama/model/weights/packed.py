@@ -54,6 +54,14 @@ def _kernel_rows(rows: int) -> int:
     return -(-rows // granularity) * granularity
 
 
+def _filled(x: Tensor) -> Tensor:
+    """x [rows, columns] with rows of zeros behind it, where it has a number of rows that no kernel is made for."""
+    rows = x.shape[0]
+    if rows <= 16 or (padded := _kernel_rows(rows)) == rows:
+        return x
+    return F.pad(x, (0, 0, 0, padded - rows))
+
+
 class OneDNNWeight:
     """The dtype of the weight is that of input and output."""
 
@@ -67,11 +75,9 @@ class OneDNNWeight:
 
     def __call__(self, x: Tensor) -> Tensor:
         """oneDNN makes a kernel for each number of rows, half a megabyte that it keeps: there are few such numbers."""
-        rows = x.shape[0]
-        if rows <= 16 or (padded := _kernel_rows(rows)) == rows:
-            return self._linear(x, self.weight, None, "none", [], "")
-        x = F.pad(x, (0, 0, 0, padded - rows))
-        return self._linear(x, self.weight, None, "none", [], "")[:rows]
+        filled = _filled(x)
+        y = self._linear(filled, self.weight, None, "none", [], "")
+        return y if filled is x else y[: x.shape[0]]
 
     def dense(self) -> Tensor:
         return self.weight.to_dense().to(self.dtype)
@@ -98,13 +104,10 @@ class OneDNNGated:
 
     def gated(self, x: Tensor) -> Tensor:
         """silu(gate) * up: [tokens, out_features / 2]. Rounded twice where `silu_mul` rounds four times."""
-        rows = x.shape[0]
-        padded = rows if rows <= 16 else _kernel_rows(rows)
-        if padded != rows:
-            x = F.pad(x, (0, 0, 0, padded - rows))
-        gate = self._linear(x, self.gate.weight, None, "swish", [], "")
-        act = self._times(x, gate, self.up.weight, None, "mul")
-        return act if padded == rows else act[:rows]
+        filled = _filled(x)
+        gate = self._linear(filled, self.gate.weight, None, "swish", [], "")
+        act = self._times(filled, gate, self.up.weight, None, "mul")
+        return act if filled is x else act[: x.shape[0]]
 
     def dense(self) -> Tensor:
         return torch.cat((self.gate.dense(), self.up.dense()))
